@@ -1,0 +1,27 @@
+// The low-rank branch on the CPU, forward and backward, for both ops that carry it.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+
+namespace lowrank_ext::cpu {
+
+// Empty ([0]) where not needed. dx holds the branch's part only.
+struct BranchGradients {
+  Tensor dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale;
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
+    return {dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale};
+  }
+};
+
+// y [M, N] += scaling · out_scale ⊙ (mid(h) lora_bᵀ) and h [M, r] = drop(x) lora_aᵀ, x [M, K].
+void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, const Tensor& h);
+
+// dout [M, N], x [M, K] where lora_a needs a gradient, h [M, r] where needs.h().
+BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
+                                const std::optional<Tensor>& x, const std::optional<Tensor>& h);
+
+}  // namespace lowrank_ext::cpu

@@ -1,0 +1,132 @@
+#include "convert.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "features.h"
+#include "isa.h"
+
+namespace lowrank_ext::cpu {
+namespace {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+constexpr int64_t kElementGrain = 32768;  // about 10 us of work, worth a thread
+
+template <typename Dst, typename Src>
+using acc_t =
+    std::conditional_t<std::is_same_v<Dst, double> || std::is_same_v<Src, double>, double, float>;
+
+template <typename Dst, typename Src, bool kAdd>
+void row_portable(Dst* dst, const Src* src, double scale, int64_t n) {
+  using Acc = acc_t<Dst, Src>;
+  const Acc factor = static_cast<Acc>(scale);
+  for (int64_t i = 0; i < n; ++i) {
+    Acc value = factor * static_cast<Acc>(src[i]);
+    if constexpr (kAdd) value += static_cast<Acc>(dst[i]);
+    dst[i] = static_cast<Dst>(value);
+  }
+}
+
+#if LOWRANK_EXT_X86
+
+LOWRANK_EXT_AVX512 inline __m512 load16(const float* p, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, p);
+}
+LOWRANK_EXT_AVX512 inline __m512 load16(const Half* p, __mmask16 lanes) {
+  return _mm512_maskz_cvtph_ps(lanes, _mm256_maskz_loadu_epi16(lanes, p));
+}
+LOWRANK_EXT_AVX512 inline __m512 load16(const BFloat16* p, __mmask16 lanes) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+LOWRANK_EXT_AVX512 inline void store16(float* p, __mmask16 lanes, __m512 v) {
+  _mm512_mask_storeu_ps(p, lanes, v);
+}
+LOWRANK_EXT_AVX512 inline void store16(Half* p, __mmask16 lanes, __m512 v) {
+  _mm256_mask_storeu_epi16(p, lanes, _mm512_maskz_cvtps_ph(lanes, v, _MM_FROUND_TO_NEAREST_INT));
+}
+LOWRANK_EXT_AVX512 inline void store16(BFloat16* p, __mmask16 lanes, __m512 v) {
+  // Round to nearest even by integer arithmetic; NaN keeps a quiet NaN, which the addition could lose.
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  rounded = _mm512_srli_epi32(rounded, 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_set1_epi32(rounded, is_nan, 0x7FC0);
+  _mm256_mask_storeu_epi16(p, lanes, _mm512_maskz_cvtepi32_epi16(lanes, rounded));
+}
+
+template <typename Dst, typename Src, bool kAdd>
+LOWRANK_EXT_AVX512 void row_avx512(Dst* dst, const Src* src, double scale, int64_t n) {
+  const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
+  for (int64_t i = 0; i < n; i += 16) {
+    const auto lanes = static_cast<__mmask16>(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
+    __m512 value = _mm512_mul_ps(factor, load16(src + i, lanes));
+    if constexpr (kAdd) value = _mm512_add_ps(value, load16(dst + i, lanes));
+    store16(dst + i, lanes, value);
+  }
+}
+
+#endif  // LOWRANK_EXT_X86
+
+template <typename Dst, typename Src, bool kAdd>
+void row(Dst* dst, const Src* src, double scale, int64_t n) {
+#if LOWRANK_EXT_X86
+  if constexpr (std::is_same_v<acc_t<Dst, Src>, float>) {
+    if (features().avx512) return row_avx512<Dst, Src, kAdd>(dst, src, scale, n);
+  }
+#endif
+  row_portable<Dst, Src, kAdd>(dst, src, scale, n);
+}
+
+template <typename Visitor>
+void visit_dtype(ScalarType dtype, void* data, const Visitor& visitor) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return visitor(static_cast<double*>(data));
+    case ScalarType::Float:
+      return visitor(static_cast<float*>(data));
+    case ScalarType::BFloat16:
+      return visitor(static_cast<BFloat16*>(data));
+    case ScalarType::Half:
+      return visitor(static_cast<Half*>(data));
+    default:
+      throw std::runtime_error("lowrank_ext: convert: dtype must be floating");
+  }
+}
+
+template <bool kAdd>
+void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols) {
+  if (num_cols == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kElementGrain / num_cols);
+  visit_dtype(dst.dtype, dst.data, [&](auto* dst_data) {
+    visit_dtype(src.dtype, src.data, [&](const auto* src_data) {
+      torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+          row<std::remove_pointer_t<decltype(dst_data)>,
+              std::remove_const_t<std::remove_pointer_t<decltype(src_data)>>, kAdd>(
+              dst_data + m * dst.stride, src_data + m * src.stride, scale, num_cols);
+      });
+    });
+  });
+}
+
+}  // namespace
+
+void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols) {
+  for_rows<false>(dst, src, scale, num_rows, num_cols);
+}
+
+void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols) {
+  for_rows<true>(dst, src, scale, num_rows, num_cols);
+}
+
+}  // namespace lowrank_ext::cpu

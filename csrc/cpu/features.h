@@ -1,0 +1,14 @@
+// What this CPU offers, read once from cpuid. Kernels choose their variant by it.
+#pragma once
+
+namespace lowrank_ext::cpu {
+
+struct Features {
+  bool avx2;         // with FMA and F16C
+  bool avx512;       // F, BW, VL, DQ
+  bool avx512_bf16;  // the vendor's bf16 products run at full rate (AMX implies it)
+};
+
+const Features& features();
+
+}  // namespace lowrank_ext::cpu

@@ -1,0 +1,13 @@
+// Functions carry their instruction set as an attribute, so that one object file holds every variant and runs
+// on any CPU; features.h says which variant may be called.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LOWRANK_EXT_X86 1
+#define LOWRANK_EXT_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define LOWRANK_EXT_AVX2 __attribute__((target("avx2,fma,f16c")))
+#else
+#define LOWRANK_EXT_X86 0
+#endif

@@ -1,0 +1,6 @@
+"""The ops. One file per op: public function, fake, autograd and autocast rule, top to bottom."""
+
+from lowrank_ext.ops.lowrank_add import lowrank_add
+from lowrank_ext.ops.lowrank_linear import lowrank_linear
+
+__all__ = ["lowrank_add", "lowrank_linear"]

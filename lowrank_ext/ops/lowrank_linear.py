@@ -1,0 +1,150 @@
+"""Dense base and low-rank branch in one op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.ops._branch import (
+    Branch,
+    check_branch,
+    check_shape,
+    draw_seed,
+    gradient_outputs,
+    not_needed_as_none,
+    register_autocast,
+    save_branch,
+    saved_branch,
+)
+
+_OP = "lowrank_linear"
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    core: Tensor | None = None,
+    rank_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Linear layer with a low-rank branch.
+
+        h = drop(x) lora_aᵀ
+        y = x weightᵀ + bias + scaling · out_scale ⊙ (((h ⊙ rank_scale) coreᵀ) lora_bᵀ)
+
+    Only weights, h and, where lora_a or weight needs a gradient, x are kept for backward. Dropout is drawn
+    inside the kernel and drawn again in backward; no mask and no dropped copy of x exists.
+
+    Args:
+        x: [..., in_features], float64, float32, bfloat16 or float16; any strides.
+        weight: [out_features, in_features], dtype of x; may be a transposed view.
+        bias: [out_features], dtype of x, or None.
+        lora_a: [r, in_features]. Adapter tensors have x's dtype, or float32 beside bfloat16 and float16;
+            they are rounded to x's dtype once per call and their gradients have their own dtype.
+        lora_b: [out_features, r].
+        core: [r, r] (LaMDA's square matrix), or None for the identity.
+        rank_scale: [r] (AFLoRA's d), or None for ones.
+        out_scale: [out_features] (AFLoRA's b), or None for ones.
+        scaling: factor of the branch, alpha / r in LoRA.
+        dropout_p: probability of dropping an element of x on its way into the branch, rounded to a
+            multiple of 1/65536; kept elements are scaled by 1 / (1 - p). 1 drops the branch.
+        seed: int64 tensor of one element on x's device, the key of the dropout mask. None: drawn from
+            torch's default generator of the device.
+
+    Returns:
+        y, [..., out_features], dtype of x, contiguous.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
+
+    Example:
+        >>> y = lowrank_linear(x, weight, None, lora_a, lora_b, scaling=2.0, dropout_p=0.05)
+
+    Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; core: LaMDA (arXiv 2406.12832);
+    rank_scale and out_scale: AFLoRA (arXiv 2403.13269). Definition in plain torch: lowrank_ext/reference.py.
+    """
+    y, _ = torch.ops.lowrank_ext.lowrank_linear.default(
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        core,
+        rank_scale,
+        out_scale,
+        scaling,
+        dropout_p,
+        draw_seed(dropout_p, seed, x.device),
+    )
+    return y
+
+
+@torch.library.register_fake("lowrank_ext::lowrank_linear")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *branch_args: Any) -> tuple[Tensor, Tensor]:
+    branch = Branch(*branch_args)
+    check_shape(_OP, "weight", weight, weight.dim() == 2, "[out_features, in_features]")
+    out_features, in_features = weight.shape
+    matches = x.dim() >= 1 and x.shape[-1] == in_features
+    check_shape(_OP, "x", x, matches, f"[..., in_features={in_features}]")
+    if bias is not None:
+        fits = bias.dim() == 1 and bias.shape[0] == out_features
+        check_shape(_OP, "bias", bias, fits, f"[out_features={out_features}]")
+    check_branch(_OP, branch, x, in_features, out_features)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    return y, x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
+
+
+@torch.library.register_fake("lowrank_ext::lowrank_linear_backward")
+def _backward_fake(
+    dout: Tensor, x: Tensor | None, weight: Tensor, h: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    return gradient_outputs(dout, Branch(*args[:8]), args[8:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, *branch_args = inputs
+    need_dx, need_dweight, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = (
+        ctx.needs_input_grad[:8]
+    )
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    save_branch(
+        ctx,
+        Branch(*branch_args),
+        x if need_dlora_a or need_dweight else None,
+        weight if any(ctx.needs_input_grad) else None,
+        h if need_dlora_b or need_dcore or need_drs or need_dos else None,
+    )
+
+
+def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 11
+    branch, (x, weight, h) = saved_branch(ctx)
+    need_dx, need_dweight, need_dbias, *need_branch = ctx.needs_input_grad[:8]
+    needs = (need_dx, *need_branch)
+    dx, *dbranch = not_needed_as_none(
+        torch.ops.lowrank_ext.lowrank_linear_backward.default(
+            dout, x if needs[1] else None, weight, h, *branch, *needs
+        ),
+        needs,
+    )
+    # A base that trains (a module to save, a tied block) is outside the low-rank path: plain torch.
+    dout_rows = dout.reshape(-1, dout.shape[-1])
+    dweight = dout_rows.mT @ x.reshape(-1, x.shape[-1]) if need_dweight else None
+    dbias = dout_rows.sum(0) if need_dbias else None
+    return (dx, dweight, dbias, *dbranch, None, None, None)
+
+
+torch.library.register_autograd(
+    "lowrank_ext::lowrank_linear", _backward, setup_context=_setup_context
+)
+register_autocast(_OP, num_base_args=3)
