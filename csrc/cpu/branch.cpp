@@ -186,9 +186,8 @@ class RowBlocks {
  public:
   RowBlocks(const Operands& ops, int64_t num_rows, int64_t num_cols, bool masked)
       : ops_(ops), num_rows_(num_rows), num_cols_(num_cols), masked_(masked && ops.dropout.active()) {
-    // Half-size products are rounded on output, so reductions over rows are cut into blocks and summed in fp32;
-    // full-size operands that need neither mask nor conversion go through in one piece.
-    const bool in_one_piece = !masked_ && !ops.converts() && ops.compute == ops.accumulate;
+    // Without scratch there is nothing to keep in cache: one product, cut up by the vendor's own blocking.
+    const bool in_one_piece = !masked_ && !ops.converts();
     const int64_t element_size = ops.compute == ScalarType::Double ? 8 : ops.compute == ScalarType::Float ? 4 : 2;
     block_rows_ = in_one_piece ? num_rows : std::min(num_rows, block_rows(num_cols, element_size));
   }
@@ -216,16 +215,16 @@ class RowBlocks {
     return target;
   }
 
-  // The current block of `matrix` to write a product into, or scratch where the dtypes differ.
-  Tensor target(const Tensor& matrix, int64_t first, int64_t count) {
-    return ops_.converts() ? row_block(scratch(), 0, count) : row_block(matrix, first, count);
-  }
-
-  // Finishes what target() began: applies the mask and rounds into `matrix`.
-  void store(const Tensor& matrix, const Tensor& block, int64_t first, int64_t count) {
-    if (masked_) mask(block, block);
-    if (ops_.converts())
-      convert(rows_of(row_block(matrix, first, count)), rows_of(block), 1.0, count, num_cols_);
+  // target block {=, +=} mask ⊙ (scale · left right)
+  void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left, const Tensor& right,
+                     double scale, bool add) {
+    const Tensor block = row_block(target, first, count);
+    if (!masked_ && !ops_.converts()) return multiply(block, left, right, add ? 1.0 : 0.0, scale);
+    const Tensor product = row_block(scratch(), 0, count);
+    multiply(product, left, right, 0.0, scale);
+    if (masked_) mask(product, product);
+    const auto store = add ? accumulate : convert;
+    store(rows_of(block), rows_of(product), 1.0, count, num_cols_);
   }
 
  private:
@@ -349,23 +348,21 @@ Tensor mid_backward(const BranchArgs& args, const Operands& ops, const BranchNee
   return converted(du, ops.compute);
 }
 
-// Last pass, over x and dx: dlora_a = dhᵀ drop(x) and dx = drop'(dh lora_a).
+// Last pass, over x and dx: dlora_a = dhᵀ drop(x), and dx {=, +=} drop'(dh lora_a) on top of the base's part.
 void down_backward(const BranchArgs& args, const Operands& ops, const BranchNeeds& needs,
-                   const Tensor& dh, const std::optional<Tensor>& x, BranchGradients& gradients) {
+                   const Tensor& dh, const std::optional<Tensor>& x,
+                   const std::optional<Tensor>& base_dx, BranchGradients& gradients) {
   const int64_t num_rows = dh.size(0), in_features = args.in_features();
   const double scale = ops.dropout.active() ? ops.dropout.scale() : 1.0;
   std::optional<BlockSum> dlora_a;
   if (needs.dlora_a) dlora_a.emplace(ops, args.rank(), in_features);
-  if (needs.dx) gradients.dx = empty({num_rows, in_features}, ops.input);
+  if (needs.dx) gradients.dx = base_dx ? *base_dx : empty({num_rows, in_features}, ops.input);
   RowBlocks blocks(ops, num_rows, in_features, /*masked=*/true);
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dh_block = row_block(dh, first, count);
     if (dlora_a) dlora_a->add(transposed(dh_block), blocks.load(*x, first, count));
-    if (needs.dx) {
-      const Tensor target = blocks.target(gradients.dx, first, count);
-      multiply(target, dh_block, ops.lora_a, 0.0, scale);
-      blocks.store(gradients.dx, target, first, count);
-    }
+    if (needs.dx)
+      blocks.multiply_into(gradients.dx, first, count, dh_block, ops.lora_a, scale, base_dx.has_value());
   });
   if (dlora_a) gradients.dlora_a = rounded_to(dlora_a->result(), args.lora_a, scale);
 }
@@ -429,7 +426,8 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, co
 }
 
 BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
-                                const std::optional<Tensor>& x, const std::optional<Tensor>& h) {
+                                const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+                                const std::optional<Tensor>& base_dx) {
   const ScalarType input = dout.scalar_type();
   const Tensor none = empty({0}, input);
   BranchGradients gradients{none, none, none, none, none, none};
@@ -442,7 +440,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
   if (up.p) finish_up_gradients(args, ops, needs, *up.p, gradients);
   if (!up.g) return gradients;
   const Tensor dh = mid_backward(args, ops, needs, *up.g, h, gradients);
-  if (needs.dx || needs.dlora_a) down_backward(args, ops, needs, dh, x, gradients);
+  if (needs.dx || needs.dlora_a) down_backward(args, ops, needs, dh, x, base_dx, gradients);
   return gradients;
 }
 

@@ -8,7 +8,7 @@
 
 namespace lowrank_ext::cpu {
 
-// Empty ([0]) where not needed. dx holds the branch's part only.
+// Empty ([0]) where not needed.
 struct BranchGradients {
   Tensor dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale;
 
@@ -20,8 +20,10 @@ struct BranchGradients {
 // y [M, N] += scaling · out_scale ⊙ (mid(h) lora_bᵀ) and h [M, r] = drop(x) lora_aᵀ, x [M, K].
 void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, const Tensor& h);
 
-// dout [M, N], x [M, K] where lora_a needs a gradient, h [M, r] where needs.h().
+// dout [M, N], x [M, K] where lora_a needs a gradient, h [M, r] where needs.h(). base_dx [M, K] is the base's
+// part of dx, to which the branch adds in place: cheaper than handing the vendor's product a seeded output.
 BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
-                                const std::optional<Tensor>& x, const std::optional<Tensor>& h);
+                                const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+                                const std::optional<Tensor>& base_dx);
 
 }  // namespace lowrank_ext::cpu

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_add_backward_
   check_backward(kBackwardOp, args, needs, dout, x, h, lora_a.size(1), lora_b.size(0));
 
   BranchGradients gradients = branch_backward(args, needs, as_matrix(dout), x ? std::optional(as_matrix(*x)) : x,
-                                              h ? std::optional(as_matrix(*h)) : h);
+                                              h ? std::optional(as_matrix(*h)) : h, std::nullopt);
   if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
   return gradients.as_tuple();
 }

@@ -1,5 +1,4 @@
-// The base product is the vendor's; the branch is added to its output in place (branch.cpp). In the backward
-// the branch's dx is written first and the vendor adds dout W to it, which saves a pass over dx.
+// The base products are the vendor's; the branch is added to their outputs in place (branch.cpp).
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -72,9 +71,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
   check_backward(kBackwardOp, args, needs, dout, x, h, weight.size(1), weight.size(0));
 
   const Tensor dout_rows = as_matrix(dout);
+  std::optional<Tensor> base_dx;
+  if (need_dx) {
+    base_dx = empty({dout_rows.size(0), args.in_features()}, dout.scalar_type());
+    multiply(*base_dx, dout_rows, weight);
+  }
   BranchGradients gradients = branch_backward(args, needs, dout_rows, x ? std::optional(as_matrix(*x)) : x,
-                                              h ? std::optional(as_matrix(*h)) : h);
-  if (need_dx && dout_rows.size(0) > 0) multiply(gradients.dx, dout_rows, weight, 1.0);
+                                              h ? std::optional(as_matrix(*h)) : h, base_dx);
   if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
   return gradients.as_tuple();
 }
