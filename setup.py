@@ -70,9 +70,10 @@ def check_compiler() -> None:
         )
 
 
-def run_cmake(arguments: list[str], otherwise: str) -> None:
+def run_cmake(arguments: list[str], otherwise: str, quiet: bool = False) -> None:
     """Runs cmake, showing its output. Its first error, if any, becomes the one-line message."""
-    done = subprocess.run(arguments, text=True, stderr=subprocess.PIPE)
+    stdout = subprocess.DEVNULL if quiet else None
+    done = subprocess.run(arguments, text=True, stdout=stdout, stderr=subprocess.PIPE)
     sys.stderr.write(done.stderr)
     if done.returncode:
         error = re.search(r"CMake Error[^\n]*\n((?:[ \t][^\n]*\n|\n)+)", done.stderr)
@@ -102,12 +103,13 @@ class CMakeBuild(build_ext):
             for name in BUILD_OPTIONS
         ]
         configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "--log-level=NOTICE"),
+            *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DTORCH_ROOT={torch.root}",
             f"-DTORCH_VERSION={torch.version}",
         ]
-        run_cmake([*configure, *options], "cmake could not configure the build, see above")
+        failed = "cmake could not configure the build, see above"
+        run_cmake([*configure, *options], failed, quiet=not self.verbose)
         run_cmake([cmake, "--build", str(build_dir)], "compiling csrc failed, see above")
 
         destination = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)

@@ -1,5 +1,5 @@
-// Argument checks shared by the CPU and the CUDA backend. They run once, at the op boundary, before any
-// tensor is read; kernels trust them. Messages: op, argument, expected, got.
+// Argument checks shared by the CPU and the CUDA backend. They run once, at the op boundary, before
+// any tensor is read; kernels trust them. Messages: op, argument, expected, got.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -117,8 +117,8 @@ inline void check_adapter_dtype(const char* op, const char* name, const Tensor& 
                                 const Tensor& like, const char* like_name) {
   const ScalarType dtype = tensor.scalar_type();
   const bool half_with_float = is_half_size(like.scalar_type()) && dtype == ScalarType::Float;
-  check(dtype == like.scalar_type() || half_with_float, op, ": ", name,
-        " must have the dtype of ", like_name, " (", dtype_name(like.scalar_type()),
+  check(dtype == like.scalar_type() || half_with_float, op, ": ", name, " must have the dtype of ",
+        like_name, " (", dtype_name(like.scalar_type()),
         "), or float32 beside bfloat16 and float16, got ", dtype_name(dtype));
 }
 
@@ -127,7 +127,8 @@ inline void check_seed(const char* op, const BranchArgs& args, const Tensor& lik
   check(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op,
         ": dropout_p must be between 0 and 1, got ", args.dropout_p);
   if (args.dropout_p == 0.0) return;
-  check(args.seed.has_value(), op, ": seed must be an int64 tensor of one element when dropout_p > 0"
+  check(args.seed.has_value(), op,
+        ": seed must be an int64 tensor of one element when dropout_p > 0"
         ", got None");
   check(args.seed->scalar_type() == ScalarType::Long && args.seed->numel() == 1, op,
         ": seed must be an int64 tensor of one element, got ", dtype_name(args.seed->scalar_type()),
@@ -149,8 +150,9 @@ inline void check_branch(const char* op, const BranchArgs& args, const Tensor& l
   const auto check_one = [&](const char* name, const std::optional<Tensor>& tensor, bool square,
                              int64_t size, const std::string& words) {
     if (!tensor) return;
-    const bool matches = square ? tensor->dim() == 2 && tensor->size(0) == size && tensor->size(1) == size
-                                : tensor->dim() == 1 && tensor->size(0) == size;
+    const bool matches =
+        square ? tensor->dim() == 2 && tensor->size(0) == size && tensor->size(1) == size
+               : tensor->dim() == 1 && tensor->size(0) == size;
     check_shape(op, name, *tensor, matches, words);
     check_adapter_dtype(op, name, *tensor, like, like_name);
     check_same_device(op, name, *tensor, like, like_name);
@@ -175,13 +177,15 @@ inline bool leading_dims_match(const Tensor& left, const Tensor& right) {
 // What both backward ops check, beyond their base's own arguments.
 inline void check_backward(const char* op, const BranchArgs& args, const BranchNeeds& needs,
                            const Tensor& dout, const std::optional<Tensor>& x,
-                           const std::optional<Tensor>& h, int64_t in_features, int64_t out_features) {
+                           const std::optional<Tensor>& h, int64_t in_features,
+                           int64_t out_features) {
   check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == out_features,
               "[..., out_features=" + std::to_string(out_features) + "]");
   check_branch(op, args, dout, "dout", in_features, out_features);
-  const auto check_saved = [&](const char* name, const std::optional<Tensor>& saved, bool needed, int64_t last,
-                               const std::string& words) {
-    check(!needed || saved.has_value(), op, ": ", name, " must be given for the gradients asked for, got None");
+  const auto check_saved = [&](const char* name, const std::optional<Tensor>& saved, bool needed,
+                               int64_t last, const std::string& words) {
+    check(!needed || saved.has_value(), op, ": ", name,
+          " must be given for the gradients asked for, got None");
     if (!saved) return;
     check_shape(op, name, *saved,
                 leading_dims_match(*saved, dout) && saved->size(saved->dim() - 1) == last, words);

@@ -1,9 +1,54 @@
 """Low-rank fine-tuning on fused torch ops: LoRA, LaMDA and their relatives."""
 
+from typing import TYPE_CHECKING, Any
+
 from lowrank_ext._load import load_library
 
-load_library()
+load_library()  # before the imports below, which declare the Python side of its ops
+
+from lowrank_ext import nn, ops
+from lowrank_ext.adapt import (
+    adapt,
+    prepare_for_checkpointing,
+    summary,
+    trainable_parameters,
+)
+from lowrank_ext.checkpoint import load_adapter, save_adapter
+from lowrank_ext.config import LaMDAConfig, LoRAConfig
+from lowrank_ext.freezing import FreezeSchedule
+from lowrank_ext.merging import merge, unload, unmerge
+from lowrank_ext.rank_allocation import allocate_ranks
+
+if TYPE_CHECKING:
+    from lowrank_ext.integrations.transformers import FreezeCallback
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "FreezeCallback",
+    "FreezeSchedule",
+    "LaMDAConfig",
+    "LoRAConfig",
+    "__version__",
+    "adapt",
+    "allocate_ranks",
+    "load_adapter",
+    "merge",
+    "nn",
+    "ops",
+    "prepare_for_checkpointing",
+    "save_adapter",
+    "summary",
+    "trainable_parameters",
+    "unload",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The callback derives from a class of transformers, which is not needed for anything else.
+    if name == "FreezeCallback":
+        from lowrank_ext.integrations.transformers import FreezeCallback
+
+        return FreezeCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

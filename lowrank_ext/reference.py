@@ -50,8 +50,8 @@ def dropout_mask(
     """Keep mask of the in-kernel dropout, ``bool [num_rows, num_cols]``; True means kept.
 
     Element (m, k) belongs to the Philox4x32-7 call with counter
-    ``(k // 8, m mod 2^32, m div 2^32, 0)`` and key ``(seed mod 2^32, seed div 2^32)``. The call's four
-    words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw below
+    ``(k // 8, m mod 2^32, m div 2^32, 0)`` and key ``(seed mod 2^32, seed div 2^32)``. The call's
+    four words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw below
     ``round(p · 65536)`` drops its element. The mask depends on seed, row and column only.
     """
     num_calls = (num_cols + _COLUMNS_PER_CALL - 1) // _COLUMNS_PER_CALL
@@ -94,9 +94,9 @@ def lowrank_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = base_out + scaling · out_scale ⊙ (mid(drop(x) lora_aᵀ) lora_bᵀ), mid(h) = (h ⊙ rank_scale) coreᵀ.
+    """y = base_out + scaling · out_scale ⊙ (mid(drop(x) lora_aᵀ) lora_bᵀ).
 
-    Adapter tensors are rounded to x's dtype first, as the kernels do.
+    mid(h) = (h ⊙ rank_scale) coreᵀ. Adapter tensors are rounded to x's dtype first, as the kernels do.
     """
     h = dropout(x, dropout_p, seed) @ lora_a.to(x.dtype).mT
     if rank_scale is not None:

@@ -1,6 +1,7 @@
-// Products run in the vendor's library, in bf16 where the CPU has bf16 dot products, else in fp32 (fp64 for fp64).
-// Rows go through in blocks small enough to stay in cache: a block of x is masked or converted into scratch and
-// consumed from there, so no [M, K] or [M, N] temporary exists. Everything on [M, r] runs in fp32 (fp64).
+// Products run in the vendor's library, in bf16 where the CPU has bf16 dot products, else in fp32
+// (fp64 for fp64). Rows go through in blocks small enough to stay in cache: a block of x is masked
+// or converted into scratch and consumed from there, so no [M, K] or [M, N] temporary exists.
+// Everything on [M, r] runs in fp32 (fp64).
 #include "branch.h"
 
 #include <algorithm>
@@ -14,7 +15,8 @@
 namespace lowrank_ext::cpu {
 namespace {
 
-// Scratch of one row block: half of a 2 MiB L2, so that the block survives until the product reads it.
+// Scratch of one row block: half of a 2 MiB L2, so that the block survives until the product reads
+// it.
 constexpr int64_t kBlockBytes = 1 << 20;
 constexpr int64_t kMinBlockRows = 64;
 constexpr int64_t kMaxBlockRows = 512;
@@ -50,7 +52,8 @@ Tensor converted(const Tensor& matrix, ScalarType dtype) {
   return result;
 }
 
-// An adapter tensor as the products read it: rounded to the dtype of x once, then held in the compute dtype.
+// An adapter tensor as the products read it: rounded to the dtype of x once, then held in the
+// compute dtype.
 Tensor operand(const Tensor& tensor, ScalarType input_dtype) {
   const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   return converted(converted(dense, input_dtype), compute_dtype(input_dtype));
@@ -92,7 +95,8 @@ void scale_rows(const Tensor& matrix, const Tensor& scale) {
   });
 }
 
-// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose what the products kept.
+// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose what the
+// products kept.
 void sum_products_over_rows(const Tensor& out, const Tensor& left, const Tensor& right) {
   const int64_t num_rows = left.size(0), num_cols = left.size(1);
   std::vector<double> sums(num_cols, 0.0);
@@ -107,7 +111,8 @@ void sum_products_over_rows(const Tensor& out, const Tensor& left, const Tensor&
 }
 
 // out[n] = scale · Σ_j left[n, j] right[n, j]
-void sum_products_over_cols(const Tensor& out, const Tensor& left, const Tensor& right, double scale) {
+void sum_products_over_cols(const Tensor& out, const Tensor& left, const Tensor& right,
+                            double scale) {
   const int64_t num_rows = left.size(0), num_cols = left.size(1);
   visit_accumulator(out, [&](auto* result) {
     const auto* l = static_cast<const decltype(result)>(left.data_ptr());
@@ -185,10 +190,16 @@ Tensor mid(const Operands& ops, const Tensor& h) {
 class RowBlocks {
  public:
   RowBlocks(const Operands& ops, int64_t num_rows, int64_t num_cols, bool masked)
-      : ops_(ops), num_rows_(num_rows), num_cols_(num_cols), masked_(masked && ops.dropout.active()) {
-    // Without scratch there is nothing to keep in cache: one product, cut up by the vendor's own blocking.
+      : ops_(ops),
+        num_rows_(num_rows),
+        num_cols_(num_cols),
+        masked_(masked && ops.dropout.active()) {
+    // Without scratch there is nothing to keep in cache: one product, cut up by the vendor's own
+    // blocking.
     const bool in_one_piece = !masked_ && !ops.converts();
-    const int64_t element_size = ops.compute == ScalarType::Double ? 8 : ops.compute == ScalarType::Float ? 4 : 2;
+    const int64_t element_size = ops.compute == ScalarType::Double  ? 8
+                                 : ops.compute == ScalarType::Float ? 4
+                                                                    : 2;
     block_rows_ = in_one_piece ? num_rows : std::min(num_rows, block_rows(num_cols, element_size));
   }
 
@@ -216,8 +227,8 @@ class RowBlocks {
   }
 
   // target block {=, +=} mask ⊙ (scale · left right)
-  void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left, const Tensor& right,
-                     double scale, bool add) {
+  void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
+                     const Tensor& right, double scale, bool add) {
     const Tensor block = row_block(target, first, count);
     if (!masked_ && !ops_.converts()) return multiply(block, left, right, add ? 1.0 : 0.0, scale);
     const Tensor product = row_block(scratch(), 0, count);
@@ -230,7 +241,8 @@ class RowBlocks {
  private:
   void draw_bits(int64_t first, int64_t count) {
     if (!bits_) bits_ = empty({block_rows_ * mask_words_per_row(num_cols_)}, ScalarType::Long);
-    draw_keep_bits(ops_.dropout, first, count, num_cols_, static_cast<uint64_t*>(bits_->data_ptr()));
+    draw_keep_bits(ops_.dropout, first, count, num_cols_,
+                   static_cast<uint64_t*>(bits_->data_ptr()));
   }
 
   void mask(const Tensor& dst, const Tensor& src) {
@@ -250,7 +262,8 @@ class RowBlocks {
   std::optional<Tensor> scratch_, bits_;
 };
 
-// sum += alpha · left right over row blocks, in the accumulator's dtype whatever the products round to.
+// sum += alpha · left right over row blocks, in the accumulator's dtype whatever the products round
+// to.
 class BlockSum {
  public:
   BlockSum(const Operands& ops, int64_t num_rows, int64_t num_cols)
@@ -291,7 +304,8 @@ Tensor vector_rounded_to(const Tensor& vector, const Tensor& like) {
   return result;
 }
 
-// First pass of the backward, over dout: G = scaling · dout lora_b [M, r] and P = doutᵀ mid(h) [N, r].
+// First pass of the backward, over dout: G = scaling · dout lora_b [M, r] and P = doutᵀ mid(h) [N,
+// r].
 struct UpGradients {
   std::optional<Tensor> g;  // compute
   std::optional<Tensor> p;  // accumulate, not yet scaled
@@ -348,7 +362,8 @@ Tensor mid_backward(const BranchArgs& args, const Operands& ops, const BranchNee
   return converted(du, ops.compute);
 }
 
-// Last pass, over x and dx: dlora_a = dhᵀ drop(x), and dx {=, +=} drop'(dh lora_a) on top of the base's part.
+// Last pass, over x and dx: dlora_a = dhᵀ drop(x), and dx {=, +=} drop'(dh lora_a) on top of the
+// base's part.
 void down_backward(const BranchArgs& args, const Operands& ops, const BranchNeeds& needs,
                    const Tensor& dh, const std::optional<Tensor>& x,
                    const std::optional<Tensor>& base_dx, BranchGradients& gradients) {
@@ -362,7 +377,8 @@ void down_backward(const BranchArgs& args, const Operands& ops, const BranchNeed
     const Tensor dh_block = row_block(dh, first, count);
     if (dlora_a) dlora_a->add(transposed(dh_block), blocks.load(*x, first, count));
     if (needs.dx)
-      blocks.multiply_into(gradients.dx, first, count, dh_block, ops.lora_a, scale, base_dx.has_value());
+      blocks.multiply_into(gradients.dx, first, count, dh_block, ops.lora_a, scale,
+                           base_dx.has_value());
   });
   if (dlora_a) gradients.dlora_a = rounded_to(dlora_a->result(), args.lora_a, scale);
 }
@@ -382,8 +398,9 @@ void finish_up_gradients(const BranchArgs& args, const Operands& ops, const Bran
 }
 
 Tensor zeros_like(const Tensor& tensor, int64_t dim) {
-  const std::vector<int64_t> sizes =
-      dim == 1 ? std::vector<int64_t>{tensor.size(0)} : std::vector<int64_t>{tensor.size(0), tensor.size(1)};
+  const std::vector<int64_t> sizes = dim == 1
+                                         ? std::vector<int64_t>{tensor.size(0)}
+                                         : std::vector<int64_t>{tensor.size(0), tensor.size(1)};
   Tensor result = empty(sizes, tensor.scalar_type());
   zero(result);
   return result;
@@ -409,7 +426,8 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, co
   const double scale = ops.dropout.active() ? ops.dropout.scale() : 1.0;
   RowBlocks input(ops, num_rows, args.in_features(), /*masked=*/true);
   input.for_each([&](int64_t first, int64_t count) {
-    const Tensor h_block = ops.converts() ? empty({count, args.rank()}, ops.compute) : row_block(h, first, count);
+    const Tensor h_block =
+        ops.converts() ? empty({count, args.rank()}, ops.compute) : row_block(h, first, count);
     multiply(h_block, input.load(x, first, count), transposed(ops.lora_a), 0.0, scale);
     if (ops.converts())
       convert(rows_of(row_block(h, first, count)), rows_of(h_block), 1.0, count, args.rank());
@@ -425,12 +443,15 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, co
   });
 }
 
-BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
-                                const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs,
+                                const Tensor& dout, const std::optional<Tensor>& x,
+                                const std::optional<Tensor>& h,
                                 const std::optional<Tensor>& base_dx) {
   const ScalarType input = dout.scalar_type();
-  const Tensor none = empty({0}, input);
-  BranchGradients gradients{none, none, none, none, none, none};
+  const auto none = [&] {
+    return empty({0}, input);
+  };  // each its own: outputs of an op must not alias
+  BranchGradients gradients{none(), none(), none(), none(), none(), none()};
   if (dout.size(0) == 0) {
     zero_gradients(args, needs, input, gradients);
     return gradients;

@@ -54,7 +54,8 @@ LOWRANK_EXT_AVX512 inline void store16(Half* p, __mmask16 lanes, __m512 v) {
   _mm256_mask_storeu_epi16(p, lanes, _mm512_maskz_cvtps_ph(lanes, v, _MM_FROUND_TO_NEAREST_INT));
 }
 LOWRANK_EXT_AVX512 inline void store16(BFloat16* p, __mmask16 lanes, __m512 v) {
-  // Round to nearest even by integer arithmetic; NaN keeps a quiet NaN, which the addition could lose.
+  // Round to nearest even by integer arithmetic; NaN keeps a quiet NaN, which the addition could
+  // lose.
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));

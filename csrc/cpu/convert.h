@@ -1,5 +1,5 @@
-// Element-wise passes between the dtype of the tensors and the dtype that products run in: each one reads its
-// source once, computes in fp32 (fp64 beside fp64) and rounds once.
+// Element-wise passes between the dtype of the tensors and the dtype that products run in: each one
+// reads its source once, computes in fp32 (fp64 beside fp64) and rounds once.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

@@ -1,5 +1,6 @@
-// Sixteen Philox calls run side by side (one per 32-bit lane) and give the keep bits of 128 columns: about one
-// vector instruction per element on AVX-512, so the draw costs less than the pass over x that it rides on.
+// Sixteen Philox calls run side by side (one per 32-bit lane) and give the keep bits of 128
+// columns: about one vector instruction per element on AVX-512, so the draw costs less than the
+// pass over x that it rides on.
 #include "dropout.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -107,8 +108,9 @@ LOWRANK_EXT_AVX512 inline Words philox_avx512(Words c, uint64_t seed) {
 }
 
 LOWRANK_EXT_AVX512 void draw_block_avx512(const Dropout& dropout, BlockCounter at, uint64_t* out) {
-  // The 4x4 transpose below moves lane 4L + t to 128-bit lane L of register t; giving that lane call 4t + L
-  // makes register t hold calls 4t … 4t + 3, so its 32 draws are 32 neighbouring columns in order.
+  // The 4x4 transpose below moves lane 4L + t to 128-bit lane L of register t; giving that lane
+  // call 4t + L makes register t hold calls 4t … 4t + 3, so its 32 draws are 32 neighbouring
+  // columns in order.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   Words c;
   c.c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(at.first_call)), order);
@@ -122,11 +124,10 @@ LOWRANK_EXT_AVX512 void draw_block_avx512(const Dropout& dropout, BlockCounter a
   const __m512i high23 = _mm512_unpackhi_epi32(c.c2, c.c3);
   // draw >= threshold, as draw > threshold - 1, since threshold may be 65536.
   const __m512i limit = _mm512_set1_epi16(static_cast<short>(dropout.threshold - 1));
-  const uint64_t kept[4] = {
-      _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(low01, low23), limit),
-      _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(low01, low23), limit),
-      _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(high01, high23), limit),
-      _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(high01, high23), limit)};
+  const uint64_t kept[4] = {_mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(low01, low23), limit),
+                            _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(low01, low23), limit),
+                            _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(high01, high23), limit),
+                            _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(high01, high23), limit)};
   out[0] = kept[0] | kept[1] << 32;
   out[1] = kept[2] | kept[3] << 32;
 }
@@ -194,7 +195,8 @@ void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows,
   torch::stable::parallel_for(0, num_rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t word = 0; word < words_per_row; word += 2) {
-        const BlockCounter at{static_cast<uint32_t>(word * 8), static_cast<uint64_t>(first_row + row)};
+        const BlockCounter at{static_cast<uint32_t>(word * 8),
+                              static_cast<uint64_t>(first_row + row)};
         draw_block(dropout, at, bits + row * words_per_row + word);
       }
     }

@@ -1,9 +1,9 @@
 // Dropout drawn in the kernel: no mask and no dropped copy outlives a call.
 //
-// Element (m, k) belongs to the Philox4x32-7 call with counter (k / 8, m mod 2^32, m / 2^32, 0) and key
-// (seed mod 2^32, seed / 2^32). The four result words, low half first, are eight 16-bit draws for eight
-// neighbouring columns; a draw below `threshold` = round(p · 65536) drops its element. The definition in
-// plain torch is lowrank_ext/reference.py; the CUDA kernels draw the same bits.
+// Element (m, k) belongs to the Philox4x32-7 call with counter (k / 8, m mod 2^32, m / 2^32, 0) and
+// key (seed mod 2^32, seed / 2^32). The four result words, low half first, are eight 16-bit draws
+// for eight neighbouring columns; a draw below `threshold` = round(p · 65536) drops its element.
+// The definition in plain torch is lowrank_ext/reference.py; the CUDA kernels draw the same bits.
 #pragma once
 
 #include <cmath>
@@ -20,14 +20,17 @@ struct Dropout {
   bool active() const { return threshold != 0; }
   // 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will do.
   double scale() const { return threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold); }
-  static uint32_t threshold_of(double p) { return static_cast<uint32_t>(std::nearbyint(p * 65536)); }
+  static uint32_t threshold_of(double p) {
+    return static_cast<uint32_t>(std::nearbyint(p * 65536));
+  }
 };
 
 inline int64_t mask_words_per_row(int64_t num_cols) {  // 64-bit words
   return (num_cols + kMaskColumns - 1) / kMaskColumns * (kMaskColumns / 64);
 }
 
-// bits[row][k / 64] bit k % 64 is 1 where (first_row + row, k) is kept. Rows are mask_words_per_row apart.
+// bits[row][k / 64] bit k % 64 is 1 where (first_row + row, k) is kept. Rows are mask_words_per_row
+// apart.
 void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows, int64_t num_cols,
                     uint64_t* bits);
 

@@ -1,5 +1,5 @@
-// Functions carry their instruction set as an attribute, so that one object file holds every variant and runs
-// on any CPU; features.h says which variant may be called.
+// Functions carry their instruction set as an attribute, so that one object file holds every
+// variant and runs on any CPU; features.h says which variant may be called.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,4 +1,5 @@
-// The branch on top of any base module's output: y starts as a copy of base_out and the branch is added in place.
+// The branch on top of any base module's output: y starts as a copy of base_out and the branch is
+// added in place.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -14,11 +15,12 @@ constexpr const char* kBackwardOp = "lowrank_add_backward";
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> lowrank_add_cpu(
-    const Tensor& base_out, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
-    const std::optional<Tensor>& core, const std::optional<Tensor>& rank_scale,
-    const std::optional<Tensor>& out_scale, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor> lowrank_add_cpu(const Tensor& base_out, const Tensor& x,
+                                           const Tensor& lora_a, const Tensor& lora_b,
+                                           const std::optional<Tensor>& core,
+                                           const std::optional<Tensor>& rank_scale,
+                                           const std::optional<Tensor>& out_scale, double scaling,
+                                           double dropout_p, const std::optional<Tensor>& seed) {
   const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
   check_input_dtype(kOp, "x", x);
   check_shape(kOp, "x", x, x.dim() >= 1, "[..., in_features]");
@@ -45,14 +47,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_add_backward_
     double dropout_p, const std::optional<Tensor>& seed, bool need_dx, bool need_dlora_a,
     bool need_dlora_b, bool need_dcore, bool need_drank_scale, bool need_dout_scale) {
   const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
-  const BranchNeeds needs{need_dx, need_dlora_a, need_dlora_b, need_dcore, need_drank_scale, need_dout_scale};
+  const BranchNeeds needs{need_dx,    need_dlora_a,     need_dlora_b,
+                          need_dcore, need_drank_scale, need_dout_scale};
   check_input_dtype(kBackwardOp, "dout", dout);
   check_shape(kBackwardOp, "lora_a", lora_a, lora_a.dim() == 2, "[r, in_features]");
   check_shape(kBackwardOp, "lora_b", lora_b, lora_b.dim() == 2, "[out_features, r]");
   check_backward(kBackwardOp, args, needs, dout, x, h, lora_a.size(1), lora_b.size(0));
 
-  BranchGradients gradients = branch_backward(args, needs, as_matrix(dout), x ? std::optional(as_matrix(*x)) : x,
-                                              h ? std::optional(as_matrix(*h)) : h, std::nullopt);
+  BranchGradients gradients =
+      branch_backward(args, needs, as_matrix(dout), x ? std::optional(as_matrix(*x)) : x,
+                      h ? std::optional(as_matrix(*h)) : h, std::nullopt);
   if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
   return gradients.as_tuple();
 }

@@ -19,7 +19,8 @@ void check_weight(const char* op, const Tensor& weight, const Tensor& like, cons
 }
 
 // y = x weightᵀ + bias, rounded as torch.nn.functional.linear rounds it.
-void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight,
+                  const std::optional<Tensor>& bias) {
   if (!bias) return multiply(y, x, transposed(weight));
   const Tensor bias_row = strided_view(*bias, 0, 1, bias->size(0), 0, bias->stride(0));
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), bias_row.get(), x.get(),
@@ -30,9 +31,9 @@ void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight, const 
 
 std::tuple<Tensor, Tensor> lowrank_linear_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a,
-    const Tensor& lora_b, const std::optional<Tensor>& core, const std::optional<Tensor>& rank_scale,
-    const std::optional<Tensor>& out_scale, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed) {
+    const Tensor& lora_b, const std::optional<Tensor>& core,
+    const std::optional<Tensor>& rank_scale, const std::optional<Tensor>& out_scale, double scaling,
+    double dropout_p, const std::optional<Tensor>& seed) {
   const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
   check_input_dtype(kOp, "x", x);
   check_weight(kOp, weight, x, "x");
@@ -65,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
     const std::optional<Tensor>& seed, bool need_dx, bool need_dlora_a, bool need_dlora_b,
     bool need_dcore, bool need_drank_scale, bool need_dout_scale) {
   const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
-  const BranchNeeds needs{need_dx, need_dlora_a, need_dlora_b, need_dcore, need_drank_scale, need_dout_scale};
+  const BranchNeeds needs{need_dx,    need_dlora_a,     need_dlora_b,
+                          need_dcore, need_drank_scale, need_dout_scale};
   check_input_dtype(kBackwardOp, "dout", dout);
   check_weight(kBackwardOp, weight, dout, "dout");
   check_backward(kBackwardOp, args, needs, dout, x, h, weight.size(1), weight.size(0));
@@ -76,8 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
     base_dx = empty({dout_rows.size(0), args.in_features()}, dout.scalar_type());
     multiply(*base_dx, dout_rows, weight);
   }
-  BranchGradients gradients = branch_backward(args, needs, dout_rows, x ? std::optional(as_matrix(*x)) : x,
-                                              h ? std::optional(as_matrix(*h)) : h, base_dx);
+  BranchGradients gradients =
+      branch_backward(args, needs, dout_rows, x ? std::optional(as_matrix(*x)) : x,
+                      h ? std::optional(as_matrix(*h)) : h, base_dx);
   if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
   return gradients.as_tuple();
 }

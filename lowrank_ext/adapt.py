@@ -1,0 +1,352 @@
+"""Model surgery: low-rank modules in place of a model's linear modules; and what was done."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lowrank_ext.config import AdapterConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.nn.lamda import LaMDALinear
+from lowrank_ext.nn.linear import (
+    LoRALinear,
+    LowRankLinear,
+    adapter_dtype_for,
+    computes_its_weight,
+    dense_weight,
+    linear_features,
+)
+from lowrank_ext.targets import find_targets, modules_named, shared_tensors
+
+MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
+    LoRAConfig: LoRALinear,
+    LaMDAConfig: LaMDALinear,
+}
+# Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
+_FUSED_FLAGS: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Model:
+    """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
+
+    Afterwards exactly the adapters (what of them trains) and ``modules_to_save`` require gradients.
+    The output is the base model's, bit for bit where the init starts with a zero branch. A module
+    that is registered at several paths is adapted once and stays shared; tied weights stay tied.
+    The config, with the ranks LaMDA++ found, is kept as ``model.lowrank_config``. torch's fused
+    eval path of nn.TransformerEncoderLayer, which would bypass the adapters, is switched off in
+    adapted layers.
+
+    Args:
+        model: any torch or transformers model; returned.
+        config: LoRAConfig or LaMDAConfig.
+        initialise: False leaves the adapters at zero and the base untouched, for a loader that
+            fills them.
+
+    Raises:
+        TypeError: model or config has the wrong type, or the model is itself a linear module.
+        ValueError: a name matches nothing, a module cannot be adapted with these options, a weight
+            that an init would change is tied to another module, or the model carries adapters
+            already. All of this is checked before the first change.
+
+    Example:
+        >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    """
+    module_class = _checked_method(model, config)
+    targets = find_targets(model, config)
+    config = _with_allocated_ranks(model, config, targets)
+    _check_options(model, config, module_class, targets)
+    model.requires_grad_(False)
+    replace_modules(
+        model,
+        {
+            module: module_class.from_linear(
+                module, initialise=initialise, **config.module_options(path)
+            )
+            for path, module in targets.items()
+        },
+    )
+    _unfreeze(model, config)
+    set_fused_encoders(model, on=False)
+    model.lowrank_config = config  # type: ignore[assignment]
+    return model
+
+
+def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
+    """Path and module of every adapter of the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if not modules:
+        raise ValueError(
+            f"{caller}: model must carry adapters, got a {type(model).__name__} with none"
+        )
+    return modules
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module wherever its old one is registered in the model."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def set_fused_encoders(model: nn.Module, on: bool) -> None:
+    """Switch torch's fused encoder path off where it contains adapters, or on again everywhere."""
+    for module in model.modules():
+        flag = next((f for cls, f in _FUSED_FLAGS.items() if isinstance(module, cls)), None)
+        kept: dict[str, Any] = vars(module)
+        if flag is None or (
+            not on and not any(isinstance(m, LowRankLinear) for m in module.modules())
+        ):
+            continue
+        if on and "fused_path_before_adapt" in kept:
+            kept[flag] = kept.pop("fused_path_before_adapt")
+        elif not on:
+            kept["fused_path_before_adapt"], kept[flag] = kept[flag], 0
+
+
+class TrainableParameters(NamedTuple):
+    """Numbers of parameters; ``percent`` is 100 · trainable / total."""
+
+    trainable: int
+    total: int
+    percent: float
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """How many of the model's parameters train. A parameter with several owners counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total = sum(size for size, _ in sizes)
+    trainable = sum(size for size, trains in sizes if trains)
+    return TrainableParameters(trainable, total, 100 * trainable / total if total else 0.0)
+
+
+def summary(model: nn.Module) -> Table:
+    """A rich table of what was adapted: one row for each kind of module and shape, then the rest.
+
+    Size is the memory of the adapter's own tensors (for modules trained whole: of the module).
+
+    Raises:
+        ValueError: the model carries no adapters.
+    """
+    kinds: dict[tuple[str, str, int, int], list[LowRankLinear]] = {}
+    for path, m in lowrank_modules(model, "summary").items():
+        name = path.rpartition(".")[2] or "(model)"
+        kinds.setdefault((name, type(m).__name__, m.in_features, m.out_features), []).append(m)
+    numbers = trainable_parameters(model)
+    table = Table(
+        title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
+        f"({numbers.percent:.3g} %)"
+    )
+    table.add_column("module")
+    table.add_column("kind")
+    for heading in ("count", "in → out", "rank", "scaling", "trainable", "size"):
+        table.add_column(heading, justify="right")
+    for (name, kind, num_in, num_out), modules in kinds.items():
+        own = [t for m in modules for t in m.adapter_tensors().values()]
+        table.add_row(
+            name,
+            kind.removesuffix("Linear"),
+            str(len(modules)),
+            f"{num_in} → {num_out}",
+            _span([m.r for m in modules]),
+            _span([m.scaling for m in modules]),
+            *_trainable_and_size(own),
+        )
+    for name, saved in _saved_modules(model).items():
+        tensors = [*saved.parameters(), *saved.buffers()]
+        table.add_row(name, type(saved).__name__, "1", "", "", "", *_trainable_and_size(tensors))
+    return table
+
+
+class HookHandles:
+    """Removes several hooks at once: ``remove()``, or at the end of a ``with`` block."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def prepare_for_checkpointing(model: nn.Module) -> HookHandles:
+    """Let gradients reach the adapters through reentrant activation checkpointing.
+
+    Reentrant checkpointing differentiates a block only if one of its inputs requires a gradient,
+    which the output of a frozen embedding does not. A hook makes the output of the input embeddings
+    require one; the embedding weights stay frozen. Call it before or after switching checkpointing
+    on. (Not needed with
+    ``use_reentrant=False``, where it only costs the input gradient of the first block.)
+
+    The embeddings are what ``model.get_input_embeddings()`` returns, else every nn.Embedding.
+
+    Returns:
+        A handle whose ``remove()`` takes the hooks away; also a context manager.
+
+    Raises:
+        ValueError: the model has no embedding; make the input tensor require a gradient instead.
+    """
+    embeddings = _input_embeddings(model)
+    if not embeddings:
+        raise ValueError(
+            f"prepare_for_checkpointing: model must have input embeddings, got a "
+            f"{type(model).__name__} with none; call requires_grad_() on its input instead"
+        )
+    return HookHandles([module.register_forward_hook(_require_grad) for module in embeddings])
+
+
+def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad:
+        output.requires_grad_()
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if callable(get_embeddings):
+        try:
+            found = get_embeddings()
+        except NotImplementedError:  # transformers raises it where it cannot tell
+            found = None
+        if isinstance(found, nn.Module):
+            return [found]
+    return [m for m in model.modules() if isinstance(m, nn.Embedding)]
+
+
+def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
+    if type(config) not in MODULE_CLASSES:
+        known = " or ".join(cls.__name__ for cls in MODULE_CLASSES)
+        raise TypeError(f"adapt: config must be a {known}, got {type(config).__name__}")
+    for path, module in model.named_modules():
+        where = path or "the model itself"
+        if isinstance(module, LowRankLinear):
+            raise ValueError(
+                f"adapt: model must not be adapted yet, got a {type(module).__name__} at {where}; "
+                "use unload first"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"adapt: model must carry no PEFT adapter, got peft's "
+                f"{type(module).__qualname__} at {where}; pass the base model"
+            )
+    return MODULE_CLASSES[type(config)]
+
+
+def _with_allocated_ranks(
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
+) -> AdapterConfig:
+    """LaMDA++: the config with a rank for every target in rank_pattern."""
+    if not isinstance(config, LaMDAConfig) or config.rank_budget is None or config.rank_pattern:
+        return config
+    from lowrank_ext.rank_allocation import allocate_ranks  # which imports find_targets
+
+    ranks = allocate_ranks(
+        model,
+        config.r,
+        "|".join(map(re.escape, targets)),  # these paths and no other
+        budget=config.rank_budget,
+        direction=config.direction,
+    )
+    # Anchored, so that no path is taken for the end of a longer one.
+    pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
+    return dataclasses.replace(config, rank_pattern=pattern)
+
+
+def _check_options(
+    model: nn.Module,
+    config: AdapterConfig,
+    module_class: type[LowRankLinear],
+    targets: Mapping[str, nn.Module],
+) -> None:
+    """Raise for whatever would make building one of the modules fail, or change a tied weight."""
+    by_svd = config.init in module_class.svd_inits
+    residual = config.init in module_class.residual_inits
+    weights = {m: w for m in targets.values() if (w := dense_weight(m)) is not None}
+    shared = shared_tensors(model, weights) if residual else {}
+    for path, module in targets.items():
+        features = linear_features(module)
+        assert features is not None  # find_targets returns no other modules
+        options = config.module_options(path)
+        weight = weights.get(module)
+        try:
+            module_class.check_options(
+                *features, **{key: options[key] for key in ("r", "alpha", "dropout", "init")}
+            )
+            adapter_dtype_for(
+                None if weight is None else weight.dtype,
+                config.adapter_dtype,
+                module_class.__name__,
+            )
+        except ValueError as error:
+            raise ValueError(f"adapt: {path}: {error}") from None
+        if by_svd and not computes_its_weight(module):
+            raise ValueError(
+                f"adapt: {path}: init must be one without an SVD of the base weight for a "
+                f"{type(module).__name__} that is not x weightᵀ + bias, got {config.init!r}"
+            )
+        if by_svd and weight is not None and not (weight.is_meta or torch.isfinite(weight).all()):
+            raise ValueError(
+                f"adapt: {path}: weight must be finite for init={config.init!r}, got inf or nan"
+            )
+        if shared.get(module):
+            raise ValueError(
+                f"adapt: {path}: init={config.init!r} would change the weight, which is tied to "
+                f"{', '.join(shared[module])}; exclude the module or use an init that leaves the "
+                "base alone"
+            )
+
+
+def _unfreeze(model: nn.Module, config: AdapterConfig) -> None:
+    for module in modules_named(model, config.modules_to_save):
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_()
+
+
+def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Outermost modules that train whole."""
+    config = getattr(model, "lowrank_config", None)
+    names = config.modules_to_save if config is not None else ()
+    inside = modules_named(model, names)
+    outer: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if module in inside and not any(path.startswith(f"{other}.") for other in outer):
+            outer[path] = module
+    return outer
+
+
+def _trainable_and_size(tensors: list[Tensor]) -> tuple[str, str]:
+    trainable = sum(t.numel() for t in tensors if t.requires_grad)
+    return f"{trainable:,}", decimal(sum(t.numel() * t.element_size() for t in tensors))
+
+
+def _span(values: list[int] | list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} … {high:g}"

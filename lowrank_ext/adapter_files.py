@@ -1,0 +1,137 @@
+"""The two files of an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+They are replaced as a pair. Both are written under other names and synced. Renaming the weights is
+the commit; then the config is renamed, whose waiting name holds the digest of the weights that it
+belongs to. A reader that finds a waiting config with the digest of the present weights takes it. So
+wherever the process dies, either the old pair or the new pair can be read.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+__all__ = ["AdapterFiles", "read_adapter_files", "write_adapter_files"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+class AdapterFiles(NamedTuple):
+    """What the two files hold, and where they are for messages."""
+
+    config_path: Path
+    weights_path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def write_adapter_files(
+    where: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Replace the pair in the directory ``where``, which is made if need be.
+
+    Tensors must be contiguous, on the CPU and share no memory. The same input gives the same bytes.
+
+    Raises:
+        OSError: a file cannot be written. The old pair is left as it was.
+    """
+    weights = _serialised(tensors, metadata)
+    digest = hashlib.sha256(weights).hexdigest()
+    waiting = where / f".{CONFIG_NAME}.{digest}.{os.getpid()}"
+    temporary = where / f".{WEIGHTS_NAME}.{os.getpid()}"
+    where.mkdir(parents=True, exist_ok=True)
+    if (interrupted := _interrupted_save(where)) is not None:
+        interrupted.replace(where / CONFIG_NAME)
+    try:
+        _write_synced(temporary, json.dumps(config, indent=2, sort_keys=True).encode())
+        temporary.replace(waiting)
+        _write_synced(temporary, weights)
+        temporary.replace(where / WEIGHTS_NAME)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        waiting.unlink(missing_ok=True)
+        raise
+    # Should this fail, the weights and the waiting config are a pair that can be read.
+    waiting.replace(where / CONFIG_NAME)
+    _sync_directory(where)
+
+
+def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
+    """Read the pair in the directory ``where``; tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: one of them is damaged. Both name the file.
+    """
+    weights_path = where / WEIGHTS_NAME
+    config_path = _interrupted_save(where) or where / CONFIG_NAME
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{caller}: {path} does not exist")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{caller}: {config_path} must be JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{caller}: {config_path} must hold an object, got {config!r:.40}")
+    try:
+        with safetensors.safe_open(weights_path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{caller}: {weights_path} must be a whole safetensors file: {error}"
+        ) from None
+    return AdapterFiles(config_path, weights_path, config, tensors, metadata)
+
+
+def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with PEFT's metadata and ``metadata``."""
+    plain: bytes = safetensors.torch.save(dict(tensors), {"format": "pt"})
+    if not metadata:
+        return plain
+    # safetensors writes two or more metadata entries in random order: the header is rewritten.
+    (size,) = struct.unpack("<Q", plain[:8])
+    header = json.loads(plain[8 : 8 + size])
+    header["__metadata__"] |= metadata
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + plain[8 + size :]
+
+
+def _interrupted_save(where: Path) -> Path | None:
+    """The config of the present weights, if a save ended between its two renames."""
+    weights = where / WEIGHTS_NAME
+    if not any(where.glob(f".{CONFIG_NAME}.*")) or not weights.is_file():
+        return None
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return next(iter(sorted(where.glob(f".{CONFIG_NAME}.{digest}.*"))), None)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,77 @@
+"""Where an interrupted run continues: OUT[/method]/checkpoint-<step>, written whole, the previous
+one removed after."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_ext.cli import methods
+from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.files import new_directory
+from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.training import Progress, Trainer
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STATE = "training_state.pt"
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [
+        path
+        for path in directory.iterdir()
+        if _NAME.fullmatch(path.name) and (path / _STATE).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_digest: str) -> Path:
+    """Adapter, optimiser, freezing schedule, RNG and progress, in one directory that appears
+    whole."""
+    path = directory / f"checkpoint-{trainer.progress.step:06d}"
+    older = checkpoints(directory)
+    with new_directory(path) as temporary:
+        methods.save(trainer.method, trainer.model, tokenizer, temporary)
+        state = {
+            "optimizer": trainer.optimizer.state_dict(),
+            "freezing": None if trainer.freezing is None else trainer.freezing.state_dict(),
+            "rng": torch.get_rng_state(),
+            "progress": dataclasses.asdict(trainer.progress),
+            "text_digest": text_digest,
+        }
+        with (temporary / _STATE).open("wb") as file:
+            torch.save(state, file)
+    for old in older:
+        if old != path:
+            shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def restore_trainer(
+    method: str, base: CausalLM, settings: Settings, path: Path, text_digest: str
+) -> Trainer:
+    """A trainer that goes on where `save_checkpoint` left off; takes the base model over."""
+    with as_user_error(f"cannot read {path / _STATE}", OSError, RuntimeError, ValueError, EOFError):
+        state = torch.load(path / _STATE, weights_only=True)
+    if state["text_digest"] != text_digest:
+        raise UserError(f"the text or the tokenizer has changed since {path} was written")
+    trainer = Trainer(method, methods.load(method, base, settings, path), settings)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.freezing is not None:
+        trainer.freezing.load_state_dict(state["freezing"])
+    trainer.progress = Progress(**state["progress"])
+    torch.set_rng_state(state["rng"])
+    return trainer
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Once the result is written, nothing is left to continue."""
+    for path in checkpoints(directory):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""Progress: a bar on a terminal, a plain line every few seconds anywhere else."""
+
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from lowrank_ext.cli.training import Progress
+
+LINE_SECONDS = 5.0
+_SPEED_WINDOW = 10
+NON_TERMINAL_WIDTH = 120
+
+
+class Display(Protocol):
+    """What the run tells the user about one method; a context manager."""
+
+    def __enter__(self) -> "Display": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def update(self, progress: Progress) -> None:
+        """After a step."""
+
+    def phase(self, text: str) -> None:
+        """What the run does now, when it is not training."""
+
+
+def make_console() -> Console:
+    """Stdout; wide enough for the table when there is no terminal whose width could be asked."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=NON_TERMINAL_WIDTH)
+
+
+def make_display(console: Console, title: str, steps: int, tokens_per_step: int) -> Display:
+    """The bar when the console is a terminal."""
+    if console.is_terminal:
+        return BarDisplay(console, title, steps, tokens_per_step)
+    return LineDisplay(console, title, steps, tokens_per_step)
+
+
+def tokens_per_second(progress: Progress, tokens_per_step: int) -> float:
+    """Over the last ten steps."""
+    recent = progress.step_seconds[-_SPEED_WINDOW:]
+    return len(recent) * tokens_per_step / sum(recent) if recent else 0.0
+
+
+class BarDisplay:
+    """A rich progress bar with step, loss, tokens/s and time left."""
+
+    def __init__(self, console: Console, title: str, steps: int, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.bar = RichProgress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task: TaskID = self.bar.add_task(title, total=steps, status="")
+
+    def __enter__(self) -> "BarDisplay":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, progress: Progress) -> None:
+        speed = tokens_per_second(progress, self.tokens_per_step)
+        status = f"loss {progress.losses[-1]:.4f}  {speed:,.0f} tokens/s"
+        self.bar.update(self.task, completed=progress.step, status=status)
+
+    def phase(self, text: str) -> None:
+        self.bar.update(self.task, status=text)
+
+
+class LineDisplay:
+    """Plain lines: the first and the last step, one every few seconds between them, and every
+    phase."""
+
+    def __init__(self, console: Console, title: str, steps: int, tokens_per_step: int) -> None:
+        self.console = console
+        self.title = title
+        self.steps = steps
+        self.tokens_per_step = tokens_per_step
+        self.printed_at = float("-inf")
+
+    def __enter__(self) -> "LineDisplay":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def update(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self.printed_at < LINE_SECONDS and progress.step < self.steps:
+            return
+        self.printed_at = now
+        speed = tokens_per_second(progress, self.tokens_per_step)
+        left = (self.steps - progress.step) * self.tokens_per_step / speed
+        self._print(
+            f"step {progress.step}/{self.steps}  loss {progress.losses[-1]:.4f}  "
+            f"{speed:,.0f} tokens/s  {left:.0f} s left"
+        )
+
+    def phase(self, text: str) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(f"{self.title}  {text}", markup=False, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""Files that are either whole or absent: written to a temporary name, fsynced, renamed."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lowrank_ext.cli.errors import UserError, one_line
+
+MEBIBYTE = 2**20
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file or leaves what was there before."""
+    with cannot_write(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON. Raises UserError naming the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary directory to fill; on success it takes the place of `path`."""
+    with cannot_write(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        with cannot_write(path):
+            yield temporary
+            _sync_tree(temporary)
+            temporary.chmod(0o755)
+            replace_directory(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Renames `source` to `target`. A directory cannot be renamed over one that has files, so the
+    old one moves aside."""
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(source, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def cannot_write(path: Path) -> Iterator[None]:
+    """A full disk or a missing permission becomes one line that names the path.
+
+    torch.save and safetensors report a failed write with exceptions of their own, hence the names.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" or "inline_container" in str(error):
+            raise UserError(f"cannot write {path}: {one_line(error)}") from error
+        raise
+
+
+def prepare_output(out: Path) -> None:
+    """Creates the output directory and proves that a file can be written there."""
+    with cannot_write(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"x")
+
+
+def require_free_space(out: Path, num_bytes: int) -> None:
+    """Raises UserError when the disk of `out` has fewer than `num_bytes` free."""
+    free = shutil.disk_usage(out).free
+    if free < num_bytes:
+        raise UserError(
+            f"no disk space in {out}: the run needs about {num_bytes / MEBIBYTE:.0f} MiB, "
+            f"{free / MEBIBYTE:.0f} MiB are free"
+        )

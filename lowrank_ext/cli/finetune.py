@@ -1,0 +1,426 @@
+"""`lowrank-ext finetune`: load, train and measure each method from the same start, report."""
+
+import copy
+import logging
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lowrank_ext.cli import methods
+from lowrank_ext.cli.checkpoints import (
+    checkpoints,
+    remove_checkpoints,
+    restore_trainer,
+    save_checkpoint,
+)
+from lowrank_ext.cli.data import Corpus, load_corpus
+from lowrank_ext.cli.display import Display, make_display
+from lowrank_ext.cli.errors import Interrupted, UserError
+from lowrank_ext.cli.files import (
+    MEBIBYTE,
+    cannot_write,
+    prepare_output,
+    read_json,
+    require_free_space,
+    write_json,
+)
+from lowrank_ext.cli.interrupts import StopRequest
+from lowrank_ext.cli.measure import (
+    PeakMemory,
+    frozen_loss,
+    interleaved_timing,
+    release_memory,
+    saved_bytes,
+)
+from lowrank_ext.cli.models import (
+    CausalLM,
+    LoadedModel,
+    check_context,
+    check_vocabulary,
+    dtype_name,
+    find_model,
+    load_model,
+    resolve_adapter_dtype,
+    resolve_dtype,
+)
+from lowrank_ext.cli.report import (
+    Result,
+    human_count,
+    read_result,
+    results_table,
+    write_report,
+    write_result,
+)
+from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.training import Events, Progress, Trainer, held_out_loss, model_loss
+
+TIMING_ROUNDS = 5
+_SETTINGS = "settings.json"
+_RESULT = "result.json"
+_LOG = logging.getLogger("lowrank_ext.finetune")
+# Per parameter a run writes its value, two AdamW moments and an fp32 master; the old checkpoint
+# goes after the new.
+_BYTES_PER_STORED_PARAMETER = 2 * 4 * 4
+
+
+@dataclass
+class Job:
+    """What all methods of a run share. `base` is never trained: methods get copies, and it is the
+    frozen model that they are measured against."""
+
+    settings: Settings
+    out: Path
+    resume: bool
+    console: Console
+    stop: StopRequest
+    base: CausalLM
+    tokenizer: Any
+    corpus: Corpus
+    text_digest: str
+    held_out: list[Tensor]
+    frozen_saved_bytes: int
+
+    @property
+    def batch(self) -> Tensor:
+        """The batch that everything is measured on: the first one."""
+        return self.corpus.train_batch(0, self.settings.batch, self.settings.seed)
+
+    @property
+    def num_parameters(self) -> int:
+        return methods.count(self.base.parameters())
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.batch * self.settings.seq_len
+
+    def frozen_loss(self) -> Tensor:
+        """Loss of the frozen model on `batch`."""
+        return frozen_loss(self.base, self.batch)
+
+
+def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
+    """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
+    prepare_output(out)
+    if resume and not (out / _SETTINGS).is_file():
+        raise UserError(f"--resume: {out} holds no run to continue")
+    with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        job = prepare(settings, out, resume, console, stop)
+        results = [run_or_reuse(job, method) for method in settings.methods]
+        finish(job, results)
+
+
+def stored_settings(out: Path) -> Settings:
+    """The settings of the run in `out`."""
+    if not (out / _SETTINGS).is_file():
+        raise UserError(f"--resume: {out} holds no run to continue")
+    return Settings.from_dict(read_json(out / _SETTINGS))
+
+
+def prepare(
+    settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
+) -> Job:
+    """Loads model and text and checks everything that can be checked before the first step."""
+    source = find_model(settings.model)
+    dtype = resolve_dtype(settings.dtype)
+    resolve_adapter_dtype(settings.adapter_dtype, dtype)
+    console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
+    loaded = load_model(source, dtype)
+    check_context(loaded.model, settings.seq_len)
+    corpus = load_corpus(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
+    check_vocabulary(loaded.model, int(max(corpus.train.max(), corpus.held_out.max())))
+    if not resume:
+        start_over(settings, out)
+    job = make_job(settings, out, resume, console, stop, loaded, corpus)
+    describe(job)
+    return job
+
+
+def make_job(
+    settings: Settings,
+    out: Path,
+    resume: bool,
+    console: Console,
+    stop: StopRequest,
+    loaded: LoadedModel,
+    corpus: Corpus,
+) -> Job:
+    """Freezes the base model and measures what it keeps for backward."""
+    base = loaded.model.requires_grad_(False)
+    if settings.compile:
+        base.compile()
+    held_out = corpus.held_out_batches(settings.batch, settings.eval_batches)
+    batch = corpus.train_batch(0, settings.batch, settings.seed)
+    return Job(
+        settings,
+        out,
+        resume,
+        console,
+        stop,
+        base,
+        loaded.tokenizer,
+        corpus,
+        corpus.digest(),
+        held_out,
+        saved_bytes(base, lambda: frozen_loss(base, batch)),
+    )
+
+
+def start_over(settings: Settings, out: Path) -> None:
+    """Removes what an earlier run left to continue, then stores the settings of this one."""
+    for method in settings.methods:
+        directory = settings.method_directory(out, method)
+        remove_checkpoints(directory)
+        (directory / _RESULT).unlink(missing_ok=True)
+    write_json(out / _SETTINGS, settings.to_dict())
+
+
+def describe(job: Job) -> None:
+    """Two lines about model and text."""
+    settings, corpus = job.settings, job.corpus
+    held_out = sum(rows.numel() for rows in job.held_out)
+    job.console.print(
+        f"{human_count(job.num_parameters)} parameters, {torch.get_num_threads()} threads; "
+        f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
+        f"{settings.targets}\n"
+        f"{corpus.description}, {corpus.train.numel():,} tokens to train on, {held_out:,} held "
+        f"out; {settings.steps} steps of {settings.batch} x {settings.seq_len} tokens",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def run_or_reuse(job: Job, method: str) -> Result:
+    """The stored result when a resumed run has it, else a new one. Raises Interrupted when the
+    user stops."""
+    directory = job.settings.method_directory(job.out, method)
+    if job.resume and (directory / _RESULT).is_file():
+        job.console.print(f"{method}: already finished", markup=False)
+        return read_result(directory / _RESULT)
+    with cannot_write(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    release_memory()
+    result = run_frozen(job) if method == "frozen" else run_method(job, method, directory)
+    write_result(directory / _RESULT, result)
+    remove_checkpoints(directory)
+    _LOG.info("%s: finished, held-out loss %.6f", method, result.held_out[-1][1])
+    return result
+
+
+def run_frozen(job: Job) -> Result:
+    """The base model itself: held-out loss, and what forward + backward through it costs."""
+    with display_for(job, "frozen") as display:
+        display.phase("evaluating")
+        loss = held_out_loss(job.base, job.held_out)
+        display.phase("measuring")
+        with PeakMemory() as peak:
+            timing = interleaved_timing(
+                job.frozen_loss, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested
+            )
+    stop_if_requested(job, "frozen", 0)
+    return Result(
+        method="frozen",
+        learning_rate=0.0,
+        trainable_at_start=0,
+        trainable_at_end=0,
+        saved_bytes_at_start=job.frozen_saved_bytes,
+        saved_bytes_at_end=job.frozen_saved_bytes,
+        frozen_saved_bytes=job.frozen_saved_bytes,
+        peak_rss_bytes=peak.num_bytes,
+        peak_rss_source=peak.source,
+        forward_backward_ms=timing.milliseconds,
+        frozen_forward_backward_ms=timing.frozen_milliseconds,
+        forward_backward_ratio=1.0,
+        optimizer_ms=None,
+        tokens_per_second=None,
+        skipped_steps=0,
+        held_out=[(0, loss)],
+        losses=[],
+        saved_to=None,
+    )
+
+
+def run_method(job: Job, method: str, directory: Path) -> Result:
+    """Trains one method from the common start (or from its checkpoint), saves it, then measures
+    it."""
+    with display_for(job, method) as display:
+        trainer = start_trainer(job, method, directory, display)
+        with PeakMemory() as peak:
+            trainer.train(job.corpus, job.held_out, events_for(job, directory, display))
+        methods.save(method, trainer.model, job.tokenizer, directory)
+        stop_if_requested(job, method, trainer.progress.step)
+        display.phase("measuring")
+        result = measure_method(job, trainer, peak, directory)
+    stop_if_requested(job, method, trainer.progress.step)
+    return result
+
+
+def start_trainer(job: Job, method: str, directory: Path, display: Display) -> Trainer:
+    """A new trainer, evaluated and measured before its first step, or the one that a checkpoint
+    holds."""
+    settings = job.settings
+    found = checkpoints(directory) if job.resume else []
+    display.phase("continuing" if found else "preparing")
+    torch.manual_seed(settings.seed)
+    if found:
+        trainer = restore_trainer(method, copy_of_base(job), settings, found[-1], job.text_digest)
+    else:
+        trainer = Trainer(method, methods.build(method, copy_of_base(job), settings), settings)
+    require_free_space(job.out, bytes_to_write(job, trainer.model))
+    if settings.compile:
+        trainer.model.compile()
+    if not found:
+        torch.manual_seed(settings.seed)  # the same dropout draws whatever the initialisation drew
+        record_start(job, trainer, display)
+    _LOG.info(
+        "%s: from step %d, learning rate %g",
+        method,
+        trainer.progress.step,
+        settings.learning_rate(method),
+    )
+    return trainer
+
+
+def copy_of_base(job: Job) -> CausalLM:
+    """A copy that shares nothing and is not compiled."""
+    copied = copy.deepcopy(job.base)
+    copied._compiled_call_impl = None
+    return copied
+
+
+def bytes_to_write(job: Job, model: CausalLM) -> int:
+    """A generous estimate of the disk space that adapter and checkpoints take."""
+    added = methods.count(model.parameters()) - job.num_parameters
+    trained = methods.count(methods.trainable_parameters(model))
+    return 16 * MEBIBYTE + _BYTES_PER_STORED_PARAMETER * max(added, trained)
+
+
+def record_start(job: Job, trainer: Trainer, display: Display) -> None:
+    """Numbers from before the first step. None of them draws from the random generator that
+    training uses."""
+    trainer.progress.trainable_at_start = methods.count(methods.trainable_parameters(trainer.model))
+    trainer.progress.saved_bytes_at_start = saved_bytes(
+        trainer.model, lambda: model_loss(trainer.model, job.batch)
+    )
+    display.phase("evaluating")
+    trainer.evaluate(job.held_out)
+
+
+def events_for(job: Job, directory: Path, display: Display) -> Events:
+    """Progress goes to the display and the log, checkpoints to `directory`."""
+
+    def on_step(progress: Progress) -> None:
+        display.update(progress)
+        _LOG.info(
+            "step %d loss %.6f %.3f s",
+            progress.step,
+            progress.losses[-1],
+            progress.step_seconds[-1],
+        )
+
+    def on_checkpoint(trainer: Trainer) -> None:
+        path = save_checkpoint(trainer, job.tokenizer, directory, job.text_digest)
+        _LOG.info("saved %s", path)
+
+    return Events(on_step, on_checkpoint, lambda: job.stop.requested)
+
+
+def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path) -> Result:
+    """Bytes and time after the last step, in training mode, on the batch that the frozen model
+    gets too."""
+    model, progress = trainer.model, trainer.progress
+
+    def loss_of() -> Tensor:
+        return model_loss(model, job.batch)
+
+    saved = saved_bytes(model, loss_of)
+    timing = interleaved_timing(loss_of, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested)
+    name = methods.saved_name(trainer.method)
+    return Result(
+        method=trainer.method,
+        learning_rate=job.settings.learning_rate(trainer.method),
+        trainable_at_start=progress.trainable_at_start,
+        trainable_at_end=methods.count(methods.trainable_parameters(model)),
+        saved_bytes_at_start=progress.saved_bytes_at_start,
+        saved_bytes_at_end=saved,
+        frozen_saved_bytes=job.frozen_saved_bytes,
+        peak_rss_bytes=peak.num_bytes,
+        peak_rss_source=peak.source,
+        forward_backward_ms=timing.milliseconds,
+        frozen_forward_backward_ms=timing.frozen_milliseconds,
+        forward_backward_ratio=timing.ratio,
+        optimizer_ms=1e3 * statistics.median(progress.optimizer_seconds),
+        tokens_per_second=job.tokens_per_step / statistics.median(progress.step_seconds),
+        skipped_steps=progress.skipped_steps,
+        held_out=progress.held_out,
+        losses=progress.losses,
+        saved_to=None if name is None else str(directory / name),
+    )
+
+
+def stop_if_requested(job: Job, method: str, step: int) -> None:
+    """Raises Interrupted with the command that goes on."""
+    if job.stop.requested:
+        raise Interrupted(
+            f"stopped {method} after step {step} of {job.settings.steps}, everything is saved; "
+            f"continue with: lowrank-ext finetune --resume --out {job.out}"
+        )
+
+
+def display_for(job: Job, method: str) -> Display:
+    """The display of one method; its title counts the methods of a comparison."""
+    names = job.settings.methods
+    title = f"[{names.index(method) + 1}/{len(names)}] {method}" if len(names) > 1 else method
+    return make_display(job.console, title, job.settings.steps, job.tokens_per_step)
+
+
+def finish(job: Job, results: list[Result]) -> None:
+    """Writes the report, prints the table and what was written."""
+    settings = job.settings
+    model = {
+        "name": find_model(settings.model).name,
+        "dtype": dtype_name(methods.base_dtype(job.base)),
+        "parameters": job.num_parameters,
+        "train_tokens": job.corpus.train.numel(),
+        "held_out_tokens": sum(rows.numel() for rows in job.held_out),
+    }
+    paths = write_report(job.out, settings, model, results)
+    title = (
+        f"{model['name']}, {model['dtype']}, adapters {settings.adapter_dtype}, rank "
+        f"{settings.rank}, dropout {settings.dropout:g}, batch {settings.batch} x "
+        f"{settings.seq_len}, {settings.steps} steps, {torch.get_num_threads()} threads"
+    )
+    job.console.print()
+    job.console.print(results_table(results, title))
+    saved = [Path(result.saved_to) for result in results if result.saved_to is not None]
+    for path in [*saved, *paths, job.out / "finetune.log"]:
+        job.console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def log_file(path: Path, append: bool) -> Iterator[None]:
+    """Sends the log of this run, and the warnings of libraries, to a file and nowhere else."""
+    with cannot_write(path):
+        handler = logging.FileHandler(path, mode="a" if append else "w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    loggers = (_LOG, logging.getLogger("py.warnings"))
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    _LOG.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

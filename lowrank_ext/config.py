@@ -1,0 +1,299 @@
+"""What to adapt and how: one immutable dataclass per method.
+
+Every check that needs no model happens when a config is built. A changed copy is made with
+``dataclasses.replace(config, r=8)``.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+import torch
+
+ALL_LINEAR = "all-linear"
+ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(kw_only=True, frozen=True)
+class AdapterConfig:
+    """What every method has in common; use a subclass.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: the branch is scaled by ``alpha / r``; None stands for alpha = r, so the scaling is 1
+            (sqrt(r) with ``rslora``).
+        rslora: scale by ``alpha / sqrt(r)``, r being the rank of the module at hand.
+        dropout: probability of dropping an element of the branch's input while training.
+        target_modules: names, where a module matches when its path equals a name or ends with
+            ``"." + name``; or one regular expression for the whole path; or ``"all-linear"``.
+        exclude_modules: modules to leave alone, matched as target_modules are.
+        rank_pattern, alpha_pattern: values for single modules. A key is a name suffix or a regular
+            expression; the first key with ``re.match(rf"(.*\\.)?({key})$", path)`` counts, as in
+            PEFT.
+        modules_to_save: names of modules that are trained whole and saved whole.
+        adapter_dtype: ``"base"`` or a floating dtype, by name or as ``torch.dtype``. With a float64
+            base the adapters are always float64.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+        TypeError: an argument has the wrong type.
+    """
+
+    peft_type: ClassVar[str] = ""
+    inits: ClassVar[tuple[str, ...]] = ()
+
+    r: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    adapter_dtype: torch.dtype | str = "float32"
+    init: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.peft_type:
+            raise TypeError(
+                "AdapterConfig: use LoRAConfig or LaMDAConfig, AdapterConfig itself is no method"
+            )
+        owner = type(self).__name__
+        check_rank(self.r, owner, "r")
+        if self.alpha is not None:
+            check_alpha(self.alpha, owner, "alpha")
+        check_dropout(self.dropout, owner)
+        check_choice(self.init, self.inits, owner, "init")
+        for key, rank in self.rank_pattern.items():
+            _check_regex(key, owner, "rank_pattern")
+            check_rank(rank, owner, f"rank_pattern[{key!r}]")
+        for key, alpha in self.alpha_pattern.items():
+            _check_regex(key, owner, "alpha_pattern")
+            check_alpha(alpha, owner, f"alpha_pattern[{key!r}]")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                f"{owner}: modules_to_save must be a sequence of names, "
+                f"got the string {self.modules_to_save!r}"
+            )
+        self._set("target_modules", _normalised_names(self.target_modules, owner, "target_modules"))
+        if not self.target_modules:
+            raise ValueError(f"{owner}: target_modules must name at least one module, got none")
+        if self.exclude_modules is not None:
+            self._set(
+                "exclude_modules", _normalised_names(self.exclude_modules, owner, "exclude_modules")
+            )
+        self._set(
+            "modules_to_save", _normalised_names(self.modules_to_save, owner, "modules_to_save")
+        )
+        self._set("rank_pattern", dict(self.rank_pattern))
+        self._set("alpha_pattern", dict(self.alpha_pattern))
+        self._set("adapter_dtype", normalised_adapter_dtype(self.adapter_dtype, owner))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen: only while the object is being built
+
+    def rank_for(self, path: str) -> int:
+        """Rank of the module at ``path``."""
+        key = matching_pattern(self.rank_pattern, path)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_for(self, path: str) -> float | None:
+        """alpha of the module at ``path``; None stands for that module's rank."""
+        key = matching_pattern(self.alpha_pattern, path)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def module_options(self, path: str) -> dict[str, Any]:
+        """Keyword arguments for ``from_linear`` of the module class of this method."""
+        return {
+            "r": self.rank_for(path),
+            "alpha": self.alpha_for(path),
+            "rslora": self.rslora,
+            "dropout": self.dropout,
+            "init": self.init,
+            "adapter_dtype": self.adapter_dtype,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ``peft_type`` as values that JSON can hold."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {"peft_type": self.peft_type, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that :meth:`to_dict` described.
+
+        Called on AdapterConfig, ``peft_type`` selects the method; called on a method it may be
+        absent.
+
+        Raises:
+            ValueError: ``peft_type`` is missing, unknown or another method's, or a key is no field.
+        """
+        values = dict(values)
+        peft_type = values.pop("peft_type", cls.peft_type)
+        known = {c.peft_type: c for c in _methods()}
+        if peft_type not in known:
+            raise ValueError(
+                f"{cls.__name__}.from_dict: peft_type must be one of {sorted(known)}, "
+                f"got {peft_type!r}"
+            )
+        config_class = known[peft_type]
+        if not issubclass(config_class, cls):
+            raise ValueError(
+                f"{cls.__name__}.from_dict: peft_type must be {cls.peft_type!r}, got {peft_type!r}"
+            )
+        names = [f.name for f in fields(config_class)]
+        for key in values:
+            if key not in names:
+                raise ValueError(
+                    f"{config_class.__name__}.from_dict: {key!r} is not a field"
+                    f"{did_you_mean(key, names)}"
+                )
+        return config_class(**values)
+
+
+@dataclass(kw_only=True, frozen=True)
+class LoRAConfig(AdapterConfig):
+    """LoRA: y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ, both projections train.
+
+    Attributes:
+        init: ``"kaiming"``: lora_a uniform as in PEFT, lora_b zero. ``"gaussian"``: lora_a normal
+            with standard deviation 1/r, lora_b zero. ``"pissa"``: the top-r singular triples of W,
+            which are taken out of the base weight (Meng et al., arXiv 2404.02948).
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    inits: ClassVar[tuple[str, ...]] = ("kaiming", "gaussian", "pissa")
+
+    init: str = "kaiming"
+
+
+@dataclass(kw_only=True, frozen=True)
+class LaMDAConfig(AdapterConfig):
+    """LaMDA and LaMDA++: the branch has a trainable core [r, r] between frozen projections.
+
+    (Azizi et al., arXiv 2406.12832.) lora_a never trains. lora_b trains until a freezing schedule
+    (``FreezeSchedule``) has frozen its columns.
+
+    Attributes:
+        init: ``"svd_residual"``: the top-r singular triples of W, taken out of the base weight.
+            ``"svd_zero_core"``: the same projections with a zero core and W untouched.
+            ``"lora"``: lora_a Kaiming, lora_b zero, core as ``nn.Linear`` starts.
+        train_lora_b: False freezes lora_b from the start.
+        rank_budget: None, or what LaMDA++'s rank allocation keeps: ``"rank"`` (mean rank) or
+            ``"params"`` (sum of squared ranks). The ranks are found by ``adapt``, which stores them
+            in ``rank_pattern`` of the model's ``lowrank_config``; a non-empty ``rank_pattern`` is
+            used as it is.
+        direction: which spectra get larger ranks, ``"flat_gets_more"`` or
+            ``"concentrated_gets_more"``.
+    """
+
+    peft_type: ClassVar[str] = "LAMDA"
+    inits: ClassVar[tuple[str, ...]] = ("svd_residual", "svd_zero_core", "lora")
+
+    init: str = "svd_residual"
+    train_lora_b: bool = True
+    rank_budget: str | None = None
+    direction: str = "flat_gets_more"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_train_lora_b(self.train_lora_b, self.init, owner)
+        if self.rank_budget is not None:
+            check_choice(self.rank_budget, ("rank", "params"), owner, "rank_budget")
+        check_choice(
+            self.direction, ("flat_gets_more", "concentrated_gets_more"), owner, "direction"
+        )
+
+    def module_options(self, path: str) -> dict[str, Any]:
+        return {**super().module_options(path), "train_lora_b": self.train_lora_b}
+
+
+def _methods() -> tuple[type[AdapterConfig], ...]:
+    return (LoRAConfig, LaMDAConfig)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, or nothing."""
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def matching_pattern(keys: Iterable[str], path: str) -> str | None:
+    """First key that applies to ``path`` by PEFT's rule, or None."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def check_rank(rank: object, owner: str, name: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"{owner}: {name} must be at least 1, got {rank}")
+
+
+def check_alpha(alpha: object, owner: str, name: str) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise TypeError(f"{owner}: {name} must be a number or None, got {alpha!r}")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"{owner}: {name} must be positive and finite, got {alpha}")
+
+
+def check_dropout(dropout: object, owner: str) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"{owner}: dropout must be a number, got {dropout!r}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{owner}: dropout must be between 0 and 1, got {dropout}")
+
+
+def check_choice(value: object, choices: Sequence[str], owner: str, name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {list(choices)}, got {value!r}")
+
+
+def check_train_lora_b(train_lora_b: bool, init: str, owner: str) -> None:
+    # lora_b starts at zero there: with lora_b frozen the core's gradient would stay zero for ever.
+    if init == "lora" and not train_lora_b:
+        raise ValueError(
+            f"{owner}: train_lora_b must be True with init='lora' (lora_b starts at zero), "
+            "got False"
+        )
+
+
+def normalised_adapter_dtype(dtype: torch.dtype | str, owner: str) -> str:
+    """The dtype's name without ``torch.``, one of ADAPTER_DTYPES."""
+    name = str(dtype).removeprefix("torch.")
+    check_choice(name, ADAPTER_DTYPES, owner, "adapter_dtype")
+    return name
+
+
+def _normalised_names(
+    names: str | Iterable[str], owner: str, argument: str
+) -> str | tuple[str, ...]:
+    if isinstance(names, str):
+        _check_regex(names, owner, argument)
+        return names
+    # A set has no order of its own; sorted, the config is the same in every process.
+    ordered = tuple(sorted(names) if isinstance(names, set | frozenset) else names)
+    for name in ordered:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{owner}: {argument} must hold non-empty strings, got {name!r}")
+    return ordered
+
+
+def _check_regex(pattern: str, owner: str, argument: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{owner}: {argument} must be a valid regular expression, got {pattern!r}: {error}"
+        ) from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,181 @@
+"""Which modules of a model a config means, and which tensors share memory."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig, did_you_mean, matching_pattern
+from lowrank_ext.nn.linear import is_conv1d, linear_features
+
+HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
+
+
+def find_targets(
+    model: nn.Module, config: AdapterConfig, caller: str = "adapt"
+) -> dict[str, nn.Module]:
+    """Path and module of everything ``config`` wants adapted, in the order of the model.
+
+    A module that is registered at several paths appears once, under its first path, and is meant
+    when any of its paths matches. ``"all-linear"`` stands for every nn.Linear and Conv1D but the
+    output head. A regular expression selects among the modules with in and out features; a name in
+    a list must not match anything else. Excluding a module or naming it in modules_to_save covers
+    all inside it.
+
+    Raises:
+        TypeError: the model itself is a linear module.
+        ValueError: a name or pattern matches nothing (near matches are named), a named module
+            cannot be adapted, or nothing is left to adapt.
+    """
+    if linear_features(model) is not None:
+        raise TypeError(
+            f"{caller}: model must contain modules to replace, got a {type(model).__name__}; "
+            "use lowrank_ext.nn.LoRALinear.from_linear (or LaMDALinear) for one module"
+        )
+    paths = _module_paths(model)
+    _check_names(paths, config, caller)
+    left_alone = modules_named(model, config.modules_to_save)
+    if config.exclude_modules is not None:
+        left_alone |= modules_named(model, config.exclude_modules)
+    if config.target_modules == ALL_LINEAR:
+        left_alone |= _output_head(model, paths)
+        wanted = {m for m in paths if _is_linear(m)}
+    else:
+        wanted = {
+            m for m, own in paths.items() if any(_matches(p, config.target_modules) for p in own)
+        }
+    targets = {own[0]: m for m, own in paths.items() if m in wanted and m not in left_alone}
+    if isinstance(config.target_modules, str):
+        targets = {path: m for path, m in targets.items() if linear_features(m) is not None}
+    for path, module in targets.items():
+        _check_adaptable(path, module, caller)
+    if not targets:
+        raise ValueError(
+            f"{caller}: target_modules must leave a linear module of {type(model).__name__}, "
+            f"got {config.target_modules!r} without exclude_modules={config.exclude_modules!r} and "
+            f"modules_to_save={list(config.modules_to_save)!r}"
+        )
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, argument):
+            if not any(matching_pattern([key], path) for path in targets):
+                raise _no_match(caller, argument, key, "an adapted module", targets)
+    return targets
+
+
+def modules_named(model: nn.Module, names: str | Sequence[str]) -> set[nn.Module]:
+    """The modules that ``names`` match, with all modules inside them."""
+    named = model.named_modules(remove_duplicate=False)
+    return {inner for path, m in named if path and _matches(path, names) for inner in m.modules()}
+
+
+def shared_tensors(
+    model: nn.Module, weights: Mapping[nn.Module, Tensor]
+) -> dict[nn.Module, list[str]]:
+    """For each module's weight, the names of the tensors of other modules that overlap it in
+    memory."""
+    by_storage: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None:
+                entry = (f"{path}.{name}".lstrip("."), module, tensor)
+                by_storage.setdefault(_storage_key(tensor), []).append(entry)
+    return {
+        owner: [
+            name
+            for name, module, tensor in by_storage.get(_storage_key(weight), [])
+            if module is not owner and _overlap(tensor, weight)
+        ]
+        for owner, weight in weights.items()
+    }
+
+
+def _module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All paths of each module but the model itself, in the order of named_modules."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path:
+            paths.setdefault(module, []).append(path)
+    return paths
+
+
+def _matches(path: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, caller: str) -> None:
+    every = [path for own in paths.values() for path in own]
+    linear = [own[0] for module, own in paths.items() if linear_features(module) is not None]
+    for argument in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(config, argument)
+        if names is None or (argument == "target_modules" and names == ALL_LINEAR):
+            continue
+        for name in [names] if isinstance(names, str) else names:
+            pattern = name if isinstance(names, str) else [name]
+            if not any(_matches(path, pattern) for path in every):
+                known = every if argument == "modules_to_save" else linear
+                raise _no_match(caller, argument, name, "a module", known)
+
+
+def _no_match(caller: str, argument: str, name: str, what: str, paths: Iterable[str]) -> ValueError:
+    known = [part for path in paths for part in (path.rpartition(".")[2], path)]
+    return ValueError(
+        f"{caller}: {argument} must match {what} of the model, got {name!r}, which matches none"
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    linear = isinstance(module, nn.Linear) or is_conv1d(module)
+    return linear and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _output_head(model: nn.Module, paths: Mapping[nn.Module, list[str]]) -> set[nn.Module]:
+    """The model's output embeddings, else the last linear whose path has a head's usual name."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module):
+        return set(head.modules())
+    named = [
+        module
+        for module, own in paths.items()
+        if _is_linear(module) and any(HEAD_NAMES.intersection(path.split(".")) for path in own)
+    ]
+    return set(named[-1:])
+
+
+def _check_adaptable(path: str, module: nn.Module, caller: str) -> None:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"{caller}: target_modules must name modules that are called, got {path}, whose weight "
+            "nn.MultiheadAttention reads without calling it; put it into exclude_modules"
+        )
+    if linear_features(module) is None:
+        raise ValueError(
+            f"{caller}: target_modules must name linear modules, got {path}, a "
+            f"{type(module).__name__}; name the linear modules inside it, or exclude it"
+        )
+
+
+def _storage_key(tensor: Tensor) -> int:
+    # Meta tensors have no address and tensor subclasses may have none: there only identity counts.
+    return id(tensor) if _has_no_address(tensor) else tensor.untyped_storage().data_ptr()
+
+
+def _has_no_address(tensor: Tensor) -> bool:
+    return type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.numel() == 0
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors with the same storage key have addresses in common, as spans."""
+    if a is b or _has_no_address(a):
+        return True
+    return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
+
+
+def _end(tensor: Tensor) -> int:
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()

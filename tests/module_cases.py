@@ -1,0 +1,191 @@
+"""Bases, adapted modules and models shared by the tests of modules and of model surgery."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_ext.config import AdapterConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.nn import LaMDALinear, LoRALinear, LowRankLinear
+
+IN, OUT, RANK = 12, 9, 3
+
+
+class Method(NamedTuple):
+    module: type[LowRankLinear]
+    config: type[AdapterConfig]
+    init: str
+
+    def __str__(self) -> str:
+        return f"{self.config.peft_type.lower()}-{self.init}"
+
+
+METHODS = [
+    Method(module, config, init)
+    for module, config in ((LoRALinear, LoRAConfig), (LaMDALinear, LaMDAConfig))
+    for init in module.inits
+]
+RESIDUAL = [m for m in METHODS if m.init in m.module.residual_inits]
+ZERO_BRANCH = [m for m in METHODS if m not in RESIDUAL]
+
+
+class DoublingLinear(nn.Linear):
+    """A linear with a forward of its own: its output is not a function of its weight alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Int8Linear(nn.Module):
+    """A quantised linear: integer weight, one scale, no floating weight to merge into."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        codes = torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", torch.tensor(0.125, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def plain_linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    return nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+
+
+def negated_linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A linear with a hook that changes its output."""
+    linear = plain_linear(dtype)
+    linear.register_forward_hook(_negate)
+    return linear
+
+
+def observed_linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A linear with a hook that only looks at its output."""
+    linear = plain_linear(dtype)
+    linear.register_forward_hook(_look)
+    return linear
+
+
+def _look(module: nn.Module, args: Any, output: Tensor) -> None:
+    assert output.shape[-1] == OUT
+
+
+def _negate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return -output
+
+
+def conv1d(dtype: torch.dtype = torch.float32) -> Conv1D:
+    conv = Conv1D(OUT, IN)
+    nn.init.normal_(conv.weight)
+    nn.init.normal_(conv.bias)
+    return conv.to(dtype)
+
+
+# Owned, mergeable, and any base at all.
+PLAIN_BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
+    "linear": plain_linear,
+    "linear-no-bias": lambda dtype: plain_linear(dtype, bias=False),
+    "conv1d": conv1d,
+}
+DENSE_BASES = {**PLAIN_BASES, "observed": observed_linear}
+BASES = {
+    **DENSE_BASES,
+    "negated": negated_linear,
+    "doubling": lambda dtype: DoublingLinear(IN, OUT, dtype=dtype),
+    "int8": lambda dtype: Int8Linear(IN, OUT, dtype),
+}
+
+
+def fits(method: Method, kind: str) -> bool:
+    """Whether the method's init can start from this base: an SVD needs the weight to be the map."""
+    return kind in DENSE_BASES or method.init not in method.module.svd_inits
+
+
+METHODS_AND_BASES = [(m, kind) for m in METHODS for kind in BASES if fits(m, kind)]
+
+
+def weight_of(base: nn.Module) -> Tensor:
+    """The base's weight as [N, K]."""
+    weight = base.get_parameter("weight")
+    return weight.t() if isinstance(base, Conv1D) else weight
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    """Give what trains in the adapters below `module` values of order one that no init gives."""
+    for layer in module.modules():
+        if isinstance(layer, LowRankLinear):
+            for name in ("lora_a", "lora_b", "core"):
+                tensor = getattr(layer, name)
+                if tensor is not None and tensor.requires_grad:
+                    tensor.copy_(torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5)
+
+
+def lora_product(method: Method, base: nn.Module, lora_a: Tensor, lora_b: Tensor, **options: Any):
+    """The method's module with core (where there is one) the identity, so that the branch is B A."""
+    init = {"LORA": "kaiming", "LAMDA": "svd_zero_core"}[method.config.peft_type]
+    module = method.module.from_linear(
+        base, r=lora_a.shape[0], init=init, initialise=False, adapter_dtype="base", **options
+    )
+    with torch.no_grad():
+        module.lora_a.copy_(lora_a)
+        module.lora_b.copy_(lora_b)
+        if module.core is not None:
+            module.core.copy_(torch.eye(module.r))
+    return module
+
+
+def branch(module: LowRankLinear, x: Tensor) -> Tensor:
+    """The branch's definition in fp64 (no dropout), differentiable."""
+    h = x.double() @ module.lora_a.double().mT
+    if module.core is not None:
+        h = h @ module.core.double().mT
+    return module.scaling * (h @ module.lora_b.double().mT)
+
+
+class Block(nn.Module):
+    """Two linears and a nonlinearity, with names as in a language model."""
+
+    def __init__(self, width: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width, dtype=dtype)
+        self.up_proj = nn.Linear(width, 2 * width, dtype=dtype)
+        self.down_proj = nn.Linear(2 * width, width, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.q_proj(x)
+        return x + self.down_proj(torch.tanh(self.up_proj(x)))
+
+
+class TinyLM(nn.Module):
+    """Embedding, blocks, norm and an output head, tied or not."""
+
+    def __init__(
+        self,
+        width: int = 8,
+        vocab: int = 11,
+        tied: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width, dtype=dtype)
+        self.layers = nn.ModuleList(Block(width, dtype) for _ in range(2))
+        self.norm = nn.LayerNorm(width, dtype=dtype)
+        self.lm_head = nn.Linear(width, vocab, bias=False, dtype=dtype)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+IDS = torch.tensor([[0, 3, 1, 7], [5, 2, 10, 4]])
