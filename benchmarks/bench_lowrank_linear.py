@@ -1,18 +1,19 @@
 """lowrank_linear through LoRALinear, against PEFT, torch.compile and the frozen linear.
 
-    python benchmarks/bench_lowrank_linear.py                      # the grid, about a quarter hour on 2 cores
+    python benchmarks/bench_lowrank_linear.py                      # a quarter hour on 2 cores
     python benchmarks/bench_lowrank_linear.py --quick              # a minute
     python benchmarks/bench_lowrank_linear.py --case 2048,1024,1024,16,0.05,bfloat16
 
-Each case is one training step of one layer, x and the adapter requiring gradients, the base frozen. Candidates
-take turns in every round; figures are medians over rounds of time / time of the frozen linear in that round.
+Each case is one training step of one layer: x and the adapter require gradients, the base is
+frozen. Candidates take turns in every round; figures are medians over the rounds of time / time of
+the frozen linear in that round. Rows in which a baseline wins are marked.
 """
 
 import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import peft

@@ -33,7 +33,7 @@ class Seconds(NamedTuple):
 
 @dataclass
 class Rounds:
-    """Seconds per candidate, one entry a round; entry i of every candidate is from the same round."""
+    """Seconds per candidate; entry i of every candidate is from the same round."""
 
     seconds: dict[str, list[Seconds]]
 
@@ -56,13 +56,14 @@ def time_interleaved(
     min_rounds: int = 3,
     max_rounds: int = 300,
 ) -> Rounds:
-    """Rounds of one call each, in a new random order every round, until `budget` seconds are spent."""
+    """Rounds of one call each, in a new random order every time, for about `budget` seconds.
+
+    Warm-up is not counted: it holds page faults, the packing of weights and compilation.
+    """
     call = _call_on_gpu(device) if device == "cuda" else _call_on_cpu
-    start = time.perf_counter()
-    for candidate in candidates.values():  # warm-up: page faults, packed weights, compilation
+    for candidate in candidates.values():
         for _ in range(2):
             call(candidate)
-    budget -= time.perf_counter() - start
     order = list(candidates)
     shuffle = random.Random(0).shuffle
     rounds = Rounds({name: [] for name in candidates})

@@ -507,8 +507,8 @@ def _init_of(fields: Mapping[str, Any], where: str) -> str:
     init = fields.get("init_lora_weights", True)
     if not isinstance(init, bool | str | None) or init not in _PEFT_INITS:
         raise ValueError(
-            f"{where}: init_lora_weights={init!r} is not supported, it may change base weights in a "
-            "way that the file does not hold; save from PEFT with "
+            f"{where}: init_lora_weights={init!r} is not supported, it may change base weights in "
+            "a way that the file does not hold; save from PEFT with "
             "path_initial_model_for_weight_conversion"
         )
     return _PEFT_INITS[init]
@@ -544,7 +544,7 @@ def _modules_for(
             raise _bad_key(
                 files,
                 f"{_PREFIX}{name}.{LORA_A}",
-                f"must belong to a linear module of the model, which has {what} at {name}"
+                f"must belong to a linear module, the model has {what} at {name}"
                 f"{did_you_mean(name, possible)}",
             )
     return {name: present[name] for name in adapters}
@@ -653,7 +653,8 @@ def _check_same(
 
     def differs(what: str, expected: object, got: object) -> ValueError:
         return ValueError(
-            f"load_adapter: {files.config_path}: {what} must be {expected!r} as in the model, got {got!r}"
+            f"load_adapter: {files.config_path}: {what} must be {expected!r} as in the model, "
+            f"got {got!r}"
         )
 
     def start(of: AdapterConfig) -> str:

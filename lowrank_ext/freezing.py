@@ -250,7 +250,8 @@ def _scheduled(model: nn.Module) -> Iterator[tuple[str, LaMDALinear]]:
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, LaMDALinear)]
     if not modules:
         raise ValueError(
-            f"FreezeSchedule: model must contain a LaMDALinear, got a {type(model).__name__} with none"
+            "FreezeSchedule: model must contain a LaMDALinear, "
+            f"got a {type(model).__name__} with none"
         )
     for name, module in modules:
         if module.lora_b.requires_grad:

@@ -96,7 +96,8 @@ def lowrank_add(
 ) -> Tensor:
     """y = base_out + scaling · out_scale ⊙ (mid(drop(x) lora_aᵀ) lora_bᵀ).
 
-    mid(h) = (h ⊙ rank_scale) coreᵀ. Adapter tensors are rounded to x's dtype first, as the kernels do.
+    mid(h) = (h ⊙ rank_scale) coreᵀ. Adapter tensors are rounded to x's dtype first, as in the
+    kernels.
     """
     h = dropout(x, dropout_p, seed) @ lora_a.to(x.dtype).mT
     if rank_scale is not None:

@@ -126,9 +126,8 @@ def load_corpus(paths: tuple[str, ...], field: str, tokenizer: Any, seq_len: int
     held_out = token_blocks(held_out_text, tokenizer, seq_len)
     if min(train.shape[0], held_out.shape[0]) == 0:
         raise UserError(
-            f"the text is too short: training and held-out part each need one sequence of "
-            f"{seq_len} tokens, got {train.shape[0]} and {held_out.shape[0]}; give more text or a smaller "
-            "--seq-len"
+            f"the text is too short: training and held-out part need {seq_len} tokens each, one "
+            "sequence; give more text or a smaller --seq-len"
         )
     source = ", ".join(paths) if paths else "pydoc_data.topics"
     return Corpus(train, held_out, f"{source}: {len(documents)} documents")

@@ -33,8 +33,8 @@ def frozen_loss(model: CausalLM, tokens: Tensor) -> Tensor:
 
 def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
     """Bytes that one forward keeps for its backward: distinct storages of saved tensors, without
-    the model's own parameters and buffers. A storage counts whole, since a view keeps all of it. The
-    random generator and the gradients are left as they were."""
+    the model's own parameters and buffers. A storage counts whole, since a view keeps all of it.
+    The random generator and the gradients are left as they were."""
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }

@@ -113,7 +113,9 @@ class LowRankLinear(nn.Module):
             adapter_dtype_for(base_dtype, adapter_dtype, type(self).__name__), base_device
         )
         self.register_buffer("unmerged_weight", None, persistent=False)
-        if base is None and base_device.type != "meta":
+        if base is not None:
+            base.requires_grad_(False)
+        elif base_device.type != "meta":
             self.reset_parameters()
 
     @classmethod
@@ -209,7 +211,6 @@ class LowRankLinear(nn.Module):
                 f"{type(self).__name__}: init must be one without an SVD of the base weight for a "
                 f"{type(base).__name__} that is not x weightᵀ + bias, got {self.init!r}"
             )
-        base.requires_grad_(False)
         self.register_parameter("weight", base._parameters["weight"] if plain else None)
         self.register_parameter("bias", base._parameters.get("bias") if plain else None)
         self.base_layer = None if plain else base

@@ -42,7 +42,7 @@ def lowrank_add(
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
-        x: [..., in_features], float64, float32, bfloat16 or float16; leading dimensions as base_out.
+        x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
         lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed: as in
             :func:`lowrank_ext.ops.lowrank_linear`.
 
