@@ -153,14 +153,14 @@ class Plain(nn.Module):
         return F.linear(x, self.weight) + SCALING * F.linear(h, self.lora_b)
 
 
-def make_candidates(case: Case, data: Data) -> dict[str, nn.Module]:
+def make_candidates(case: Case, data: Data, dynamic: bool) -> dict[str, nn.Module]:
     """By column. Adapters in fp32, as is the default of ours and PEFT's, or in the base's dtype."""
     dtype = DTYPES[case.dtype]
     modules = {
         "frozen": data.linear,
         "ours": make_ours(case, data, torch.float32),
         "peft": make_peft(case, data, torch.float32),
-        "compile": torch.compile(Plain(case, data), fullgraph=True, dynamic=True),
+        "compile": torch.compile(Plain(case, data), fullgraph=True, dynamic=dynamic),
     }
     if dtype != torch.float32:
         modules["ours, base dtype"] = make_ours(case, data, dtype)
@@ -265,9 +265,9 @@ RATIOS = ("ours", "peft", "compile", "ours, base dtype", "peft, base dtype")
 RIVALS = {"ours": ("peft",), "ours, base dtype": ("peft, base dtype", "compile")}
 
 
-def run_case(case: Case, device: str, budget: float) -> Rounds:
+def run_case(case: Case, device: str, budget: float, dynamic: bool) -> Rounds:
     data = make_data(case, device)
-    modules = make_candidates(case, data)
+    modules = make_candidates(case, data, dynamic)
     check(case, data, modules)
     candidates = {name: as_candidate(module, data) for name, module in modules.items()}
     return time_interleaved(candidates, device, budget)
@@ -354,18 +354,21 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 10_000
     cases = chosen_cases(options)
+    # Compiling takes seconds: a graph per shape for a few cases, graphs for any shape in a grid.
+    dynamic = len(cases) > 20
     where = machine(options.device)
     print(where)
     print(
         "time / time of the frozen linear in the same round, median; forward records for backward"
     )
-    print("ours, peft: adapters in fp32; compile and /base: adapters in the base's dtype\n")
+    print("ours, peft: adapters in fp32; compile and /base: adapters in the base's dtype")
+    print(f"compile: {'dynamic' if dynamic else 'static'} shapes\n")
     table = Table(COLUMNS)
     rows = []
     start = time.perf_counter()
     for index, case in enumerate(cases, 1):
         progress(f"{index}/{len(cases)} {case}, {time.perf_counter() - start:.0f} s so far")
-        rounds = run_case(case, options.device, options.seconds)
+        rounds = run_case(case, options.device, options.seconds, dynamic)
         progress("")
         for result in results(case, rounds):
             print_result(table, f"{index}/{len(cases)}", result)

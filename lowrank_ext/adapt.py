@@ -22,6 +22,7 @@ from lowrank_ext.nn.linear import (
     dense_weight,
     linear_features,
 )
+from lowrank_ext.rank_allocation import allocate_ranks
 from lowrank_ext.targets import find_targets, modules_named, shared_tensors
 
 MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
@@ -265,8 +266,6 @@ def _with_allocated_ranks(
     """LaMDA++: the config with a rank for every target in rank_pattern."""
     if not isinstance(config, LaMDAConfig) or config.rank_budget is None or config.rank_pattern:
         return config
-    from lowrank_ext.rank_allocation import allocate_ranks  # which imports find_targets
-
     ranks = allocate_ranks(
         model,
         config.r,

@@ -131,7 +131,7 @@ def lora_product(
     method: Method, base: nn.Module, lora_a: Tensor, lora_b: Tensor, **options: Any
 ) -> LowRankLinear:
     """The method's module, its core (where there is one) the identity: the branch is B A."""
-    init = {"LORA": "kaiming", "LAMDA": "svd_zero_core"}[method.config.peft_type]
+    init = {"LORA": "kaiming", "LAMDA": "lora"}[method.config.peft_type]
     module = method.module.from_linear(
         base, r=lora_a.shape[0], init=init, initialise=False, adapter_dtype="base", **options
     )

@@ -313,6 +313,42 @@ def test_backward_op_computes_only_what_is_asked(device: str, needed: str) -> No
             assert alone.shape == (0,), name
 
 
+def test_backward_op_returns_each_dtype(device: str, dtypes: DtypePair) -> None:
+    """The op itself, since autograd would cast what it is given."""
+    tensors = make_tensors(OP, (7,), 24, 18, 4, dtypes, device, optional=OPTIONAL)
+    y, h = torch.ops.lowrank_ext.lowrank_linear(*raw_args(OP, tensors))
+    dout = make_dout(tensors)
+    grads = torch.ops.lowrank_ext.lowrank_linear_backward(
+        *raw_backward_args(OP, tensors, dout, h, GRADIENTS)
+    )
+    assert {y.dtype, h.dtype, grads[0].dtype} == {dtypes.base}
+    assert {grad.dtype for grad in grads[1:]} == {dtypes.adapter}
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_sums_over_rows_run_in_fp32(device: str, half: torch.dtype) -> None:
+    """Every gradient is 2051 ones: neither half-size dtype holds that, nor one of its halves."""
+    num_rows = 2051
+    ones = torch.ones(num_rows, 1, dtype=half, device=device)
+    weight = torch.ones(1, 1, dtype=half, device=device)
+    lora_a, lora_b, core = (torch.ones(1, 1, device=device, requires_grad=True) for _ in range(3))
+    rank_scale, out_scale = (torch.ones(1, device=device, requires_grad=True) for _ in range(2))
+    vectors = {"core": core, "rank_scale": rank_scale, "out_scale": out_scale}
+    y = ops.lowrank_linear(ones, weight, None, lora_a, lora_b, **vectors)
+    grads = torch.autograd.grad(y, [lora_a, lora_b, *vectors.values()], torch.ones_like(y))
+    assert [grad.item() for grad in grads] == [num_rows] * 5
+
+
+def test_second_derivative_is_refused(device: str) -> None:
+    """Rather than being silently zero."""
+    tensors = make_tensors(OP, (3,), 5, 4, 2, FP64, device)
+    x = tensors["x"].requires_grad_()
+    y = call(ops, OP, tensors)
+    with pytest.raises(RuntimeError, match=r"lowrank_linear|twice"):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        torch.autograd.grad(dx.sum(), x)
+
+
 def test_backward_op_works_without_what_is_not_needed(device: str) -> None:
     """x is needed for dlora_a only, h for the other adapter gradients only."""
     tensors = make_tensors(OP, (7,), 24, 18, 4, FP32, device, optional=OPTIONAL)

@@ -58,7 +58,9 @@ def restore_trainer(
     method: str, base: CausalLM, settings: Settings, path: Path, text_digest: str
 ) -> Trainer:
     """A trainer that goes on where `save_checkpoint` left off; takes the base model over."""
-    with as_user_error(f"cannot read {path / _STATE}", OSError, RuntimeError, ValueError, EOFError):
+    with as_user_error(
+        f"cannot read {path / _STATE}", Exception
+    ):  # pickle, zip, tensors: many kinds
         state = torch.load(path / _STATE, weights_only=True)
     if state["text_digest"] != text_digest:
         raise UserError(f"the text or the tokenizer has changed since {path} was written")

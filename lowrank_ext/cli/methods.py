@@ -143,7 +143,7 @@ def load(method: str, model: CausalLM, settings: Settings, directory: Path) -> C
     if name is None:
         return build(method, model, settings)
     path = directory / name
-    with as_user_error(f"cannot load {path}", OSError, ValueError, KeyError, RuntimeError):
+    with as_user_error(f"cannot load {path}", Exception):  # whatever the reading library raises
         if method == "peft-lora":
             return _load_peft(model, settings, path)
         if method == "full":

@@ -123,9 +123,9 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     logging.disable_progress_bar()
     load_dtype = torch.float32 if source.gguf_file else dtype
     options: dict[str, Any] = {"local_files_only": True, "gguf_file": source.gguf_file}
-    failures = (OSError, ValueError, ImportError, KeyError, RuntimeError)
+    # Exception: what a damaged file raises depends on its format and on the library that reads it.
     # The GGUF reader draws a progress bar of its own, which would tear ours.
-    with as_user_error(f"cannot load {source.name}", *failures), redirect_stderr(io.StringIO()):
+    with as_user_error(f"cannot load {source.name}", Exception), redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model: CausalLM = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=load_dtype, **options

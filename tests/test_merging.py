@@ -1,0 +1,157 @@
+"""merge, unmerge and unload of whole models."""
+
+import copy
+
+import pytest
+import torch
+from module_cases import BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomise
+from torch import nn
+
+from lowrank_ext.adapt import adapt
+from lowrank_ext.config import LaMDAConfig, LoRAConfig
+from lowrank_ext.merging import merge, unload, unmerge
+from lowrank_ext.nn import LoRALinear, LowRankLinear
+
+by_method = pytest.mark.parametrize("method", METHODS, ids=str)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def trained(method: Method, model: nn.Module, **options) -> nn.Module:
+    """An adapted model in eval mode whose adapters have moved."""
+    adapt(model, method.config(r=2, init=method.init, **options))
+    randomise(model)
+    return model.eval()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
+def assert_same(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter, expected[name]), name
+
+
+@by_method
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_and_unmerge(method: Method, dtype: torch.dtype) -> None:
+    model = trained(method, TinyLM(dtype=dtype))
+    before, logits = weights(model), model(IDS)
+    assert merge(model) is model
+    merged = weights(model)
+    assert not torch.equal(merged["layers.0.q_proj.weight"], before["layers.0.q_proj.weight"])
+    tolerance = dict(rtol=0.1, atol=0.1) if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(model(IDS), logits, **tolerance)
+    assert_same(merge(model), merged)
+    assert unmerge(model) is model
+    assert_same(model, before)
+    assert torch.equal(model(IDS), logits)
+    assert_same(unmerge(model), before)
+
+
+@by_method
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_unload_with_merging_gives_the_merged_plain_model(
+    method: Method, merged_before: bool
+) -> None:
+    plain = TinyLM()
+    names = list(plain.state_dict())
+    model = trained(method, plain)
+    logits = model(IDS)
+    if merged_before:
+        merge(model)
+    assert unload(model, merge=True) is model
+    assert list(model.state_dict()) == names
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+    assert not hasattr(model, "lowrank_config")
+    assert not model.training and not model.layers[0].q_proj.training
+    torch.testing.assert_close(model(IDS), logits)
+
+
+@by_method
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_unload_without_merging_gives_the_base_back(method: Method, merged_before: bool) -> None:
+    model = TinyLM(tied=True)
+    parameters = dict(model.named_parameters())
+    before, logits = weights(model), model(IDS)
+    trained(method, model)
+    if merged_before:
+        merge(model)
+    unload(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == parameters.keys()
+    assert all(after[name] is parameters[name] for name in after)
+    if method in RESIDUAL:
+        torch.testing.assert_close(weights(model), before)
+    else:
+        assert_same(model, before)
+        assert torch.equal(model(IDS), logits)
+    adapt(model, LoRAConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(target_modules=["lm_head"]), dict(target_modules=["q_proj"])]
+)
+def test_a_tied_weight_is_not_merged_and_nothing_is_touched(options: dict) -> None:
+    model = TinyLM(tied=True)
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    adapt(model, LoRAConfig(r=2, **options))
+    randomise(model)
+    before = weights(model)
+    for call in (merge, lambda m: unload(m, merge=True)):
+        with pytest.raises(
+            ValueError, match=r"merge: the weight of .* must be its own, got one tied to"
+        ):
+            call(model)
+        assert_same(model, before)
+        assert not any(m.merged for m in model.modules() if isinstance(m, LowRankLinear))
+
+
+def test_a_shared_module_is_merged_once() -> None:
+    model = TinyLM()
+    model.layers[1] = model.layers[0]
+    adapt(model, LoRAConfig(r=2))
+    randomise(model)
+    logits = model(IDS)
+    torch.testing.assert_close(merge(model)(IDS), logits)
+    torch.testing.assert_close(unload(model, merge=True)(IDS), logits)
+
+
+@pytest.mark.parametrize("kind", ["int8", "doubling", "negated"])
+def test_a_base_that_cannot_be_merged_is_named_before_any_weight_is_touched(kind: str) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(12, 9), "odd": BASES[kind](torch.float32)})
+    adapt(model, LoRAConfig(r=2, target_modules=["first", "odd"]))
+    randomise(model)
+    before = model.first.weight.detach().clone()
+    with pytest.raises(TypeError, match="merge: the base of odd must compute"):
+        merge(model)
+    assert torch.equal(model.first.weight, before) and not model.first.merged
+    unload(model)
+    assert type(model.first) is nn.Linear and not isinstance(model.odd, LowRankLinear)
+
+
+def test_models_without_adapters() -> None:
+    for name, call in (("merge", merge), ("unmerge", unmerge), ("unload", unload)):
+        with pytest.raises(ValueError, match=f"{name}: model must carry adapters, got a TinyLM"):
+            call(TinyLM())
+
+
+def test_a_single_module() -> None:
+    module = LoRALinear.from_linear(nn.Linear(4, 3), r=2)
+    randomise(module)
+    x = torch.randn(2, 4)
+    expected = module(x)
+    torch.testing.assert_close(merge(module)(x), expected)
+    plain = unload(module, merge=True)
+    assert type(plain) is nn.Linear
+    torch.testing.assert_close(plain(x), expected)
+
+
+def test_a_merged_models_state_dict_loads_into_the_plain_model() -> None:
+    plain = TinyLM()
+    model = adapt(copy.deepcopy(plain), LaMDAConfig(r=2))
+    randomise(model)
+    merge(model)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain(IDS), model(IDS))
