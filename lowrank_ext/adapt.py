@@ -202,8 +202,7 @@ def prepare_for_checkpointing(model: nn.Module) -> HookHandles:
     Reentrant checkpointing differentiates a block only if one of its inputs requires a gradient,
     which the output of a frozen embedding does not. A hook makes the output of the input embeddings
     require one; the embedding weights stay frozen. Call it before or after switching checkpointing
-    on. (Not needed with
-    ``use_reentrant=False``, where it only costs the input gradient of the first block.)
+    on. With ``use_reentrant=False`` it is not needed and only costs an input gradient.
 
     The embeddings are what ``model.get_input_embeddings()`` returns, else every nn.Embedding.
 

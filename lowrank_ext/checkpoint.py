@@ -136,6 +136,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"save_adapter: {name} must hold its residual base weight, got a restored one"
             )
     saved = _outermost(model, config.modules_to_save)
+    for name, owner in (*modules.items(), *saved.items()):
+        if any(tensor.is_meta for tensor in owner.parameters()):
+            raise ValueError(f"save_adapter: {name} must hold values, got a meta tensor")
     _check_ties(model, saved)
 
     sharded = any(_is_sharded(p) for p in model.parameters())
@@ -149,9 +152,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[f"{_PREFIX}{name}.{key}"] = tensor
     # Copies: two keys may name one tensor (tied modules), which the format does not allow.
     tensors = {key: _gathered(tensor).clone() for key, tensor in tensors.items()}
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"save_adapter: {key} must hold values, got a meta tensor")
     if sharded and torch.distributed.get_rank() != 0:
         return
     fields, metadata = _config_fields(model, config, modules, saved)
@@ -233,6 +233,10 @@ def _config_fields(
     saved: Mapping[str, nn.Module],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of adapter_config.json, and metadata for the tensor file."""
+    # fully_shard gives the model a class of its own, derived from the model's.
+    own_class = next(
+        cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed.")
+    )
     alpha = float(config.r if config.alpha is None else config.alpha)
     ranks = {name: module.r for name, module in modules.items()}
     alphas = {name: module.alpha for name, module in modules.items()}
@@ -249,8 +253,8 @@ def _config_fields(
     fields = {
         "peft_type": config.peft_type,
         "auto_mapping": {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
+            "base_model_class": own_class.__name__,
+            "parent_library": own_class.__module__,
         },
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,

@@ -520,6 +520,7 @@ def test_training_moves_the_adapters_and_nothing_else(method: Method) -> None:
         assert model.get_submodule(path).lora_b.any()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_fused_encoder_layers_do_not_bypass_the_adapters() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
@@ -553,7 +554,7 @@ def test_generate_and_config_work_as_before(method: Method) -> None:
 def test_trainer_trains_the_adapters(checkpointing: bool, tmp_path) -> None:
     model = adapt(small_gpt2(), LoRAConfig(r=2, dropout=0.1))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.activation_checkpointing_enable({"use_reentrant": True})
     data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

@@ -1,4 +1,4 @@
-"""`lowrank-ext finetune` and `doctor` as a user runs them, on a tiny random Llama and a made-up text."""
+"""`lowrank-ext finetune` and `doctor` as a user runs them, on a tiny random Llama."""
 
 import errno
 import importlib.util
@@ -225,7 +225,17 @@ def test_compare_starts_every_method_from_the_same_model(run, tmp_path) -> None:
     # Same initial values, same batches, no dropout: the same losses as PEFT.
     assert found["lora"]["losses"] == pytest.approx(found["peft-lora"]["losses"], rel=1e-4)
     assert found["lora"]["trainable_at_end"] == found["peft-lora"]["trainable_at_end"]
-    assert found["lora"]["saved_bytes_at_end"] < found["peft-lora"]["saved_bytes_at_end"]
+
+
+def test_dropout_keeps_no_mask_and_no_dropped_copy(run, tmp_path) -> None:
+    saved = {}
+    for dropout in (0, 0.2):
+        out = tmp_path / str(dropout)
+        assert run(compare="peft-lora,lora", dropout=dropout, out=out, steps=1).exit_code == 0
+        saved[dropout] = {name: row["saved_bytes_at_end"] for name, row in rows(out).items()}
+    num_modules, seed_bytes = 2 * 7, 8
+    assert saved[0.2]["lora"] == saved[0]["lora"] + num_modules * seed_bytes
+    assert saved[0.2]["lora"] < saved[0.2]["peft-lora"]
 
 
 def test_lamda_ends_with_its_cores_and_keeps_hardly_more_than_the_frozen_model(
@@ -273,13 +283,25 @@ def test_jsonl_text(run, tmp_path) -> None:
     check_error(run(text=path), "line 1", "'text'", "body")
 
 
-def test_compiled_model_gives_the_same_losses(run, tmp_path) -> None:
-    options = {"steps": 2, "rank": 2, "eval_batches": 1, "targets": "q_proj"}
-    assert run(out=tmp_path / "eager", **options).exit_code == 0
-    result = run("--compile", out=tmp_path / "compiled", **options)
+def test_compiled_model_gives_the_same_losses(run, tmp_path, monkeypatch) -> None:
+    compile_module = torch.nn.Module.compile
+    compiled: list[str] = []
+
+    def compile_quickly(module: torch.nn.Module) -> None:
+        # The whole capture, but no C++ compiler: the ops under inductor are tested with the ops.
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    assert run(out=tmp_path / "eager", compare="lora,lamda").exit_code == 0
+    assert not compiled
+    result = run("--compile", out=tmp_path / "compiled", compare="lora,lamda")
     assert result.exit_code == 0, result.output
-    eager, compiled = (rows(tmp_path / name)["lora"]["losses"] for name in ("eager", "compiled"))
-    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert len(compiled) == 3  # the frozen model and two methods
+    for method in ("lora", "lamda"):
+        eager, after = (rows(tmp_path / name)[method] for name in ("eager", "compiled"))
+        assert after["losses"] == pytest.approx(eager["losses"], rel=1e-3)
+        assert after["held_out_after"] == pytest.approx(eager["held_out_after"], rel=1e-3)
 
 
 def test_report_says_what_was_run_where(run, tmp_path) -> None:
@@ -452,7 +474,7 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"text": "missing.txt"}, ["missing.txt", "no such file"]),
         ({"model": "missing.gguf"}, ["missing.gguf", "no such file"]),
         ({"model": "nobody/not-in-the-cache"}, ["cannot load nobody/not-in-the-cache"]),
-        ({"lr": 1e30, "method": "full"}, ["the loss is", "--lr"]),
+        ({"lr": 1e30}, ["at step 2", "--lr"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -518,7 +540,7 @@ def test_default_model_for_two_steps(tmp_path) -> None:
     result = CliRunner().invoke(app, ["finetune", *options.split(), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     row = rows(tmp_path)["lora"]
-    assert row["held_out_before"] < 4.5  # nats per token: a language model, not random weights
+    assert row["held_out_before"] < 6  # nats per token; random weights give ln(49152) = 10.8
     assert report(tmp_path)["model"]["parameters"] == 134_515_008
 
 

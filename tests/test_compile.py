@@ -303,7 +303,7 @@ def test_export_of_the_op_keeps_every_argument(device: str, op: str) -> None:
 
 def test_ahead_of_time_package(tmp_path: Path) -> None:
     """AOTInductor: the compiled package calls our op from C++."""
-    module = make_module().eval()
+    module = make_module()[0].eval()
     x = torch.randn(4, 12)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     package = torch._inductor.aoti_compile_and_package(

@@ -270,10 +270,12 @@ def start_trainer(job: Job, method: str, directory: Path, display: Display) -> T
     found = checkpoints(directory) if job.resume else []
     display.phase("continuing" if found else "preparing")
     torch.manual_seed(settings.seed)
+    # The copy shares nothing with the frozen model and, made by deepcopy, is not compiled yet.
+    base = copy.deepcopy(job.base)
     if found:
-        trainer = restore_trainer(method, copy_of_base(job), settings, found[-1], job.text_digest)
+        trainer = restore_trainer(method, base, settings, found[-1], job.text_digest)
     else:
-        trainer = Trainer(method, methods.build(method, copy_of_base(job), settings), settings)
+        trainer = Trainer(method, methods.build(method, base, settings), settings)
     require_free_space(job.out, bytes_to_write(job, trainer.model))
     if settings.compile:
         trainer.model.compile()
@@ -287,13 +289,6 @@ def start_trainer(job: Job, method: str, directory: Path, display: Display) -> T
         settings.learning_rate(method),
     )
     return trainer
-
-
-def copy_of_base(job: Job) -> CausalLM:
-    """A copy that shares nothing and is not compiled."""
-    copied = copy.deepcopy(job.base)
-    copied._compiled_call_impl = None
-    return copied
 
 
 def bytes_to_write(job: Job, model: CausalLM) -> int:

@@ -15,6 +15,10 @@ from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
 from lowrank_ext.cli.settings import Settings
 
+# A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
+# (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
+CORE_LR_FACTOR = 40.0
+
 _REGEX_CHARACTERS = re.compile(r"[*+?()\[\]{}|\\^$]")
 
 
@@ -96,14 +100,24 @@ def trainable_parameters(model: CausalLM) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def parameter_groups(model: CausalLM, lr: float) -> list[tuple[list[nn.Parameter], float]]:
+    """(parameters, learning rate) pairs: LaMDA's cores have their own, see CORE_LR_FACTOR."""
+    cores = [module.core for module in lamda_modules(model)]
+    core_ids = set(map(id, cores))
+    others = [
+        parameter for parameter in trainable_parameters(model) if id(parameter) not in core_ids
+    ]
+    return [(group, rate) for group, rate in ((others, lr), (cores, CORE_LR_FACTOR * lr)) if group]
+
+
 def count(parameters: Iterable[nn.Parameter]) -> int:
     """Number of elements."""
     return sum(parameter.numel() for parameter in parameters)
 
 
-def lamda_b_columns(model: CausalLM) -> list[nn.Parameter]:
-    """lora_b of every LaMDA module: what the freezing schedule freezes."""
-    return [module.lora_b for module in model.modules() if isinstance(module, lr.nn.LaMDALinear)]
+def lamda_modules(model: CausalLM) -> list[lr.nn.LaMDALinear]:
+    """What the freezing schedule works on."""
+    return [module for module in model.modules() if isinstance(module, lr.nn.LaMDALinear)]
 
 
 def saved_name(method: str) -> str | None:

@@ -17,8 +17,8 @@ DEFAULT_LR = {
     "full": 5e-5,
     "peft-lora": 2e-3,
     "lora": 2e-3,
-    "lamda": 5e-3,
-    "lamda++": 5e-3,
+    "lamda": 5e-4,
+    "lamda++": 5e-4,
 }
 
 

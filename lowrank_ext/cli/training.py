@@ -3,7 +3,7 @@ resumable."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,27 +56,36 @@ class Optimizer:
     """AdamW that steps in fp32. A bf16 or fp16 parameter has an fp32 master that is rounded into it
     once per step, so that small updates are not lost; the rule is the same for every method."""
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, loss_scale: float) -> None:
-        self.parameters = parameters
-        self.base_lr = lr
+    def __init__(
+        self, groups: Sequence[tuple[list[nn.Parameter], float]], loss_scale: float
+    ) -> None:
+        self.parameters = [parameter for parameters, _ in groups for parameter in parameters]
         self.loss_scale = loss_scale
         self.masters = [
             parameter
             if parameter.dtype is torch.float32
             else nn.Parameter(parameter.detach().float())
-            for parameter in parameters
+            for parameter in self.parameters
         ]
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=True)
+        masters = iter(self.masters)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [next(masters) for _ in parameters], "lr": lr, "peak_lr": lr}
+                for parameters, lr in groups
+            ],
+            weight_decay=0.0,
+            fused=True,
+        )
 
     def step(self, factor: float) -> bool:
-        """One update at base_lr · factor, clipped; False when it was skipped because fp16
+        """One update at peak_lr · factor, clipped; False when it was skipped because fp16
         overflowed."""
         self._grads_to_masters()
         norm = nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM)
         finite = bool(torch.isfinite(norm))
         if finite:
             for group in self.adamw.param_groups:
-                group["lr"] = self.base_lr * factor
+                group["lr"] = group["peak_lr"] * factor
             self.adamw.step()
             self._masters_to_parameters()
         self.adamw.zero_grad(set_to_none=True)
@@ -143,13 +152,12 @@ class Trainer:
         self.settings = settings
         self.progress = Progress()
         loss_scale = FP16_LOSS_SCALE if methods.base_dtype(model) is torch.float16 else 1.0
-        self.optimizer = Optimizer(
-            methods.trainable_parameters(model), settings.learning_rate(method), loss_scale
-        )
+        groups = methods.parameter_groups(model, settings.learning_rate(method))
+        self.optimizer = Optimizer(groups, loss_scale)
         self.freezing = self._freeze_schedule()
 
     def _freeze_schedule(self) -> "lr.FreezeSchedule | None":
-        if not methods.lamda_b_columns(self.model):
+        if not methods.lamda_modules(self.model):
             return None
         return lr.FreezeSchedule(
             self.model,
@@ -159,29 +167,35 @@ class Trainer:
         )
 
     def train_step(self, tokens: Tensor) -> float:
-        """Forward, backward, update. Raises UserError when the loss is no longer a number."""
+        """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
         started = time.perf_counter()
         loss = model_loss(self.model, tokens)
+        self._check_finite("loss", math.isfinite(loss.item()))
         torch.autograd.backward(loss * self.optimizer.loss_scale)
         updating = time.perf_counter()
+        self._update()
+        ended = time.perf_counter()
+        self.progress.step += 1
+        self.progress.losses.append(loss.item())
+        self.progress.step_seconds.append(ended - started)
+        self.progress.optimizer_seconds.append(ended - updating)
+        return loss.item()
+
+    def _update(self) -> None:
         factor = learning_rate_factor(self.progress.step, self.settings.steps)
-        self.progress.skipped_steps += not self.optimizer.step(factor)
+        updated = self.optimizer.step(factor)
+        # With a loss scale the scaled gradient may overflow now and then; that step is skipped.
+        self._check_finite("gradient", updated or self.optimizer.loss_scale != 1)
+        self.progress.skipped_steps += not updated
         if self.freezing is not None:
             self.freezing.step()
-        ended = time.perf_counter()
-        self._record(loss.item(), ended - started, ended - updating)
-        return self.progress.losses[-1]
 
-    def _record(self, loss: float, seconds: float, optimizer_seconds: float) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, what: str, finite: bool) -> None:
+        if not finite:
             raise UserError(
-                f"{self.method}: the loss is {loss} at step {self.progress.step + 1}; "
+                f"{self.method}: the {what} is not finite at step {self.progress.step + 1}; "
                 "try a smaller --lr"
             )
-        self.progress.step += 1
-        self.progress.losses.append(loss)
-        self.progress.step_seconds.append(seconds)
-        self.progress.optimizer_seconds.append(optimizer_seconds)
 
     def evaluate(self, batches: list[Tensor]) -> None:
         """Appends (step, held-out loss) to the progress."""

@@ -47,6 +47,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
         if state.global_step > 0:
             schedule.load_state_dict(saved or {**schedule.state_dict(), "step": state.global_step})
         self.schedule = schedule
+        if state.stateful_callbacks is not None:
+            # Without an entry from the resumed checkpoint the Trainer fails to save one.
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

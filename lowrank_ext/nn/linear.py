@@ -253,8 +253,7 @@ class LowRankLinear(nn.Module):
         return weight
 
     def reset_parameters(self) -> None:
-        """Initialise all the module owns: weight and bias as the base's class does, then the
-        branch.
+        """Initialise all the module owns: the base as its class does, then the branch.
 
         For a module built on the meta device, after ``to_empty``. To start the adapter anew over a
         base that has its weights use :meth:`reset_adapter`. A ``base_layer`` initialises itself.

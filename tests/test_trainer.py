@@ -1,0 +1,233 @@
+"""FreezeCallback inside transformers' Trainer: the schedule, checkpoints and exact resumption."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import lowrank_ext as lr
+from lowrank_ext.freezing import num_frozen_columns
+from lowrank_ext.nn import LaMDALinear
+
+RANK, STEPS, ETA = 6, 10, 0.8
+
+
+class Tokens(Dataset):
+    """Random token ids, the same every time."""
+
+    def __init__(self, count: int = 2 * STEPS) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.ids = torch.randint(0, 37, (count, 9), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[idx], "labels": self.ids[idx]}
+
+
+class History(TrainerCallback):
+    """lora_b of every module, and the frozen columns, after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, dict[str, Tensor]] = {}
+        self.requires_grad: dict[int, set[bool]] = {}
+        self.stop_at = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        modules = lora_modules(model)
+        self.values[state.global_step] = {n: m.lora_b.detach().clone() for n, m in modules.items()}
+        self.requires_grad[state.global_step] = {m.lora_b.requires_grad for m in modules.values()}
+        control.should_training_stop |= state.global_step == self.stop_at
+
+
+def lora_modules(model: nn.Module) -> dict[str, LaMDALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LaMDALinear)}
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def lamda_model(**options: Any) -> LlamaForCausalLM:
+    config = {"r": RANK, "target_modules": ["q_proj", "o_proj"], "dropout": 0.1, **options}
+    return lr.adapt(llama(), lr.LaMDAConfig(**config))
+
+
+def trainer(model: nn.Module, out: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(out),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.02,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.5,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+            **options,
+        }
+    )
+    return Trainer(model=model, args=arguments, train_dataset=Tokens(), callbacks=[*callbacks])
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    state_a, state_b = a.state_dict(), b.state_dict()
+    assert state_a.keys() == state_b.keys()
+    for name, value in state_a.items():
+        assert torch.equal(value, state_b[name]), name
+
+
+def test_columns_freeze_step_by_step(tmp_path: Path) -> None:
+    model, history, callback = lamda_model(), History(), lr.FreezeCallback(eta=ETA)
+    run = trainer(model, tmp_path, callback, history)
+    run.train()
+    assert list(history.values) == list(range(1, STEPS + 1))
+    final = history.values[STEPS]
+    for step, values in history.values.items():
+        frozen = num_frozen_columns(step, RANK, STEPS, ETA)
+        assert history.requires_grad[step] == {frozen < RANK}
+        for name, lora_b in values.items():
+            assert torch.equal(lora_b[:, :frozen], final[name][:, :frozen])
+            assert (lora_b != final[name])[:, frozen:].any(dim=0).all()
+    modules = lora_modules(model).values()
+    assert not any(m.lora_b in run.optimizer.state for m in modules)
+    assert all(m.core in run.optimizer.state for m in modules)
+
+
+@pytest.mark.parametrize("restore", [False, True], ids=["plain", "restore_callbacks"])
+@pytest.mark.parametrize("stop", [3, 8])
+def test_resuming_gives_the_same_numbers(stop: int, restore: bool, tmp_path: Path) -> None:
+    """Stopped in mid-schedule, and after everything was frozen; dropout is on."""
+    options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 1}
+    whole, expected = lamda_model(), History()
+    trainer(whole, tmp_path / "whole", lr.FreezeCallback(eta=ETA, bucket=2), expected).train()
+
+    first = History()
+    first.stop_at = stop
+    halted = trainer(
+        lamda_model(), tmp_path / "cut", lr.FreezeCallback(eta=ETA, bucket=2), first, **options
+    )
+    halted.train()
+    checkpoint = tmp_path / "cut" / f"checkpoint-{stop}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["FreezeCallback"]["attributes"]["saved_schedule"]
+    assert saved == {"step": stop, "total_steps": STEPS, "eta": ETA, "bucket": 2}
+
+    resumed, second = lamda_model(), History()
+    # another eta on purpose: the saved schedule counts
+    run = trainer(
+        resumed,
+        tmp_path / "cut",
+        lr.FreezeCallback(eta=0.1),
+        second,
+        restore_callback_states_from_checkpoint=restore,
+        **options,
+    )
+    run.train(resume_from_checkpoint=str(checkpoint))
+    assert list(second.values) == list(range(stop + 1, STEPS + 1))
+    for step, values in second.values.items():
+        for name, lora_b in values.items():
+            assert torch.equal(lora_b, expected.values[step][name]), (step, name)
+        assert second.requires_grad[step] == expected.requires_grad[step]
+    assert_same_state(resumed, whole)
+
+
+def test_a_longer_resumed_run_keeps_the_first_plan(tmp_path: Path) -> None:
+    """With 40 steps instead of 10 a new schedule would free columns that are frozen already."""
+    options = {"save_strategy": "steps", "save_steps": 4}
+    first = History()
+    first.stop_at = 4
+    trainer(lamda_model(), tmp_path, lr.FreezeCallback(eta=ETA), first, **options).train()
+    second = History()
+    second.stop_at = 9
+    callback = lr.FreezeCallback(eta=ETA)
+    run = trainer(lamda_model(), tmp_path, callback, second, max_steps=40, **options)
+    run.train(resume_from_checkpoint=True)
+    frozen = num_frozen_columns(4, RANK, STEPS, ETA)
+    for name, lora_b in first.values[4].items():
+        assert torch.equal(second.values[9][name][:, :frozen], lora_b[:, :frozen])
+    assert {step: flags for step, flags in second.requires_grad.items() if step > 4} == {
+        step: {step < 8} for step in range(5, 10)
+    }
+
+
+def test_resuming_a_run_that_had_no_callback(tmp_path: Path) -> None:
+    history = History()
+    history.stop_at = 5
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer(lamda_model(), tmp_path, history, **options).train()
+    resumed = History()
+    run = trainer(lamda_model(), tmp_path, lr.FreezeCallback(eta=ETA), resumed, **options)
+    run.train(resume_from_checkpoint=True)
+    frozen = num_frozen_columns(5, RANK, STEPS, ETA)
+    for name, lora_b in history.values[5].items():
+        assert torch.equal(resumed.values[STEPS][name][:, :frozen], lora_b[:, :frozen])
+    assert resumed.requires_grad[STEPS] == {False}
+
+
+def test_the_callback_class_can_be_passed_and_used_twice(tmp_path: Path) -> None:
+    model = lamda_model()
+    run = trainer(model, tmp_path, lr.FreezeCallback)
+    run.train()
+    assert not any(m.lora_b.requires_grad for m in lora_modules(model).values())
+    before = {name: m.lora_b.detach().clone() for name, m in lora_modules(model).items()}
+    run.train()
+    for name, module in lora_modules(model).items():
+        assert torch.equal(module.lora_b, before[name])
+
+
+def test_hooks_are_gone_after_training(tmp_path: Path) -> None:
+    model = lamda_model()
+    history = History()
+    history.stop_at = 3
+    trainer(model, tmp_path, lr.FreezeCallback(eta=1.0), history).train()
+    ids = Tokens().ids[:2]
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for module in lora_modules(model).values():
+        assert module.lora_b.grad.any(dim=0).all()
+
+
+def test_lamda_adapter_saved_after_training_continues_on_the_original_base(
+    tmp_path: Path,
+) -> None:
+    model = lamda_model(rank_budget="rank")
+    trainer(model, tmp_path, lr.FreezeCallback(eta=ETA)).train()
+    lr.save_adapter(model, tmp_path / "adapter")
+    loaded = lr.load_adapter(llama(), tmp_path / "adapter")
+    assert_same_state(loaded, model)
+    ids = Tokens().ids[:2]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="FreezeCallback: eta must be a number from 0 to 1, got 2"):
+        lr.FreezeCallback(eta=2)
+    with pytest.raises(ValueError, match="FreezeCallback: bucket must be an integer of at least 1"):
+        lr.FreezeCallback(bucket=0)
+    lora = lr.adapt(llama(), lr.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="FreezeSchedule: model must contain a LaMDALinear"):
+        trainer(lora, tmp_path, lr.FreezeCallback()).train()
