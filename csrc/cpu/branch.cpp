@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "dropout.h"
-#include "features.h"
 #include "matrix.h"
+#include "outer_sum.h"
 
 namespace lowrank_ext::cpu {
 namespace {
@@ -22,7 +22,7 @@ constexpr int64_t kMinBlockRows = 64;
 constexpr int64_t kMaxBlockRows = 512;
 
 ScalarType compute_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16 && features().avx512_bf16) return dtype;
+  if (dtype == ScalarType::BFloat16 && has_outer_sum()) return dtype;
   return is_half_size(dtype) ? ScalarType::Float : dtype;
 }
 
@@ -238,6 +238,11 @@ class RowBlocks {
     store(rows_of(block), rows_of(product), 1.0, count, num_cols_);
   }
 
+  // Keep bits of the current block, null where nothing is dropped.
+  const uint64_t* bits() const {
+    return bits_ ? static_cast<const uint64_t*>(bits_->data_ptr()) : nullptr;
+  }
+
  private:
   void draw_bits(int64_t first, int64_t count) {
     if (!bits_) bits_ = empty({block_rows_ * mask_words_per_row(num_cols_)}, ScalarType::Long);
@@ -247,8 +252,7 @@ class RowBlocks {
 
   void mask(const Tensor& dst, const Tensor& src) {
     copy_kept(dst.data_ptr(), dst.stride(0), src.data_ptr(), src.stride(0),
-              static_cast<int64_t>(dst.element_size()),
-              static_cast<const uint64_t*>(bits_->data_ptr()), dst.size(0), num_cols_);
+              static_cast<int64_t>(dst.element_size()), bits(), dst.size(0), num_cols_);
   }
 
   const Tensor& scratch() {
@@ -262,23 +266,22 @@ class RowBlocks {
   std::optional<Tensor> scratch_, bits_;
 };
 
-// sum += alpha · left right over row blocks, in the accumulator's dtype whatever the products round
-// to.
+// sum [r, C] = Σ over row blocks of leftᵀ drop(right), in the accumulator's dtype.
 class BlockSum {
  public:
-  BlockSum(const Operands& ops, int64_t num_rows, int64_t num_cols)
-      : ops_(ops), sum_(empty({num_rows, num_cols}, ops.accumulate)) {}
+  BlockSum(const Operands& ops, int64_t rank, int64_t num_cols)
+      : ops_(ops), sum_(empty({rank, num_cols}, ops.accumulate)) {
+    zero(sum_);
+  }
 
-  void add(const Tensor& left, const Tensor& right) {
-    if (ops_.compute == ops_.accumulate) {
-      multiply(sum_, left, right, started_ ? 1.0 : 0.0);
-    } else {
-      if (!partial_) partial_ = empty({sum_.size(0), sum_.size(1)}, ops_.compute);
-      multiply(*partial_, left, right);
-      const auto combine = started_ ? accumulate : convert;
-      combine(rows_of(sum_), rows_of(*partial_), 1.0, sum_.size(0), sum_.size(1));
-    }
-    started_ = true;
+  // Whether add() takes `right` as it is and drops by `bits`, so that no masked copy is needed.
+  bool masks() const { return ops_.compute != ops_.accumulate; }
+
+  // left [rows, r] and right [rows, C] in the compute dtype, rows of one block.
+  void add(const Tensor& left, const Tensor& right, const uint64_t* bits) {
+    if (!masks()) return multiply(sum_, transposed(left), right, 1.0);
+    outer_sum(static_cast<float*>(sum_.data_ptr()), left.data_ptr(), left.stride(0), left.size(1),
+              right.data_ptr(), right.stride(0), right.size(0), right.size(1), bits);
   }
 
   const Tensor& result() const { return sum_; }
@@ -286,9 +289,22 @@ class BlockSum {
  private:
   const Operands& ops_;
   Tensor sum_;
-  std::optional<Tensor> partial_;
-  bool started_ = false;
 };
+
+// A dense copy of matrixᵀ, read a cache line at a time; for [r, N] sums, which are small.
+Tensor transposed_copy(const Tensor& matrix) {
+  const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
+  Tensor result = empty({num_cols, num_rows}, matrix.scalar_type());
+  visit_accumulator(result, [&](auto* out) {
+    const auto* in = static_cast<const decltype(out)>(matrix.data_ptr());
+    constexpr int64_t kLine = 16;
+    for (int64_t first = 0; first < num_cols; first += kLine)
+      for (int64_t j = 0; j < num_rows; ++j)
+        for (int64_t n = first; n < std::min(first + kLine, num_cols); ++n)
+          out[n * num_rows + j] = in[j * num_cols + n];
+  });
+  return result;
+}
 
 Tensor rounded_to(const Tensor& matrix, const Tensor& like, double scale) {
   Tensor result = empty({matrix.size(0), matrix.size(1)}, like.scalar_type());
@@ -304,33 +320,31 @@ Tensor vector_rounded_to(const Tensor& vector, const Tensor& like) {
   return result;
 }
 
-// First pass of the backward, over dout: G = scaling · dout lora_b [M, r] and P = doutᵀ mid(h) [N,
-// r].
+// First pass of the backward, over dout.
 struct UpGradients {
-  std::optional<Tensor> g;  // compute
-  std::optional<Tensor> p;  // accumulate, not yet scaled
+  std::optional<Tensor> g;  // scaling · dout lora_b [M, r], compute dtype
+  std::optional<Tensor> p;  // doutᵀ mid(h) [N, r], accumulator's dtype, not yet scaled
 };
 
 UpGradients up_backward(const BranchArgs& args, const Operands& ops, const BranchNeeds& needs,
                         const Tensor& dout, const std::optional<Tensor>& h) {
-  const int64_t num_rows = dout.size(0), rank = args.rank();
-  const bool need_p = needs.dlora_b || needs.dout_scale;
+  const int64_t num_rows = dout.size(0);
   UpGradients result;
-  if (needs.mid_gradient()) result.g = empty({num_rows, rank}, ops.compute);
+  if (needs.mid_gradient()) result.g = empty({num_rows, args.rank()}, ops.compute);
   std::optional<Tensor> u;
   std::optional<BlockSum> p_sum;
-  if (need_p) {
+  if (needs.dlora_b || needs.dout_scale) {
     u = mid(ops, *h);
-    p_sum.emplace(ops, args.out_features(), rank);
+    p_sum.emplace(ops, args.rank(), args.out_features());
   }
   RowBlocks blocks(ops, num_rows, dout.size(1), /*masked=*/false);
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dout_block = blocks.load(dout, first, count);
     if (result.g)
       multiply(row_block(*result.g, first, count), dout_block, ops.lora_b, 0.0, args.scaling);
-    if (p_sum) p_sum->add(transposed(dout_block), row_block(*u, first, count));
+    if (p_sum) p_sum->add(row_block(*u, first, count), dout_block, nullptr);
   });
-  if (p_sum) result.p = p_sum->result();
+  if (p_sum) result.p = transposed_copy(p_sum->result());
   return result;
 }
 
@@ -375,7 +389,11 @@ void down_backward(const BranchArgs& args, const Operands& ops, const BranchNeed
   RowBlocks blocks(ops, num_rows, in_features, /*masked=*/true);
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dh_block = row_block(dh, first, count);
-    if (dlora_a) dlora_a->add(transposed(dh_block), blocks.load(*x, first, count));
+    if (dlora_a) {
+      const Tensor x_block =
+          dlora_a->masks() ? row_block(*x, first, count) : blocks.load(*x, first, count);
+      dlora_a->add(dh_block, x_block, blocks.bits());
+    }
     if (needs.dx)
       blocks.multiply_into(gradients.dx, first, count, dh_block, ops.lora_a, scale,
                            base_dx.has_value());

@@ -7,7 +7,8 @@
 #define LOWRANK_EXT_X86 1
 #define LOWRANK_EXT_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-#define LOWRANK_EXT_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define LOWRANK_EXT_AVX512_BF16 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
 #else
 #define LOWRANK_EXT_X86 0
 #endif

@@ -134,6 +134,15 @@ def register_autograd(
     LIBRARY.impl(op_name, kernel, "Autograd", with_keyset=True)
 
 
+def refuse_second_derivative(op_name: str) -> None:
+    """Gradients of gradients raise, where torch would take the backward op for a constant."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"{op_name}: second derivatives are not available")
+
+    register_autograd(f"{op_name}_backward", backward, lambda ctx, inputs, output: None)
+
+
 def needs_input_grad(ctx: Any) -> tuple[bool, ...]:
     """ctx.needs_input_grad for the op's own arguments, in schema order."""
     return tuple(ctx.needs_input_grad[1:])

@@ -13,6 +13,7 @@ from lowrank_ext.ops._branch import (
     gradient_outputs,
     needs_input_grad,
     not_needed_as_none,
+    refuse_second_derivative,
     register_autocast,
     register_autograd,
     save_branch,
@@ -116,4 +117,5 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 register_autograd(_OP, _backward, _setup_context)
+refuse_second_derivative(_OP)
 register_autocast(_OP, num_base_args=2)

@@ -13,6 +13,7 @@ from lowrank_ext.ops._branch import (
     gradient_outputs,
     needs_input_grad,
     not_needed_as_none,
+    refuse_second_derivative,
     register_autocast,
     register_autograd,
     save_branch,
@@ -152,4 +153,5 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 register_autograd(_OP, _backward, _setup_context)
+refuse_second_derivative(_OP)
 register_autocast(_OP, num_base_args=3)
