@@ -218,10 +218,10 @@ class RowBlocks {
     if (!masked_ && !ops_.converts()) return block;
     const Tensor target = row_block(scratch(), 0, count);
     if (ops_.converts()) {
-      convert(rows_of(target), rows_of(block), 1.0, count, num_cols_);
-      if (masked_) mask(target, target);
+      convert(rows_of(target), rows_of(block), 1.0, count, num_cols_, bits());
     } else {
-      mask(target, block);
+      copy_kept(target.data_ptr(), target.stride(0), block.data_ptr(), block.stride(0),
+                static_cast<int64_t>(block.element_size()), bits(), count, num_cols_);
     }
     return target;
   }
@@ -233,9 +233,8 @@ class RowBlocks {
     if (!masked_ && !ops_.converts()) return multiply(block, left, right, add ? 1.0 : 0.0, scale);
     const Tensor product = row_block(scratch(), 0, count);
     multiply(product, left, right, 0.0, scale);
-    if (masked_) mask(product, product);
     const auto store = add ? accumulate : convert;
-    store(rows_of(block), rows_of(product), 1.0, count, num_cols_);
+    store(rows_of(block), rows_of(product), 1.0, count, num_cols_, bits());
   }
 
   // Keep bits of the current block, null where nothing is dropped.
@@ -248,11 +247,6 @@ class RowBlocks {
     if (!bits_) bits_ = empty({block_rows_ * mask_words_per_row(num_cols_)}, ScalarType::Long);
     draw_keep_bits(ops_.dropout, first, count, num_cols_,
                    static_cast<uint64_t*>(bits_->data_ptr()));
-  }
-
-  void mask(const Tensor& dst, const Tensor& src) {
-    copy_kept(dst.data_ptr(), dst.stride(0), src.data_ptr(), src.stride(0),
-              static_cast<int64_t>(dst.element_size()), bits(), dst.size(0), num_cols_);
   }
 
   const Tensor& scratch() {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "dropout.h"
 #include "features.h"
 #include "isa.h"
 
@@ -24,11 +25,12 @@ using acc_t =
     std::conditional_t<std::is_same_v<Dst, double> || std::is_same_v<Src, double>, double, float>;
 
 template <typename Dst, typename Src, bool kAdd>
-void row_portable(Dst* dst, const Src* src, double scale, int64_t n) {
+void row_portable(Dst* dst, const Src* src, double scale, const uint64_t* bits, int64_t n) {
   using Acc = acc_t<Dst, Src>;
   const Acc factor = static_cast<Acc>(scale);
   for (int64_t i = 0; i < n; ++i) {
-    Acc value = factor * static_cast<Acc>(src[i]);
+    const bool kept = bits == nullptr || (bits[i / 64] >> (i % 64) & 1);
+    Acc value = kept ? factor * static_cast<Acc>(src[i]) : Acc{0};
     if constexpr (kAdd) value += static_cast<Acc>(dst[i]);
     dst[i] = static_cast<Dst>(value);
   }
@@ -66,11 +68,14 @@ LOWRANK_EXT_AVX512 inline void store16(BFloat16* p, __mmask16 lanes, __m512 v) {
 }
 
 template <typename Dst, typename Src, bool kAdd>
-LOWRANK_EXT_AVX512 void row_avx512(Dst* dst, const Src* src, double scale, int64_t n) {
+LOWRANK_EXT_AVX512 void row_avx512(Dst* dst, const Src* src, double scale, const uint64_t* bits,
+                                   int64_t n) {
   const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
   for (int64_t i = 0; i < n; i += 16) {
     const auto lanes = static_cast<__mmask16>(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
-    __m512 value = _mm512_mul_ps(factor, load16(src + i, lanes));
+    const auto kept =
+        bits == nullptr ? lanes : static_cast<__mmask16>(bits[i / 64] >> (i % 64)) & lanes;
+    __m512 value = _mm512_mul_ps(factor, load16(src + i, static_cast<__mmask16>(kept)));
     if constexpr (kAdd) value = _mm512_add_ps(value, load16(dst + i, lanes));
     store16(dst + i, lanes, value);
   }
@@ -79,13 +84,13 @@ LOWRANK_EXT_AVX512 void row_avx512(Dst* dst, const Src* src, double scale, int64
 #endif  // LOWRANK_EXT_X86
 
 template <typename Dst, typename Src, bool kAdd>
-void row(Dst* dst, const Src* src, double scale, int64_t n) {
+void row(Dst* dst, const Src* src, double scale, const uint64_t* bits, int64_t n) {
 #if LOWRANK_EXT_X86
   if constexpr (std::is_same_v<acc_t<Dst, Src>, float>) {
-    if (features().avx512) return row_avx512<Dst, Src, kAdd>(dst, src, scale, n);
+    if (features().avx512) return row_avx512<Dst, Src, kAdd>(dst, src, scale, bits, n);
   }
 #endif
-  row_portable<Dst, Src, kAdd>(dst, src, scale, n);
+  row_portable<Dst, Src, kAdd>(dst, src, scale, bits, n);
 }
 
 template <typename Visitor>
@@ -105,8 +110,10 @@ void visit_dtype(ScalarType dtype, void* data, const Visitor& visitor) {
 }
 
 template <bool kAdd>
-void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols) {
+void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
+              const uint64_t* bits) {
   if (num_cols == 0) return;
+  const int64_t words_per_row = bits == nullptr ? 0 : mask_words_per_row(num_cols);
   const int64_t grain = std::max<int64_t>(1, kElementGrain / num_cols);
   visit_dtype(dst.dtype, dst.data, [&](auto* dst_data) {
     visit_dtype(src.dtype, src.data, [&](const auto* src_data) {
@@ -114,7 +121,8 @@ void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_co
         for (int64_t m = begin; m < end; ++m)
           row<std::remove_pointer_t<decltype(dst_data)>,
               std::remove_const_t<std::remove_pointer_t<decltype(src_data)>>, kAdd>(
-              dst_data + m * dst.stride, src_data + m * src.stride, scale, num_cols);
+              dst_data + m * dst.stride, src_data + m * src.stride, scale, bits + m * words_per_row,
+              num_cols);
       });
     });
   });
@@ -122,12 +130,14 @@ void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_co
 
 }  // namespace
 
-void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols) {
-  for_rows<false>(dst, src, scale, num_rows, num_cols);
+void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
+             const uint64_t* bits) {
+  for_rows<false>(dst, src, scale, num_rows, num_cols, bits);
 }
 
-void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols) {
-  for_rows<true>(dst, src, scale, num_rows, num_cols);
+void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
+                const uint64_t* bits) {
+  for_rows<true>(dst, src, scale, num_rows, num_cols, bits);
 }
 
 }  // namespace lowrank_ext::cpu

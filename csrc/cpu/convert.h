@@ -16,10 +16,13 @@ struct Rows {
   int64_t stride;  // elements between rows; columns are dense
 };
 
-// dst[m, k] = scale · src[m, k]
-void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols);
+// dst[m, k] = scale · src[m, k], or 0 where dropped. bits: keep bits as drawn by draw_keep_bits, or
+// null.
+void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
+             const uint64_t* bits = nullptr);
 
-// dst[m, k] += scale · src[m, k]
-void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols);
+// dst[m, k] += scale · src[m, k] where kept
+void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
+                const uint64_t* bits = nullptr);
 
 }  // namespace lowrank_ext::cpu

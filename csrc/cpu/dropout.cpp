@@ -65,7 +65,7 @@ void copy_row_portable(char* dst, const char* src, int64_t element_size, const u
   for (int64_t k = 0; k < num_cols; ++k) {
     const bool kept = bits[k / 64] >> (k % 64) & 1;
     if (kept) {
-      std::memmove(dst + k * element_size, src + k * element_size, element_size);
+      std::memcpy(dst + k * element_size, src + k * element_size, element_size);
     } else {
       std::memset(dst + k * element_size, 0, element_size);
     }

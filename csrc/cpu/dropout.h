@@ -34,8 +34,8 @@ inline int64_t mask_words_per_row(int64_t num_cols) {  // 64-bit words
 void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows, int64_t num_cols,
                     uint64_t* bits);
 
-// dst[m, k] = kept ? src[m, k] : 0, bit for bit, for elements of 2, 4 or 8 bytes; dst may be src.
-// Strides in elements.
+// dst[m, k] = kept ? src[m, k] : 0, bit for bit, for elements of 2, 4 or 8 bytes. Strides in
+// elements.
 void copy_kept(void* dst, int64_t dst_stride, const void* src, int64_t src_stride,
                int64_t element_size, const uint64_t* bits, int64_t num_rows, int64_t num_cols);
 

@@ -15,8 +15,8 @@ ADAPTER_DTYPES = ("fp32", "bf16", "base")
 DEFAULT_LR = {
     "frozen": 0.0,
     "full": 5e-5,
-    "peft-lora": 2e-3,
-    "lora": 2e-3,
+    "peft-lora": 3e-3,
+    "lora": 3e-3,
     "lamda": 5e-4,
     "lamda++": 5e-4,
 }
