@@ -23,7 +23,7 @@ from lowrank_ext.nn.linear import (
     linear_features,
 )
 from lowrank_ext.rank_allocation import allocate_ranks
-from lowrank_ext.targets import find_targets, modules_named, shared_tensors
+from lowrank_ext.targets import find_targets, modules_named, outermost_modules, shared_tensors
 
 MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     LoRAConfig: LoRALinear,
@@ -331,13 +331,7 @@ def _unfreeze(model: nn.Module, config: AdapterConfig) -> None:
 def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Outermost modules that train whole."""
     config = getattr(model, "lowrank_config", None)
-    names = config.modules_to_save if config is not None else ()
-    inside = modules_named(model, names)
-    outer: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if module in inside and not any(path.startswith(f"{other}.") for other in outer):
-            outer[path] = module
-    return outer
+    return outermost_modules(model, () if config is None else config.modules_to_save)
 
 
 def _trainable_and_size(tensors: list[Tensor]) -> tuple[str, str]:

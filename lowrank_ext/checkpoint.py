@@ -42,7 +42,7 @@ from lowrank_ext.config import (
 )
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.linear import dense_weight, linear_features
-from lowrank_ext.targets import modules_named, shared_tensors
+from lowrank_ext.targets import outermost_modules, shared_tensors
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -135,7 +135,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"save_adapter: {name} must hold its residual base weight, got a restored one"
             )
-    saved = _outermost(model, config.modules_to_save)
+    saved = outermost_modules(model, config.modules_to_save)
     for name, owner in (*modules.items(), *saved.items()):
         if any(tensor.is_meta for tensor in owner.parameters()):
             raise ValueError(f"save_adapter: {name} must hold values, got a meta tensor")
@@ -176,16 +176,6 @@ def _is_sharded(tensor: Tensor) -> bool:
 def _gathered(tensor: Tensor) -> Tensor:
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu().contiguous()
-
-
-def _outermost(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """The modules that ``names`` match and that are not inside another such module."""
-    inside = modules_named(model, tuple(names))
-    outer: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if module in inside and not any(path.startswith(f"{other}.") for other in outer):
-            outer[path] = module
-    return outer
 
 
 def _check_ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
@@ -609,7 +599,7 @@ def _saved_modules_for(
             f"got {names!r}"
         )
     paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
-    saved = _outermost(model, paths)
+    saved = outermost_modules(model, paths)
     wanted = {f"{path}.{key}": t for path, m in saved.items() for key, t in m.state_dict().items()}
     for key, tensor in wanted.items():
         if key not in others:
@@ -678,7 +668,7 @@ def _check_same(
             raise differs(f"rank of {name}", module.r, r)
         if not math.isclose(module.scaling, scaling, rel_tol=1e-12):
             raise differs(f"scaling of {name}", module.scaling, scaling)
-    saved = list(_outermost(model, own.modules_to_save))
+    saved = list(outermost_modules(model, own.modules_to_save))
     if saved != list(config.modules_to_save):
         raise differs("modules_to_save", saved, list(config.modules_to_save))
 

@@ -1,4 +1,4 @@
-"""LaMDA's gradual freezing of lora_b: for plain loops, and as a callback for transformers' Trainer.
+"""LaMDA's gradual freezing of lora_b (the Trainer's callback: integrations/transformers.py).
 
 The unit is a column of lora_b, from column 0 (the largest singular value with the SVD inits) up.
 After optimizer step t of T the first ``min(r, floor(r · t / (eta · T)))`` columns are frozen, all
@@ -10,7 +10,7 @@ values are kept aside and written back after every optimizer step, whatever the 
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowrank_ext.nn import LaMDALinear
 
-if TYPE_CHECKING:
-    from lowrank_ext.integrations.transformers import FreezeCallback as FreezeCallback
-
-__all__ = ["FreezeCallback", "FreezeSchedule", "num_frozen_columns"]
-
-
-def __getattr__(name: str) -> Any:
-    # The callback derives from a class of transformers, which is slow to import and optional.
-    if name == "FreezeCallback":
-        from lowrank_ext.integrations.transformers import FreezeCallback
-
-        return FreezeCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["FreezeSchedule", "num_frozen_columns"]
 
 
 def check_positive(owner: str, name: str, value: object) -> int:

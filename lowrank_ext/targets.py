@@ -1,7 +1,7 @@
 """Which modules of a model a config means, and which tensors share memory."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 from torch import Tensor, nn
@@ -68,6 +68,16 @@ def modules_named(model: nn.Module, names: str | Sequence[str]) -> set[nn.Module
     """The modules that ``names`` match, with all modules inside them."""
     named = model.named_modules(remove_duplicate=False)
     return {inner for path, m in named if path and _matches(path, names) for inner in m.modules()}
+
+
+def outermost_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """The modules that ``names`` match and that are not inside another such module, by path."""
+    inside = modules_named(model, tuple(names))
+    outer: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if module in inside and not any(path.startswith(f"{other}.") for other in outer):
+            outer[path] = module
+    return outer
 
 
 def shared_tensors(
