@@ -1,0 +1,41 @@
+// The operands of one call of the branch, in the dtypes that its products run in.
+#pragma once
+
+#include <optional>
+
+#include "../checks.h"
+#include "dropout.h"
+#include "small_matrix.h"
+
+namespace lowrank_ext::cpu {
+
+struct Operands {
+  ScalarType input;       // dtype of x, y, dout
+  ScalarType compute;     // dtype of the products
+  ScalarType accumulate;  // dtype of everything on [M, r] and of the reductions
+  Dropout dropout;
+  Tensor lora_a;                     // [r, K], compute
+  Tensor lora_b;                     // [N, r], compute, out_scale folded in
+  std::optional<Tensor> core;        // [r, r], accumulate
+  std::optional<Tensor> rank_scale;  // [1, r], accumulate
+
+  bool converts() const { return input != compute; }
+  bool has_mid() const { return core || rank_scale; }
+};
+
+Operands prepare(const BranchArgs& args, ScalarType input);
+
+// An adapter tensor as the products read it: rounded to the dtype of x once, then held in the
+// compute dtype.
+Tensor operand(const Tensor& tensor, ScalarType input_dtype);
+
+// A vector [n] as [1, n] in fp32 or fp64, rounded to the dtype of x first.
+Tensor vector_operand(const Tensor& vector, ScalarType input_dtype);
+
+// h ⊙ rank_scale in the accumulator's dtype; always a buffer of its own.
+Tensor scaled_h(const Operands& ops, const Tensor& h);
+
+// mid(h) = (h ⊙ rank_scale) coreᵀ in the compute dtype.
+Tensor mid(const Operands& ops, const Tensor& h);
+
+}  // namespace lowrank_ext::cpu

@@ -1,0 +1,123 @@
+// Rows go through in blocks small enough to stay in cache: a block is masked or converted into
+// scratch and consumed from there, so no [M, K] or [M, N] temporary exists.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "operands.h"
+#include "outer_sum.h"
+
+namespace lowrank_ext::cpu {
+
+// Scratch of one row block: half of a 2 MiB L2, so that the block survives until the product reads
+// it.
+inline constexpr int64_t kBlockBytes = 1 << 20;
+inline constexpr int64_t kMinBlockRows = 64;
+inline constexpr int64_t kMaxBlockRows = 512;
+
+inline int64_t block_rows(int64_t num_cols, int64_t element_size) {
+  const int64_t rows = kBlockBytes / std::max<int64_t>(1, num_cols * element_size);
+  return std::clamp(rows / 32 * 32, kMinBlockRows, kMaxBlockRows);
+}
+
+// Feeds drop(x), or any matrix, block by block in the compute dtype.
+class RowBlocks {
+ public:
+  RowBlocks(const Operands& ops, int64_t num_rows, int64_t num_cols, bool masked)
+      : ops_(ops),
+        num_rows_(num_rows),
+        num_cols_(num_cols),
+        masked_(masked && ops.dropout.active()) {
+    // Without scratch there is nothing to keep in cache: one product, cut up by the vendor's own
+    // blocking.
+    const bool in_one_piece = !masked_ && !ops.converts();
+    const int64_t element_size = ops.compute == ScalarType::Double  ? 8
+                                 : ops.compute == ScalarType::Float ? 4
+                                                                    : 2;
+    block_rows_ = in_one_piece ? num_rows : std::min(num_rows, block_rows(num_cols, element_size));
+  }
+
+  template <typename Body>  // body(first_row, num_rows)
+  void for_each(const Body& body) {
+    for (int64_t first = 0; first < num_rows_; first += block_rows_) {
+      const int64_t count = std::min(block_rows_, num_rows_ - first);
+      if (masked_) draw_bits(first, count);
+      body(first, count);
+    }
+  }
+
+  // The current block of `matrix`, masked and converted as needed.
+  Tensor load(const Tensor& matrix, int64_t first, int64_t count) {
+    const Tensor block = row_block(matrix, first, count);
+    if (!masked_ && !ops_.converts()) return block;
+    const Tensor target = row_block(scratch(), 0, count);
+    if (ops_.converts()) {
+      convert(rows_of(target), rows_of(block), 1.0, count, num_cols_, bits());
+    } else {
+      copy_kept(target.data_ptr(), target.stride(0), block.data_ptr(), block.stride(0),
+                static_cast<int64_t>(block.element_size()), bits(), count, num_cols_);
+    }
+    return target;
+  }
+
+  // target block {=, +=} mask ⊙ (scale · left right)
+  void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
+                     const Tensor& right, double scale, bool add) {
+    const Tensor block = row_block(target, first, count);
+    if (!masked_ && !ops_.converts()) return multiply(block, left, right, add ? 1.0 : 0.0, scale);
+    const Tensor product = row_block(scratch(), 0, count);
+    multiply(product, left, right, 0.0, scale);
+    const auto store = add ? accumulate : convert;
+    store(rows_of(block), rows_of(product), 1.0, count, num_cols_, bits());
+  }
+
+  // Keep bits of the current block, null where nothing is dropped.
+  const uint64_t* bits() const {
+    return bits_ ? static_cast<const uint64_t*>(bits_->data_ptr()) : nullptr;
+  }
+
+ private:
+  void draw_bits(int64_t first, int64_t count) {
+    if (!bits_) bits_ = empty({block_rows_ * mask_words_per_row(num_cols_)}, ScalarType::Long);
+    draw_keep_bits(ops_.dropout, first, count, num_cols_,
+                   static_cast<uint64_t*>(bits_->data_ptr()));
+  }
+
+  const Tensor& scratch() {
+    if (!scratch_) scratch_ = empty({block_rows_, num_cols_}, ops_.compute);
+    return *scratch_;
+  }
+
+  const Operands& ops_;
+  int64_t num_rows_, num_cols_, block_rows_;
+  bool masked_;
+  std::optional<Tensor> scratch_, bits_;
+};
+
+// sum [r, C] = Σ over row blocks of leftᵀ drop(right), in the accumulator's dtype.
+class BlockSum {
+ public:
+  BlockSum(const Operands& ops, int64_t rank, int64_t num_cols)
+      : ops_(ops), sum_(empty({rank, num_cols}, ops.accumulate)) {
+    zero(sum_);
+  }
+
+  // Whether add() takes `right` as it is and drops by `bits`, so that no masked copy is needed.
+  bool masks() const { return ops_.compute != ops_.accumulate; }
+
+  // left [rows, r] and right [rows, C] in the compute dtype, rows of one block.
+  void add(const Tensor& left, const Tensor& right, const uint64_t* bits) {
+    if (!masks()) return multiply(sum_, transposed(left), right, 1.0);
+    outer_sum(static_cast<float*>(sum_.data_ptr()), left.data_ptr(), left.stride(0), left.size(1),
+              right.data_ptr(), right.stride(0), right.size(0), right.size(1), bits);
+  }
+
+  const Tensor& result() const { return sum_; }
+
+ private:
+  const Operands& ops_;
+  Tensor sum_;
+};
+
+}  // namespace lowrank_ext::cpu

@@ -1,0 +1,113 @@
+// Plain loops over matrices of [M, r], [N, r] or [r, r], in fp32 or fp64, and conversions into
+// fresh buffers. They are small beside the passes over [M, K] and [M, N].
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "matrix.h"
+
+namespace lowrank_ext::cpu {
+
+inline void zero(const Tensor& tensor) {
+  std::memset(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size());
+}
+
+inline Tensor converted(const Tensor& matrix, ScalarType dtype) {
+  if (matrix.scalar_type() == dtype) return matrix;
+  Tensor result = empty({matrix.size(0), matrix.size(1)}, dtype);
+  convert(rows_of(result), rows_of(matrix), 1.0, matrix.size(0), matrix.size(1));
+  return result;
+}
+
+template <typename Body>
+inline void visit_accumulator(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::Double) {
+    body(static_cast<double*>(tensor.data_ptr()));
+  } else {
+    body(static_cast<float*>(tensor.data_ptr()));
+  }
+}
+
+// matrix[m, j] *= scale[j]; both fp32 or both fp64, dense.
+inline void scale_columns(const Tensor& matrix, const Tensor& scale) {
+  const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
+  visit_accumulator(matrix, [&](auto* data) {
+    const auto* factor = static_cast<const decltype(data)>(scale.data_ptr());
+    for (int64_t m = 0; m < num_rows; ++m)
+      for (int64_t j = 0; j < num_cols; ++j) data[m * num_cols + j] *= factor[j];
+  });
+}
+
+// matrix[n, j] *= scale[n]
+inline void scale_rows(const Tensor& matrix, const Tensor& scale) {
+  const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
+  visit_accumulator(matrix, [&](auto* data) {
+    const auto* factor = static_cast<const decltype(data)>(scale.data_ptr());
+    for (int64_t n = 0; n < num_rows; ++n)
+      for (int64_t j = 0; j < num_cols; ++j) data[n * num_cols + j] *= factor[n];
+  });
+}
+
+// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose what the
+// products kept.
+inline void sum_products_over_rows(const Tensor& out, const Tensor& left, const Tensor& right) {
+  const int64_t num_rows = left.size(0), num_cols = left.size(1);
+  std::vector<double> sums(num_cols, 0.0);
+  visit_accumulator(out, [&](auto* result) {
+    const auto* l = static_cast<const decltype(result)>(left.data_ptr());
+    const auto* r = static_cast<const decltype(result)>(right.data_ptr());
+    for (int64_t m = 0; m < num_rows; ++m)
+      for (int64_t j = 0; j < num_cols; ++j)
+        sums[j] += double{l[m * num_cols + j]} * double{r[m * num_cols + j]};
+    std::copy(sums.begin(), sums.end(), result);
+  });
+}
+
+// out[n] = scale · Σ_j left[n, j] right[n, j]
+inline void sum_products_over_cols(const Tensor& out, const Tensor& left, const Tensor& right,
+                                   double scale) {
+  const int64_t num_rows = left.size(0), num_cols = left.size(1);
+  visit_accumulator(out, [&](auto* result) {
+    const auto* l = static_cast<const decltype(result)>(left.data_ptr());
+    const auto* r = static_cast<const decltype(result)>(right.data_ptr());
+    for (int64_t n = 0; n < num_rows; ++n) {
+      double sum = 0.0;
+      for (int64_t j = 0; j < num_cols; ++j)
+        sum += double{l[n * num_cols + j]} * double{r[n * num_cols + j]};
+      result[n] = scale * sum;
+    }
+  });
+}
+
+// A dense copy of matrixᵀ, read a cache line at a time; for [r, N] sums, which are small.
+inline Tensor transposed_copy(const Tensor& matrix) {
+  const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
+  Tensor result = empty({num_cols, num_rows}, matrix.scalar_type());
+  visit_accumulator(result, [&](auto* out) {
+    const auto* in = static_cast<const decltype(out)>(matrix.data_ptr());
+    constexpr int64_t kLine = 16;
+    for (int64_t first = 0; first < num_cols; first += kLine)
+      for (int64_t j = 0; j < num_rows; ++j)
+        for (int64_t n = first; n < std::min(first + kLine, num_cols); ++n)
+          out[n * num_rows + j] = in[j * num_cols + n];
+  });
+  return result;
+}
+
+inline Tensor rounded_to(const Tensor& matrix, const Tensor& like, double scale) {
+  Tensor result = empty({matrix.size(0), matrix.size(1)}, like.scalar_type());
+  convert(rows_of(result), rows_of(matrix), scale, matrix.size(0), matrix.size(1));
+  return result;
+}
+
+inline Tensor vector_rounded_to(const Tensor& vector, const Tensor& like) {
+  const int64_t n = vector.numel();
+  Tensor result = empty({n}, like.scalar_type());
+  convert({result.data_ptr(), like.scalar_type(), n}, {vector.data_ptr(), vector.scalar_type(), n},
+          1.0, 1, n);
+  return result;
+}
+
+}  // namespace lowrank_ext::cpu
