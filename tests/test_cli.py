@@ -91,7 +91,7 @@ def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]
             "seq_len": 16,
             "eval_batches": 2,
             "dtype": "fp32",
-            "lr": 0.01,
+            "lr": 0.002,
             "out": tmp_path / "out",
         }
         arguments = ["finetune", *flags]

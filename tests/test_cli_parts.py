@@ -25,7 +25,14 @@ from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, replace_directory, write_bytes
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.methods import parse_targets
-from lowrank_ext.cli.report import human_count, smoothed
+from lowrank_ext.cli.report import (
+    Result,
+    human_count,
+    read_result,
+    results_table,
+    smoothed,
+    write_result,
+)
 from lowrank_ext.cli.settings import Settings, parse_methods
 from lowrank_ext.cli.training import Optimizer, Progress, learning_rate_factor
 
@@ -375,3 +382,49 @@ def test_numbers_for_people() -> None:
     assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     rising = smoothed([0.0, 1.0, 1.0, 1.0])
     assert rising == sorted(rising) and 0 == rising[0] < rising[-1] < 1
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_shows_every_number_in_full(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(results_table([some_result()], "model [bold]with brackets[/bold]"))
+    text = console.export_text()
+    assert "…" not in text
+    assert "model [bold]with brackets[/bold]" in text
+    expected = ("peft-lora", "2.54 M", "53.8 k", "1,864.7", "2.700", "14,174", "12,844", "1.76")
+    for number in (*expected, "113.7", "12.8953", "2.5303"):
+        assert number in text
+
+
+def some_result() -> Result:
+    return Result(
+        method="peft-lora",
+        learning_rate=1e-3,
+        trainable_at_start=2_540_000,
+        trainable_at_end=53_760,
+        saved_bytes_at_start=10**9,
+        saved_bytes_at_end=round(1864.7 * 2**20),
+        frozen_saved_bytes=round(1864.7 * 2**20 / 2.7),
+        peak_rss_bytes=14_174 * 2**20,
+        peak_rss_source="VmHWM",
+        forward_backward_ms=12_844.0,
+        frozen_forward_backward_ms=7_000.0,
+        forward_backward_ratio=1.76,
+        optimizer_ms=113.7,
+        tokens_per_second=300.0,
+        skipped_steps=0,
+        held_out=[(0, 12.8953), (10, 2.5303)],
+        losses=[3.0, 2.0],
+        saved_to="out/adapter",
+    )
+
+
+def test_result_survives_its_file_and_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_result(path, some_result())
+    assert read_result(path) == some_result()
+    values = json.loads(path.read_text())
+    del values["losses"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="not a result of this version"):
+        read_result(path)

@@ -222,9 +222,11 @@ def run_frozen(job: Job) -> Result:
         loss = held_out_loss(job.base, job.held_out)
         display.phase("measuring")
         with PeakMemory() as peak:
+            # The frozen model takes both turns, hence half the rounds.
             timing = interleaved_timing(
-                job.frozen_loss, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested
+                job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
             )
+        display.phase(f"held-out loss {loss:.4f}")
     stop_if_requested(job, "frozen", 0)
     return Result(
         method="frozen",
@@ -259,6 +261,7 @@ def run_method(job: Job, method: str, directory: Path) -> Result:
         stop_if_requested(job, method, trainer.progress.step)
         display.phase("measuring")
         result = measure_method(job, trainer, peak, directory)
+        display.phase(f"held-out loss {result.held_out[0][1]:.4f} > {result.held_out[-1][1]:.4f}")
     stop_if_requested(job, method, trainer.progress.step)
     return result
 
@@ -374,7 +377,8 @@ def display_for(job: Job, method: str) -> Display:
     """The display of one method; its title counts the methods of a comparison."""
     names = job.settings.methods
     title = f"[{names.index(method) + 1}/{len(names)}] {method}" if len(names) > 1 else method
-    return make_display(job.console, title, job.settings.steps, job.tokens_per_step)
+    steps = 0 if method == "frozen" else job.settings.steps
+    return make_display(job.console, title, steps, job.tokens_per_step)
 
 
 def finish(job: Job, results: list[Result]) -> None:

@@ -96,7 +96,7 @@ def finetune(
         str,
         typer.Option(help="all-linear, module names separated by commas, or a regular expression."),
     ] = "all-linear",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 30,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     lr: Annotated[
@@ -121,7 +121,7 @@ def finetune(
     ] = None,
     eval_batches: Annotated[
         int, typer.Option(help="Held-out batches per evaluation, at most.")
-    ] = 8,
+    ] = 6,
     save_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")
     ] = 0,

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError
@@ -85,32 +87,44 @@ def write_report(
     return paths
 
 
+_COLUMNS = (
+    "trainable\nparameters",
+    "saved\nMiB",
+    "x\nfrozen",
+    "peak\nRSS\nMiB",
+    "fwd +\nbwd ms",
+    "x\nfrozen",
+    "update\nms",
+    "held-out\nbefore",
+    "loss\nafter",
+)
+
+
 def results_table(results: list[Result], title: str) -> Table:
-    """One row per method."""
-    table = Table(title=title, caption=_CAPTION, caption_justify="left", title_justify="left")
+    """One row per method, not wider than 80 characters, so that no number is ever cut off."""
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        caption=Text(_CAPTION),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
     table.add_column("method", no_wrap=True)
-    for name in (
-        "trainable\nparameters",
-        "kept for\nbackward MiB",
-        "x frozen",
-        "peak RSS\nMiB",
-        "forward +\nbackward ms",
-        "x frozen",
-        "update\nms",
-        "held-out\nbefore",
-        "\nafter",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in _COLUMNS:
+        # Only the first column may wrap: it has "2.54 M > 53.8 k".
+        table.add_column(name, justify="right", no_wrap=name != _COLUMNS[0])
     for result in results:
         table.add_row(*_cells(result))
     return table
 
 
 _CAPTION = (
-    "x frozen: against the same model with every weight frozen and a gradient at its embeddings; "
-    "times are medians of interleaved rounds. Kept for backward: distinct saved storages without "
-    "parameters. a > b: before the first and after the last step, where a method freezes tensors "
-    "in between. Peak RSS: of the whole process, which also holds the frozen model."
+    "saved: what forward keeps for backward (distinct storages, no parameters); x frozen: against "
+    "the same model with every weight frozen and a gradient at its embeddings; times: medians of "
+    "interleaved rounds; peak RSS: the whole process, the frozen model included; a > b: before the "
+    "first and after the last step, where a method freezes tensors in between."
 )
 
 
