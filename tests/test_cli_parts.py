@@ -1,5 +1,6 @@
 """The parts of the command line tool that can be checked without a language model."""
 
+import dataclasses
 import io
 import json
 import math
@@ -28,6 +29,7 @@ from lowrank_ext.cli.methods import parse_targets
 from lowrank_ext.cli.report import (
     Result,
     human_count,
+    loss_range,
     read_result,
     results_table,
     smoothed,
@@ -417,6 +419,17 @@ def some_result() -> Result:
         losses=[3.0, 2.0],
         saved_to="out/adapter",
     )
+
+
+def test_plot_range_leaves_wild_first_steps_out() -> None:
+    wild = dataclasses.replace(
+        some_result(), held_out=[(0, 3.0), (9, 2.0)], losses=[90.0, *[2.5] * 99]
+    )
+    low, high = loss_range([wild])
+    assert (low, high) == pytest.approx((1.9, 3.1), abs=1e-2)
+    still = dataclasses.replace(some_result(), held_out=[(0, 3.0)], losses=[])
+    low, high = loss_range([still])
+    assert low < 3.0 < high
 
 
 def test_result_survives_its_file_and_another_version_is_refused(tmp_path: Path) -> None:

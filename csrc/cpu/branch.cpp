@@ -92,12 +92,12 @@ void finish_up_gradients(const BranchArgs& args, const Operands& ops, const Bran
                          const Tensor& p, BranchGradients& gradients) {
   if (needs.dout_scale) {
     const Tensor sums = empty({args.out_features()}, ops.accumulate);
-    const Tensor lora_b = converted(operand(args.lora_b, ops.input), ops.accumulate);
+    const Tensor lora_b = converted(operand(args.lora_b, ops), ops.accumulate);
     sum_products_over_cols(sums, lora_b, p, args.scaling);
     gradients.dout_scale = vector_rounded_to(sums, *args.out_scale);
   }
   if (needs.dlora_b) {
-    if (args.out_scale) scale_rows(p, vector_operand(*args.out_scale, ops.input));
+    if (args.out_scale) scale_rows(p, vector_operand(*args.out_scale, ops));
     gradients.dlora_b = rounded_to(p, args.lora_b, args.scaling);
   }
 }
@@ -127,7 +127,7 @@ void zero_gradients(const BranchArgs& args, const BranchNeeds& needs, ScalarType
 void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, const Tensor& h) {
   const int64_t num_rows = x.size(0);
   if (num_rows == 0) return;
-  const Operands ops = prepare(args, x.scalar_type());
+  const Operands ops = prepare(args, x.scalar_type(), num_rows);
   const double scale = ops.dropout.active() ? ops.dropout.scale() : 1.0;
   RowBlocks input(ops, num_rows, args.in_features(), /*masked=*/true);
   input.for_each([&](int64_t first, int64_t count) {
@@ -161,7 +161,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
     zero_gradients(args, needs, input, gradients);
     return gradients;
   }
-  const Operands ops = prepare(args, input);
+  const Operands ops = prepare(args, input, dout.size(0));
   const UpGradients up = up_backward(args, ops, needs, dout, h);
   if (up.p) finish_up_gradients(args, ops, needs, *up.p, gradients);
   if (!up.g) return gradients;

@@ -4,13 +4,14 @@
 
 namespace lowrank_ext::cpu {
 
-static ScalarType compute_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16 && has_outer_sum()) return dtype;
-  return is_half_size(dtype) ? ScalarType::Float : dtype;
-}
+// Up to this many rows the vendor's fp32 product with a conversion on both sides is faster than its
+// bf16 product, whose cost is then all set-up.
+constexpr int64_t kSmallRows = 64;
 
-static ScalarType accumulate_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+static Dtypes dtypes_for(ScalarType input, int64_t num_rows) {
+  if (!is_half_size(input)) return {input, input, input};
+  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && num_rows > kSmallRows;
+  return {input, in_bf16 ? input : ScalarType::Float, ScalarType::Float};
 }
 
 static Dropout dropout_of(const BranchArgs& args) {
@@ -19,39 +20,33 @@ static Dropout dropout_of(const BranchArgs& args) {
   return {threshold, static_cast<uint64_t>(*static_cast<const int64_t*>(args.seed->data_ptr()))};
 }
 
-Tensor operand(const Tensor& tensor, ScalarType input_dtype) {
+Tensor operand(const Tensor& tensor, const Dtypes& dtypes) {
   const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  return converted(converted(dense, input_dtype), compute_dtype(input_dtype));
+  return converted(converted(dense, dtypes.input), dtypes.compute);
 }
 
-Tensor vector_operand(const Tensor& vector, ScalarType input_dtype) {
+Tensor vector_operand(const Tensor& vector, const Dtypes& dtypes) {
   const Tensor dense = vector.is_contiguous() ? vector : torch::stable::contiguous(vector);
   const Tensor row = strided_view(dense, 0, 1, dense.size(0), dense.size(0), 1);
-  return converted(converted(row, input_dtype), accumulate_dtype(input_dtype));
+  return converted(converted(row, dtypes.input), dtypes.accumulate);
 }
 
-static Tensor scaled_lora_b(const BranchArgs& args, ScalarType input) {
-  if (!args.out_scale) return operand(args.lora_b, input);
-  const ScalarType accumulate = accumulate_dtype(input);
-  const Tensor rounded = operand(args.lora_b, input);
-  Tensor scaled = empty({rounded.size(0), rounded.size(1)}, accumulate);
-  convert(rows_of(scaled), rows_of(rounded), 1.0, rounded.size(0), rounded.size(1));
-  scale_rows(scaled, vector_operand(*args.out_scale, input));
-  return converted(scaled, compute_dtype(input));
+static Tensor scaled_lora_b(const BranchArgs& args, const Dtypes& dtypes) {
+  const Tensor lora_b = operand(args.lora_b, dtypes);
+  if (!args.out_scale) return lora_b;
+  Tensor scaled = empty({lora_b.size(0), lora_b.size(1)}, dtypes.accumulate);
+  convert(rows_of(scaled), rows_of(lora_b), 1.0, lora_b.size(0), lora_b.size(1));
+  scale_rows(scaled, vector_operand(*args.out_scale, dtypes));
+  return converted(scaled, dtypes.compute);
 }
 
-Operands prepare(const BranchArgs& args, ScalarType input) {
-  const ScalarType accumulate = accumulate_dtype(input);
-  Operands ops{input,
-               compute_dtype(input),
-               accumulate,
-               dropout_of(args),
-               operand(args.lora_a, input),
-               scaled_lora_b(args, input),
-               std::nullopt,
-               std::nullopt};
-  if (args.core) ops.core = converted(operand(*args.core, input), accumulate);
-  if (args.rank_scale) ops.rank_scale = vector_operand(*args.rank_scale, input);
+Operands prepare(const BranchArgs& args, ScalarType input, int64_t num_rows) {
+  const Dtypes dtypes = dtypes_for(input, num_rows);
+  Operands ops{
+      dtypes,       dropout_of(args), operand(args.lora_a, dtypes), scaled_lora_b(args, dtypes),
+      std::nullopt, std::nullopt};
+  if (args.core) ops.core = converted(operand(*args.core, dtypes), dtypes.accumulate);
+  if (args.rank_scale) ops.rank_scale = vector_operand(*args.rank_scale, dtypes);
   return ops;
 }
 

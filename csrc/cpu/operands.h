@@ -9,10 +9,13 @@
 
 namespace lowrank_ext::cpu {
 
-struct Operands {
-  ScalarType input;       // dtype of x, y, dout
-  ScalarType compute;     // dtype of the products
-  ScalarType accumulate;  // dtype of everything on [M, r] and of the reductions
+struct Dtypes {
+  ScalarType input;       // of x, y, dout
+  ScalarType compute;     // of the products
+  ScalarType accumulate;  // of everything on [M, r] and of the reductions
+};
+
+struct Operands : Dtypes {
   Dropout dropout;
   Tensor lora_a;                     // [r, K], compute
   Tensor lora_b;                     // [N, r], compute, out_scale folded in
@@ -23,14 +26,14 @@ struct Operands {
   bool has_mid() const { return core || rank_scale; }
 };
 
-Operands prepare(const BranchArgs& args, ScalarType input);
+Operands prepare(const BranchArgs& args, ScalarType input, int64_t num_rows);
 
 // An adapter tensor as the products read it: rounded to the dtype of x once, then held in the
 // compute dtype.
-Tensor operand(const Tensor& tensor, ScalarType input_dtype);
+Tensor operand(const Tensor& tensor, const Dtypes& dtypes);
 
 // A vector [n] as [1, n] in fp32 or fp64, rounded to the dtype of x first.
-Tensor vector_operand(const Tensor& vector, ScalarType input_dtype);
+Tensor vector_operand(const Tensor& vector, const Dtypes& dtypes);
 
 // h ⊙ rank_scale in the accumulator's dtype; always a buffer of its own.
 Tensor scaled_h(const Operands& ops, const Tensor& h);

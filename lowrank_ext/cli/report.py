@@ -182,11 +182,22 @@ def loss_plot(results: list[Result]) -> bytes:
         # Later methods are drawn thinner, so that curves which coincide can all be seen.
         width = 1.2 + 0.8 * (len(results) - 1 - index)
         _plot_result(axes, result, f"C{index}", markers[index % len(markers)], width)
+    axes.set_ylim(*loss_range(results))
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
+
+
+def loss_range(results: list[Result]) -> tuple[float, float]:
+    """Axis limits that show the held-out losses and the second half of every training curve: a few
+    wild first steps would flatten everything else."""
+    shown = [loss for result in results for _, loss in result.held_out]
+    for result in results:
+        shown += smoothed(result.losses)[len(result.losses) // 2 :]
+    margin = 0.1 * (max(shown) - min(shown)) or 0.1
+    return min(shown) - margin, max(shown) + margin
 
 
 def _plot_result(axes: Any, result: Result, color: str, marker: str, width: float) -> None:
