@@ -180,6 +180,8 @@ class LaMDAConfig(AdapterConfig):
 
     Attributes:
         init: ``"svd_residual"``: the top-r singular triples of W, taken out of the base weight.
+            Dropout then falls on the principal part of W itself: on SmolLM2 a dropout of 0.05 takes
+            the first training loss from 2.7 to 6.8, so leave it at 0 there.
             ``"svd_zero_core"``: the same projections with a zero core and W untouched.
             ``"lora"``: lora_a Kaiming, lora_b zero, core as ``nn.Linear`` starts.
         train_lora_b: False freezes lora_b from the start.
