@@ -9,14 +9,13 @@ namespace lowrank_ext::cpu {
 static Features detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+  const bool avx512 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  return {avx2, avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
+  return {avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
 #else
-  return {false, false, false};
+  return {false, false};
 #endif
 }
 
@@ -29,7 +28,6 @@ static std::string cpu_features() {
   std::string names;
   if (features().avx512_bf16) names += "avx512_bf16 ";
   if (features().avx512) names += "avx512 ";
-  if (features().avx2) names += "avx2 ";
   return names + "portable";
 }
 

@@ -4,8 +4,7 @@
 namespace lowrank_ext::cpu {
 
 struct Features {
-  bool avx2;         // with FMA and F16C
-  bool avx512;       // F, BW, VL, DQ
+  bool avx512;       // F, BW, VL, DQ, with AVX2, FMA and F16C
   bool avx512_bf16;  // the vendor's bf16 products run at full rate (AMX implies it)
 };
 
