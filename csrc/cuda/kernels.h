@@ -1,0 +1,111 @@
+// What the host code (branch.cu) calls: one function per kernel family, dispatched on the number
+// kind in the family's .cu file. No torch header: tensors arrive as Any matrices.
+//
+// Workspaces are scratch on the device. Their size comes from the plan, so the size functions take
+// what the plan takes. All of them may be zero.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace lowrank_ext::cuda {
+
+// How the elements of x are stored and multiplied. kTf32 and kFp32 both store float.
+enum class NumberKind { kBf16, kFp16, kTf32, kFp32, kFp64 };
+
+enum class ElementType { kBf16, kFp16, kFp32, kFp64 };
+
+// A [num_rows, num_cols] matrix of dense rows on the device; a vector has one row. data is null
+// where the argument is absent (or the output not asked for).
+struct Any {
+  void* data = nullptr;
+  ElementType type = ElementType::kFp32;
+  int64_t num_rows = 0, num_cols = 0;
+  int64_t row_stride = 0;  // in elements; 0 repeats one row
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// mid(h) = (h ⊙ rank_scale) coreᵀ; absent factors are ones. Elements as x's.
+struct Mid {
+  Any rank_scale;  // [1, r]
+  Any core;        // [r, r]
+};
+
+struct DropoutArgs {
+  uint32_t threshold = 0;         // of 65536: draws below it drop their element; 0 draws nothing
+  double scale = 1.0;             // of what is kept
+  const int64_t* seed = nullptr;  // one element, on the device
+};
+
+struct Device {
+  int num_sms;
+  Stream stream;
+};
+
+// An adapter tensor as it was given, and where its elements go: rounded to x's type, rows dense.
+struct AdapterCopy {
+  Any source;          // fp32, or of rounded's type
+  int64_t col_stride;  // of source, in elements
+  Any rounded;
+};
+
+// One launch for all copies of a call.
+constexpr int kMaxAdapterCopies = 5;
+void round_adapters(const AdapterCopy* copies, int num_copies, const Device& device);
+
+// h [M, r] = drop(x) lora_aᵀ, x [M, K], lora_a [r, K].
+int64_t lowrank_down_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                     int64_t rank, int num_sms);
+void lowrank_down(NumberKind kind, const Any& x, const Any& lora_a, const Any& h,
+                  const DropoutArgs& dropout, void* workspace, const Device& device);
+
+// y [M, N] = base + scaling · out_scale ⊙ (mid(h) lora_bᵀ). base is [M, N], with row stride 0 where
+// it is a bias, or absent (zero); it may be y itself.
+void lowrank_up(NumberKind kind, const Any& base, const Any& h, const Mid& mid, const Any& lora_b,
+                const Any& out_scale, double scaling, const Any& y, const Device& device);
+
+// G = scaling · (dout ⊙ out_scale) lora_b, as partial sums: split s holds rows [s M, (s + 1) M) of
+// data [num_splits · M, r] in the accumulator's type.
+struct GPartials {
+  void* data = nullptr;
+  int num_splits = 0;
+};
+
+struct UpBackwardWorkspace {
+  int num_g_splits;
+  int64_t p_bytes;
+};
+
+// One pass over dout [M, N]: G (where g.data is not null) and, through P = scaling · doutᵀ mid(h),
+// dlora_b [N, r] = out_scale ⊙ P and dout_scale [1, N] = rowsum(lora_b ⊙ P) where given.
+UpBackwardWorkspace lowrank_up_backward_workspace(NumberKind kind, int64_t num_rows,
+                                                  int64_t out_features, int64_t rank, bool need_g,
+                                                  bool need_p, int num_sms);
+void lowrank_up_backward(NumberKind kind, const Any& dout, const Any& h, const Mid& mid,
+                         const Any& lora_b, const Any& out_scale, double scaling,
+                         const GPartials& g, void* p_workspace, const Any& dlora_b,
+                         const Any& dout_scale, const Device& device);
+
+// On [M, r] only. du = sum of G's splits; dh [M, r] (x's type) = (du core) ⊙ rank_scale;
+// dcore [r, r] = duᵀ (h ⊙ rank_scale); drank_scale [1, r] = colsum((du core) ⊙ h). h may be absent
+// when neither dcore nor drank_scale is asked for; dh may be absent too.
+int64_t lowrank_mid_backward_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t rank,
+                                             bool need_dcore, bool need_drank_scale, int num_sms);
+void lowrank_mid_backward(NumberKind kind, const GPartials& g, const Any& h, const Mid& mid,
+                          int64_t num_rows, int64_t rank, const Any& dh, const Any& dcore,
+                          const Any& drank_scale, void* workspace, const Device& device);
+
+// dlora_a [r, K] = dhᵀ drop(x), one pass over x [M, K].
+int64_t lowrank_down_backward_workspace_bytes(NumberKind kind, int64_t num_rows,
+                                              int64_t in_features, int64_t rank, int num_sms);
+void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
+                                  const DropoutArgs& dropout, const Any& dlora_a, void* workspace,
+                                  const Device& device);
+
+// dx [M, K] = base + drop'(dh lora_a). base may be absent (zero) or dx itself.
+void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
+                             const DropoutArgs& dropout, const Any& dx, const Device& device);
+
+}  // namespace lowrank_ext::cuda

@@ -1,0 +1,395 @@
+// Views of matrices in global memory, tiles in shared memory, and products of tiles.
+//
+// A tile is kRows x kCols elements, row after row, in 16-byte chunks. A chunk's place in its row is
+// permuted by the row ("swizzle"), so that none of these meets a bank twice: a warp copying whole
+// rows, ldmatrix reading eight rows of one chunk column, a warp reading four rows of two
+// neighbouring chunks (32-bit elements, contraction along the rows) or writing accumulator
+// fragments.
+//
+// A product's accumulators are distributed over the block's warps as mma.sync's m16n8 fragments
+// are: lane 4 g + t owns rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8 piece. Kinds without
+// tensor cores use the same ownership, so every kernel is written once.
+#pragma once
+
+#include <cstdint>
+
+#include "mma.cuh"
+
+namespace lowrank_ext::cuda {
+
+// ---- global memory
+// --------------------------------------------------------------------------------
+
+// [num_rows, num_cols], dense rows, row_stride elements apart (0 repeats one row). An absent
+// argument has no data. vectorized: every row starts on 16 bytes.
+template <class T>
+struct Matrix {
+  T* data = nullptr;
+  int64_t num_rows = 0, num_cols = 0, row_stride = 0;
+  bool vectorized = false;
+
+  __host__ __device__ __forceinline__ T* at(int64_t row, int64_t col) const {
+    return data + row * row_stride + col;
+  }
+  __host__ __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
+};
+
+// How many of `size` elements from (row, col) on are inside the matrix.
+template <class T>
+__device__ __forceinline__ int elements_inside(const Matrix<T>& matrix, int64_t row, int64_t col,
+                                               int size) {
+  if (row >= matrix.num_rows || col >= matrix.num_cols) return 0;
+  const int64_t rest = matrix.num_cols - col;
+  return rest < size ? static_cast<int>(rest) : size;
+}
+
+// 16 bytes of elements in registers.
+template <class scalar_t>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(scalar_t);
+  scalar_t elements[kSize];
+};
+
+// Elements (row, col) to (row, col + Chunk size); zero outside the matrix. col is a multiple of the
+// chunk's size.
+template <class scalar_t, class T>
+__device__ __forceinline__ Chunk<scalar_t> load_chunk(const Matrix<T>& matrix, int64_t row,
+                                                      int64_t col) {
+  Chunk<scalar_t> chunk;
+  const int inside = elements_inside(matrix, row, col, chunk.kSize);
+  if (matrix.vectorized && inside == chunk.kSize) {
+    load_vector<16>(chunk.elements, matrix.at(row, col));
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk.kSize; ++i)
+      chunk.elements[i] = i < inside ? *matrix.at(row, col + i) : scalar_t(0.0f);
+  }
+  return chunk;
+}
+
+// The same elements to global memory; those outside the matrix are not written.
+template <class scalar_t>
+__device__ __forceinline__ void store_chunk(const Matrix<scalar_t>& matrix, int64_t row,
+                                            int64_t col, const Chunk<scalar_t>& chunk) {
+  const int inside = elements_inside(matrix, row, col, chunk.kSize);
+  if (matrix.vectorized && inside == chunk.kSize) {
+    store_vector<16>(matrix.at(row, col), chunk.elements);
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk.kSize; ++i)
+      if (i < inside) *matrix.at(row, col + i) = chunk.elements[i];
+  }
+}
+
+// ---- shared memory
+// --------------------------------------------------------------------------------
+
+template <class scalar, int kRows_, int kCols_>
+struct Tile {
+  using scalar_t = scalar;
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kPerChunk = 16 / sizeof(scalar_t);
+  static constexpr int kChunksPerRow = kCols / kPerChunk;
+  static constexpr int kChunks = kRows * kChunksPerRow;
+  static constexpr int kBytes = 16 * kChunks;
+  static_assert(kCols % kPerChunk == 0);
+  static_assert(kChunksPerRow == 2 || kChunksPerRow == 4 || kChunksPerRow % 8 == 0);
+
+  scalar_t* data;  // aligned to 128 bytes
+
+  // Where logical chunk `chunk` of `row` lies in the row. With eight chunks (128 bytes, all banks)
+  // a row, eight rows permute them eight ways; narrower rows share a line of 128 bytes, and only
+  // rows of different lines need different permutations. Rows wider than a line also turn by line.
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    const int turn = (row & 3) << 1 | (row >> 2 & 1);  // a bijection of row % 8
+    if constexpr (kChunksPerRow == 2) return chunk ^ (turn & 1);
+    if constexpr (kChunksPerRow == 4) return chunk ^ ((row >> 1 & 1) << 1 | (turn & 1));
+    return (chunk & ~7) | ((chunk ^ turn ^ (chunk >> 3)) & 7);
+  }
+  __device__ __forceinline__ scalar_t* chunk(int row, int chunk) const {
+    return data + row * kCols + place(row, chunk) * kPerChunk;
+  }
+  __device__ __forceinline__ scalar_t* at(int row, int col) const {
+    return chunk(row, col / kPerChunk) + col % kPerChunk;
+  }
+};
+
+// Takes the next bytes of dynamic shared memory for a tile. Tiles are multiples of 128 bytes.
+template <class TileT>
+__device__ __forceinline__ TileT take_tile(unsigned char*& next) {
+  static_assert(TileT::kBytes % 128 == 0);
+  const TileT tile{reinterpret_cast<typename TileT::scalar_t*>(next)};
+  next += TileT::kBytes;
+  return tile;
+}
+
+// Calls f(row, chunk) for the chunks that belong to `thread`: always the same ones, so a thread may
+// change what it copied itself before the barrier that shows it to the others.
+template <class TileT, int kThreads, class F>
+__device__ __forceinline__ void for_each_own_chunk(int thread, F f) {
+#pragma unroll
+  for (int first = 0; first < TileT::kChunks; first += kThreads) {
+    const int i = first + thread;
+    if (TileT::kChunks % kThreads == 0 || i < TileT::kChunks)
+      f(i / TileT::kChunksPerRow, i % TileT::kChunksPerRow);
+  }
+}
+
+// Starts copying source[first_row …, first_col …] into the tile; elements outside the source become
+// zero. first_col is a multiple of the chunk's size. Where rows do not start on 16 bytes the
+// elements are moved one by one, at once: the tile must be free, as for the asynchronous copy.
+template <int kThreads, class TileT, class T>
+__device__ __forceinline__ void copy_tile_async(const TileT& tile, const Matrix<T>& source,
+                                                int64_t first_row, int64_t first_col, int thread) {
+  for_each_own_chunk<TileT, kThreads>(thread, [&](int row, int chunk) {
+    const int64_t source_row = first_row + row;
+    const int64_t source_col = first_col + chunk * TileT::kPerChunk;
+    typename TileT::scalar_t* to = tile.chunk(row, chunk);
+    const int inside = elements_inside(source, source_row, source_col, TileT::kPerChunk);
+    if (source.vectorized) {
+      const T* from = inside > 0 ? source.at(source_row, source_col) : source.data;
+      copy_async(to, from, inside * static_cast<int>(sizeof(T)));
+    } else {
+      using scalar_t = typename TileT::scalar_t;
+#pragma unroll
+      for (int i = 0; i < TileT::kPerChunk; ++i)
+        to[i] = i < inside ? *source.at(source_row, source_col + i) : scalar_t(0.0f);
+    }
+  });
+}
+
+template <class TileT>
+__device__ __forceinline__ Chunk<typename TileT::scalar_t> read_chunk(const TileT& tile, int row,
+                                                                      int chunk) {
+  Chunk<typename TileT::scalar_t> values;
+  load_vector<16>(values.elements, tile.chunk(row, chunk));
+  return values;
+}
+
+template <class TileT>
+__device__ __forceinline__ void write_chunk(const TileT& tile, int row, int chunk,
+                                            const Chunk<typename TileT::scalar_t>& values) {
+  store_vector<16>(tile.chunk(row, chunk), values.elements);
+}
+
+// Rounds an accumulator's pair of neighbours into (row, col), (row, col + 1); col is even.
+template <class TileT, class acc_t>
+__device__ __forceinline__ void write_pair(const TileT& tile, int row, int col, acc_t left,
+                                           acc_t right) {
+  using scalar_t = typename TileT::scalar_t;
+  struct alignas(2 * sizeof(scalar_t)) Pair {
+    scalar_t left, right;
+  };
+  const Pair pair{convert<scalar_t>(left), convert<scalar_t>(right)};
+  store_vector<sizeof(Pair)>(tile.at(row, col), &pair);
+}
+
+// ---- products
+// -------------------------------------------------------------------------------------
+
+// This thread's share of a [kTileM, kTileN] product of a block of kWarpsM x kWarpsN warps; warp w
+// owns rows kWarpTileM · (w / kWarpsN) … and columns kWarpTileN · (w % kWarpsN) ….
+template <class Number_, int kTileM_, int kTileN_, int kWarpsM_, int kWarpsN_>
+struct Accumulator {
+  using Number = Number_;
+  using acc_t = typename Number::acc_t;
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kWarpsM = kWarpsM_;
+  static constexpr int kWarpsN = kWarpsN_;
+  static constexpr int kThreads = kWarpSize * kWarpsM * kWarpsN;
+  static constexpr int kWarpTileM = kTileM / kWarpsM;
+  static constexpr int kWarpTileN = kTileN / kWarpsN;
+  static constexpr int kPiecesM = kWarpTileM / 16;
+  static constexpr int kPiecesN = kWarpTileN / 8;
+  static_assert(kWarpTileM % 16 == 0 && kWarpTileN % 8 == 0);
+
+  acc_t values[kPiecesM][kPiecesN][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kPiecesM; ++m)
+#pragma unroll
+      for (int n = 0; n < kPiecesN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[m][n][i] = acc_t(0);
+  }
+
+  static __device__ __forceinline__ int first_row(int thread) {
+    return thread / kWarpSize / kWarpsN * kWarpTileM;
+  }
+  static __device__ __forceinline__ int first_col(int thread) {
+    return thread / kWarpSize % kWarpsN * kWarpTileN;
+  }
+
+  // f(row, col, left, right) for every pair of neighbours (row, col), (row, col + 1) owned here;
+  // row and col within the tile, left and right by reference.
+  template <class F>
+  __device__ __forceinline__ void for_each_pair(int thread, F f) {
+    const int g = thread % kWarpSize / 4, t = thread % 4;
+#pragma unroll
+    for (int m = 0; m < kPiecesM; ++m)
+#pragma unroll
+      for (int n = 0; n < kPiecesN; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          f(first_row(thread) + 16 * m + 8 * half + g, first_col(thread) + 8 * n + 2 * t,
+            values[m][n][2 * half], values[m][n][2 * half + 1]);
+  }
+};
+
+// How an operand lies in its tile: its contraction index along the columns, [outer, k], or along
+// the rows, [k, outer].
+enum class Contraction { kAlongColumns, kAlongRows };
+
+namespace detail {
+
+// Two chunks of contraction: 16 elements of 2 bytes, or 8 of TF32. The fragment of A at rows
+// [outer, outer + 16), from contraction chunk pair k_pair on.
+template <Contraction kContraction, class TileT>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const TileT& tile, int outer, int k_pair,
+                                       int lane) {
+  using scalar_t = typename TileT::scalar_t;
+  const int matrix = lane / 8, row = lane % 8;
+  if constexpr (kContraction == Contraction::kAlongColumns) {
+    load_matrices<false>(a, tile.chunk(outer + matrix % 2 * 8 + row, 2 * k_pair + matrix / 2));
+  } else if constexpr (sizeof(scalar_t) == 2) {
+    load_matrices<true>(a, tile.chunk(16 * k_pair + matrix / 2 * 8 + row, outer / 8 + matrix % 2));
+  } else {
+    const int g = lane / 4, k = 8 * k_pair + lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = *tile.at(k + i / 2 * 4, outer + i % 2 * 8 + g);
+      a[i] = __float_as_uint(value);
+    }
+  }
+}
+
+// The fragments of B for the kPieces (1 or 2) pieces of 8 columns from `outer` on.
+template <Contraction kContraction, int kPieces, class TileT>
+__device__ __forceinline__ void load_b(uint32_t (&b)[2 * kPieces], const TileT& tile, int outer,
+                                       int k_pair, int lane) {
+  using scalar_t = typename TileT::scalar_t;
+  // With one piece lanes 16 … 31 repeat the addresses of lanes 0 … 15.
+  const int matrix = lane / 8 % (2 * kPieces), row = lane % 8;
+  if constexpr (kContraction == Contraction::kAlongColumns) {
+    load_matrices<false>(b, tile.chunk(outer + matrix / 2 * 8 + row, 2 * k_pair + matrix % 2));
+  } else if constexpr (sizeof(scalar_t) == 2) {
+    load_matrices<true>(b, tile.chunk(16 * k_pair + matrix % 2 * 8 + row, outer / 8 + matrix / 2));
+  } else {
+    const int g = lane / 4, k = 8 * k_pair + lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2 * kPieces; ++i) {
+      const float value = *tile.at(k + i % 2 * 4, outer + i / 2 * 8 + g);
+      b[i] = __float_as_uint(value);
+    }
+  }
+}
+
+template <class Number, int kSize>
+__device__ __forceinline__ void round_operands(uint32_t (&registers)[kSize]) {
+  if constexpr (std::is_same_v<Number, Tf32>) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) registers[i] = tf32_bits(__uint_as_float(registers[i]));
+  }
+}
+
+template <Contraction kContractionA, Contraction kContractionB, int kDepth, class Acc, class TileA,
+          class TileB>
+__device__ __forceinline__ void multiply_add_mma(Acc& acc, const TileA& a_tile, const TileB& b_tile,
+                                                 int thread) {
+  using Number = typename Acc::Number;
+  constexpr int kStep = 2 * TileA::kPerChunk;
+  constexpr int kPieces = Acc::kPiecesN % 2 == 0 ? 2 : 1;  // of B per ldmatrix
+  static_assert(kDepth % kStep == 0);
+  const int lane = thread % kWarpSize;
+#pragma unroll
+  for (int k_pair = 0; k_pair < kDepth / kStep; ++k_pair) {
+    uint32_t a[Acc::kPiecesM][4];
+#pragma unroll
+    for (int m = 0; m < Acc::kPiecesM; ++m) {
+      load_a<kContractionA>(a[m], a_tile, Acc::first_row(thread) + 16 * m, k_pair, lane);
+      round_operands<Number>(a[m]);
+    }
+#pragma unroll
+    for (int n = 0; n < Acc::kPiecesN; n += kPieces) {
+      uint32_t b[2 * kPieces];
+      load_b<kContractionB, kPieces>(b, b_tile, Acc::first_col(thread) + 8 * n, k_pair, lane);
+      round_operands<Number>(b);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const uint32_t b_piece[2] = {b[2 * piece], b[2 * piece + 1]};
+#pragma unroll
+        for (int m = 0; m < Acc::kPiecesM; ++m)
+          mma<Number>(acc.values[m][n + piece], a[m], b_piece);
+      }
+    }
+  }
+}
+
+// Elements k, k + 1, … of one chunk's size of row (or column) `outer` of an operand.
+template <Contraction kContraction, class TileT>
+__device__ __forceinline__ Chunk<typename TileT::scalar_t> load_run(const TileT& tile, int outer,
+                                                                    int k) {
+  if constexpr (kContraction == Contraction::kAlongColumns) {
+    return read_chunk(tile, outer, k / TileT::kPerChunk);
+  } else {
+    Chunk<typename TileT::scalar_t> run;
+#pragma unroll
+    for (int i = 0; i < run.kSize; ++i) run.elements[i] = *tile.at(k + i, outer);
+    return run;
+  }
+}
+
+template <Contraction kContractionA, Contraction kContractionB, int kDepth, class Acc, class TileA,
+          class TileB>
+__device__ __forceinline__ void multiply_add_fma(Acc& acc, const TileA& a_tile, const TileB& b_tile,
+                                                 int thread) {
+  using Run = Chunk<typename TileA::scalar_t>;
+  static_assert(kDepth % Run::kSize == 0);
+  const int g = thread % kWarpSize / 4, t = thread % 4;
+#pragma unroll 1  // registers: one run of every operand row at a time
+  for (int k = 0; k < kDepth; k += Run::kSize) {
+    Run a[Acc::kPiecesM][2];
+#pragma unroll
+    for (int m = 0; m < Acc::kPiecesM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        a[m][half] =
+            load_run<kContractionA>(a_tile, Acc::first_row(thread) + 16 * m + 8 * half + g, k);
+#pragma unroll
+    for (int n = 0; n < Acc::kPiecesN; ++n) {
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const Run b =
+            load_run<kContractionB>(b_tile, Acc::first_col(thread) + 8 * n + 2 * t + side, k);
+#pragma unroll
+        for (int m = 0; m < Acc::kPiecesM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < Run::kSize; ++i)
+              acc.values[m][n][2 * half + side] += a[m][half].elements[i] * b.elements[i];
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
+// acc [kTileM, kTileN] += A B, contracting over kDepth elements. A is [kTileM, kDepth] (or, along
+// rows, [kDepth, kTileM]) in a_tile, B [kTileN, kDepth] (or [kDepth, kTileN]) in b_tile. All
+// threads of the block call it; the tiles must be complete (a barrier before).
+template <Contraction kContractionA, Contraction kContractionB, int kDepth, class Acc, class TileA,
+          class TileB>
+__device__ __forceinline__ void multiply_add(Acc& acc, const TileA& a_tile, const TileB& b_tile,
+                                             int thread) {
+  if constexpr (Acc::Number::kTensorCores) {
+    detail::multiply_add_mma<kContractionA, kContractionB, kDepth>(acc, a_tile, b_tile, thread);
+  } else {
+    detail::multiply_add_fma<kContractionA, kContractionB, kDepth>(acc, a_tile, b_tile, thread);
+  }
+}
+
+}  // namespace lowrank_ext::cuda
