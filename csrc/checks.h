@@ -26,6 +26,7 @@ struct BranchArgs {
   double scaling;
   double dropout_p;
   std::optional<Tensor> seed;  // int64, one element
+  bool allow_tf32;             // in products of fp32 on a GPU, as torch is set
 
   int64_t rank() const { return lora_a.size(0); }
   int64_t in_features() const { return lora_a.size(1); }
@@ -126,6 +127,8 @@ inline void check_seed(const char* op, const BranchArgs& args, const Tensor& lik
                        const char* like_name) {
   check(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op,
         ": dropout_p must be between 0 and 1, got ", args.dropout_p);
+  // Also where it is not used: a backend must never see a tensor of another device.
+  if (args.seed) check_same_device(op, "seed", *args.seed, like, like_name);
   if (args.dropout_p == 0.0) return;
   check(args.seed.has_value(), op,
         ": seed must be an int64 tensor of one element when dropout_p > 0"
@@ -133,7 +136,6 @@ inline void check_seed(const char* op, const BranchArgs& args, const Tensor& lik
   check(args.seed->scalar_type() == ScalarType::Long && args.seed->numel() == 1, op,
         ": seed must be an int64 tensor of one element, got ", dtype_name(args.seed->scalar_type()),
         ' ', shape_of(*args.seed));
-  check_same_device(op, "seed", *args.seed, like, like_name);
 }
 
 // Checks the branch against `like` (x in the forward, dout in the backward: device and dtype).
@@ -201,6 +203,62 @@ inline void check_backward(const char* op, const BranchArgs& args, const BranchN
         ": rank_scale must be given when need_drank_scale, got None");
   check(!needs.dout_scale || args.out_scale, op,
         ": out_scale must be given when need_dout_scale, got None");
+}
+
+// ---- the ops
+
+inline void check_weight(const char* op, const Tensor& weight, const Tensor& like,
+                         const char* like_name) {
+  check_shape(op, "weight", weight, weight.dim() == 2, "[out_features, in_features]");
+  check_same_dtype(op, "weight", weight, like, like_name);
+  check_same_device(op, "weight", weight, like, like_name);
+}
+
+inline void check_lowrank_linear(const Tensor& x, const Tensor& weight,
+                                 const std::optional<Tensor>& bias, const BranchArgs& args) {
+  constexpr const char* kOp = "lowrank_linear";
+  check_input_dtype(kOp, "x", x);
+  check_weight(kOp, weight, x, "x");
+  const int64_t out_features = weight.size(0), in_features = weight.size(1);
+  check_shape(kOp, "x", x, x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
+              "[..., in_features=" + std::to_string(in_features) + "]");
+  if (bias) {
+    check_shape(kOp, "bias", *bias, bias->dim() == 1 && bias->size(0) == out_features,
+                "[out_features=" + std::to_string(out_features) + "]");
+    check_same_dtype(kOp, "bias", *bias, x, "x");
+    check_same_device(kOp, "bias", *bias, x, "x");
+  }
+  check_branch(kOp, args, x, "x", in_features, out_features);
+}
+
+inline void check_lowrank_linear_backward(const Tensor& dout, const std::optional<Tensor>& x,
+                                          const Tensor& weight, const std::optional<Tensor>& h,
+                                          const BranchArgs& args, const BranchNeeds& needs) {
+  constexpr const char* kOp = "lowrank_linear_backward";
+  check_input_dtype(kOp, "dout", dout);
+  check_weight(kOp, weight, dout, "dout");
+  check_backward(kOp, args, needs, dout, x, h, weight.size(1), weight.size(0));
+}
+
+inline void check_lowrank_add(const Tensor& base_out, const Tensor& x, const BranchArgs& args) {
+  constexpr const char* kOp = "lowrank_add";
+  check_input_dtype(kOp, "x", x);
+  check_shape(kOp, "x", x, x.dim() >= 1, "[..., in_features]");
+  check_shape(kOp, "base_out", base_out, leading_dims_match(base_out, x),
+              "x's leading dimensions and out_features");
+  check_same_dtype(kOp, "base_out", base_out, x, "x");
+  check_same_device(kOp, "base_out", base_out, x, "x");
+  check_branch(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
+}
+
+inline void check_lowrank_add_backward(const Tensor& dout, const std::optional<Tensor>& x,
+                                       const std::optional<Tensor>& h, const BranchArgs& args,
+                                       const BranchNeeds& needs) {
+  constexpr const char* kOp = "lowrank_add_backward";
+  check_input_dtype(kOp, "dout", dout);
+  check_shape(kOp, "lora_a", args.lora_a, args.lora_a.dim() == 2, "[r, in_features]");
+  check_shape(kOp, "lora_b", args.lora_b, args.lora_b.dim() == 2, "[out_features, r]");
+  check_backward(kOp, args, needs, dout, x, h, args.in_features(), args.out_features());
 }
 
 }  // namespace lowrank_ext

@@ -1,36 +1,39 @@
 // Every op of the library. This file is the table of contents: schemas only, kernels register
-// themselves.
+// themselves. The executor's module (tests/simt) compiles it too, for its own library of the same
+// ops, whose backend is csrc/cuda run on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#ifdef LOWRANK_EXT_SIMT
+STABLE_TORCH_LIBRARY(lowrank_ext_simt, m) {
+#else
 STABLE_TORCH_LIBRARY(lowrank_ext, m) {
+#endif
   // y = x weightᵀ + bias + scaling · out_scale ⊙ (mid(drop(x) lora_aᵀ) lora_bᵀ); returns y [...,
-  // N], h [..., r].
+  // N], h [..., r]. allow_tf32: whether fp32 products on a GPU may round their factors to TF32.
   m.def(
       "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? "
-      "core, "
-      "Tensor? rank_scale, Tensor? out_scale, float scaling, float dropout_p, Tensor? seed) "
-      "-> (Tensor, Tensor)");
+      "core, Tensor? rank_scale, Tensor? out_scale, float scaling, float dropout_p, Tensor? seed, "
+      "bool allow_tf32) -> (Tensor, Tensor)");
   // Returns dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale; an empty tensor where not needed.
   m.def(
       "lowrank_linear_backward(Tensor dout, Tensor? x, Tensor weight, Tensor? h, Tensor lora_a, "
-      "Tensor lora_b, "
-      "Tensor? core, Tensor? rank_scale, Tensor? out_scale, float scaling, float dropout_p, "
-      "Tensor? seed, "
-      "bool need_dx, bool need_dlora_a, bool need_dlora_b, bool need_dcore, bool need_drank_scale, "
-      "bool need_dout_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor lora_b, Tensor? core, Tensor? rank_scale, Tensor? out_scale, float scaling, float "
+      "dropout_p, Tensor? seed, bool allow_tf32, bool need_dx, bool need_dlora_a, bool "
+      "need_dlora_b, bool need_dcore, bool need_drank_scale, bool need_dout_scale) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The same branch on the output of any base module.
   m.def(
       "lowrank_add(Tensor base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? core, Tensor? "
-      "rank_scale, "
-      "Tensor? out_scale, float scaling, float dropout_p, Tensor? seed) -> (Tensor, Tensor)");
+      "rank_scale, Tensor? out_scale, float scaling, float dropout_p, Tensor? seed, bool "
+      "allow_tf32) -> (Tensor, Tensor)");
   m.def(
       "lowrank_add_backward(Tensor dout, Tensor? x, Tensor? h, Tensor lora_a, Tensor lora_b, "
-      "Tensor? core, "
-      "Tensor? rank_scale, Tensor? out_scale, float scaling, float dropout_p, Tensor? seed, bool "
-      "need_dx, "
-      "bool need_dlora_a, bool need_dlora_b, bool need_dcore, bool need_drank_scale, bool "
-      "need_dout_scale) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? core, Tensor? rank_scale, Tensor? out_scale, float scaling, float dropout_p, "
+      "Tensor? seed, bool allow_tf32, bool need_dx, bool need_dlora_a, bool need_dlora_b, bool "
+      "need_dcore, bool need_drank_scale, bool need_dout_scale) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+#ifndef LOWRANK_EXT_SIMT
   // Instruction sets that the CPU kernels use on this machine, separated by spaces.
   m.def("cpu_features() -> str");
+#endif
 }

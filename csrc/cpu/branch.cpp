@@ -102,26 +102,6 @@ void finish_up_gradients(const BranchArgs& args, const Operands& ops, const Bran
   }
 }
 
-Tensor zeros_like(const Tensor& tensor, int64_t dim) {
-  const std::vector<int64_t> sizes = dim == 1
-                                         ? std::vector<int64_t>{tensor.size(0)}
-                                         : std::vector<int64_t>{tensor.size(0), tensor.size(1)};
-  Tensor result = empty(sizes, tensor.scalar_type());
-  zero(result);
-  return result;
-}
-
-// No rows: dx is empty and every other gradient is zero.
-void zero_gradients(const BranchArgs& args, const BranchNeeds& needs, ScalarType input,
-                    BranchGradients& gradients) {
-  if (needs.dx) gradients.dx = empty({0, args.in_features()}, input);
-  if (needs.dlora_a) gradients.dlora_a = zeros_like(args.lora_a, 2);
-  if (needs.dlora_b) gradients.dlora_b = zeros_like(args.lora_b, 2);
-  if (needs.dcore) gradients.dcore = zeros_like(*args.core, 2);
-  if (needs.drank_scale) gradients.drank_scale = zeros_like(*args.rank_scale, 1);
-  if (needs.dout_scale) gradients.dout_scale = zeros_like(*args.out_scale, 1);
-}
-
 }  // namespace
 
 void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, const Tensor& h) {
@@ -152,16 +132,9 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
                                 const Tensor& dout, const std::optional<Tensor>& x,
                                 const std::optional<Tensor>& h,
                                 const std::optional<Tensor>& base_dx) {
-  const ScalarType input = dout.scalar_type();
-  const auto none = [&] {
-    return empty({0}, input);
-  };  // each its own: outputs of an op must not alias
-  BranchGradients gradients{none(), none(), none(), none(), none(), none()};
-  if (dout.size(0) == 0) {
-    zero_gradients(args, needs, input, gradients);
-    return gradients;
-  }
-  const Operands ops = prepare(args, input, dout.size(0));
+  if (dout.size(0) == 0) return gradients_of_no_rows(args, needs, dout);
+  BranchGradients gradients = empty_gradients(dout);
+  const Operands ops = prepare(args, dout.scalar_type(), dout.size(0));
   const UpGradients up = up_backward(args, ops, needs, dout, h);
   if (up.p) finish_up_gradients(args, ops, needs, *up.p, gradients);
   if (!up.g) return gradients;

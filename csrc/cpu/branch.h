@@ -2,20 +2,11 @@
 #pragma once
 
 #include <optional>
-#include <tuple>
 
 #include "../checks.h"
+#include "../gradients.h"
 
 namespace lowrank_ext::cpu {
-
-// Empty ([0]) where not needed.
-struct BranchGradients {
-  Tensor dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale;
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
-    return {dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale};
-  }
-};
 
 // y [M, N] += scaling · out_scale ⊙ (mid(h) lora_bᵀ) and h [M, r] = drop(x) lora_aᵀ, x [M, K].
 void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, const Tensor& h);

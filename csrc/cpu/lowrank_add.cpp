@@ -8,27 +8,17 @@
 #include "matrix.h"
 
 namespace lowrank_ext::cpu {
-namespace {
-
-constexpr const char* kOp = "lowrank_add";
-constexpr const char* kBackwardOp = "lowrank_add_backward";
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> lowrank_add_cpu(const Tensor& base_out, const Tensor& x,
                                            const Tensor& lora_a, const Tensor& lora_b,
                                            const std::optional<Tensor>& core,
                                            const std::optional<Tensor>& rank_scale,
                                            const std::optional<Tensor>& out_scale, double scaling,
-                                           double dropout_p, const std::optional<Tensor>& seed) {
-  const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
-  check_input_dtype(kOp, "x", x);
-  check_shape(kOp, "x", x, x.dim() >= 1, "[..., in_features]");
-  check_shape(kOp, "base_out", base_out, leading_dims_match(base_out, x),
-              "x's leading dimensions and out_features");
-  check_same_dtype(kOp, "base_out", base_out, x, "x");
-  check_same_device(kOp, "base_out", base_out, x, "x");
-  check_branch(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
+                                           double dropout_p, const std::optional<Tensor>& seed,
+                                           bool allow_tf32) {
+  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
+                        scaling, dropout_p, seed, allow_tf32};
+  check_lowrank_add(base_out, x, args);
 
   const Tensor rows = as_matrix(x);
   Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type());
@@ -44,15 +34,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_add_backward_
     const Tensor& dout, const std::optional<Tensor>& x, const std::optional<Tensor>& h,
     const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& core,
     const std::optional<Tensor>& rank_scale, const std::optional<Tensor>& out_scale, double scaling,
-    double dropout_p, const std::optional<Tensor>& seed, bool need_dx, bool need_dlora_a,
-    bool need_dlora_b, bool need_dcore, bool need_drank_scale, bool need_dout_scale) {
-  const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
+    double dropout_p, const std::optional<Tensor>& seed, bool allow_tf32, bool need_dx,
+    bool need_dlora_a, bool need_dlora_b, bool need_dcore, bool need_drank_scale,
+    bool need_dout_scale) {
+  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
+                        scaling, dropout_p, seed, allow_tf32};
   const BranchNeeds needs{need_dx,    need_dlora_a,     need_dlora_b,
                           need_dcore, need_drank_scale, need_dout_scale};
-  check_input_dtype(kBackwardOp, "dout", dout);
-  check_shape(kBackwardOp, "lora_a", lora_a, lora_a.dim() == 2, "[r, in_features]");
-  check_shape(kBackwardOp, "lora_b", lora_b, lora_b.dim() == 2, "[out_features, r]");
-  check_backward(kBackwardOp, args, needs, dout, x, h, lora_a.size(1), lora_b.size(0));
+  check_lowrank_add_backward(dout, x, h, args, needs);
 
   BranchGradients gradients =
       branch_backward(args, needs, as_matrix(dout), x ? std::optional(as_matrix(*x)) : x,

@@ -9,15 +9,6 @@
 namespace lowrank_ext::cpu {
 namespace {
 
-constexpr const char* kOp = "lowrank_linear";
-constexpr const char* kBackwardOp = "lowrank_linear_backward";
-
-void check_weight(const char* op, const Tensor& weight, const Tensor& like, const char* like_name) {
-  check_shape(op, "weight", weight, weight.dim() == 2, "[out_features, in_features]");
-  check_same_dtype(op, "weight", weight, like, like_name);
-  check_same_device(op, "weight", weight, like, like_name);
-}
-
 // y = x weightᵀ + bias, rounded as torch.nn.functional.linear rounds it.
 void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight,
                   const std::optional<Tensor>& bias) {
@@ -33,23 +24,13 @@ std::tuple<Tensor, Tensor> lowrank_linear_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a,
     const Tensor& lora_b, const std::optional<Tensor>& core,
     const std::optional<Tensor>& rank_scale, const std::optional<Tensor>& out_scale, double scaling,
-    double dropout_p, const std::optional<Tensor>& seed) {
-  const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
-  check_input_dtype(kOp, "x", x);
-  check_weight(kOp, weight, x, "x");
-  const int64_t out_features = weight.size(0), in_features = weight.size(1);
-  check_shape(kOp, "x", x, x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
-              "[..., in_features=" + std::to_string(in_features) + "]");
-  if (bias) {
-    check_shape(kOp, "bias", *bias, bias->dim() == 1 && bias->size(0) == out_features,
-                "[out_features=" + std::to_string(out_features) + "]");
-    check_same_dtype(kOp, "bias", *bias, x, "x");
-    check_same_device(kOp, "bias", *bias, x, "x");
-  }
-  check_branch(kOp, args, x, "x", in_features, out_features);
+    double dropout_p, const std::optional<Tensor>& seed, bool allow_tf32) {
+  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
+                        scaling, dropout_p, seed, allow_tf32};
+  check_lowrank_linear(x, weight, bias, args);
 
   const Tensor rows = as_matrix(x);
-  Tensor y = empty(with_last_dim(x, out_features), x.scalar_type());
+  Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type());
   Tensor h = empty(with_last_dim(x, args.rank()), x.scalar_type());
   if (rows.size(0) == 0) return {y, h};
   const Tensor y_rows = as_matrix(y);
@@ -63,14 +44,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
     const std::optional<Tensor>& h, const Tensor& lora_a, const Tensor& lora_b,
     const std::optional<Tensor>& core, const std::optional<Tensor>& rank_scale,
     const std::optional<Tensor>& out_scale, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, bool need_dx, bool need_dlora_a, bool need_dlora_b,
-    bool need_dcore, bool need_drank_scale, bool need_dout_scale) {
-  const BranchArgs args{lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed};
+    const std::optional<Tensor>& seed, bool allow_tf32, bool need_dx, bool need_dlora_a,
+    bool need_dlora_b, bool need_dcore, bool need_drank_scale, bool need_dout_scale) {
+  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
+                        scaling, dropout_p, seed, allow_tf32};
   const BranchNeeds needs{need_dx,    need_dlora_a,     need_dlora_b,
                           need_dcore, need_drank_scale, need_dout_scale};
-  check_input_dtype(kBackwardOp, "dout", dout);
-  check_weight(kBackwardOp, weight, dout, "dout");
-  check_backward(kBackwardOp, args, needs, dout, x, h, weight.size(1), weight.size(0));
+  check_lowrank_linear_backward(dout, x, weight, h, args, needs);
 
   const Tensor dout_rows = as_matrix(dout);
   std::optional<Tensor> base_dx;

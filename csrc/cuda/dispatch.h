@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.h"
 #include "number.cuh"
@@ -24,6 +25,14 @@ auto dispatch(NumberKind kind, F f) {
     default:
       return f(Fp64{});
   }
+}
+
+template <class T>
+constexpr ElementType element_type() {
+  if constexpr (std::is_same_v<T, double>) return ElementType::kFp64;
+  if constexpr (std::is_same_v<T, float>) return ElementType::kFp32;
+  if constexpr (std::is_same_v<T, Fp16::scalar_t>) return ElementType::kFp16;
+  return ElementType::kBf16;
 }
 
 template <class T>

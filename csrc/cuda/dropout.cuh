@@ -28,12 +28,13 @@ __device__ __forceinline__ Philox4 philox(uint32_t call, uint64_t row, uint64_t 
   uint32_t c3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = uint64_t{c0} * 0xD2511F53u;
-    const uint64_t product1 = uint64_t{c2} * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
+    // Both halves of a product, as nvcc makes one instruction of them.
+    const uint32_t low0 = c0 * 0xD2511F53u, high0 = __umulhi(c0, 0xD2511F53u);
+    const uint32_t low1 = c2 * 0xCD9E8D57u, high1 = __umulhi(c2, 0xCD9E8D57u);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -46,7 +47,22 @@ template <class Element, int kSize>
 __device__ __forceinline__ void drop(Element (&elements)[kSize], const Dropout& dropout,
                                      uint64_t seed, int64_t row, int64_t first_col) {
   static_assert(8 % kSize == 0);
-  const Philox4 draws = philox(static_cast<uint32_t>(first_col / 8), row, seed);
+  const Philox4 draws =
+      philox(static_cast<uint32_t>(static_cast<uint64_t>(first_col) / 8), row, seed);
+  if constexpr (sizeof(Element) == 2) {  // draw and element have the same size: two at a time
+    static_assert(kSize == 8);
+    uint32_t pairs[4];
+    memcpy(pairs, elements, sizeof(pairs));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int low = static_cast<int>(draws.words[i] & 0xFFFFu);
+      const int high = static_cast<int>(draws.words[i] >> 16);
+      const int threshold = static_cast<int>(dropout.threshold);
+      pairs[i] &= ~sign_masks(low - threshold, high - threshold);
+    }
+    memcpy(elements, pairs, sizeof(pairs));
+    return;
+  }
   // first_draw is a constant 0 where a chunk is a whole call; else it selects among few words.
   const int first_draw = kSize == 8 ? 0 : static_cast<int>(first_col % 8);
 #pragma unroll

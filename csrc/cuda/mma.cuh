@@ -20,6 +20,18 @@ constexpr int kWarpSize = 32;
 // ---- memory
 // ---------------------------------------------------------------------------------------
 
+// The same value, which the compiler no longer knows to be the same: what is computed from it
+// (addresses in tiles: a few integer instructions) is computed here and now, not before a loop and
+// kept in registers.
+template <class Integer>
+__device__ __forceinline__ Integer opaque(Integer value) {
+  static_assert(sizeof(Integer) == 4);
+#ifndef LOWRANK_EXT_SIMT
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // Base of the block's dynamic shared memory, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
 #ifdef LOWRANK_EXT_SIMT
@@ -31,7 +43,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
 }
 
 // One access of kBytes (4, 8 or 16), both sides aligned to it. `from` is global or shared memory,
-// `into` the thread's own; store_vector the other way round.
+// `into` the thread's own. store_vector the other way round, to shared memory.
 template <int kBytes>
 __device__ __forceinline__ void load_vector(void* into, const void* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -64,21 +76,56 @@ __device__ __forceinline__ void store_vector(void* to, const void* from) {
 #endif
 }
 
+// store_vector to global memory. In PTX: of a store written in C++ the compiler (nvcc 13.0, below
+// sm_100) makes stores of single elements again where their branch for tails stores the same ones.
+template <int kBytes>
+__device__ __forceinline__ void store_global_vector(void* to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+#ifdef LOWRANK_EXT_SIMT
+  simt::store(to, from, kBytes);
+#else
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (kBytes == 16) {
+    const uint4 words = *static_cast<const uint4*>(from);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(address), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    const uint2 words = *static_cast<const uint2*>(from);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(address), "r"(words.x), "r"(words.y)
+                 : "memory");
+  } else {
+    asm volatile("st.global.b32 [%0], %1;\n" ::"l"(address),
+                 "r"(*static_cast<const uint32_t*>(from))
+                 : "memory");
+  }
+#endif
+}
+
 #ifndef LOWRANK_EXT_SIMT
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 #endif
 
-// Starts a copy of 16 bytes from global to shared memory, past L1 (each byte is used once). Only
-// valid_bytes are read, the rest becomes zero; with none, `global` is not looked at.
+// Starts a copy of kBytes (4, 8 or 16, both sides aligned to it) from global to shared memory; of
+// 16 past L1, as each byte is used once. Only valid_bytes are read, the rest becomes zero; with
+// none, `global` is not looked at.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid_bytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef LOWRANK_EXT_SIMT
-  simt::copy_async(shared, global, 16, valid_bytes);
+  simt::copy_async(shared, global, kBytes, valid_bytes);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid_bytes)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "n"(kBytes), "r"(valid_bytes)
+                 : "memory");
+  }
 #endif
 }
 
@@ -99,6 +146,21 @@ __device__ __forceinline__ void copy_async_wait() {
   simt::copy_async_wait(kPendingGroups);
 #else
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPendingGroups) : "memory");
+#endif
+}
+
+// ---- integers
+// -------------------------------------------------------------------------------------
+
+// 0xFFFF in the lower half where low is negative, in the upper half where high is. One prmt, whose
+// selectors above 7 repeat the sign of a byte.
+__device__ __forceinline__ uint32_t sign_masks(int low, int high) {
+#ifdef LOWRANK_EXT_SIMT
+  return (low < 0 ? 0x0000FFFFu : 0u) | (high < 0 ? 0xFFFF0000u : 0u);
+#else
+  uint32_t masks;
+  asm("prmt.b32 %0, %1, %2, 0xFFBB;\n" : "=r"(masks) : "r"(low), "r"(high));
+  return masks;
 #endif
 }
 

@@ -50,21 +50,61 @@ struct alignas(16) Chunk {
   scalar_t elements[kSize];
 };
 
+// `inside` elements from (row, col) on, one by one, and zeros.
+template <class scalar_t, class T>
+__device__ __forceinline__ Chunk<scalar_t> load_elements(const Matrix<T>& matrix, int64_t row,
+                                                         int64_t col, int inside) {
+  Chunk<scalar_t> chunk;
+#pragma unroll
+  for (int i = 0; i < chunk.kSize; ++i)
+    chunk.elements[i] = i < inside ? *matrix.at(row, col + i) : scalar_t(0.0f);
+  return chunk;
+}
+
 // Elements (row, col) to (row, col + Chunk size); zero outside the matrix. col is a multiple of the
 // chunk's size.
 template <class scalar_t, class T>
 __device__ __forceinline__ Chunk<scalar_t> load_chunk(const Matrix<T>& matrix, int64_t row,
                                                       int64_t col) {
+  const int inside = elements_inside(matrix, row, col, Chunk<scalar_t>::kSize);
+  if (!matrix.vectorized || inside != Chunk<scalar_t>::kSize)
+    return load_elements<scalar_t>(matrix, row, col, inside);
   Chunk<scalar_t> chunk;
-  const int inside = elements_inside(matrix, row, col, chunk.kSize);
-  if (matrix.vectorized && inside == chunk.kSize) {
-    load_vector<16>(chunk.elements, matrix.at(row, col));
-  } else {
-#pragma unroll
-    for (int i = 0; i < chunk.kSize; ++i)
-      chunk.elements[i] = i < inside ? *matrix.at(row, col + i) : scalar_t(0.0f);
-  }
+  load_vector<16>(chunk.elements, matrix.at(row, col));
   return chunk;
+}
+
+// A chunk on its way: loaded long before it is used. The compiler would take a Chunk apart into
+// elements where it was loaded (nvcc 13.0), and so wait for it there; these words are taken apart
+// by unpack.
+template <class scalar_t>
+struct PackedChunk {
+  uint32_t words[4];
+
+  explicit __device__ __forceinline__ PackedChunk(const Chunk<scalar_t>& chunk) {
+    memcpy(words, chunk.elements, 16);
+  }
+  PackedChunk() = default;
+
+  __device__ __forceinline__ Chunk<scalar_t> unpack() const {
+    uint32_t now[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) now[i] = opaque(words[i]);
+    Chunk<scalar_t> chunk;
+    memcpy(chunk.elements, now, 16);
+    return chunk;
+  }
+};
+
+template <class scalar_t, class T>
+__device__ __forceinline__ PackedChunk<scalar_t> load_packed_chunk(const Matrix<T>& matrix,
+                                                                   int64_t row, int64_t col) {
+  const int inside = elements_inside(matrix, row, col, Chunk<scalar_t>::kSize);
+  if (!matrix.vectorized || inside != Chunk<scalar_t>::kSize)
+    return PackedChunk<scalar_t>(load_elements<scalar_t>(matrix, row, col, inside));
+  PackedChunk<scalar_t> packed;
+  load_vector<16>(packed.words, matrix.at(row, col));
+  return packed;
 }
 
 // The same elements to global memory; those outside the matrix are not written.
@@ -73,11 +113,29 @@ __device__ __forceinline__ void store_chunk(const Matrix<scalar_t>& matrix, int6
                                             int64_t col, const Chunk<scalar_t>& chunk) {
   const int inside = elements_inside(matrix, row, col, chunk.kSize);
   if (matrix.vectorized && inside == chunk.kSize) {
-    store_vector<16>(matrix.at(row, col), chunk.elements);
+    store_global_vector<16>(matrix.at(row, col), chunk.elements);
   } else {
 #pragma unroll
     for (int i = 0; i < chunk.kSize; ++i)
       if (i < inside) *matrix.at(row, col + i) = chunk.elements[i];
+  }
+}
+
+// Neighbours (row, col) and (row, col + 1) to global memory, as an accumulator's pairs are; col is
+// even. Those outside the matrix are not written.
+template <class T>
+__device__ __forceinline__ void store_pair(const Matrix<T>& matrix, int64_t row, int64_t col,
+                                           T left, T right) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T left, right;
+  };
+  const int inside = elements_inside(matrix, row, col, 2);
+  if (matrix.vectorized && inside == 2) {
+    const Pair pair{left, right};
+    store_global_vector<sizeof(Pair)>(matrix.at(row, col), &pair);
+  } else {
+    if (inside > 0) *matrix.at(row, col) = left;
+    if (inside > 1) *matrix.at(row, col + 1) = right;
   }
 }
 
@@ -136,28 +194,93 @@ __device__ __forceinline__ void for_each_own_chunk(int thread, F f) {
   }
 }
 
+// The copy of one chunk whose source does not start on 16 bytes: in pieces of 4 bytes (8 for fp64),
+// or, where elements of 2 bytes do not start on 4, one by one and at once.
+template <class scalar_t, class T>
+__device__ __forceinline__ void copy_unaligned_chunk_async(scalar_t* to, const T* from,
+                                                           int inside) {
+  constexpr int kPieceBytes = sizeof(T) == 8 ? 8 : 4;
+  constexpr int kPerPiece = kPieceBytes / sizeof(T), kSize = 16 / sizeof(T);
+  if (kPerPiece == 1 || reinterpret_cast<uintptr_t>(from) % kPieceBytes == 0) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += kPerPiece) {
+      const int valid = inside - i < 0 ? 0 : inside - i < kPerPiece ? inside - i : kPerPiece;
+      copy_async<kPieceBytes>(to + i, from + i, valid * static_cast<int>(sizeof(T)));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) to[i] = i < inside ? from[i] : scalar_t(0.0f);
+  }
+}
+
 // Starts copying source[first_row …, first_col …] into the tile; elements outside the source become
-// zero. first_col is a multiple of the chunk's size. Where rows do not start on 16 bytes the
-// elements are moved one by one, at once: the tile must be free, as for the asynchronous copy.
+// zero. first_col is a multiple of the chunk's size. The tile must be free. A tile that lies wholly
+// inside costs one addition per chunk: in loops over tiles a thread's offsets stay the same.
 template <int kThreads, class TileT, class T>
 __device__ __forceinline__ void copy_tile_async(const TileT& tile, const Matrix<T>& source,
                                                 int64_t first_row, int64_t first_col, int thread) {
+  const bool whole =
+      first_row + TileT::kRows <= source.num_rows && first_col + TileT::kCols <= source.num_cols;
+  if (source.vectorized && whole) {
+    const T* const origin = source.at(first_row, first_col);
+    for_each_own_chunk<TileT, kThreads>(thread, [&](int row, int chunk) {
+      copy_async<16>(tile.chunk(row, chunk),
+                     origin + (row * source.row_stride + chunk * TileT::kPerChunk), 16);
+    });
+    return;
+  }
   for_each_own_chunk<TileT, kThreads>(thread, [&](int row, int chunk) {
     const int64_t source_row = first_row + row;
     const int64_t source_col = first_col + chunk * TileT::kPerChunk;
-    typename TileT::scalar_t* to = tile.chunk(row, chunk);
     const int inside = elements_inside(source, source_row, source_col, TileT::kPerChunk);
+    const T* from = inside > 0 ? source.at(source_row, source_col) : source.data;
     if (source.vectorized) {
-      const T* from = inside > 0 ? source.at(source_row, source_col) : source.data;
-      copy_async(to, from, inside * static_cast<int>(sizeof(T)));
+      copy_async<16>(tile.chunk(row, chunk), from, inside * static_cast<int>(sizeof(T)));
     } else {
-      using scalar_t = typename TileT::scalar_t;
-#pragma unroll
-      for (int i = 0; i < TileT::kPerChunk; ++i)
-        to[i] = i < inside ? *source.at(source_row, source_col + i) : scalar_t(0.0f);
+      copy_unaligned_chunk_async(tile.chunk(row, chunk), from, inside);
     }
   });
 }
+
+// Copies of tiles that follow one another down the rows of a matrix (kAlongRows) or along its
+// columns, for long loops: a thread's addresses are computed once, then only moved on.
+template <int kThreads, class TileT, class T, bool kAlongRows>
+struct TileStream {
+  static constexpr int kOwnChunks = (TileT::kChunks + kThreads - 1) / kThreads;
+
+  Matrix<T> source;
+  int64_t row, col;           // of the first tile
+  int num_whole;              // tiles from there on that lie inside, in rows that start on 16 bytes
+  const T* from[kOwnChunks];  // in the next tile
+
+  __device__ __forceinline__ TileStream(const Matrix<T>& matrix, int64_t first_row,
+                                        int64_t first_col, int thread)
+      : source(matrix), row(first_row), col(first_col) {
+    const int64_t rows = source.num_rows - row, cols = source.num_cols - col;
+    const int64_t whole = kAlongRows ? (cols < TileT::kCols ? 0 : rows / TileT::kRows)
+                                     : (rows < TileT::kRows ? 0 : cols / TileT::kCols);
+    num_whole = source.vectorized && whole > 0 ? static_cast<int>(whole) : 0;
+    int i = 0;
+    for_each_own_chunk<TileT, kThreads>(thread, [&](int tile_row, int chunk) {
+      from[i++] = source.at(row + tile_row, col + chunk * TileT::kPerChunk);
+    });
+  }
+
+  // Tile `index`; they are asked for one after the other.
+  __device__ __forceinline__ void copy_async_to(const TileT& tile, int index, int thread) {
+    if (index >= num_whole) {
+      copy_tile_async<kThreads>(tile, source,
+                                kAlongRows ? row + int64_t{index} * TileT::kRows : row,
+                                kAlongRows ? col : col + int64_t{index} * TileT::kCols, thread);
+      return;
+    }
+    int i = 0;
+    for_each_own_chunk<TileT, kThreads>(thread, [&](int tile_row, int chunk) {
+      copy_async<16>(tile.chunk(tile_row, chunk), from[i], 16);
+      from[i++] += kAlongRows ? TileT::kRows * source.row_stride : TileT::kCols;
+    });
+  }
+};
 
 template <class TileT>
 __device__ __forceinline__ Chunk<typename TileT::scalar_t> read_chunk(const TileT& tile, int row,

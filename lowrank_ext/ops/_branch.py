@@ -1,4 +1,8 @@
-"""What every op with a low-rank branch shares: seed, fake checks, autograd and autocast."""
+"""What every op with a low-rank branch shares: seed, fake checks, autograd and autocast.
+
+The registrations take the name of the library of ops: the library's own is lowrank_ext; the tests
+have a second one with the same schemas, the CUDA backend run on the CPU.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,8 +11,8 @@ import torch
 from torch import Tensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Keeps the autocast and the fake registrations alive for as long as the module is.
-LIBRARY = torch.library.Library("lowrank_ext", "IMPL")
+# Keeps the registrations of each library of ops alive for as long as the module is.
+_LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 class Branch(NamedTuple):
@@ -22,6 +26,21 @@ class Branch(NamedTuple):
     scaling: float
     dropout_p: float
     seed: Tensor | None
+    allow_tf32: bool
+
+
+def tf32_allowed(x: Tensor) -> bool:
+    """Whether torch is set to round the factors of fp32 products on x's device to TF32.
+
+    The kernels cannot read torch's setting: the stable ABI has no call for it.
+    """
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_is_set()
+
+
+# Dynamo cannot trace the getter. It guards torch's setting by itself, so a change recompiles.
+@torch.compiler.assume_constant_result
+def _tf32_is_set() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def draw_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
@@ -90,25 +109,71 @@ def not_needed_as_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> li
 def save_branch(ctx: Any, branch: Branch, *others: Tensor | None) -> None:
     """Saves the branch's tensors first, then `others`; :func:`saved_branch` gives both back."""
     ctx.save_for_backward(*branch[:5], branch.seed, *others)
-    ctx.scaling, ctx.dropout_p = branch.scaling, branch.dropout_p
+    ctx.scaling, ctx.dropout_p, ctx.allow_tf32 = (
+        branch.scaling,
+        branch.dropout_p,
+        branch.allow_tf32,
+    )
 
 
 def saved_branch(ctx: Any) -> tuple[Branch, tuple[Any, ...]]:
     lora_a, lora_b, core, rank_scale, out_scale, seed, *others = ctx.saved_tensors
-    branch = Branch(lora_a, lora_b, core, rank_scale, out_scale, ctx.scaling, ctx.dropout_p, seed)
+    adapter = (lora_a, lora_b, core, rank_scale, out_scale)
+    branch = Branch(*adapter, ctx.scaling, ctx.dropout_p, seed, ctx.allow_tf32)
     return branch, tuple(others)
 
 
+def library(name: str) -> torch.library.Library:
+    if name not in _LIBRARIES:
+        _LIBRARIES[name] = torch.library.Library(name, "IMPL")
+    return _LIBRARIES[name]
+
+
+def register_fakes(
+    library_name: str,
+    op_name: str,
+    fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+) -> None:
+    for name, function in ((op_name, fake), (f"{op_name}_backward", backward_fake)):
+        torch.library.register_fake(f"{library_name}::{name}", function)
+
+
 def register_autograd(
-    op_name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+    library_name: str,
+    op_name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
 ) -> None:
     """torch.library.register_autograd without its look-up of default arguments.
 
     That look-up walks the schema at every call: 90 us for an op of eleven arguments, more than the
     whole rest of the call at decode sizes. Our schemas have no defaults, so nothing is lost.
-    `backward` and `setup_context` are what torch.library.register_autograd documents.
+    `setup_context` is what torch.library.register_autograd documents; `backward` also gets the op
+    that computes the gradients, before the upstream gradients. Gradients of gradients raise, where
+    torch would take that op for a constant.
     """
-    op = getattr(torch.ops.lowrank_ext, op_name).default
+    backward_op = getattr(getattr(torch.ops, library_name), f"{op_name}_backward").default
+
+    def op_backward(ctx: Any, *gradients: Any) -> Any:
+        return backward(ctx, backward_op, *gradients)
+
+    def second_backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"{op_name}: second derivatives are not available")
+
+    _register_formula(library_name, op_name, op_backward, setup_context)
+    _register_formula(
+        library_name, f"{op_name}_backward", second_backward, lambda ctx, inputs, output: None
+    )
+
+
+def _register_formula(
+    library_name: str,
+    op_name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    op = getattr(getattr(torch.ops, library_name), op_name).default
     after_autograd = torch._C._after_autograd_keyset
 
     class Formula(torch.autograd.Function):
@@ -131,16 +196,7 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & after_autograd, *args)
 
-    LIBRARY.impl(op_name, kernel, "Autograd", with_keyset=True)
-
-
-def refuse_second_derivative(op_name: str) -> None:
-    """Gradients of gradients raise, where torch would take the backward op for a constant."""
-
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"{op_name}: second derivatives are not available")
-
-    register_autograd(f"{op_name}_backward", backward, lambda ctx, inputs, output: None)
+    library(library_name).impl(op_name, kernel, "Autograd", with_keyset=True)
 
 
 def needs_input_grad(ctx: Any) -> tuple[bool, ...]:
@@ -148,18 +204,17 @@ def needs_input_grad(ctx: Any) -> tuple[bool, ...]:
     return tuple(ctx.needs_input_grad[1:])
 
 
-def register_autocast(op_name: str, num_base_args: int) -> None:
+def register_autocast(library_name: str, op_name: str, num_base_args: int) -> None:
     """Autocast rule: the first `num_base_args` (x, weight, bias, base_out) go to autocast's dtype.
 
     Adapter tensors in fp32 stay as they are: the kernels round them, and their gradients come back
     in fp32 without a cast node. Adapter tensors in another half-size dtype are cast. fp64 is left
     alone, as by torch.
     """
-    packet = getattr(torch.ops.lowrank_ext, op_name)
+    op = getattr(getattr(torch.ops, library_name), op_name).default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        LIBRARY.impl(
-            op_name, _autocast_kernel(packet.default, device_type, key, num_base_args), key
-        )
+        kernel = _autocast_kernel(op, device_type, key, num_base_args)
+        library(library_name).impl(op_name, kernel, key)
 
 
 def _autocast_kernel(

@@ -1,5 +1,6 @@
 """The low-rank branch on the output of any base module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from lowrank_ext.ops._branch import (
     gradient_outputs,
     needs_input_grad,
     not_needed_as_none,
-    refuse_second_derivative,
     register_autocast,
     register_autograd,
+    register_fakes,
     save_branch,
     saved_branch,
+    tf32_allowed,
 )
 
 _OP = "lowrank_add"
@@ -69,11 +71,11 @@ def lowrank_add(
         scaling,
         dropout_p,
         draw_seed(dropout_p, seed, x.device),
+        tf32_allowed(x),
     )
     return y
 
 
-@torch.library.register_fake("lowrank_ext::lowrank_add")
 def _fake(base_out: Tensor, x: Tensor, *branch_args: Any) -> tuple[Tensor, Tensor]:
     branch = Branch(*branch_args)
     check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
@@ -84,11 +86,10 @@ def _fake(base_out: Tensor, x: Tensor, *branch_args: Any) -> tuple[Tensor, Tenso
     return y, x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
 
 
-@torch.library.register_fake("lowrank_ext::lowrank_add_backward")
 def _backward_fake(
     dout: Tensor, x: Tensor | None, h: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    return gradient_outputs(dout, Branch(*args[:8]), args[8:])
+    return gradient_outputs(dout, Branch(*args[:9]), args[9:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -105,17 +106,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )
 
 
-def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 10
+        return (None,) * 11
     branch, (x, h) = saved_branch(ctx)
     need_dbase_out, *needs = needs_input_grad(ctx)[:7]
-    gradients = not_needed_as_none(
-        torch.ops.lowrank_ext.lowrank_add_backward.default(dout, x, h, *branch, *needs), needs
-    )
-    return (dout if need_dbase_out else None, *gradients, None, None, None)
+    gradients = not_needed_as_none(backward_op(dout, x, h, *branch, *needs), needs)
+    return (dout if need_dbase_out else None, *gradients, None, None, None, None)
 
 
-register_autograd(_OP, _backward, _setup_context)
-refuse_second_derivative(_OP)
-register_autocast(_OP, num_base_args=2)
+def register(library_name: str) -> None:
+    """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
+    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autocast(library_name, _OP, num_base_args=2)
+
+
+register("lowrank_ext")

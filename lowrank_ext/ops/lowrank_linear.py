@@ -1,5 +1,6 @@
 """Dense base and low-rank branch in one op."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from lowrank_ext.ops._branch import (
     gradient_outputs,
     needs_input_grad,
     not_needed_as_none,
-    refuse_second_derivative,
     register_autocast,
     register_autograd,
+    register_fakes,
     save_branch,
     saved_branch,
+    tf32_allowed,
 )
 
 _OP = "lowrank_linear"
@@ -44,6 +46,7 @@ def lowrank_linear(
 
     Only weights, h and, where lora_a or weight needs a gradient, x are kept for backward. Dropout
     is drawn inside the kernel and drawn again in backward; no mask and no dropped copy of x exists.
+    On a GPU float32 products use TF32 where torch.backends.cuda.matmul.fp32_precision says so.
 
     Args:
         x: [..., in_features], float64, float32, bfloat16 or float16; any strides.
@@ -85,11 +88,11 @@ def lowrank_linear(
         scaling,
         dropout_p,
         draw_seed(dropout_p, seed, x.device),
+        tf32_allowed(x),
     )
     return y
 
 
-@torch.library.register_fake("lowrank_ext::lowrank_linear")
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, *branch_args: Any
 ) -> tuple[Tensor, Tensor]:
@@ -106,11 +109,10 @@ def _fake(
     return y, x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
 
 
-@torch.library.register_fake("lowrank_ext::lowrank_linear_backward")
 def _backward_fake(
     dout: Tensor, x: Tensor | None, weight: Tensor, h: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    return gradient_outputs(dout, Branch(*args[:8]), args[8:])
+    return gradient_outputs(dout, Branch(*args[:9]), args[9:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -130,28 +132,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )
 
 
-def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 11
+        return (None,) * 12
     branch, (x, weight, h) = saved_branch(ctx)
     need_dx, need_dweight, need_dbias, *need_branch = needs_input_grad(ctx)[:8]
     needs = (need_dx, *need_branch)
     dx, *dbranch = not_needed_as_none(
-        torch.ops.lowrank_ext.lowrank_linear_backward.default(
-            dout, x if needs[1] else None, weight, h, *branch, *needs
-        ),
+        backward_op(dout, x if needs[1] else None, weight, h, *branch, *needs),
         needs,
     )
     # A base that trains (a module to save, a tied block) is outside the low-rank path: plain torch.
     dweight = _as_rows(dout).mT @ _as_rows(x) if need_dweight else None
     dbias = dout.sum_to_size(dout.shape[-1]) if need_dbias else None
-    return (dx, dweight, dbias, *dbranch, None, None, None)
+    return (dx, dweight, dbias, *dbranch, None, None, None, None)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
     return torch.atleast_2d(tensor).flatten(0, -2)
 
 
-register_autograd(_OP, _backward, _setup_context)
-refuse_second_derivative(_OP)
-register_autocast(_OP, num_base_args=3)
+def register(library_name: str) -> None:
+    """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
+    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autocast(library_name, _OP, num_base_args=3)
+
+
+register("lowrank_ext")

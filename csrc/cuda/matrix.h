@@ -1,0 +1,119 @@
+// Between torch's tensors and kernels.h: untyped matrices, scratch memory, the vendor's matrix
+// products (cuBLAS; in the executor's build, whose tensors are on the CPU, the CPU's),
+// registration.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "../matrix.h"
+#include "kernels.h"
+
+// STABLE_TORCH_LIBRARY_IMPL of the backend that csrc/cuda is.
+#ifdef LOWRANK_EXT_SIMT
+#define LOWRANK_EXT_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(lowrank_ext_simt, CPU, m)
+#else
+#define LOWRANK_EXT_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(lowrank_ext, CUDA, m)
+#endif
+
+namespace lowrank_ext::cuda {
+
+inline NumberKind number_kind(ScalarType dtype, bool allow_tf32) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return NumberKind::kFp64;
+    case ScalarType::BFloat16:
+      return NumberKind::kBf16;
+    case ScalarType::Half:
+      return NumberKind::kFp16;
+    default:
+      return allow_tf32 ? NumberKind::kTf32 : NumberKind::kFp32;
+  }
+}
+
+inline ElementType element_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return ElementType::kFp64;
+    case ScalarType::BFloat16:
+      return ElementType::kBf16;
+    case ScalarType::Half:
+      return ElementType::kFp16;
+    default:
+      return ElementType::kFp32;
+  }
+}
+
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : is_half_size(dtype) ? 2 : 4;
+}
+
+// A matrix of dense columns, or a dense vector: one row, which needs no row stride to be aligned.
+inline Any any(const Tensor& tensor) {
+  const ElementType type = element_type(tensor.scalar_type());
+  if (tensor.dim() == 1) return {tensor.data_ptr(), type, 1, tensor.size(0), 0};
+  return {tensor.data_ptr(), type, tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+inline Any any(const std::optional<Tensor>& tensor) { return tensor ? any(*tensor) : Any{}; }
+
+// One piece of scratch memory per call, from torch's allocator: first every part is reserved, then
+// the whole is allocated. Torch may reuse it as soon as the call returns, but only behind the
+// call's kernels on their stream.
+class Workspace {
+ public:
+  // Returns the part's offset; parts are aligned to a cache line of the L2.
+  int64_t reserve(int64_t num_bytes) {
+    constexpr int64_t kAlignment = 128;
+    const int64_t offset = num_bytes_;
+    num_bytes_ += (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+  }
+  void allocate(const Tensor& like) {
+    if (num_bytes_ > 0) buffer_ = empty({num_bytes_}, ScalarType::Byte, like);
+  }
+  void* at(int64_t offset) const {
+    return buffer_ ? static_cast<char*>(buffer_->data_ptr()) + offset : nullptr;
+  }
+
+ private:
+  int64_t num_bytes_ = 0;
+  std::optional<Tensor> buffer_;
+};
+
+// ---- the vendor's products
+
+using MmOut = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
+using AddmmOut = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
+                                AtenTensorHandle, double, double);
+
+#ifdef LOWRANK_EXT_SIMT
+inline MmOut* vendor_mm() { return &aoti_torch_cpu_mm_out; }
+inline AddmmOut* vendor_addmm() { return &aoti_torch_cpu_addmm_out; }
+#else
+inline MmOut* vendor_mm() {
+  static auto* const mm = torch_cuda_function<MmOut>("aoti_torch_cuda_mm_out");
+  return mm;
+}
+inline AddmmOut* vendor_addmm() {
+  static auto* const addmm = torch_cuda_function<AddmmOut>("aoti_torch_cuda_addmm_out");
+  return addmm;
+}
+#endif
+
+// out = left right
+inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
+  TORCH_ERROR_CODE_CHECK(vendor_mm()(out.get(), left.get(), right.get()));
+}
+
+// out = addend + left right; addend is out itself, or a vector that is added to every row.
+inline void multiply_add(const Tensor& out, const Tensor& addend, const Tensor& left,
+                         const Tensor& right) {
+  TORCH_ERROR_CODE_CHECK(
+      vendor_addmm()(out.get(), addend.get(), left.get(), right.get(), 1.0, 1.0));
+}
+
+}  // namespace lowrank_ext::cuda
