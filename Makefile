@@ -4,18 +4,19 @@
 PYTHON    ?= python3
 JOBS      ?= 2
 TEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --out demo-output
-CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
+CSRC      := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/stub/*)
 
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMPS := .venv/stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test lint bench clean
+.PHONY: help setup build simt demo test lint bench traffic gpu-check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMPS)/installed ## .venv with every dependency at its pinned version, lowrank_ext editable
 
@@ -23,11 +24,19 @@ setup: $(STAMPS)/installed ## .venv with every dependency at its pinned version,
 build: setup ## compile csrc again where it changed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
+# Not part of the library: only the tests and `make traffic` load it.
+simt: $(STAMPS)/dependencies ## compile csrc/cuda for the CPU, to run under the executor of tests/simt
+	@$(BIN)/cmake -S tests/simt -B build/simt -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -DTORCH_ROOT="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')" \
+	  -DPYBIND11_CMAKE_DIR="$$($(BIN)/pybind11-config --cmakedir)" >/dev/null
+	@$(BIN)/cmake --build build/simt --parallel $(JOBS) -- --quiet
+
 demo: build ## fine-tune SmolLM2-135M by several methods and compare them (results in demo-output/)
 	$(BIN)/lowrank-ext finetune $(DEMO_ARGS)
 
 # The workers share the cores: with more threads than one each they would only wait for each other.
-test: build ## the whole test suite, in parallel and in random order
+test: build simt ## the whole test suite, in parallel and in random order
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
 
 lint: build ## ruff, mypy, clang-format
@@ -38,6 +47,14 @@ lint: build ## ruff, mypy, clang-format
 
 bench: build ## every benchmark, one table each
 	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
+
+# Needs no GPU: traffic as the executor counts it, registers as nvcc reports them.
+traffic: build simt ## table of the CUDA kernels: bytes moved and needed, bank conflicts, registers
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/traffic.py
+
+# Not through setup: it would install torch for the CPU, and a GPU machine may have no network.
+gpu-check: ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure with PYTHON's torch
+	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## remove everything that make has made
 	rm -rf .venv build dist *.egg-info demo-output lowrank_ext/_C.so lowrank_ext/_build_info.py

@@ -1,0 +1,26 @@
+// What csrc/cuda/branch.h and launch.h decide on the host, and the settings that the executor's
+// build has in place of a GPU's properties.
+#include "bind_host.h"
+
+#include <string>
+
+#include "branch.h"
+#include "launch.h"
+
+namespace py = pybind11;
+namespace cuda = lowrank_ext::cuda;
+
+void bind_host(py::module_& m) {
+  py::module_ host = m.def_submodule("host");
+  host.def("num_sms", [] { return cuda::simt_num_sms; });
+  host.def("set_num_sms", [](int count) { cuda::simt_num_sms = count; });
+  host.def("min_seeded_bytes", [] { return cuda::min_seeded_bytes; });
+  host.def("set_min_seeded_bytes", [](int64_t bytes) { cuda::min_seeded_bytes = bytes; });
+  host.def("seed_base_output", &cuda::seed_base_output, py::arg("num_rows"), py::arg("num_cols"),
+           py::arg("element_size"));
+  host.def(
+      "check_launch",
+      [](const std::string& launcher, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+         unsigned threads) { cuda::check_launch(launcher, {grid_x, grid_y, grid_z, threads, 0}); },
+      "Raises what a launch of this shape raises before it reaches the GPU.");
+}

@@ -1,0 +1,248 @@
+// csrc/cuda/kernels.h for Python: the launchers, with tensors as dicts (kernel_calls.py makes
+// them), and the plans. Compiled without the instrumentation, so only declarations and plan
+// functions may be used here, which no kernel calls.
+//
+// Workspaces are allocated here, exactly as large as the size functions say, and filled with NaN.
+#include "bind_kernels.h"
+
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "expand.cuh"
+#include "kernels.h"
+#include "lowrank_mid_backward.cuh"
+#include "lowrank_up_backward.cuh"
+#include "outer_sum.h"
+
+namespace py = pybind11;
+using namespace lowrank_ext::cuda;
+
+namespace {
+
+NumberKind kind_of(const std::string& name) {
+  if (name == "bf16") return NumberKind::kBf16;
+  if (name == "fp16") return NumberKind::kFp16;
+  if (name == "tf32") return NumberKind::kTf32;
+  if (name == "fp32") return NumberKind::kFp32;
+  if (name == "fp64") return NumberKind::kFp64;
+  throw py::value_error("kind must be bf16, fp16, tf32, fp32 or fp64, got " + name);
+}
+
+ElementType element_type_of(const std::string& name) {
+  if (name == "bfloat16") return ElementType::kBf16;
+  if (name == "float16") return ElementType::kFp16;
+  if (name == "float32") return ElementType::kFp32;
+  if (name == "float64") return ElementType::kFp64;
+  throw py::value_error("dtype must be a float type, got " + name);
+}
+
+// A tensor, or None where the argument is absent.
+Any any_of(const py::object& matrix) {
+  if (matrix.is_none()) return {};
+  return {reinterpret_cast<void*>(matrix["data_ptr"].cast<uintptr_t>()),
+          element_type_of(matrix["dtype"].cast<std::string>()), matrix["num_rows"].cast<int64_t>(),
+          matrix["num_cols"].cast<int64_t>(), matrix["row_stride"].cast<int64_t>()};
+}
+
+Mid mid_of(const py::object& rank_scale, const py::object& core) {
+  return {any_of(rank_scale), any_of(core)};
+}
+
+// `seed` is the address of one int64, or 0.
+DropoutArgs dropout_of(uint32_t threshold, uintptr_t seed) {
+  const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
+  return {threshold, scale, reinterpret_cast<const int64_t*>(seed)};
+}
+
+class Workspace {
+ public:
+  explicit Workspace(int64_t num_bytes)
+      : data_(::operator new(static_cast<size_t>(num_bytes), kAlignment)) {
+    std::memset(data_, 0xFF, static_cast<size_t>(num_bytes));
+  }
+  ~Workspace() { ::operator delete(data_, kAlignment); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{128};
+  void* data_;
+};
+
+NumberTraits number_of(NumberKind kind) {
+  return dispatch(kind, [](auto number) { return number_traits<decltype(number)>(); });
+}
+
+py::dict as_dict(const ThinProductPlan& plan) {
+  using py::literals::operator""_a;
+  return py::dict("block_outer"_a = plan.block_outer, "rank_tile"_a = plan.rank_tile,
+                  "num_outer_tiles"_a = plan.num_outer_tiles,
+                  "num_rank_tiles"_a = plan.num_rank_tiles, "num_splits"_a = plan.num_splits,
+                  "steps_per_split"_a = plan.steps_per_split, "num_blocks"_a = plan.num_blocks());
+}
+
+py::dict as_dict(const UpBackwardPlan& plan) {
+  using py::literals::operator""_a;
+  return py::dict(
+      "one_pass"_a = plan.one_pass, "rank_tile"_a = plan.rank_tile,
+      "row_tiles_per_region"_a = plan.row_tiles_per_region, "num_regions"_a = plan.num_regions,
+      "col_tiles_per_split"_a = plan.col_tiles_per_split, "num_col_splits"_a = plan.num_col_splits,
+      "g"_a = as_dict(plan.g), "p"_a = as_dict(plan.p), "cost"_a = plan.cost,
+      "num_g_splits"_a = plan.num_g_splits(), "num_p_parts"_a = plan.num_p_parts());
+}
+
+py::dict as_dict(const ExpandPlan& plan) {
+  using py::literals::operator""_a;
+  return py::dict("block_rows"_a = plan.block_rows, "rank_tile"_a = plan.rank_tile,
+                  "col_tiles_per_block"_a = plan.col_tiles_per_block,
+                  "num_row_blocks"_a = plan.num_row_blocks,
+                  "num_col_blocks"_a = plan.num_col_blocks, "shared_bytes"_a = plan.shared_bytes);
+}
+
+// ---- plans
+
+py::dict bound_plan_thin_product(const std::string& kind, int64_t outer, int64_t depth,
+                                 int64_t rank, bool small_blocks, int num_sms) {
+  return as_dict(
+      plan_thin_product(outer, depth, rank, number_of(kind_of(kind)), small_blocks, num_sms));
+}
+
+py::dict bound_plan_up_backward(const std::string& kind, int64_t num_rows, int64_t out_features,
+                                int64_t rank, bool need_g, bool need_p, int num_sms) {
+  return as_dict(plan_up_backward(num_rows, out_features, rank, need_g, need_p,
+                                  number_of(kind_of(kind)), num_sms));
+}
+
+// Both expansions have the same plan: their tiles of lora_a and lora_b are equally large.
+py::dict bound_plan_expand(const std::string& kind, int64_t num_rows, int64_t num_cols,
+                           int64_t rank, int num_sms) {
+  return dispatch(kind_of(kind), [&](auto number) {
+    return as_dict(plan_expand<decltype(number), UpOp>(num_rows, num_cols, rank, num_sms));
+  });
+}
+
+py::dict bound_plan_mid_backward(const std::string& kind, int64_t num_rows, bool need_sums,
+                                 int num_sms) {
+  using py::literals::operator""_a;
+  return dispatch(kind_of(kind), [&](auto number) {
+    const auto plan = plan_mid_backward<decltype(number)>(num_rows, need_sums, num_sms);
+    return py::dict("num_row_groups"_a = plan.num_row_groups,
+                    "row_tiles_per_group"_a = plan.row_tiles_per_group);
+  });
+}
+
+// ---- launchers
+
+void bound_lowrank_down(const std::string& kind, const py::object& x, const py::object& lora_a,
+                        const py::object& h, uint32_t threshold, uintptr_t seed, int num_sms) {
+  const Any x_ = any_of(x), lora_a_ = any_of(lora_a);
+  const Workspace workspace(lowrank_down_workspace_bytes(kind_of(kind), x_.num_rows, x_.num_cols,
+                                                         lora_a_.num_rows, num_sms));
+  lowrank_down(kind_of(kind), x_, lora_a_, any_of(h), dropout_of(threshold, seed), workspace.data(),
+               {num_sms, {}});
+}
+
+int bound_num_g_splits(const std::string& kind, int64_t num_rows, int64_t out_features,
+                       int64_t rank, bool need_p, int num_sms) {
+  return lowrank_up_backward_workspace(kind_of(kind), num_rows, out_features, rank, true, need_p,
+                                       num_sms)
+      .num_g_splits;
+}
+
+void bound_lowrank_up_backward(const std::string& kind, const py::object& dout, const py::object& h,
+                               const py::object& rank_scale, const py::object& core,
+                               const py::object& lora_b, const py::object& out_scale,
+                               double scaling, uintptr_t g, const py::object& dlora_b,
+                               const py::object& dout_scale, int num_sms) {
+  const Any dout_ = any_of(dout), lora_b_ = any_of(lora_b);
+  const bool need_p = !dlora_b.is_none() || !dout_scale.is_none();
+  const auto sizes = lowrank_up_backward_workspace(kind_of(kind), dout_.num_rows, lora_b_.num_rows,
+                                                   lora_b_.num_cols, g != 0, need_p, num_sms);
+  const Workspace workspace(sizes.p_bytes);
+  lowrank_up_backward(kind_of(kind), dout_, any_of(h), mid_of(rank_scale, core), lora_b_,
+                      any_of(out_scale), scaling, {reinterpret_cast<void*>(g), sizes.num_g_splits},
+                      workspace.data(), any_of(dlora_b), any_of(dout_scale), {num_sms, {}});
+}
+
+void bound_lowrank_down_backward_lora_a(const std::string& kind, const py::object& dh,
+                                        const py::object& x, uint32_t threshold, uintptr_t seed,
+                                        const py::object& dlora_a, int num_sms) {
+  const Any dh_ = any_of(dh), x_ = any_of(x);
+  const Workspace workspace(lowrank_down_backward_workspace_bytes(
+      kind_of(kind), x_.num_rows, x_.num_cols, dh_.num_cols, num_sms));
+  lowrank_down_backward_lora_a(kind_of(kind), dh_, x_, dropout_of(threshold, seed), any_of(dlora_a),
+                               workspace.data(), {num_sms, {}});
+}
+
+void bound_lowrank_up(const std::string& kind, const py::object& base, const py::object& h,
+                      const py::object& rank_scale, const py::object& core,
+                      const py::object& lora_b, const py::object& out_scale, double scaling,
+                      const py::object& y, int num_sms) {
+  lowrank_up(kind_of(kind), any_of(base), any_of(h), mid_of(rank_scale, core), any_of(lora_b),
+             any_of(out_scale), scaling, any_of(y), {num_sms, {}});
+}
+
+void bound_lowrank_down_backward_x(const std::string& kind, const py::object& base,
+                                   const py::object& dh, const py::object& lora_a,
+                                   uint32_t threshold, uintptr_t seed, const py::object& dx,
+                                   int num_sms) {
+  lowrank_down_backward_x(kind_of(kind), any_of(base), any_of(dh), any_of(lora_a),
+                          dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
+}
+
+void bound_lowrank_mid_backward(const std::string& kind, uintptr_t g, int num_splits,
+                                const py::object& h, const py::object& rank_scale,
+                                const py::object& core, int64_t num_rows, int64_t rank,
+                                const py::object& dh, const py::object& dcore,
+                                const py::object& drank_scale, int num_sms) {
+  const Workspace workspace(lowrank_mid_backward_workspace_bytes(
+      kind_of(kind), num_rows, rank, !dcore.is_none(), !drank_scale.is_none(), num_sms));
+  lowrank_mid_backward(kind_of(kind), {reinterpret_cast<void*>(g), num_splits}, any_of(h),
+                       mid_of(rank_scale, core), num_rows, rank, any_of(dh), any_of(dcore),
+                       any_of(drank_scale), workspace.data(), {num_sms, {}});
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& m) {
+  m.def("plan_thin_product", &bound_plan_thin_product, py::arg("kind"), py::arg("outer"),
+        py::arg("depth"), py::arg("rank"), py::kw_only(), py::arg("small_blocks") = false,
+        py::arg("num_sms"));
+  m.def("plan_up_backward", &bound_plan_up_backward, py::arg("kind"), py::arg("num_rows"),
+        py::arg("out_features"), py::arg("rank"), py::kw_only(), py::arg("need_g") = true,
+        py::arg("need_p") = true, py::arg("num_sms"));
+  m.def("lowrank_down", &bound_lowrank_down, py::arg("kind"), py::arg("x"), py::arg("lora_a"),
+        py::arg("h"), py::kw_only(), py::arg("threshold"), py::arg("seed"), py::arg("num_sms"));
+  m.def("num_g_splits", &bound_num_g_splits, py::arg("kind"), py::arg("num_rows"),
+        py::arg("out_features"), py::arg("rank"), py::kw_only(), py::arg("need_p"),
+        py::arg("num_sms"));
+  m.def("lowrank_up_backward", &bound_lowrank_up_backward, py::arg("kind"), py::arg("dout"),
+        py::arg("h"), py::arg("rank_scale"), py::arg("core"), py::arg("lora_b"),
+        py::arg("out_scale"), py::arg("scaling"), py::arg("g"), py::arg("dlora_b"),
+        py::arg("dout_scale"), py::kw_only(), py::arg("num_sms"),
+        "g is the address of [num_g_splits · M, r] sums, or 0.");
+  m.def("lowrank_down_backward_lora_a", &bound_lowrank_down_backward_lora_a, py::arg("kind"),
+        py::arg("dh"), py::arg("x"), py::kw_only(), py::arg("threshold"), py::arg("seed"),
+        py::arg("dlora_a"), py::arg("num_sms"));
+  m.def("plan_expand", &bound_plan_expand, py::arg("kind"), py::arg("num_rows"),
+        py::arg("num_cols"), py::arg("rank"), py::kw_only(), py::arg("num_sms"));
+  m.def("plan_mid_backward", &bound_plan_mid_backward, py::arg("kind"), py::arg("num_rows"),
+        py::kw_only(), py::arg("need_sums"), py::arg("num_sms"));
+  m.def("lowrank_up", &bound_lowrank_up, py::arg("kind"), py::arg("base"), py::arg("h"),
+        py::arg("rank_scale"), py::arg("core"), py::arg("lora_b"), py::arg("out_scale"),
+        py::arg("scaling"), py::arg("y"), py::kw_only(), py::arg("num_sms"));
+  m.def("lowrank_down_backward_x", &bound_lowrank_down_backward_x, py::arg("kind"), py::arg("base"),
+        py::arg("dh"), py::arg("lora_a"), py::kw_only(), py::arg("threshold"), py::arg("seed"),
+        py::arg("dx"), py::arg("num_sms"));
+  m.def("lowrank_mid_backward", &bound_lowrank_mid_backward, py::arg("kind"), py::arg("g"),
+        py::arg("num_splits"), py::arg("h"), py::arg("rank_scale"), py::arg("core"),
+        py::arg("num_rows"), py::arg("rank"), py::arg("dh"), py::arg("dcore"),
+        py::arg("drank_scale"), py::kw_only(), py::arg("num_sms"),
+        "g is the address of [num_splits · num_rows, rank] sums.");
+}

@@ -1,0 +1,124 @@
+"""dlora_a = dhᵀ drop(x): csrc/cuda/thin_product.cuh and partial_sums.cuh on the executor."""
+
+import pytest
+import torch
+from kernel_calls import (
+    DTYPES,
+    KINDS,
+    _simt,
+    acc_dtype,
+    assert_lean,
+    assert_within_rule,
+    integers,
+    lowrank_down_backward_lora_a,
+    normal,
+    plain,
+    reports_of,
+    spread,
+    traffic_of,
+    true,
+)
+
+from lowrank_ext import reference
+
+SEED = 987_654_321
+
+# (M, K, r): ragged in every letter, every rank tile.
+SHAPES = [
+    (1, 1, 1),
+    (15, 63, 3),
+    (16, 130, 16),
+    (17, 65, 17),
+    (63, 17, 8),
+    (64, 64, 65),
+    (65, 16, 32),
+    (130, 15, 64),
+    (65, 130, 1),
+    (130, 65, 33),
+    (65, 63, 130),
+]
+
+
+def formula(dh, x, rounding):
+    return rounding(dh).mT @ rounding(x)
+
+
+def seed_tensor() -> torch.Tensor:
+    return torch.tensor([SEED], dtype=torch.int64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(kind, shape):
+    rows, cols, rank = shape
+    dh, x = integers(rows, rank, kind=kind), integers(rows, cols, kind=kind)
+    dlora_a = lowrank_down_backward_lora_a(kind, dh, x)
+    assert torch.equal(dlora_a, true(formula, dh, x).to(dlora_a.dtype))
+
+
+def test_no_rows():
+    dh, x = integers(0, 8, kind="bf16"), integers(0, 65, kind="bf16")
+    dlora_a = lowrank_down_backward_lora_a("bf16", dh, x)
+    assert torch.equal(dlora_a, torch.zeros(8, 65, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("offset", "padding"), [(1, 3), (2, 6), (0, 3), (8, 8)])
+def test_strides_and_alignment(kind, offset, padding):
+    dh = spread(integers(66, 20, kind=kind), offset, padding)
+    x = spread(integers(66, 70, kind=kind), offset, padding)
+    dlora_a = lowrank_down_backward_lora_a(kind, dh, x)
+    assert torch.equal(dlora_a, true(formula, dh, x).to(dlora_a.dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_sms", [1, 132])
+def test_splits_dropout_and_wide_gradient(kind, num_sms):
+    """p = 0.5: the scale is 2 and every sum exact. Dropped elements may even be NaN."""
+    rows, cols, rank = 700, 70, 20
+    dh, x = integers(rows, rank, kind=kind), integers(rows, cols, kind=kind)
+    kept = reference.dropout_mask(SEED, rows, cols, 0.5)
+    expected = 2 * true(formula, dh, torch.where(kept, x, 0))
+    x = torch.where(kept, x, torch.nan)
+    for dtype in {DTYPES[kind], acc_dtype(kind)}:
+        dlora_a = lowrank_down_backward_lora_a(
+            kind,
+            dh,
+            x,
+            dropout_p=0.5,
+            seed=seed_tensor(),
+            gradient_dtype=dtype,
+            num_sms=num_sms,
+        )
+        assert torch.equal(dlora_a, expected.to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding(kind):
+    dh, x = normal(600, 20, kind=kind), normal(600, 70, kind=kind)
+    dlora_a = lowrank_down_backward_lora_a(kind, dh, x, num_sms=8)
+    assert_within_rule(kind, dlora_a, plain(kind, formula, dh, x), true(formula, dh, x))
+    _simt.set_options(schedule_seed=1)
+    assert torch.equal(lowrank_down_backward_lora_a(kind, dh, x, num_sms=8), dlora_a)
+    _simt.set_options()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("bf16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 128), ("fp32", 16)]
+)
+def test_traffic(kind, rank, dropout_p):
+    """x and dh are read once, apart from dh again per 64 columns; the partial sums are written and
+    read once per split."""
+    rows, cols = 512, 192
+    dh, x = normal(rows, rank, kind=kind), normal(rows, cols, kind=kind)
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "num_sms": 4}
+    pass_over_x, sums = reports_of(lambda: lowrank_down_backward_lora_a(kind, dh, x, **options))
+    size = DTYPES[kind].itemsize
+    partial_bytes = 4 * rank * cols
+    assert_lean(pass_over_x, size * (rows * cols + rows * rank) + partial_bytes)
+    assert_lean(sums, partial_bytes + size * rank * cols)
+    assert traffic_of(pass_over_x, "source")["bytes_read"] == size * rows * cols
+    assert traffic_of(pass_over_x, "left")["bytes_read"] == cols // 64 * size * rows * rank
+    assert traffic_of(pass_over_x, "partials")["bytes_written"] == partial_bytes
+    assert pass_over_x["shared_conflicts"] == 0

@@ -1,0 +1,119 @@
+"""csrc/cuda/lowrank_down_backward_x.cuh: dx = base + drop'(dh lora_a)."""
+
+import pytest
+import torch
+from kernel_calls import (
+    DTYPES,
+    KINDS,
+    _simt,
+    assert_lean,
+    assert_within_rule,
+    integers,
+    lowrank_down_backward_x,
+    normal,
+    plain,
+    reports_of,
+    spread,
+    traffic_of,
+    true,
+)
+from torch import Tensor
+
+from lowrank_ext import reference
+
+# (M, K, r): ragged in every letter, every block shape and rank tile.
+SHAPES = [
+    (1, 1, 1),
+    (15, 63, 3),
+    (16, 130, 16),
+    (17, 65, 17),
+    (63, 17, 8),
+    (64, 64, 65),
+    (65, 16, 32),
+    (130, 15, 64),
+    (65, 130, 1),
+    (130, 65, 33),
+    (65, 63, 130),
+]
+SEED = -1_234_567_890_123_456_789
+
+
+def formula(dropout_p: float):
+    def dx(base, dh, lora_a, rounding):
+        branch = rounding(dh) @ rounding(lora_a)
+        branch = reference.dropout(branch, dropout_p, torch.tensor(SEED))
+        return branch if base is None else base + branch
+
+    return dx
+
+
+def operands(make, kind: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols, rank = shape
+    return make(rows, cols, kind=kind), make(rows, rank, kind=kind), make(rank, cols, kind=kind)
+
+
+def run(kind: str, base: Tensor | None, dh: Tensor, lora_a: Tensor, dropout_p: float, **options):
+    seed = torch.tensor([SEED])
+    return lowrank_down_backward_x(
+        kind, base, dh, lora_a, dropout_p=dropout_p, seed=seed, **options
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(kind, shape):
+    """Dropout of a half scales by two: all sums stay integers."""
+    base, dh, lora_a = operands(integers, kind, shape)
+    for dropout_p in (0.0, 0.5):
+        expected = true(formula(dropout_p), base, dh, lora_a).to(DTYPES[kind])
+        assert torch.equal(run(kind, base, dh, lora_a, dropout_p), expected)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp64"])
+def test_without_base(kind):
+    _, dh, lora_a = operands(integers, kind, (66, 65, 16))
+    expected = true(formula(0.5), None, dh, lora_a).to(DTYPES[kind])
+    assert torch.equal(run(kind, None, dh, lora_a, 0.5), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("offset", "padding"), [(1, 3), (0, 3), (8, 8)])
+def test_strides_alignment_in_place(kind, offset, padding):
+    base, dh, lora_a = (
+        spread(tensor, offset, padding) for tensor in operands(integers, kind, (66, 67, 20))
+    )
+    expected = true(formula(0.5), base, dh, lora_a).to(DTYPES[kind])
+    assert torch.equal(run(kind, base, dh, lora_a, 0.5, dx=base), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(70, 65, 20), (7, 65, 20)])
+def test_rounding_and_dropout(kind, shape):
+    base, dh, lora_a = operands(normal, kind, shape)
+    for dropout_p in (0.0, 0.3):
+        f = formula(dropout_p)
+        got = run(kind, base, dh, lora_a, dropout_p)
+        assert_within_rule(kind, got, plain(kind, f, base, dh, lora_a), true(f, base, dh, lora_a))
+        _simt.set_options(schedule_seed=1)
+        assert torch.equal(run(kind, base, dh, lora_a, dropout_p), got)
+        _simt.set_options()
+
+
+def test_all_dropped():
+    base, dh, lora_a = operands(normal, "bf16", (65, 64, 8))
+    dh.fill_(float("inf"))
+    assert torch.equal(run("bf16", base, dh, lora_a, 1.0), base)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("bf16", 16), ("bf16", 64), ("bf16", 128), ("tf32", 16)]
+)
+def test_traffic(kind, rank):
+    rows, cols = 256, 512
+    base, dh, lora_a = operands(normal, kind, (rows, cols, rank))
+    [report] = reports_of(lambda: run(kind, base, dh, lora_a, 0.3, dx=base))
+    size = DTYPES[kind].itemsize
+    assert_lean(report, size * (2 * rows * cols + (rows + cols) * rank))
+    out = traffic_of(report, "out")
+    assert out["bytes_read"] == out["bytes_written"] == size * rows * cols
+    assert traffic_of(report, "seed")["unique_bytes_read"] == 8

@@ -1,0 +1,153 @@
+"""csrc/cuda/lowrank_mid_backward.cuh: du = Σ g, dh = (du core) ⊙ rank_scale, dcore, drank_scale."""
+
+import pytest
+import torch
+from kernel_calls import (
+    KINDS,
+    _simt,
+    acc_dtype,
+    assert_within_rule,
+    integers,
+    lowrank_mid_backward,
+    normal,
+    plain,
+    reports_of,
+    spread,
+    true,
+)
+from torch import Tensor
+
+SHAPES = [(1, 1), (15, 3), (17, 16), (64, 17), (65, 8), (130, 32), (63, 33), (129, 64), (66, 65)]
+
+
+def formulas(g, h, rank_scale, core, rounding) -> dict[str, Tensor]:
+    # du is rounded to x's type where it is an operand, as in plain torch.
+    du = g.sum(0) if g.dtype == h.dtype else g.sum(0).to(h.dtype)
+    dv = du if core is None else rounding(du) @ rounding(core)
+    scaled = h if rank_scale is None else h * rank_scale
+    return {
+        "dh": dv if rank_scale is None else dv * rank_scale,
+        "dcore": rounding(du).mT @ rounding(scaled),
+        "drank_scale": (dv * h).sum(0),
+    }
+
+
+def operands(make, kind, shape, mid: str, num_splits: int = 3):
+    rows, rank = shape
+    g = torch.stack([make(rows, rank, kind=kind) for _ in range(num_splits)])
+    h = make(rows, rank, kind=kind)
+    rank_scale = make(rank, kind=kind) if "rank_scale" in mid else None
+    core = make(rank, rank, kind=kind) if "core" in mid else None
+    return g.to(acc_dtype(kind)), h, rank_scale, core
+
+
+def needed(mid: str) -> tuple[str, ...]:
+    return ("dh", *(f"d{name}" for name in ("core", "rank_scale") if name in mid))
+
+
+def run(kind: str, g, h, rank_scale, core, need, **options) -> dict[str, Tensor]:
+    return lowrank_mid_backward(kind, g, h, rank_scale=rank_scale, core=core, need=need, **options)
+
+
+def assert_exact(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in got.items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(kind, shape):
+    mid = "core" if shape[1] == 17 else "core rank_scale"
+    tensors = operands(integers, kind, shape, mid)
+    assert_exact(run(kind, *tensors, needed(mid)), true_of(tensors))
+
+
+def true_of(tensors) -> dict[str, Tensor]:
+    return true(formulas, *tensors)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp64"])
+def test_rank_of_many_tiles(kind):
+    tensors = operands(integers, kind, (65, 130), "core rank_scale")
+    assert_exact(run(kind, *tensors, needed("core rank_scale")), true_of(tensors))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mid", ["", "rank_scale"])
+def test_without_core(kind, mid):
+    tensors = operands(integers, kind, (130, 20), mid)
+    assert_exact(run(kind, *tensors, needed(mid)), true_of(tensors))
+
+
+@pytest.mark.parametrize(
+    "need", [("dh",), ("dcore",), ("drank_scale",), ("dcore", "drank_scale"), ("dh", "dcore")]
+)
+def test_only_what_is_needed(need):
+    tensors = operands(integers, "bf16", (70, 70), "core rank_scale")
+    g, h, rank_scale, core = tensors
+    got = run("bf16", g, None if need == ("dh",) else h, rank_scale, core, need)
+    assert_exact(got, true_of(tensors))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_gradients_of_fp32_adapters(kind):
+    tensors = operands(integers, kind, (200, 16), "core rank_scale")
+    got = run(kind, *tensors, needed("core rank_scale"), gradient_dtype=torch.float32)
+    assert got["dcore"].dtype == torch.float32
+    assert_exact(got, true_of(tensors))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_and_alignment(kind):
+    g, h, rank_scale, core = operands(integers, kind, (66, 21), "core rank_scale")
+    tensors = g, spread(h, 1, 3), rank_scale, spread(core, 1, 2)
+    assert_exact(run(kind, *tensors, needed("core rank_scale")), true_of(tensors))
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 9])
+def test_row_groups(num_sms):
+    tensors = operands(integers, "bf16", (300, 8), "core rank_scale", num_splits=5)
+    got = run("bf16", *tensors, needed("core rank_scale"), num_sms=num_sms)
+    assert_exact(got, true_of(tensors))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding(kind):
+    mid = "core rank_scale"
+    tensors = operands(normal, kind, (150, 24), mid)
+    got = run(kind, *tensors, needed(mid))
+    plain_values, true_values = plain(kind, formulas, *tensors), true_of(tensors)
+    for name, tensor in got.items():
+        assert_within_rule(kind, tensor, plain_values[name], true_values[name])
+    _simt.set_options(schedule_seed=1)
+    again = run(kind, *tensors, needed(mid))
+    _simt.set_options()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in got.items())
+
+
+def test_launches_and_traffic():
+    """Nothing in the middle: one sum. With core and rank_scale: all from one reading of g."""
+    plain_sum = operands(normal, "bf16", (256, 16), "")
+    [report] = reports_of(lambda: run("bf16", *plain_sum, ("dh",)))
+    assert report["kernel"] == "partial_sums"
+    tensors = operands(normal, "bf16", (256, 64), "core rank_scale")
+    report, *sums = reports_of(lambda: run("bf16", *tensors, needed("core rank_scale")))
+    assert [one["kernel"] for one in sums] == ["partial_sums"] * 2
+    traffic = {tensor["name"]: tensor for tensor in report["tensors"]}
+    assert traffic["g"]["bytes_read"] == 3 * 256 * 64 * 4
+    assert traffic["dh"]["bytes_written"] == 256 * 64 * 2
+    assert report["sectors_read"] <= 1.05 * report["bytes_read"] / 32
+    assert report["shared_conflicts"] <= 0.02 * report["shared_requests"]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp64"])
+def test_plan(kind):
+    for rows in (1, 63, 64, 65, 1000, 8192):
+        for num_sms in (1, 4, 132):
+            plan = _simt.plan_mid_backward(kind, rows, need_sums=True, num_sms=num_sms)
+            tiles = plan["num_row_groups"] * plan["row_tiles_per_group"]
+            assert tiles * 64 >= rows
+            assert (tiles - plan["row_tiles_per_group"]) * 64 < rows
+            assert plan["num_row_groups"] <= max(num_sms // 2, 1)
+        plan = _simt.plan_mid_backward(kind, rows, need_sums=False, num_sms=132)
+        assert plan == {"num_row_groups": (rows + 63) // 64, "row_tiles_per_group": 1}

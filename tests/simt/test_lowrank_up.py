@@ -1,0 +1,209 @@
+"""y = base + scaling · out_scale ⊙ mid(h) lora_bᵀ: csrc/cuda/lowrank_up.cuh on the executor."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_calls import (
+    DTYPES,
+    KINDS,
+    _simt,
+    assert_lean,
+    assert_within_rule,
+    integers,
+    lowrank_up,
+    normal,
+    plain,
+    reports_of,
+    spread,
+    traffic_of,
+    true,
+)
+from torch import Tensor
+
+SCALING = 2.0
+
+# (M, N, r): ragged in every letter, every block shape and rank tile.
+SHAPES = [
+    (1, 1, 1),
+    (15, 63, 3),
+    (16, 130, 16),
+    (17, 65, 17),
+    (63, 17, 8),
+    (64, 64, 65),
+    (65, 16, 32),
+    (130, 15, 64),
+    (65, 130, 1),
+    (130, 65, 33),
+    (65, 63, 130),
+]
+
+
+def formula(base, h, rank_scale, core, lora_b, out_scale, rounding):
+    if rank_scale is not None:
+        h = h * rank_scale
+    if core is not None:
+        h = rounding(h) @ rounding(core).mT
+    branch = rounding(h) @ rounding(lora_b).mT
+    if out_scale is not None:
+        branch = branch * out_scale
+    return SCALING * branch if base is None else base + SCALING * branch
+
+
+class Case:
+    """Operands of one call; mid names those of rank_scale, core and out_scale that are there."""
+
+    def __init__(self, make, kind: str, shape: tuple[int, int, int], mid: str, base: str):
+        rows, cols, rank = shape
+        self.h = make(rows, rank, kind=kind)
+        self.lora_b = make(cols, rank, kind=kind)
+        self.rank_scale = make(rank, kind=kind) if "rank_scale" in mid else None
+        self.core = make(rank, rank, kind=kind) if "core" in mid else None
+        self.out_scale = make(cols, kind=kind) if "out_scale" in mid else None
+        self.base = {
+            "matrix": lambda: make(rows, cols, kind=kind),
+            "bias": lambda: make(cols, kind=kind),
+            "none": lambda: None,
+        }[base]()
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return (self.base, self.h, self.rank_scale, self.core, self.lora_b, self.out_scale)
+
+    def run(self, kind: str, **options) -> Tensor:
+        return lowrank_up(
+            kind,
+            self.base,
+            self.h,
+            self.lora_b,
+            rank_scale=self.rank_scale,
+            core=self.core,
+            out_scale=self.out_scale,
+            scaling=SCALING,
+            **options,
+        )
+
+    def assert_exact(self, kind: str, got: Tensor) -> None:
+        assert torch.equal(got, true(formula, *self.operands()).to(DTYPES[kind]))
+
+
+MIDS = ["", "rank_scale core out_scale", "core", "rank_scale", "out_scale"]
+BASES = ["matrix", "bias", "none"]
+VARIANTS = list(itertools.islice(zip(itertools.cycle(MIDS), itertools.cycle(BASES)), len(SHAPES)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "variant"), list(zip(SHAPES, VARIANTS, strict=True)))
+def test_shapes(kind, shape, variant):
+    case = Case(integers, kind, shape, *variant)
+    case.assert_exact(kind, case.run(kind))
+
+
+@pytest.mark.parametrize("mid", MIDS)
+@pytest.mark.parametrize("base", BASES)
+def test_options(mid, base):
+    case = Case(integers, "bf16", (70, 72, 24), mid, base)
+    case.assert_exact("bf16", case.run("bf16"))
+
+
+# 64 rows of bf16 and 16 of wider kinds are what shared memory holds.
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
+def test_rank_512(kind):
+    case = Case(integers, kind, (65, 16, 512), "rank_scale", "matrix")
+    case.assert_exact(kind, case.run(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("offset", "padding"), [(1, 3), (0, 3), (8, 8)])
+def test_strides_and_alignment(kind, offset, padding):
+    case = Case(integers, kind, (66, 67, 20), "rank_scale core", "matrix")
+    for name in ("base", "h", "core", "lora_b"):
+        setattr(case, name, spread(getattr(case, name), offset, padding))
+    y = spread(torch.zeros(66, 67, dtype=DTYPES[kind]), offset, padding)
+    case.assert_exact(kind, case.run(kind, y=y))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(65, 130, 16), (5, 130, 16)])
+def test_in_place(kind, shape):
+    case = Case(integers, kind, shape, "", "matrix")
+    expected = true(formula, *case.operands()).to(DTYPES[kind])
+    assert torch.equal(case.run(kind, y=case.base), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(70, 65, 20), (7, 65, 20)])
+def test_rounding(kind, shape):
+    case = Case(normal, kind, shape, "rank_scale core out_scale", "matrix")
+    got = case.run(kind)
+    assert_within_rule(
+        kind, got, plain(kind, formula, *case.operands()), true(formula, *case.operands())
+    )
+    _simt.set_options(schedule_seed=1)
+    assert torch.equal(case.run(kind), got)
+    _simt.set_options()
+
+
+def test_zero_branch_leaves_base():
+    case = Case(normal, "bf16", (65, 64, 8), "", "matrix")
+    case.lora_b.zero_()
+    assert torch.equal(case.run("bf16"), case.base)
+
+
+# ---- traffic
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("bf16", 16), ("bf16", 64), ("bf16", 128), ("fp32", 16)]
+)
+def test_traffic(kind, rank):
+    rows, cols = 256, 512
+    case = Case(normal, kind, (rows, cols, rank), "", "matrix")
+    [report] = reports_of(lambda: case.run(kind))
+    size = DTYPES[kind].itemsize
+    assert_lean(report, size * (2 * rows * cols + (rows + cols) * rank))
+    assert traffic_of(report, "base")["bytes_read"] == size * rows * cols
+    assert traffic_of(report, "out")["bytes_written"] == size * rows * cols
+    plan = _simt.plan_expand(kind, rows, cols, rank, num_sms=4)
+    right = traffic_of(report, "right")
+    assert right["bytes_read"] == plan["num_row_blocks"] * size * cols * rank
+    assert traffic_of(report, "left")["bytes_read"] == plan["num_col_blocks"] * size * rows * rank
+
+
+# ---- plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_sms", [1, 4, 132])
+def test_plan_covers_everything(kind, num_sms):
+    cols_per_line = 128 // DTYPES[kind].itemsize
+    for rows, cols, rank in itertools.product(
+        [1, 64, 65, 1000, 8192, 10**6], [1, 65, 4096, 150_000], [1, 16, 17, 64, 65, 512]
+    ):
+        plan = _simt.plan_expand(kind, rows, cols, rank, num_sms=num_sms)
+        block_cols = cols_per_line * (2 if plan["block_rows"] == 16 else 1)
+        block_cols *= plan["col_tiles_per_block"]
+        assert (plan["num_row_blocks"] - 1) * plan["block_rows"] < rows
+        assert plan["num_row_blocks"] * plan["block_rows"] >= rows
+        assert (plan["num_col_blocks"] - 1) * block_cols < cols
+        assert plan["num_col_blocks"] * block_cols >= cols
+        assert plan["num_col_blocks"] <= 65535
+        assert plan["shared_bytes"] <= 99 * 1024
+
+
+def test_plan_fills_the_device():
+    """H100, M = 8192, N = 4096: one wave of two blocks per SM, hardly a slot left over."""
+    for rank in (16, 32, 64):
+        plan = _simt.plan_expand("bf16", 8192, 4096, rank, num_sms=132)
+        assert plan["block_rows"] == 128
+        assert 0.9 * 264 <= plan["num_row_blocks"] * plan["num_col_blocks"] <= 264
+
+
+def test_plan_spreads_few_rows():
+    plan = _simt.plan_expand("bf16", 1, 4096, 16, num_sms=132)
+    assert plan["block_rows"] == 16
+    assert plan["num_col_blocks"] == 4096 // 128
+
+
+def test_no_rows_and_no_columns():
+    assert reports_of(lambda: Case(normal, "bf16", (0, 64, 8), "", "matrix").run("bf16")) == []
+    assert reports_of(lambda: Case(normal, "bf16", (8, 0, 8), "", "matrix").run("bf16")) == []
