@@ -1,7 +1,13 @@
 """Fixtures shared by all tests: devices, dtypes, the seed and the thread count."""
 
+import importlib
 import os
-from typing import NamedTuple
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,18 +35,101 @@ def dtype_id(dtypes: torch.dtype | DtypePair) -> str:
     return "+".join(dict.fromkeys(str(name).removeprefix("torch.") for name in names))
 
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ),
-    ],
-)
+# ---- devices: the CPU, a GPU, and the CUDA kernels run on the CPU by the executor (tests/simt)
+
+EXECUTOR = "simt"
+EXECUTOR_BUILD = Path(__file__).parents[1] / "build" / "simt"
+OP_NAMES = ("lowrank_linear", "lowrank_add")
+
+
+def has_executor() -> bool:
+    return any(EXECUTOR_BUILD.glob("_simt*.so"))
+
+
+def device_params(marker: pytest.Mark | None) -> list[Any]:
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    no_executor = pytest.mark.skipif(
+        not has_executor(), reason="the executor is not built, run `make simt`"
+    )
+    executor = [pytest.param(EXECUTOR, marks=no_executor)] if marker else []
+    if marker and marker.kwargs.get("only"):
+        return executor
+    return ["cpu", *executor, pytest.param("cuda", marks=no_gpu)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "executor(every=1, only=False): run on the executor too (or only), of the test's cases "
+        "every n-th one; an n that divides no parameter's number of values leaves out no value",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        params = device_params(metafunc.definition.get_closest_marker("executor"))
+        metafunc.parametrize("device", params, indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        if runs_on_executor(item):
+            test = item.nodeid.partition("[")[0]
+            every = item.get_closest_marker("executor").kwargs.get("every", 1)
+            if seen[test] % every:
+                left_out.append(item)
+            seen[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def runs_on_executor(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("device") == EXECUTOR
+
+
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+    """Where the tensors are. Those of the executor are on the CPU."""
+    return "cpu" if request.param == EXECUTOR else request.param
+
+
+@pytest.fixture(autouse=True)
+def ops_on_executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a test on the executor torch.ops.lowrank_ext has the executor's ops."""
+    if runs_on_executor(request.node):
+        library = executor_ops()
+        for name in OP_NAMES:
+            for op in (name, f"{name}_backward"):
+                monkeypatch.setattr(torch.ops.lowrank_ext, op, getattr(library, op))
+
+
+@cache
+def executor_ops() -> Any:
+    """torch.ops.lowrank_ext_simt, with the Python side that the library's ops have."""
+    executor()
+    for name in OP_NAMES:
+        importlib.import_module(f"lowrank_ext.ops.{name}").register("lowrank_ext_simt")
+    return torch.ops.lowrank_ext_simt
+
+
+def executor() -> ModuleType:
+    """The module _simt: csrc/cuda compiled for the CPU."""
+    if str(EXECUTOR_BUILD) not in sys.path:
+        sys.path.append(str(EXECUTOR_BUILD))
+    return importlib.import_module("_simt")
+
+
+@pytest.fixture(scope="session")
+def simt() -> ModuleType:
+    """The same, where a test cannot do without it."""
+    if not has_executor():
+        pytest.skip("the executor is not built, run `make simt`")
+    return executor()
 
 
 @pytest.fixture(scope="session", params=DTYPES, ids=dtype_id)

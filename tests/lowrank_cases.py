@@ -231,10 +231,11 @@ def raw_args(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> tuple:
     """Arguments of torch.ops.lowrank_ext.<op>."""
     names = (*POSITIONAL[op], *OPTIONAL)
-    return (*(tensors[name] for name in names), scaling, dropout_p, seed)
+    return (*(tensors[name] for name in names), scaling, dropout_p, seed, allow_tf32)
 
 
 GRADIENTS = ("dx", "dlora_a", "dlora_b", "dcore", "drank_scale", "dout_scale")
@@ -250,12 +251,14 @@ def raw_backward_args(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> tuple:
     """Arguments of <op>_backward that computes the gradients named in `needs`."""
     weight = (tensors["weight"],) if op == "lowrank_linear" else ()
     adapter = (tensors[name] for name in ADAPTER)
     flags = (name in needs for name in GRADIENTS)
-    return (dout, tensors["x"], *weight, h, *adapter, scaling, dropout_p, seed, *flags)
+    options = (scaling, dropout_p, seed, allow_tf32)
+    return (dout, tensors["x"], *weight, h, *adapter, *options, *flags)
 
 
 def poison_freed_memory(*sizes: int, device: str = "cpu") -> None:

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_ext.config import AdapterConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.nn import LaMDALinear, LoRALinear, LowRankLinear
+
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 IN, OUT, RANK = 12, 9, 3
 

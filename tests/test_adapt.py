@@ -4,12 +4,14 @@ import copy
 import io
 import json
 
-import peft
 import pytest
 import torch
 from module_cases import IDS, METHODS, RESIDUAL, ZERO_BRANCH, Block, Method, TinyLM, randomise
 from rich.console import Console
 from torch import nn
+
+pytest.importorskip("transformers")
+
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,8 +21,6 @@ from transformers import (
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
 )
 
 from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
@@ -180,6 +180,7 @@ def test_rank_and_alpha_patterns() -> None:
 
 
 def test_patterns_agree_with_peft() -> None:
+    peft = pytest.importorskip("peft")
     pattern = {"q_proj": 3, r"1\..*_proj": 2, "^layers.0.up_proj": 5}
     theirs = peft.get_peft_model(
         TinyLM(),
@@ -197,6 +198,7 @@ def test_patterns_agree_with_peft() -> None:
 
 
 def test_the_seed_gives_pefts_model() -> None:
+    peft = pytest.importorskip("peft")
     base = small_llama()
     names = ["q_proj", "v_proj", "down_proj"]
     torch.manual_seed(7)
@@ -278,6 +280,10 @@ def test_wrong_models_and_configs() -> None:
         ValueError, match=r"must not be adapted yet, got a LoRALinear at layers\.0\.q"
     ):
         adapt(model, LaMDAConfig(r=2))
+
+
+def test_a_peft_model_is_refused() -> None:
+    peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(TinyLM(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="must carry no PEFT adapter"):
         adapt(wrapped, LoRAConfig(r=2))
@@ -556,6 +562,9 @@ def test_trainer_trains_the_adapters(checkpointing: bool, tmp_path) -> None:
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": True})
     data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=3,

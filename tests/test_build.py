@@ -302,7 +302,7 @@ def test_every_dependency_is_pinned() -> None:
     pins = [line for line in lines if not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
     pinned = {pin.partition("==")[0] for pin in pins}
-    assert {re.split(r"[<>=]", requirement)[0] for requirement in wanted} - pinned == set()
+    assert {re.split(r"[<>=;]", requirement)[0] for requirement in wanted} - pinned == set()
 
 
 def symbols(which: str) -> list[str]:
@@ -333,6 +333,8 @@ def test_nothing_is_exported() -> None:
 def test_stable_symbols_exist_in_the_oldest_torch() -> None:
     """torch-abi-audit knows in which release each symbol of the shim appeared."""
     audit = Path(sys.executable).with_name("torch-abi-audit")
+    if not audit.exists():
+        pytest.skip("torch-abi-audit is not installed")
     done = run([audit, "--json", PACKAGE], ROOT)
     assert done.returncode == 0, done.stderr
     (library,) = json.loads(done.stdout)["bundled_libs"]
@@ -354,6 +356,7 @@ def test_build_info_matches_the_library() -> None:
 
 def test_sdist_and_wheel(tree: Path, tmp_path: Path) -> None:
     """`python -m build` makes an sdist, and a wheel out of the sdist alone."""
+    pytest.importorskip("build")
     dist = tmp_path / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist)]
     fast = {

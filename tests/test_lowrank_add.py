@@ -5,12 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import DtypePair
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lowrank_cases import (
     BF16,
     FP32,
-    FP64,
     GRADIENTS,
     LAYOUTS,
     MIXED,
@@ -41,6 +38,7 @@ OP = "lowrank_add"
 SUBSETS = [names for size in range(4) for names in combinations(OPTIONAL, size)]
 
 
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("optional", SUBSETS, ids=lambda names: "+".join(names) or "plain")
 def test_values_and_gradients(
@@ -53,6 +51,7 @@ def test_values_and_gradients(
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out is dout")
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize(
     ("num_rows", "num_in", "num_out", "rank"),
@@ -68,6 +67,7 @@ def test_sizes_that_need_several_blocks(
     assert_within_rule(OP, tensors, make_dout(tensors), **options)
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_equals_lowrank_linear(device: str, dtypes: DtypePair, dropout_p: float) -> None:
     """With base_out = x weightᵀ + bias, on integers, both ops are the same function."""
@@ -87,6 +87,7 @@ def present_of_add() -> list[str]:
     return ["base_out", "x", "lora_a", "lora_b", *OPTIONAL]
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
 @pytest.mark.parametrize("lead", [(0,), (4,)])
 def test_zero_branch_is_a_copy_of_base_out(
@@ -103,6 +104,7 @@ def test_zero_branch_is_a_copy_of_base_out(
     assert_same_bits(tensors["base_out"], before, "base_out shares memory with y")
 
 
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 31, 32, 33, 127, 128, 129])
 @pytest.mark.parametrize(
     ("num_in", "num_out"), [(1, 1), (7, 13), (31, 33), (33, 32), (128, 127), (127, 129)]
@@ -114,6 +116,7 @@ def test_shapes(device: str, dtypes: DtypePair, num_rows: int, num_in: int, num_
     assert_exact(OP, tensors, make_dout(tensors, integers=True), **options)
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize(("num_in", "num_out"), [(0, 5), (5, 0), (0, 0)])
 def test_no_columns(device: str, dtypes: DtypePair, num_in: int, num_out: int) -> None:
     tensors = make_tensors(OP, (3,), num_in, num_out, 2, dtypes, device, integers=True)
@@ -121,6 +124,7 @@ def test_no_columns(device: str, dtypes: DtypePair, num_in: int, num_out: int) -
     assert_exact(OP, tensors, make_dout(tensors, integers=True), **options)
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3), (2, 0, 3), (1, 2, 1, 2)])
 def test_leading_dimensions_are_kept(device: str, lead: tuple[int, ...]) -> None:
     tensors = make_tensors(OP, lead, 4, 5, 2, FP32, device, optional=OPTIONAL, integers=True)
@@ -128,6 +132,7 @@ def test_leading_dimensions_are_kept(device: str, lead: tuple[int, ...]) -> None
     assert_exact(OP, tensors, make_dout(tensors, integers=True), **options)
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize(
     "rank", [1, 2, 3, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 128]
 )
@@ -142,6 +147,7 @@ def test_every_rank(device: str, dtypes: DtypePair, rank: int) -> None:
     assert_exact(OP, tensors, make_dout(tensors, integers=True))
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
 @pytest.mark.parametrize("names", ["x", "dout", "base_out", "x dout base_out"])
@@ -154,42 +160,10 @@ def test_layouts(device: str, dtypes: DtypePair, layout: Layout, names: str) -> 
     assert_exact(OP, tensors, dout, dropout_p=0.5, seed=seed_tensor(5, device))
 
 
+@pytest.mark.executor
 def test_gradient_of_a_sum_has_stride_zero(device: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(OP, (2, 5), 9, 7, 3, dtypes, device, optional=OPTIONAL, integers=True)
     assert_exact(OP, tensors, None)
-
-
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(
-    lead=st.lists(st.integers(0, 6), max_size=3).map(tuple),
-    num_in=st.integers(0, 70),
-    num_out=st.integers(0, 70),
-    rank=st.integers(1, 20),
-    dtypes=st.sampled_from([FP64, FP32, MIXED]),
-    optional=st.sampled_from(SUBSETS),
-    layouts=st.lists(st.sampled_from([None, *LAYOUTS]), min_size=3, max_size=3),
-    dropout_p=st.sampled_from([0.0, 0.5, 1.0]),
-)
-def test_any_shape_and_layout(
-    device: str,
-    lead: tuple[int, ...],
-    num_in: int,
-    num_out: int,
-    rank: int,
-    dtypes: DtypePair,
-    optional: tuple[str, ...],
-    layouts: list[Layout | None],
-    dropout_p: float,
-) -> None:
-    torch.manual_seed(0)
-    sizes = (lead, num_in, num_out, rank, dtypes, device)
-    tensors = make_tensors(OP, *sizes, optional=optional, integers=True)
-    tensors["dout"] = make_dout(tensors, integers=True)
-    for name, layout in zip(("x", "base_out", "dout"), layouts, strict=True):
-        if layout is not None:
-            tensors[name] = layout(tensors[name])
-    dout = tensors.pop("dout")
-    assert_exact(OP, tensors, dout, scaling=0.5, dropout_p=dropout_p, seed=seed_tensor(9, device))
 
 
 def test_gradcheck() -> None:
@@ -203,6 +177,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(op, [tensors[name].requires_grad_() for name in names])
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize(
     "needs",
     [["x"], ["base_out"], ["lora_a"], ["lora_b"], ["core"], ["base_out", "x", "core"]],
@@ -216,6 +191,7 @@ def test_some_gradients_equal_those_of_all(
     assert_exact(OP, tensors, make_dout(tensors, integers=True), needs, **options)
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("needed", GRADIENTS)
 def test_backward_op_computes_only_what_is_asked(device: str, needed: str) -> None:
     tensors = make_tensors(OP, (7,), 24, 18, 4, FP32, device, optional=OPTIONAL)
@@ -233,6 +209,7 @@ def test_backward_op_computes_only_what_is_asked(device: str, needed: str) -> No
             assert alone.shape == (0,), name
 
 
+@pytest.mark.executor
 def test_two_runs_give_the_same_bits(device: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(OP, (70,), 129, 65, 8, dtypes, device, optional=OPTIONAL)
     options = {"dropout_p": 0.3, "seed": seed_tensor(6, device)}
@@ -242,6 +219,7 @@ def test_two_runs_give_the_same_bits(device: str, dtypes: DtypePair) -> None:
         assert_same_values(evaluate(ops, OP, tensors, dout, **options), first)
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("layout", [torch.clone, transposed, padded_rows])
 @pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
 @pytest.mark.parametrize("optional", [(), OPTIONAL], ids=["plain", "everything"])
@@ -260,6 +238,7 @@ def test_opcheck(device: str, dtypes: DtypePair, optional: tuple[str, ...], layo
     torch.library.opcheck(torch.ops.lowrank_ext.lowrank_add.default, args)
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(device: str, low: torch.dtype) -> None:
     """RF-14, for base_out still in fp32 and for one that the base module already made half."""
@@ -295,12 +274,14 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
     assert_raises_alike(OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), changes, message)
 
 
+@pytest.mark.executor
 def test_raw_op_needs_a_seed_for_dropout(device: str) -> None:
     tensors = make_tensors(OP, (3,), 8, 6, 2, FP32, device)
     with pytest.raises(RuntimeError, match="lowrank_add: seed must"):

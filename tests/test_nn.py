@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +144,7 @@ def test_singular_vectors_have_fixed_signs() -> None:
 
 
 def test_pissa_is_pefts_up_to_signs() -> None:
+    peft = pytest.importorskip("peft")
     base = plain_linear()
     config = peft.LoraConfig(r=RANK, lora_alpha=6, init_lora_weights="pissa", target_modules=["0"])
     theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config).base_model.model[0]
@@ -156,6 +156,7 @@ def test_pissa_is_pefts_up_to_signs() -> None:
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_the_seed_gives_pefts_numbers(init: str) -> None:
+    peft = pytest.importorskip("peft")
     base = plain_linear()
     config = peft.LoraConfig(
         r=RANK, init_lora_weights=init == "kaiming" or init, target_modules=["0"]

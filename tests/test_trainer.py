@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lowrank_ext as lr
