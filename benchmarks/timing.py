@@ -1,6 +1,8 @@
-"""One timer and one row printer for all benchmarks."""
+"""One timer, one row printer and one file writer for all benchmarks."""
 
 import datetime
+import json
+import os
 import platform
 import random
 import statistics
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,12 +90,15 @@ def _call_on_cpu(candidate: Candidate) -> Seconds:
 
 
 def _call_on_gpu(device: str) -> Callable[[Candidate], Seconds]:
+    """Times the GPU's work alone: L2 is emptied and the GPU held until the host has queued it."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
+    hold = int(HOST_SECONDS * _spins_per_second())
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
     def call(candidate: Candidate) -> Seconds:
-        flush.zero_()  # also keeps the GPU busy while the host queues what is timed
+        flush.zero_()
+        torch.cuda._sleep(hold)
         start.record()
         y = candidate.forward()
         middle.record()
@@ -104,14 +110,39 @@ def _call_on_gpu(device: str) -> Callable[[Candidate], Seconds]:
     return call
 
 
+# Longer than the host takes to queue one candidate's forward and backward.
+HOST_SECONDS = 2e-3
+
+
+@cache
+def _spins_per_second() -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    spins = 1_000_000
+    for _ in range(2):  # the first one warms up
+        start.record()
+        torch.cuda._sleep(spins)
+        end.record()
+        end.synchronize()
+    return spins / (start.elapsed_time(end) / 1e3)
+
+
+def seconds_back_to_back(candidate: Candidate, calls: int) -> float:
+    """Wall time of one of many calls, the host included: what small sizes cost in eager mode."""
+    candidate.backward(candidate.forward())
+    start = clock()
+    for _ in range(calls):
+        candidate.backward(candidate.forward())
+    return (clock() - start) / calls
+
+
 def machine(device: str) -> str:
     """One line that says where the numbers come from."""
     parts = [cpu_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
     if device == "cuda":
-        clocks = _nvidia_smi("clocks.current.sm,clocks.max.sm")
         parts = [
             torch.cuda.get_device_name(),
-            f"SM clock {clocks}",
+            f"driver {nvidia_smi('driver_version')}",
+            f"SM clock {nvidia_smi('clocks.current.sm,clocks.max.sm')}",
             f"CUDA {torch.version.cuda}",
             *parts,
         ]
@@ -127,12 +158,27 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _nvidia_smi(query: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+def nvidia_smi(query: str) -> str:
+    """What nvidia-smi says of torch's current device."""
+    # nvidia-smi numbers the cards without regard to CUDA_VISIBLE_DEVICES; the id holds for both.
+    card = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    command = ["nvidia-smi", card, f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Whole or not at all: written under another name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 class Table:

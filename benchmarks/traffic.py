@@ -1,0 +1,265 @@
+"""Memory traffic of the CUDA kernels as the executor counts it: `make traffic`. Needs no GPU.
+
+    python benchmarks/traffic.py                    # every kernel of a training step, bf16 first
+    python benchmarks/traffic.py --kinds bf16 --rows 1024 --in-features 1024 --out-features 1024
+
+Runs csrc/cuda under tests/simt at one shape per kind of number. Registers are nvcc's, the most that
+any variant of a kernel takes on any architecture of _C.so.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import cuda_binary
+
+from lowrank_ext import _build_info
+
+ROOT = Path(__file__).resolve().parents[1]
+Report = Mapping[str, Any]
+
+# dtype of x and adapters, allow_tf32, and the Number that the kernels are compiled for.
+KINDS = {
+    "bf16": (torch.bfloat16, False, "Bf16"),
+    "fp16": (torch.float16, False, "Fp16"),
+    "tf32": (torch.float32, True, "Tf32"),
+    "fp32": (torch.float32, False, "Fp32"),
+    "fp64": (torch.float64, False, "Fp64"),
+}
+
+# Partial sums between kernels.
+WORKSPACES = {"g", "p", "partials"}
+# Streams, a byte of which counts each time it is asked for: [M, K] and [M, N] tensors and
+# workspaces. Everything else has at most r rows or columns and stays in L2 once it was read.
+STREAMS = WORKSPACES | {"x", "dout", "large", "base", "out"}
+NOTE = """\
+moved      bytes that cross device memory. [M, K] and [M, N] tensors and partial sums count each
+           time they are asked for; adapter tensors, h and dh, which blocks read again from L2, once
+needed     every argument once; partial sums only where they are read
+asked      all bytes that are asked for, each time
+sectors    32-byte sectors per request of a warp; sector B / B: their bytes over those asked for
+           (lanes that read the same element count it once each)
+conflicts  wavefronts of shared memory beyond those that the accesses' width needs, of all
+registers  the most that any variant of the kernel takes for this kind, on any architecture\
+"""
+
+
+class Sizes(NamedTuple):
+    num_rows: int
+    in_features: int
+    out_features: int
+    rank: int
+    dropout: float
+
+
+def load_executor() -> Any:
+    sys.path.insert(0, str(ROOT / "build" / "simt"))
+    try:
+        import _simt
+    except ImportError:
+        raise SystemExit("error: traffic: the executor is not built, run `make simt`") from None
+    return _simt
+
+
+def run_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Report]]:
+    """The launches of a forward and of a backward with every gradient, through lowrank_add."""
+    torch.manual_seed(0)
+    dtype, allow_tf32, _ = KINDS[kind]
+    m, k, n, r, p = sizes
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, dout, base = values(m, k), values(m, n), values(m, n)
+    adapter = (values(r, k), values(n, r), None, None, None)
+    options = (2.0, p, torch.tensor([1]), allow_tf32)
+    ops = torch.ops.lowrank_ext_simt
+    simt.clear_reports()
+    _, h = ops.lowrank_add(base, x, *adapter, *options)
+    forward = simt.reports()
+    simt.clear_reports()
+    needs = (True, True, True, False, False, False)
+    ops.lowrank_add_backward(dout, x, h, *adapter, *options, *needs)
+    return forward, simt.reports()
+
+
+# What a report says
+
+
+def moved(report: Report) -> int:
+    read = sum(
+        tensor["bytes_read" if tensor["name"] in STREAMS else "unique_bytes_read"]
+        for tensor in report["tensors"]
+    )
+    return read + report["bytes_written"]
+
+
+def requested(report: Report) -> int:
+    return report["bytes_read"] + report["bytes_written"]
+
+
+def needed(report: Report) -> int:
+    return sum(
+        bool(tensor["bytes_read"]) * tensor["bytes"]
+        + bool(tensor["bytes_written"] and tensor["name"] not in WORKSPACES) * tensor["bytes"]
+        for tensor in report["tensors"]
+    )
+
+
+def sector_share(report: Report) -> float:
+    """Bytes of the sectors touched over bytes asked for."""
+    return 32 * (report["sectors_read"] + report["sectors_written"]) / requested(report)
+
+
+def conflicts(report: Report) -> str:
+    if not report["shared_requests"]:
+        return "-"
+    return f"{report['shared_conflicts'] / report['shared_wavefronts']:.1%}"
+
+
+def needed_by_pass(sizes: Sizes, element_bytes: int) -> tuple[int, int]:
+    """Forward: x, h, base, y and the branch's weights. Backward: the passes over dout, x and dx,
+    with the weights, their gradients, h and dh."""
+    m, k, n, r, _ = sizes
+    weights = r * (k + n)
+    forward = m * k + m * r + 2 * m * n + weights
+    backward = m * n + 2 * m * k + 2 * m * r + 2 * weights
+    return forward * element_bytes, backward * element_bytes
+
+
+# Registers
+
+
+def compiled_registers() -> dict[tuple[str, str, int], int]:
+    """By family, number and threads of a block; empty where _C.so has no kernels to read."""
+    if not _build_info.CUDA_ARCHS or cuda_binary.why_unreadable() is not None:
+        return {}
+    library = ROOT / "lowrank_ext" / "_C.so"
+    bounds = cuda_binary.launch_bounds(library)
+    names = cuda_binary.names(bounds)
+    found: dict[tuple[str, str, int], int] = {}
+    for arch in _build_info.CUDA_ARCHS:
+        for mangled, used in cuda_binary.resources(library, arch).items():
+            name = names[mangled]
+            key = (name.family, name.number, bounds[mangled].threads)
+            found[key] = max(found.get(key, 0), used.registers)
+    return found
+
+
+def registers(report: Report, number: str, compiled: Mapping[tuple[str, str, int], int]) -> str:
+    """A launch is named as its kernel is, or runs the product that several share."""
+    threads = report["block"][0]
+    for family in (f"{report['kernel']}_kernel", "thin_product_kernel"):
+        if (family, number, threads) in compiled:
+            return str(compiled[family, number, threads])
+    return "-"
+
+
+# The table
+
+
+COLUMNS = (
+    *("moved KB", "needed KB", "ratio", "asked KB", "sectors", "sector B / B"),
+    *("conflicts", "barriers", "mma", "registers", "shared KiB"),
+)
+
+
+def make_table() -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("kind")
+    for title in COLUMNS:
+        table.add_column(title, justify="right", min_width=max(map(len, title.split())))
+    return table
+
+
+def add_launch(table: Table, kind: str, report: Report, used: str) -> None:
+    table.add_row(
+        report["kernel"],
+        kind,
+        f"{moved(report) / 1e3:.0f}",
+        f"{needed(report) / 1e3:.0f}",
+        f"{moved(report) / needed(report):.3f}",
+        f"{requested(report) / 1e3:.0f}",
+        f"{report['sectors_per_request']:.1f}",
+        f"{sector_share(report):.3f}",
+        conflicts(report),
+        f"{report['barriers_per_block']:.0f}",
+        str(report["mma"]),
+        used,
+        f"{report['shared_bytes'] / 1024:.1f}",
+    )
+
+
+def add_pass(table: Table, name: str, kind: str, reports: Sequence[Report], wanted: int) -> None:
+    total = sum(map(moved, reports))
+    row = (f"{total / 1e3:.0f}", f"{wanted / 1e3:.0f}", f"{total / wanted:.3f}")
+    asked = sum(map(requested, reports))
+    table.add_row(f"all of {name}", kind, *row, f"{asked / 1e3:.0f}", style="bold")
+    table.add_section()
+
+
+def rows_of(simt: Any, sizes: Sizes, kind: str) -> Iterator[tuple[str, list[Report], int]]:
+    """(pass, its launches, bytes needed)."""
+    forward, backward = run_step(simt, sizes, kind)
+    wanted = needed_by_pass(sizes, KINDS[kind][0].itemsize)
+    yield "forward", forward, wanted[0]
+    yield "backward", backward, wanted[1]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--in-features", type=int, default=1024)
+    parser.add_argument("--out-features", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--sms", type=int, default=4, help="multiprocessors that plans count on")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    sizes = Sizes(
+        options.rows,
+        options.in_features,
+        options.out_features,
+        options.rank,
+        options.dropout,
+    )
+    simt = load_executor()
+    simt.host.set_num_sms(options.sms)
+    start = time.perf_counter()
+    compiled = compiled_registers()
+    table = make_table()
+    for kind in options.kinds:
+        number = KINDS[kind][2]
+        for name, reports, wanted in rows_of(simt, sizes, kind):
+            for report in reports:
+                add_launch(table, kind, report, registers(report, number, compiled))
+            add_pass(table, name, kind, reports, wanted)
+    m, k, n, r, p = sizes
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(f"lowrank_add, M={m} K={k} N={n} r={r} dropout={p}, {options.sms} SMs")
+    console.print(table)
+    console.print(NOTE, highlight=False)
+    if not compiled:
+        reason = cuda_binary.why_unreadable() or "_C.so was built without nvcc"
+        console.print(f"no registers: {reason}")
+    console.print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
