@@ -105,6 +105,11 @@ def moved(report: Report) -> int:
     return read + report["bytes_written"]
 
 
+def partial_sums_read(report: Report) -> int:
+    """Bytes that the kernel before wrote: less to move if they are still in L2."""
+    return sum(t["bytes_read"] for t in report["tensors"] if t["name"] in WORKSPACES)
+
+
 def requested(report: Report) -> int:
     return report["bytes_read"] + report["bytes_written"]
 
@@ -207,6 +212,10 @@ def add_pass(table: Table, name: str, kind: str, reports: Sequence[Report], want
     row = (f"{total / 1e3:.0f}", f"{wanted / 1e3:.0f}", f"{total / wanted:.3f}")
     asked = sum(map(requested, reports))
     table.add_row(f"all of {name}", kind, *row, f"{asked / 1e3:.0f}", style="bold")
+    if reread := sum(map(partial_sums_read, reports)):
+        in_l2 = total - reread
+        row = (f"{in_l2 / 1e3:.0f}", f"{wanted / 1e3:.0f}", f"{in_l2 / wanted:.3f}")
+        table.add_row("  partial sums kept in L2", kind, *row)
     table.add_section()
 
 

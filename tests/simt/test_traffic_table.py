@@ -51,6 +51,23 @@ def test_the_passes_that_are_needed(traffic: ModuleType) -> None:
     assert backward == 2 * (1000 * (800 + 600 + 600 + 2 + 2) + 2 * 2 * 1400)
 
 
+def test_a_step_moves_the_passes_of_the_design(traffic: ModuleType, simt: ModuleType) -> None:
+    """M = 8192 on 132 multiprocessors, a quarter of both: each of them does the same work."""
+    sizes = traffic.Sizes(2048, 4096, 4096, 16, 0.05)
+    num_sms = simt.host.num_sms()
+    simt.host.set_num_sms(33)
+    try:
+        forward, backward = traffic.run_step(simt, sizes, "bf16")
+    finally:
+        simt.host.set_num_sms(num_sms)
+    forward_bytes, backward_bytes = traffic.needed_by_pass(sizes, element_bytes=2)
+    assert sum(map(traffic.moved, forward)) <= 1.05 * forward_bytes
+    moved = sum(map(traffic.moved, backward))
+    assert moved <= 1.10 * backward_bytes
+    # Partial sums are read right after they are written. Whether L2 keeps them a GPU must show.
+    assert moved - sum(map(traffic.partial_sums_read, backward)) <= 1.05 * backward_bytes
+
+
 def test_the_table_has_every_kernel(simt: ModuleType) -> None:
     command = [sys.executable, "benchmarks/traffic.py", "--kinds", "bf16", "fp64"]
     sizes = ["--rows", "96", "--in-features", "128", "--out-features", "160", "--rank", "4"]
