@@ -25,6 +25,7 @@ constexpr int64_t kRanks = 4;          // of a register block, down
 constexpr int64_t kRows = 4;           // of a register block, down and up
 constexpr int64_t kLanes = 16;         // fp32 columns of a register
 constexpr int64_t kColumnBlocks = 16;  // of kLanes columns: a task of the up product
+constexpr int64_t kAhead = 16;         // column blocks from prefetching to use
 constexpr int64_t kMaxPairs = 64;      // pairs of ranks in one go: 4 KiB of transposed lora_b
 // Multiply-adds worth a thread, about 5 us.
 constexpr int64_t kTaskWork = 1 << 18;
@@ -65,10 +66,12 @@ LOWRANK_EXT_AVX512_BF16 inline uint16_t rounded(float v) {
   return static_cast<uint16_t>(_mm256_extract_epi16(rounded(_mm512_set1_ps(v)), 0));
 }
 
+// `next` is the part of lora_a that comes up next, as many ranks of it, or null: its rows are whole
+// pages apart, where the hardware's prefetching stops.
 template <int kNumRows, int kNumRanks>
 LOWRANK_EXT_AVX512_BF16 void down_block(const uint16_t* const* x, const uint16_t* a,
-                                        int64_t a_stride, int64_t num_cols, float scale,
-                                        uint16_t* const* h, int64_t first_rank) {
+                                        int64_t a_stride, const uint16_t* next, int64_t num_cols,
+                                        float scale, uint16_t* const* h, int64_t first_rank) {
   __m512 acc[kNumRows][kNumRanks];
 #pragma GCC unroll 4
   for (int m = 0; m < kNumRows; ++m)
@@ -79,7 +82,10 @@ LOWRANK_EXT_AVX512_BF16 void down_block(const uint16_t* const* x, const uint16_t
         static_cast<__mmask32>(num_cols - k >= 32 ? ~0u : (1u << (num_cols - k)) - 1);
     __m512bh left[kNumRanks];
 #pragma GCC unroll 4
-    for (int j = 0; j < kNumRanks; ++j) left[j] = load32(a + j * a_stride + k, lanes);
+    for (int j = 0; j < kNumRanks; ++j) {
+      left[j] = load32(a + j * a_stride + k, lanes);
+      if (next != nullptr) _mm_prefetch(next + j * a_stride + k, _MM_HINT_T0);
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < kNumRows; ++m) {
       const __m512bh right = load32(x[m] + k, lanes);
@@ -94,44 +100,48 @@ LOWRANK_EXT_AVX512_BF16 void down_block(const uint16_t* const* x, const uint16_t
       h[m][first_rank + j] = rounded(scale * _mm512_reduce_add_ps(acc[m][j]));
 }
 
-using DownBlock = void (*)(const uint16_t* const*, const uint16_t*, int64_t, int64_t, float,
-                           uint16_t* const*, int64_t);
+using DownBlock = void (*)(const uint16_t* const*, const uint16_t*, int64_t, const uint16_t*,
+                           int64_t, float, uint16_t* const*, int64_t);
 template <int kNumRows>
 constexpr DownBlock kDownRow[kRanks] = {down_block<kNumRows, 1>, down_block<kNumRows, 2>,
                                         down_block<kNumRows, 3>, down_block<kNumRows, 4>};
 constexpr const DownBlock* kDownBlocks[kRows] = {kDownRow<1>, kDownRow<2>, kDownRow<3>,
                                                  kDownRow<4>};
 
+// Eight ranks of one row, those in range.
+LOWRANK_EXT_AVX512_BF16 inline __m128i load8(const uint16_t* p, bool exists, __mmask8 in_range) {
+  return _mm_maskz_loadu_epi16(exists ? in_range : 0, p);
+}
+
 // pairs[p] lane i = lora_b[n + i, 2p] in the low half, lora_b[n + i, 2p + 1] in the high half, for
 // `ranks` ranks (odd: the last high half is 0) and the columns n + i that exist, else 0.
-LOWRANK_EXT_AVX512_BF16 void transpose_pairs(__m512i* pairs, const uint16_t* b, int64_t b_stride,
-                                             int64_t ranks, int64_t width) {
+LOWRANK_EXT_AVX512_BF16 inline void transpose_pairs(__m512i* pairs, const uint16_t* b,
+                                                    int64_t b_stride, int64_t ranks,
+                                                    int64_t width) {
   for (int64_t rank = 0; rank < ranks; rank += 8) {
     const auto in_range =
         static_cast<__mmask8>(ranks - rank >= 8 ? 0xFF : (1 << (ranks - rank)) - 1);
-    const auto load_row = [&](int64_t i) LOWRANK_EXT_AVX512_BF16 {
-      return i < width ? _mm_maskz_loadu_epi16(in_range, b + i * b_stride + rank)
-                       : _mm_setzero_si128();
-    };
     // 128-bit lane L of rows[i] is row 4L + i, four pairs of it; a 4 x 4 transpose in each lane
     // follows.
     __m512i rows[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      __m512i row = _mm512_castsi128_si512(load_row(i));
-      row = _mm512_inserti32x4(row, load_row(4 + i), 1);
-      row = _mm512_inserti32x4(row, load_row(8 + i), 2);
-      rows[i] = _mm512_inserti32x4(row, load_row(12 + i), 3);
+      const uint16_t* p = b + i * b_stride + rank;
+      const int64_t step = 4 * b_stride;
+      __m512i row = _mm512_castsi128_si512(load8(p, i < width, in_range));
+      row = _mm512_inserti32x4(row, load8(p + step, 4 + i < width, in_range), 1);
+      row = _mm512_inserti32x4(row, load8(p + 2 * step, 8 + i < width, in_range), 2);
+      rows[i] = _mm512_inserti32x4(row, load8(p + 3 * step, 12 + i < width, in_range), 3);
     }
     const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
     const __m512i low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
     const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
     const __m512i high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-    const __m512i columns[4] = {
-        _mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
-        _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
-    const int64_t count = std::min<int64_t>(4, ceil_div(ranks - rank, 2));
-    for (int64_t p = 0; p < count; ++p) pairs[rank / 2 + p] = columns[p];
+    // Pairs past the last rank are zero; there is room for them.
+    pairs[rank / 2] = _mm512_unpacklo_epi64(low01, low23);
+    pairs[rank / 2 + 1] = _mm512_unpackhi_epi64(low01, low23);
+    pairs[rank / 2 + 2] = _mm512_unpacklo_epi64(high01, high23);
+    pairs[rank / 2 + 3] = _mm512_unpackhi_epi64(high01, high23);
   }
 }
 
@@ -166,6 +176,16 @@ std::vector<uint32_t> pack_pairs(const FewRows& group) {
   return pairs;
 }
 
+// Asks for the columns of lora_b that come up kAhead blocks later: left to the hardware, which does
+// not see through the transposing order, cold adapters take three times as long.
+inline void prefetch_lora_b(const FewRows& group, int64_t n, int64_t out_features) {
+  const int64_t last = std::min(n + (kAhead + 1) * kLanes, out_features);
+  for (int64_t i = n + kAhead * kLanes; i < last; ++i) {
+    const uint16_t* row = group.lora_b + i * group.b_stride;
+    for (int64_t j = 0; j < group.rank; j += 32) _mm_prefetch(row + j, _MM_HINT_T0);
+  }
+}
+
 LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_pairs, int64_t n,
                                         int64_t width) {
   const auto lanes = static_cast<__mmask16>((1u << width) - 1);
@@ -187,7 +207,7 @@ LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_
     }
     for (int64_t m = 0; m < count; ++m) {
       const __m512i wide =
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, group.base_out[row + m] + n));
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, group.y[row + m] + n));
       const __m512 base = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
       _mm256_mask_storeu_epi16(group.y[row + m] + n, lanes,
                                rounded(_mm512_fmadd_ps(factor, sums[m], base)));
@@ -200,19 +220,24 @@ LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_
 void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, float x_scale) {
   const std::vector<Task> tasks =
       tasks_of(groups, [](const FewRows& group) { return ceil_div(group.rank, kRanks); });
+  const auto num_tasks = static_cast<int64_t>(tasks.size());
+  const auto lora_a_of = [&](const Task& task) {
+    const FewRows& group = groups[task.group];
+    return group.lora_a + task.part * kRanks * group.a_stride;
+  };
   torch::stable::parallel_for(
-      0, static_cast<int64_t>(tasks.size()), grain(groups, tasks.size(), in_features),
-      [&](int64_t begin, int64_t end) {
+      0, num_tasks, grain(groups, tasks.size(), in_features), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const FewRows& group = groups[tasks[i].group];
           const int64_t rank = tasks[i].part * kRanks;
           const int64_t ranks = std::min(kRanks, group.rank - rank);
+          const uint16_t* next = i + 1 < end ? lora_a_of(tasks[i + 1]) : nullptr;
           const auto num_rows = static_cast<int64_t>(group.x.size());
           for (int64_t row = 0; row < num_rows; row += kRows) {
             const int64_t rows = std::min(kRows, num_rows - row);
-            kDownBlocks[rows - 1][ranks - 1](group.x.data() + row,
-                                             group.lora_a + rank * group.a_stride, group.a_stride,
-                                             in_features, x_scale, group.h.data() + row, rank);
+            kDownBlocks[rows - 1][ranks - 1](group.x.data() + row, lora_a_of(tasks[i]),
+                                             group.a_stride, row == 0 ? next : nullptr, in_features,
+                                             x_scale, group.h.data() + row, rank);
           }
         }
       });
@@ -230,9 +255,11 @@ void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t first = tasks[i].part * kColumns;
           const int64_t last = std::min(first + kColumns, out_features);
-          for (int64_t n = first; n < last; n += kLanes)
+          for (int64_t n = first; n < last; n += kLanes) {
+            prefetch_lora_b(groups[tasks[i].group], n, out_features);
             up_columns(groups[tasks[i].group], h_pairs[tasks[i].group].data(), n,
                        std::min(kLanes, last - n));
+          }
         }
       });
 }

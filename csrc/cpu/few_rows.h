@@ -19,17 +19,16 @@ struct FewRows {
   int64_t b_stride;
   int64_t rank;
   float scaling;
-  std::vector<const uint16_t*> x;         // [K]
-  std::vector<const uint16_t*> base_out;  // [N]
-  std::vector<uint16_t*> h;               // [rank], written by few_rows_down
-  std::vector<uint16_t*> y;               // [N], written by few_rows_up
+  std::vector<const uint16_t*> x;  // [K]
+  std::vector<uint16_t*> h;        // [rank], written by few_rows_down
+  std::vector<uint16_t*> y;        // [N], added to by few_rows_up
 };
 
 // h[m, j] = x_scale · Σ_k x[m, k] lora_a[j, k] for all groups, rounded once; fp32 sums in a fixed
 // order.
 void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, float x_scale);
 
-// y[m, n] = base_out[m, n] + scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
+// y[m, n] += scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
 void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features);
 
 }  // namespace lowrank_ext::cpu

@@ -24,6 +24,8 @@ constexpr const char* kBackwardOp = "multi_lowrank_add_backward";
 // Up to this many rows a segment goes through few_rows.h; above, the vendor's bf16 product wins.
 constexpr int64_t kFewRows = 64;
 
+constexpr int64_t kCopyGrain = 64;  // rows per task: a few us at usual widths
+
 // Neighbouring rows.
 struct Run {
   int64_t first, count;
@@ -143,13 +145,15 @@ Tensor first_columns(const Tensor& matrix, int64_t num_cols) {
   return strided_view(matrix, 0, matrix.size(0), num_cols, matrix.stride(0), 1);
 }
 
-void copy_rows(const Tensor& to, const Tensor& from, const RowList& rows) {
+// Bit for bit, as a conversion would not be for NaN.
+void copy(const Tensor& to, const Tensor& from) {
   const auto size = static_cast<int64_t>(to.element_size());
-  for (const Run& run : rows.runs)
-    for (int64_t m = run.first; m < run.first + run.count; ++m)
+  const int64_t row_bytes = to.size(1) * size;
+  torch::stable::parallel_for(0, to.size(0), kCopyGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
       std::memcpy(static_cast<char*>(to.data_ptr()) + m * to.stride(0) * size,
-                  static_cast<const char*>(from.data_ptr()) + m * from.stride(0) * size,
-                  to.size(1) * size);
+                  static_cast<const char*>(from.data_ptr()) + m * from.stride(0) * size, row_bytes);
+  });
 }
 
 Rows rows_from(const Tensor& matrix, int64_t row) {
@@ -280,9 +284,9 @@ bool goes_by_few_rows(const Segment& segment, ScalarType input) {
 // All segments of few rows at once.
 class FewRowsForward {
  public:
-  FewRowsForward(const MultiBranchArgs& args, const Dropout& dropout, const Tensor& base_out,
-                 const Tensor& x, const Tensor& y, const Tensor& h)
-      : args_(args), dropout_(dropout), base_out_(base_out), x_(x), y_(y), h_(h) {}
+  FewRowsForward(const MultiBranchArgs& args, const Dropout& dropout, const Tensor& x,
+                 const Tensor& y, const Tensor& h)
+      : args_(args), dropout_(dropout), x_(x), y_(y), h_(h) {}
 
   void append(const Segment& segment) {
     const Dtypes dtypes{x_.scalar_type(), x_.scalar_type(), ScalarType::Float};
@@ -296,7 +300,6 @@ class FewRowsForward {
                   static_cast<float>(segment.scaling),
                   {},
                   {},
-                  {},
                   {}};
     SegmentBlocks blocks(segment, dtypes, dropout_, x_.size(1), y_.size(1));
     blocks.for_each([&](int64_t first, int64_t count) {
@@ -307,7 +310,6 @@ class FewRowsForward {
         for (int64_t i = 0; i < run.count; ++i) {
           const int64_t row = run.first + i;
           group.x.push_back(dropped ? data(*dropped, position + i) : data(x_, row));
-          group.base_out.push_back(data(base_out_, row));
           group.h.push_back(data(h_, row));
           group.y.push_back(data(y_, row));
         }
@@ -339,29 +341,30 @@ class FewRowsForward {
 
   const MultiBranchArgs& args_;
   const Dropout& dropout_;
-  const Tensor &base_out_, &x_, &y_, &h_;
+  const Tensor &x_, &y_, &h_;
   std::vector<FewRows> groups_;
   std::deque<Tensor> kept_;  // references to its entries stay good
 };
 
-void forward(const MultiBranchArgs& args, const Segments& segments, const Tensor& base_out,
-             const Tensor& x, const Tensor& y, const Tensor& h) {
-  const RowList all{{{0, x.size(0)}}, x.size(0)};
-  const bool one_adapter = segments.adapted.size() == 1 && segments.base.num_rows == 0;
+bool is_one_adapter(const Segments& segments) {
+  return segments.adapted.size() == 1 && segments.base.num_rows == 0;
+}
+
+// y [M, N] holds base_out.
+void forward(const MultiBranchArgs& args, const Segments& segments, const Tensor& x,
+             const Tensor& y, const Tensor& h) {
+  const bool one_adapter = is_one_adapter(segments);
   if (!one_adapter || segments.adapted[0].rank < args.rank()) zero(h);
   if (one_adapter) {
-    copy_rows(y, base_out, all);
     const Segment& segment = segments.adapted[0];
     return branch_forward(branch_of(args, segment), x, y, first_columns(h, segment.rank));
   }
   const Dropout dropout = dropout_of(args.dropout_p, args.seed);
-  FewRowsForward few_rows(args, dropout, base_out, x, y, h);
-  copy_rows(y, base_out, segments.base);
+  FewRowsForward few_rows(args, dropout, x, y, h);
   for (const Segment& segment : segments.adapted) {
     if (goes_by_few_rows(segment, x.scalar_type())) {
       few_rows.append(segment);
     } else {
-      copy_rows(y, base_out, segment.rows);
       segment_forward(args, segment, dropout, x, y, h);
     }
   }
@@ -449,7 +452,7 @@ MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& nee
                         const Segments& segments, const Tensor& dout,
                         const std::optional<Tensor>& x, const std::optional<Tensor>& h) {
   const ScalarType input = dout.scalar_type();
-  const bool one_adapter = segments.adapted.size() == 1 && segments.base.num_rows == 0;
+  const bool one_adapter = is_one_adapter(segments);
   MultiGradients gradients{needs.dx && !one_adapter
                                ? zeros({dout.size(0), args.in_features()}, input)
                                : empty({0}, input),
@@ -486,8 +489,10 @@ std::tuple<Tensor, Tensor> multi_lowrank_add_cpu(const Tensor& base_out, const T
   const Tensor rows = as_matrix(x);
   Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type());
   Tensor h = empty(with_last_dim(x, args.rank()), x.scalar_type());
-  if (rows.size(0) > 0)
-    forward(args, segments, as_matrix(base_out), rows, as_matrix(y), as_matrix(h));
+  if (rows.size(0) == 0) return {y, h};
+  const Tensor y_rows = as_matrix(y);
+  copy(y_rows, as_matrix(base_out));
+  forward(args, segments, rows, y_rows, as_matrix(h));
   return {y, h};
 }
 
