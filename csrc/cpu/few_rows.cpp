@@ -108,9 +108,37 @@ constexpr DownBlock kDownRow[kRanks] = {down_block<kNumRows, 1>, down_block<kNum
 constexpr const DownBlock* kDownBlocks[kRows] = {kDownRow<1>, kDownRow<2>, kDownRow<3>,
                                                  kDownRow<4>};
 
-// Eight ranks of one row, those in range.
+// Eight ranks of one row; where not all exist, those in range, of a row that exists.
+template <bool kAll>
 LOWRANK_EXT_AVX512_BF16 inline __m128i load8(const uint16_t* p, bool exists, __mmask8 in_range) {
+  if constexpr (kAll) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm_maskz_loadu_epi16(exists ? in_range : 0, p);
+}
+
+// Eight ranks of 16 rows, four pairs each, as four vectors of one pair each. Pairs past the last
+// rank come out zero.
+template <bool kAll>
+LOWRANK_EXT_AVX512_BF16 inline void transpose8(__m512i* pairs, const uint16_t* b, int64_t b_stride,
+                                               __mmask8 in_range, int64_t width) {
+  // 128-bit lane L of rows[i] is row 4L + i; a 4 x 4 transpose in each lane follows.
+  __m512i rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t* p = b + i * b_stride;
+    const int64_t step = 4 * b_stride;
+    __m512i row = _mm512_castsi128_si512(load8<kAll>(p, i < width, in_range));
+    row = _mm512_inserti32x4(row, load8<kAll>(p + step, 4 + i < width, in_range), 1);
+    row = _mm512_inserti32x4(row, load8<kAll>(p + 2 * step, 8 + i < width, in_range), 2);
+    rows[i] = _mm512_inserti32x4(row, load8<kAll>(p + 3 * step, 12 + i < width, in_range), 3);
+  }
+  const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+  const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  pairs[0] = _mm512_unpacklo_epi64(low01, low23);
+  pairs[1] = _mm512_unpackhi_epi64(low01, low23);
+  pairs[2] = _mm512_unpacklo_epi64(high01, high23);
+  pairs[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
 // pairs[p] lane i = lora_b[n + i, 2p] in the low half, lora_b[n + i, 2p + 1] in the high half, for
@@ -119,29 +147,10 @@ LOWRANK_EXT_AVX512_BF16 inline void transpose_pairs(__m512i* pairs, const uint16
                                                     int64_t b_stride, int64_t ranks,
                                                     int64_t width) {
   for (int64_t rank = 0; rank < ranks; rank += 8) {
-    const auto in_range =
-        static_cast<__mmask8>(ranks - rank >= 8 ? 0xFF : (1 << (ranks - rank)) - 1);
-    // 128-bit lane L of rows[i] is row 4L + i, four pairs of it; a 4 x 4 transpose in each lane
-    // follows.
-    __m512i rows[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const uint16_t* p = b + i * b_stride + rank;
-      const int64_t step = 4 * b_stride;
-      __m512i row = _mm512_castsi128_si512(load8(p, i < width, in_range));
-      row = _mm512_inserti32x4(row, load8(p + step, 4 + i < width, in_range), 1);
-      row = _mm512_inserti32x4(row, load8(p + 2 * step, 8 + i < width, in_range), 2);
-      rows[i] = _mm512_inserti32x4(row, load8(p + 3 * step, 12 + i < width, in_range), 3);
-    }
-    const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
-    const __m512i low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
-    const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
-    const __m512i high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-    // Pairs past the last rank are zero; there is room for them.
-    pairs[rank / 2] = _mm512_unpacklo_epi64(low01, low23);
-    pairs[rank / 2 + 1] = _mm512_unpackhi_epi64(low01, low23);
-    pairs[rank / 2 + 2] = _mm512_unpacklo_epi64(high01, high23);
-    pairs[rank / 2 + 3] = _mm512_unpackhi_epi64(high01, high23);
+    const int64_t count = std::min<int64_t>(8, ranks - rank);
+    const auto in_range = static_cast<__mmask8>((1 << count) - 1);
+    const auto transpose = count == 8 && width == kLanes ? transpose8<true> : transpose8<false>;
+    transpose(pairs + rank / 2, b + rank, b_stride, in_range, width);
   }
 }
 
@@ -205,13 +214,15 @@ LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_
                         std::min(2 * some, group.rank - 2 * first), width);
       kAddPairs[count - 1](sums, pairs, some, h_pairs + row * num_pairs + first, num_pairs);
     }
+    // All loads before the stores, which at row distances of a power of two would hold them up.
     for (int64_t m = 0; m < count; ++m) {
       const __m512i wide =
           _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, group.y[row + m] + n));
       const __m512 base = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-      _mm256_mask_storeu_epi16(group.y[row + m] + n, lanes,
-                               rounded(_mm512_fmadd_ps(factor, sums[m], base)));
+      sums[m] = _mm512_fmadd_ps(factor, sums[m], base);
     }
+    for (int64_t m = 0; m < count; ++m)
+      _mm256_mask_storeu_epi16(group.y[row + m] + n, lanes, rounded(sums[m]));
   }
 }
 
