@@ -1,8 +1,9 @@
 // An adapter per row. Rows that share an adapter form a segment; adapters without rows are not
-// read. A segment of few bf16 rows goes through few_rows.h where it lies; other segments go block
-// by block through the vendor's products, gathered first where their rows are not neighbours. Where
-// all rows share one adapter the branch of lowrank_add does the work. Ranks beyond an adapter's own
-// are padding, which is never read; rows with id -1, and rows of an adapter of rank 0, are copied.
+// read. A segment of few bf16 rows goes through few_rows.h where it lies. Otherwise, where all rows
+// share one adapter, the branch of lowrank_add does the work; and other segments go block by block
+// through the vendor's products, gathered first where their rows are not neighbours. Ranks beyond
+// an adapter's own are padding, which is never read; rows with id -1, and rows of an adapter of
+// rank 0, are copied.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -22,7 +23,7 @@ constexpr const char* kOp = "multi_lowrank_add";
 constexpr const char* kBackwardOp = "multi_lowrank_add_backward";
 
 // Up to this many rows a segment goes through few_rows.h; above, the vendor's bf16 product wins.
-constexpr int64_t kFewRows = 64;
+constexpr int64_t few_rows_limit(int64_t rank) { return rank <= 32 ? 128 : 64; }
 
 constexpr int64_t kCopyGrain = 64;  // rows per task: a few us at usual widths
 
@@ -278,7 +279,8 @@ void segment_forward(const MultiBranchArgs& args, const Segment& segment, const 
 }
 
 bool goes_by_few_rows(const Segment& segment, ScalarType input) {
-  return input == ScalarType::BFloat16 && has_few_rows() && segment.rows.num_rows <= kFewRows;
+  return input == ScalarType::BFloat16 && has_few_rows() &&
+         segment.rows.num_rows <= few_rows_limit(segment.rank);
 }
 
 // All segments of few rows at once.
@@ -355,7 +357,7 @@ void forward(const MultiBranchArgs& args, const Segments& segments, const Tensor
              const Tensor& y, const Tensor& h) {
   const bool one_adapter = is_one_adapter(segments);
   if (!one_adapter || segments.adapted[0].rank < args.rank()) zero(h);
-  if (one_adapter) {
+  if (one_adapter && !goes_by_few_rows(segments.adapted[0], x.scalar_type())) {
     const Segment& segment = segments.adapted[0];
     return branch_forward(branch_of(args, segment), x, y, first_columns(h, segment.rank));
   }
