@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "multi_lowrank_add_backward(Tensor dout, Tensor? x, Tensor? h, Tensor lora_a, Tensor lora_b, "
       "Tensor adapter_ids, Tensor scaling, Tensor? ranks, float dropout_p, Tensor? seed, bool "
       "need_dx, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor)");
+  // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
+  // bank says for modules with these adapters. Implemented in Python, beside the block.
+  m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
   // Instruction sets that the CPU kernels use on this machine, separated by spaces.
   m.def("cpu_features() -> str");
 }

@@ -109,9 +109,7 @@ def _check(adapters: _Adapters, x: Tensor, in_features: int, out_features: int) 
     fits = b.dim() == 3 and (b.shape[0] == n and b.shape[1] == out_features and b.shape[2] == r)
     check_shape(_OP, "lora_b", b, fits, f"[n={n}, out_features={out_features}, r={r}]")
     one_per_row = ids.shape == x.shape[:-1]
-    check_shape(
-        _OP, "adapter_ids", ids, one_per_row, "x's leading dimensions, an id for each row"
-    )
+    check_shape(_OP, "adapter_ids", ids, one_per_row, "x's leading dimensions, an id for each row")
     for name, vector in (("scaling", adapters.scaling), ("ranks", adapters.ranks)):
         if vector is not None:
             fits = vector.dim() == 1 and vector.shape[0] == n
