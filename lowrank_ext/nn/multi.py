@@ -187,8 +187,8 @@ class MultiLoRALinear(nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> Self:
         scaling = self.scaling
         super()._apply(fn, recurse)
-        # .to(dtype) is meant for the weights: a factor is not rounded by it.
-        self.scaling = scaling.to(self.scaling.device)
+        if self.scaling.dtype != scaling.dtype:  # .to(dtype) is meant for the weights
+            self.scaling = scaling.to(self.scaling.device)
         return self
 
 
