@@ -321,6 +321,7 @@ class FewRowsForward {
   }
 
   void run() const {
+    if (groups_.empty()) return;
     few_rows_down(groups_, x_.size(1), static_cast<float>(scale_of(dropout_)));
     few_rows_up(groups_, y_.size(1));
   }
@@ -419,9 +420,11 @@ void segment_backward(const MultiBranchArgs& args, const MultiBranchNeeds& needs
     if (p) p->add(blocks.load(first_columns(*h, rank)), dout_block, nullptr);
     if (q) q->add(g_block, blocks.load_dropped(*x), nullptr);
     if (needs.dx) {
-      const Tensor product = empty({count, in_features}, dtypes.compute);
+      const bool direct = blocks.in_place(gradients.dx) && !dropout.active();
+      const Tensor product =
+          direct ? blocks.load(gradients.dx) : empty({count, in_features}, dtypes.compute);
       multiply(product, g_block, *lora_a, 0.0, scale_of(dropout));
-      blocks.store_dropped(gradients.dx, product);
+      if (!direct) blocks.store_dropped(gradients.dx, product);
     }
   });
   if (p)
