@@ -13,6 +13,7 @@ from lowrank_ext.adapt import (
     summary,
     trainable_parameters,
 )
+from lowrank_ext.adapter_bank import AdapterBank
 from lowrank_ext.checkpoint import load_adapter, save_adapter
 from lowrank_ext.config import LaMDAConfig, LoRAConfig
 from lowrank_ext.freezing import FreezeSchedule
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "FreezeCallback",
     "FreezeSchedule",
     "LaMDAConfig",

@@ -22,6 +22,7 @@ from lowrank_ext.nn.linear import (
     dense_weight,
     linear_features,
 )
+from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.rank_allocation import allocate_ranks
 from lowrank_ext.targets import find_targets, modules_named, outermost_modules, shared_tensors
 
@@ -29,6 +30,7 @@ MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     LoRAConfig: LoRALinear,
     LaMDAConfig: LaMDALinear,
 }
+_ADAPTED = (LowRankLinear, MultiLoRALinear)
 # Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
 _FUSED_FLAGS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
@@ -110,9 +112,7 @@ def set_fused_encoders(model: nn.Module, on: bool) -> None:
     for module in model.modules():
         flag = next((f for cls, f in _FUSED_FLAGS.items() if isinstance(module, cls)), None)
         kept: dict[str, Any] = vars(module)
-        if flag is None or (
-            not on and not any(isinstance(m, LowRankLinear) for m in module.modules())
-        ):
+        if flag is None or (not on and not any(isinstance(m, _ADAPTED) for m in module.modules())):
             continue
         if on and "fused_path_before_adapt" in kept:
             kept[flag] = kept.pop("fused_path_before_adapt")
@@ -246,7 +246,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
         raise TypeError(f"adapt: config must be a {known}, got {type(config).__name__}")
     for path, module in model.named_modules():
         where = path or "the model itself"
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, _ADAPTED):
             raise ValueError(
                 f"adapt: model must not be adapted yet, got a {type(module).__name__} at {where}; "
                 "use unload first"

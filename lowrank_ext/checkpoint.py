@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from lowrank_ext.config import (
 )
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.linear import dense_weight, linear_features
-from lowrank_ext.targets import outermost_modules, shared_tensors
+from lowrank_ext.targets import check_adaptable, outermost_modules, shared_tensors
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -366,7 +366,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     files, adapters, others = _split_keys(files, split_pissa=own is None or own.init == "pissa")
     config = _parsed_config(files, adapters)
     modules = _modules_for(model, files, adapters)
-    _check_loadable(model, modules)
+    _check_loadable(model, modules, "load_adapter")
     _check_tensors(files, config, modules, adapters)
     saved = _saved_modules_for(model, files, others)
     config = dataclasses.replace(
@@ -383,7 +383,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         try:
             adapt(model, config, initialise=initialise)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"load_adapter: {files.config_path}: {error}") from None
+            raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
     for name, tensors in adapters.items():
         module = model.get_submodule(name)
         assert isinstance(module, LowRankLinear)
@@ -392,6 +392,55 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+class LoRATensors(NamedTuple):
+    """One module's adapter in a file: lora_a [r, K], lora_b [N, r]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+def read_lora(
+    model: nn.Module, path: str | os.PathLike[str], caller: str
+) -> dict[str, LoRATensors]:
+    """The LoRA in the directory ``path`` by module path of ``model``, which is left alone.
+
+    Refused, beside what :func:`load_adapter` refuses: everything that is more than a branch on the
+    output of linear modules. A pissa file that :func:`save_adapter` wrote is the LoRA of rank 2r
+    that it says.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, does not fit the model or uses what is not supported; the
+            message names file and key.
+    """
+    files = read_adapter_files(Path(path), caller)
+    files, adapters, others = _split_keys(files, split_pissa=False)
+    config = _parsed_config(files, adapters)
+    if config.peft_type != "LORA" or config.init == "pissa":
+        what = "a residual base weight (PiSSA)" if config.peft_type == "LORA" else config.peft_type
+        raise ValueError(f"{caller}: {files.config_path} must be a plain LoRA, got {what}")
+    modules = _modules_for(model, files, adapters)
+    for name, module in modules.items():
+        check_adaptable(name, module, caller)
+    _check_loadable(model, modules, caller)
+    _check_tensors(files, config, modules, adapters)
+    if saved := _saved_modules_for(model, files, others):
+        raise ValueError(
+            f"{caller}: {files.config_path}: modules_to_save must match no module, one of them "
+            f"would change for all rows, got {', '.join(saved)}"
+        )
+    return {
+        name: LoRATensors(tensors[LORA_A], tensors[LORA_B], _scaling_for(config, name))
+        for name, tensors in adapters.items()
+    }
+
+
+def _scaling_for(config: AdapterConfig, name: str) -> float:
+    r, alpha = config.rank_for(name), config.alpha_for(name)
+    return (r if alpha is None else alpha) / (math.sqrt(r) if config.rslora else r)
 
 
 def _split_keys(
@@ -410,7 +459,9 @@ def _split_keys(
         else:
             adapters.setdefault(name.removesuffix(f".{kind}"), {})[kind] = tensor
     if not adapters:
-        raise ValueError(f"load_adapter: {files.weights_path} must hold adapter tensors, got none")
+        raise ValueError(
+            f"{files.caller}: {files.weights_path} must hold adapter tensors, got none"
+        )
     numbers = _numbers_before_doubling(files) if split_pissa else None
     if numbers is None:
         return files, adapters, others
@@ -451,13 +502,13 @@ def _split_pissa(
 
 
 def _bad_key(files: AdapterFiles, key: str, problem: str) -> ValueError:
-    return ValueError(f"load_adapter: {files.weights_path}: {key} {problem}")
+    return ValueError(f"{files.caller}: {files.weights_path}: {key} {problem}")
 
 
 def _parsed_config(files: AdapterFiles, adapters: Adapters) -> AdapterConfig:
     """The config in the file, for the modules in the file."""
     fields = files.config
-    where = f"load_adapter: {files.config_path}"
+    where = f"{files.caller}: {files.config_path}"
     method = fields.get("peft_type")
     if method not in ("LORA", "LAMDA"):
         raise ValueError(f"{where}: peft_type must be 'LORA' or 'LAMDA', got {method!r}")
@@ -595,7 +646,7 @@ def _saved_modules_for(
     names = files.config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"load_adapter: {files.config_path}: modules_to_save must be a list of names, "
+            f"{files.caller}: {files.config_path}: modules_to_save must be a list of names, "
             f"got {names!r}"
         )
     paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
@@ -615,15 +666,15 @@ def _saved_modules_for(
     return saved
 
 
-def _check_loadable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def _check_loadable(model: nn.Module, modules: Mapping[str, nn.Module], caller: str) -> None:
     for name, module in modules.items():
         if isinstance(module, LowRankLinear) and module.merged:
-            raise ValueError(f"load_adapter: {name} must not be merged; call unmerge first")
+            raise ValueError(f"{caller}: {name} must not be merged; call unmerge first")
     for key, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"load_adapter: {key} must hold values, got a meta tensor")
+            raise ValueError(f"{caller}: {key} must hold values, got a meta tensor")
         if _is_sharded(parameter):
-            raise ValueError(f"load_adapter: {key} must not be sharded; load before fully_shard")
+            raise ValueError(f"{caller}: {key} must not be sharded; load before fully_shard")
 
 
 def _adapter_dtype(modules: Mapping[str, nn.Module], adapters: Adapters) -> str:
@@ -647,7 +698,7 @@ def _check_same(
 
     def differs(what: str, expected: object, got: object) -> ValueError:
         return ValueError(
-            f"load_adapter: {files.config_path}: {what} must be {expected!r} as in the model, "
+            f"{files.caller}: {files.config_path}: {what} must be {expected!r} as in the model, "
             f"got {got!r}"
         )
 
@@ -662,8 +713,7 @@ def _check_same(
     if modules.keys() != adapters.keys():
         raise differs("adapted modules", sorted(modules), sorted(adapters))
     for name, module in modules.items():
-        r, alpha = config.rank_for(name), config.alpha_for(name)
-        scaling = (r if alpha is None else alpha) / (math.sqrt(r) if config.rslora else r)
+        r, scaling = config.rank_for(name), _scaling_for(config, name)
         if module.r != r:
             raise differs(f"rank of {name}", module.r, r)
         if not math.isclose(module.scaling, scaling, rel_tol=1e-12):

@@ -137,3 +137,31 @@ def lowrank_linear(
         dropout_p=dropout_p,
         seed=seed,
     )
+
+
+def multi_lowrank_add(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    scaling: Tensor,
+    *,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y[m] = base_out[m] + scaling[i] · lora_b[i] lora_a[i] drop(x[m]), i = adapter_ids[m].
+
+    Ranks of adapter i from ranks[i] on are padding. Rows with i = -1, or with ranks[i] = 0, are
+    base_out's. The stacks are rounded to x's dtype first, as in the kernels.
+    """
+    dropped = dropout(x, dropout_p, seed)
+    y = base_out
+    for i in range(lora_a.shape[0]):
+        rank = lora_a.shape[1] if ranks is None else int(ranks[i])
+        h = dropped @ lora_a[i, :rank].to(x.dtype).mT
+        branch = float(scaling[i]) * (h @ lora_b[i, :, :rank].to(x.dtype).mT)
+        chosen = (adapter_ids == i).unsqueeze(-1) & (rank > 0)
+        y = torch.where(chosen, base_out + branch, y)
+    return y

@@ -205,7 +205,7 @@ class LowRankLinear(nn.Module):
         self.base_layer = None
 
     def _take_base(self, base: nn.Module) -> None:
-        plain = _is_plain(base)
+        plain = is_plain(base)
         if self.init in self.svd_inits and not computes_its_weight(base):
             raise ValueError(
                 f"{type(self).__name__}: init must be one without an SVD of the base weight for a "
@@ -607,7 +607,7 @@ def computes_its_weight(base: nn.Module) -> bool:
     on the meta device, where it is believed.)
     """
     weight = dense_weight(base)
-    if weight is None or weight.is_meta or _is_plain(base):
+    if weight is None or weight.is_meta or is_plain(base):
         return weight is not None
     wide = weight.t() if is_conv1d(base) else weight
     own_draws = torch.Generator().manual_seed(0)
@@ -618,7 +618,7 @@ def computes_its_weight(base: nn.Module) -> bool:
         return torch.allclose(base(x), expected, rtol=tolerance, atol=tolerance)
 
 
-def _is_plain(base: nn.Module) -> bool:
+def is_plain(base: nn.Module) -> bool:
     """Whether x Wᵀ + bias is all that the base does, so that its Parameters are all of it."""
     hooked = any(getattr(base, hooks) for hooks in _HOOKS) or "forward" in vars(base)
     known = type(base) in (nn.Linear, _conv1d_class())
