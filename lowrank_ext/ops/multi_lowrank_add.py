@@ -1,5 +1,6 @@
 """A low-rank branch per row, on the output of any base module."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from lowrank_ext.ops._branch import (
     draw_seed,
     needs_input_grad,
     not_needed_as_none,
-    refuse_second_derivative,
     register_autocast,
     register_autograd,
+    register_fakes,
 )
 
 _OP = "multi_lowrank_add"
@@ -89,7 +90,6 @@ def multi_lowrank_add(
     return y
 
 
-@torch.library.register_fake("lowrank_ext::multi_lowrank_add")
 def _fake(base_out: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     adapters = _Adapters(*others)
     check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
@@ -116,7 +116,6 @@ def _check(adapters: _Adapters, x: Tensor, in_features: int, out_features: int) 
             check_shape(_OP, name, vector, fits, f"[n={n}]")
 
 
-@torch.library.register_fake("lowrank_ext::multi_lowrank_add_backward")
 def _backward_fake(
     dout: Tensor, x: Tensor | None, h: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,20 +144,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.dropout_p = adapters.dropout_p
 
 
-def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
     x, h, *adapters, seed = ctx.saved_tensors
     need_dbase_out, *needs = needs_input_grad(ctx)[:4]
     gradients = not_needed_as_none(
-        torch.ops.lowrank_ext.multi_lowrank_add_backward.default(
-            dout, x, h, *adapters, ctx.dropout_p, seed, *needs
-        ),
+        backward_op(dout, x, h, *adapters, ctx.dropout_p, seed, *needs),
         needs,
     )
     return (dout if need_dbase_out else None, *gradients, None, None, None, None, None)
 
 
-register_autograd(_OP, _backward, _setup_context)
-refuse_second_derivative(_OP)
-register_autocast(_OP, num_base_args=2)
+def register(library_name: str) -> None:
+    """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
+    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autocast(library_name, _OP, num_base_args=2)
+
+
+register("lowrank_ext")
