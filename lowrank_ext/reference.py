@@ -53,7 +53,8 @@ def dropout_mask(
     Element (m, k) belongs to the Philox4x32-7 call with counter
     ``(k // 8, m mod 2^32, m div 2^32, expert)`` and key ``(seed mod 2^32, seed div 2^32)``. The
     call's four words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw
-    below ``round(p · 65536)`` drops its element. The mask depends on seed, row, column and expert only.
+    below ``round(p · 65536)`` drops its element. The mask depends on seed, row, column and expert
+    only.
     """
     num_calls = (num_cols + _COLUMNS_PER_CALL - 1) // _COLUMNS_PER_CALL
     rows = torch.arange(num_rows, dtype=torch.int64, device=device).unsqueeze(1)
@@ -214,11 +215,12 @@ def moe_lowrank_add(
     logits = _statistics(x) @ _statistics(router_weight.to(x.dtype)).mT
     weights, topk_ids, _, balance_loss, *_ = moe_route(logits, top_k=top_k, token_mask=token_mask)
     flat_ids, flat_weights = topk_ids.reshape(-1, top_k), weights.reshape(-1, top_k).to(x.dtype)
-    branch = torch.zeros_like(base_out).reshape(-1, lora_b.shape[1])
+    num_tokens = flat_ids.shape[0]
+    branch = base_out.new_zeros(num_tokens, lora_b.shape[1])
     for i in range(lora_a.shape[0]):
         dropped = dropout(x, dropout_p, seed, 0 if shared_dropout else i)
         token, choice = (flat_ids == i).nonzero(as_tuple=True)
-        h = dropped.reshape(-1, x.shape[-1])[token] @ lora_a[i].to(x.dtype).mT
+        h = dropped.reshape(num_tokens, x.shape[-1])[token] @ lora_a[i].to(x.dtype).mT
         out = (flat_weights[token, choice].unsqueeze(-1) * h) @ lora_b[i].to(x.dtype).mT
         branch = branch.index_add(0, token, out)
     y = base_out + scaling * branch.reshape(base_out.shape)
