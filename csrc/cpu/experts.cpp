@@ -179,7 +179,6 @@ void sum_groups(const ExpertOperands& ops, const SlotOrder& order, const Tensor&
   const int64_t num_cols = source.matrix.tensor.size(1), rank = ops.rank;
   const int64_t* offsets = ids_of(order.expert_offsets);
   zero(gradient);
-  if (num_cols == 0) return;
   std::optional<BlockSum> sum;
   for_each_group(ops, order, source, [&](int64_t i, int64_t first, const Tensor& rows) {
     if (also) also(i, first, rows);

@@ -1,11 +1,10 @@
 // What the two forms of moe_lowrank_add on the CPU share: operands, masks, the router, and the sums
 // over each expert's rows.
 //
-//   by row    (experts_by_row.cpp): every token multiplies its row with the rows of its own
-//   experts.
-//             Nothing is gathered; best where the experts are small.
-//   by group  (experts_by_group.cpp): tokens are gathered by expert and the vendor multiplies each
-//             group with its expert; best where the experts are large.
+// By row (experts_by_row.cpp): every token multiplies its row with the rows of its own experts.
+// Nothing is gathered; best where the experts are small.
+// By group (experts_by_group.cpp): tokens are gathered by expert and the vendor multiplies each
+// group with its expert; best where the experts are large.
 //
 // Slot t k + j is token t's j-th choice; buffers of T k rows are in the order of SlotOrder.
 #pragma once
@@ -115,7 +114,7 @@ inline int64_t size_of(ScalarType dtype) {
   return dtype == ScalarType::Float ? 4 : 2;
 }
 
-// One row of a matrix, from a column on. Loops take rows_of(matrix) once, outside.
+// One row of a matrix, from a column on.
 inline Rows row_at(Rows matrix, int64_t row, int64_t col = 0) {
   matrix.data =
       static_cast<char*>(matrix.data) + (row * matrix.stride + col) * size_of(matrix.dtype);
