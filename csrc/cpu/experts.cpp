@@ -33,6 +33,9 @@ void gather_row(Rows target, Rows source, int64_t num_cols, const uint64_t* bits
 }  // namespace
 
 ExpertForm plan_experts(ScalarType compute, int64_t rank) {
+  // Measured, forward and backward (M = 2048, K = N = 1024, E = 8, k = 2, dropout, one thread): by
+  // row takes 0.9, 0.95, 1.1 and 1.7 of the time of by group at ranks 8, 16, 32 and 64 in bf16, and
+  // 0.7, 1.0 and 1.2 at ranks 8, 16 and 32 in fp32.
   const int64_t most = compute == ScalarType::BFloat16 ? 16 : 8;
   return rank <= most ? ExpertForm::kByRow : ExpertForm::kByGroup;
 }
