@@ -79,6 +79,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "float16";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return "another dtype";
   }

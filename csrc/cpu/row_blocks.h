@@ -116,7 +116,7 @@ class BlockSum {
   const Tensor& result() const { return sum_; }
 
  private:
-  const Dtypes& dtypes_;
+  Dtypes dtypes_;
   Tensor sum_;
 };
 

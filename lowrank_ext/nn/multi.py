@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank_ext import ops
 from lowrank_ext.config import check_alpha
 from lowrank_ext.nn.linear import dense_weight, is_plain, linear_features
-from lowrank_ext.ops._branch import LIBRARY
+from lowrank_ext.ops._branch import library
 
 
 class MultiLoRALinear(nn.Module):
@@ -244,7 +244,7 @@ def _active_adapter_ids(x: Tensor, bank: int, layout: Sequence[str]) -> Tensor:
     return ids.clone(memory_format=torch.contiguous_format)
 
 
-LIBRARY.impl("active_adapter_ids", _active_adapter_ids, "CompositeExplicitAutograd")
+library("lowrank_ext").impl("active_adapter_ids", _active_adapter_ids, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lowrank_ext::active_adapter_ids")
