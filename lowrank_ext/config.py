@@ -376,6 +376,14 @@ def check_goat_options(
         )
 
 
+def goat_scaling(
+    scale: str, alpha: float, eta: float, expert_rank: int, in_features: int
+) -> float:
+    """What GOAT's branch is multiplied by."""
+    theory = scale == "theory"
+    return math.sqrt(3 * eta * in_features / expert_rank) if theory else alpha / expert_rank
+
+
 def check_divisible(rank: int, num_experts: int, owner: str, name: str) -> None:
     if rank % num_experts:
         raise ValueError(

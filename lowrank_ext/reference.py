@@ -157,7 +157,7 @@ def moe_lowrank_add(
     router, a, b = (t.to(x.dtype) for t in (router_weight, lora_a, lora_b))
     logits = x.to(wide) @ router.to(wide).mT
     probs = logits.softmax(-1)
-    ids = logits.argsort(-1, descending=True, stable=True)[..., :top_k]
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     weights = logits.gather(-1, ids).softmax(-1)
     gates = torch.zeros_like(probs).scatter(-1, ids, weights)
     num_experts = router.shape[0]

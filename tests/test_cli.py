@@ -150,6 +150,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
         ("lora", "adapter/adapter_model.safetensors"),
         ("lamda", "adapter/adapter_model.safetensors"),
         ("lamda++", "adapter/adapter_model.safetensors"),
+        ("moe-lora", "adapter/adapter_model.safetensors"),
+        ("goat", "adapter/adapter_model.safetensors"),
     ],
 )
 def test_each_method_trains_and_writes_its_files(run, tmp_path, method, saved) -> None:

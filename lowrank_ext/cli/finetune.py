@@ -59,7 +59,14 @@ from lowrank_ext.cli.report import (
     write_result,
 )
 from lowrank_ext.cli.settings import Settings
-from lowrank_ext.cli.training import Events, Progress, Trainer, held_out_loss, model_loss
+from lowrank_ext.cli.training import (
+    Events,
+    Progress,
+    Trainer,
+    count_experts,
+    held_out_loss,
+    training_loss,
+)
 
 TIMING_ROUNDS = 5
 _SETTINGS = "settings.json"
@@ -246,6 +253,8 @@ def run_frozen(job: Job) -> Result:
         skipped_steps=0,
         held_out=[(0, loss)],
         losses=[],
+        expert_load_at_start=None,
+        expert_load_at_end=None,
         saved_to=None,
     )
 
@@ -306,10 +315,11 @@ def record_start(job: Job, trainer: Trainer, display: Display) -> None:
     training uses."""
     trainer.progress.trainable_at_start = methods.count(methods.trainable_parameters(trainer.model))
     trainer.progress.saved_bytes_at_start = saved_bytes(
-        trainer.model, lambda: model_loss(trainer.model, job.batch)
+        trainer.model, lambda: training_loss(trainer.model, job.batch)[1]
     )
     display.phase("evaluating")
     trainer.evaluate(job.held_out)
+    trainer.progress.expert_load_at_start = count_experts(trainer.model, job.held_out)
 
 
 def events_for(job: Job, directory: Path, display: Display) -> Events:
@@ -337,7 +347,7 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
     model, progress = trainer.model, trainer.progress
 
     def loss_of() -> Tensor:
-        return model_loss(model, job.batch)
+        return training_loss(model, job.batch)[1]
 
     saved = saved_bytes(model, loss_of)
     timing = interleaved_timing(loss_of, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested)
@@ -360,6 +370,8 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
         skipped_steps=progress.skipped_steps,
         held_out=progress.held_out,
         losses=progress.losses,
+        expert_load_at_start=progress.expert_load_at_start,
+        expert_load_at_end=count_experts(model, job.held_out),
         saved_to=None if name is None else str(directory / name),
     )
 

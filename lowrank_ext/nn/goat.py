@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.config import check_goat_options
+from lowrank_ext.config import check_goat_options, goat_scaling
 from lowrank_ext.nn.linear import LowRankLinear, top_singular_triples
 
 # The mask of the innermost `with token_mask(...)`. Not a ContextVar: autograd may run the
@@ -142,9 +142,7 @@ class GOATLinear(LowRankLinear):
         super().__init__(in_features, out_features, r=r, alpha=alpha, **options)
 
     def _scaling(self) -> float:
-        if self.scale == "theory":
-            return math.sqrt(3 * self.eta * self.in_features / self.expert_rank)
-        return self.alpha / self.expert_rank
+        return goat_scaling(self.scale, self.alpha, self.eta, self.expert_rank, self.in_features)
 
     def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -240,7 +238,11 @@ class GOATLinear(LowRankLinear):
     @torch.no_grad()
     def expert_counts(self, x: Tensor) -> Tensor:
         """How many tokens of x [..., K] the router sends to each expert, int64 [E]."""
-        raise NotImplementedError
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = x.to(wide) @ self.router_weight.to(x.dtype).to(wide).mT
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
+        mask = current_token_mask(x)
+        return torch.bincount((ids if mask is None else ids[mask]).flatten(), minlength=self.num_experts)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is not what ran: it has no loss to collect (nor can a graph be copied).
