@@ -137,39 +137,3 @@ def lowrank_linear(
         dropout_p=dropout_p,
         seed=seed,
     )
-
-
-def moe_lowrank_add(
-    base_out: Tensor,
-    x: Tensor,
-    router_weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    top_k: int,
-    scaling: float = 1.0,
-    dropout_p: float = 0.0,
-    shared_dropout: bool = False,
-    seed: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    router, a, b = (t.to(x.dtype) for t in (router_weight, lora_a, lora_b))
-    logits = x.to(wide) @ router.to(wide).mT
-    probs = logits.softmax(-1)
-    ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    weights = logits.gather(-1, ids).softmax(-1)
-    gates = torch.zeros_like(probs).scatter(-1, ids, weights)
-    num_experts = router.shape[0]
-    branch = torch.zeros_like(base_out, dtype=wide)
-    for i in range(num_experts):
-        xd = dropout(x, dropout_p, None if seed is None else seed + (0 if shared_dropout else i))
-        h = xd @ a[i].mT
-        branch = branch + gates[..., i : i + 1] * (h.to(wide) @ b[i].to(wide).mT)
-    chosen = torch.zeros_like(probs).scatter(-1, ids, 1.0).detach()
-    keep = torch.ones_like(probs[..., 0]) if token_mask is None else token_mask.to(wide)
-    total = keep.sum().clamp(min=1)
-    flat = (chosen * keep.unsqueeze(-1)).flatten(0, -2).sum(0) / total
-    mean = (probs * keep.unsqueeze(-1)).flatten(0, -2).sum(0) / total
-    loss = num_experts * (flat * mean).sum()
-    return (base_out + (scaling * branch)).to(x.dtype), loss, ids, probs

@@ -2,6 +2,5 @@
 
 from lowrank_ext.ops.lowrank_add import lowrank_add
 from lowrank_ext.ops.lowrank_linear import lowrank_linear
-from lowrank_ext.ops.moe_lowrank_add import moe_lowrank_add
 
-__all__ = ["lowrank_add", "lowrank_linear", "moe_lowrank_add"]
+__all__ = ["lowrank_add", "lowrank_linear"]
