@@ -78,6 +78,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "float16";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return "another dtype";
   }
@@ -122,18 +124,23 @@ inline void check_adapter_dtype(const char* op, const char* name, const Tensor& 
         "), or float32 beside bfloat16 and float16, got ", dtype_name(dtype));
 }
 
-inline void check_seed(const char* op, const BranchArgs& args, const Tensor& like,
-                       const char* like_name) {
-  check(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op,
-        ": dropout_p must be between 0 and 1, got ", args.dropout_p);
-  if (args.dropout_p == 0.0) return;
-  check(args.seed.has_value(), op,
+inline void check_dropout(const char* op, double dropout_p, const std::optional<Tensor>& seed,
+                          const Tensor& like, const char* like_name) {
+  check(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be between 0 and 1, got ",
+        dropout_p);
+  if (dropout_p == 0.0) return;
+  check(seed.has_value(), op,
         ": seed must be an int64 tensor of one element when dropout_p > 0"
         ", got None");
-  check(args.seed->scalar_type() == ScalarType::Long && args.seed->numel() == 1, op,
-        ": seed must be an int64 tensor of one element, got ", dtype_name(args.seed->scalar_type()),
-        ' ', shape_of(*args.seed));
-  check_same_device(op, "seed", *args.seed, like, like_name);
+  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+        ": seed must be an int64 tensor of one element, got ", dtype_name(seed->scalar_type()), ' ',
+        shape_of(*seed));
+  check_same_device(op, "seed", *seed, like, like_name);
+}
+
+inline void check_seed(const char* op, const BranchArgs& args, const Tensor& like,
+                       const char* like_name) {
+  check_dropout(op, args.dropout_p, args.seed, like, like_name);
 }
 
 // Checks the branch against `like` (x in the forward, dout in the backward: device and dtype).
