@@ -240,9 +240,8 @@ class GOATLinear(LowRankLinear):
         """How many tokens of x [..., K] the router sends to each expert, int64 [E]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = x.to(wide) @ self.router_weight.to(x.dtype).to(wide).mT
-        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         mask = current_token_mask(x)
-        return torch.bincount((ids if mask is None else ids[mask]).flatten(), minlength=self.num_experts)
+        return ops.moe_route(logits, top_k=self.top_k, token_mask=mask).expert_counts
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is not what ran: it has no loss to collect (nor can a graph be copied).
