@@ -245,8 +245,10 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
     if type(config) not in MODULE_CLASSES:
-        known = " or ".join(cls.__name__ for cls in MODULE_CLASSES)
-        raise TypeError(f"adapt: config must be a {known}, got {type(config).__name__}")
+        raise TypeError(
+            "adapt: config must be a LoRAConfig, LaMDAConfig or GOATConfig, got "
+            f"{type(config).__name__}"
+        )
     for path, module in model.named_modules():
         where = path or "the model itself"
         if isinstance(module, LowRankLinear):

@@ -684,9 +684,10 @@ def _check_same(
     if start(config) != start(own):
         raise differs("init", own.init, config.init)
     if isinstance(config, GOATConfig) and isinstance(own, GOATConfig):
-        for field in ("num_experts", "top_k", "residual_factor"):
+        for field in ("num_experts", "top_k", "taken_out"):
             if getattr(config, field) != getattr(own, field):
-                raise differs(field, getattr(own, field), getattr(config, field))
+                name = "residual_factor" if field == "taken_out" else field
+                raise differs(name, getattr(own, field), getattr(config, field))
     modules = lowrank_modules(model, "load_adapter")
     if modules.keys() != adapters.keys():
         raise differs("adapted modules", sorted(modules), sorted(adapters))

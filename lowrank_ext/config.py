@@ -272,6 +272,11 @@ class GOATConfig(AdapterConfig):
                 f"got {dict(self.alpha_pattern)!r}"
             )
 
+    @property
+    def taken_out(self) -> float:
+        """residual_factor, or the number that None stands for."""
+        return 1 / self.num_experts if self.residual_factor is None else self.residual_factor
+
     def _own_options(self) -> dict[str, Any]:
         return {
             "num_experts": self.num_experts,
@@ -376,9 +381,7 @@ def check_goat_options(
         )
 
 
-def goat_scaling(
-    scale: str, alpha: float, eta: float, expert_rank: int, in_features: int
-) -> float:
+def goat_scaling(scale: str, alpha: float, eta: float, expert_rank: int, in_features: int) -> float:
     """What GOAT's branch is multiplied by."""
     theory = scale == "theory"
     return math.sqrt(3 * eta * in_features / expert_rank) if theory else alpha / expert_rank

@@ -26,7 +26,7 @@ NUM_EVALUATIONS = 4
 
 
 def training_loss(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of `model_loss`, and what is to be differentiated: with the routers' balance loss."""
+    """`model_loss`, and what is to be differentiated: with the routers' balance loss added."""
     loss = model_loss(model, tokens)
     balance = methods.balance_loss(model)
     return loss, loss if balance is None else loss + balance

@@ -43,9 +43,11 @@ class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
                 f"{self.args.n_gpu}; start it with torchrun"
             )
         mask = inputs.get("attention_mask")
-        usable = isinstance(mask, Tensor) and mask.dim() == 2
+        counted = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            counted = mask.to(self.args.device).bool()
         # Around backward too, in which activation checkpointing runs forward once more.
-        with token_mask(mask.to(self.args.device) if usable else None):
+        with token_mask(counted):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 

@@ -17,7 +17,7 @@ from lowrank_ext.nn.linear import LowRankLinear, top_singular_triples
 _token_mask: Tensor | None = None
 
 
-class token_mask:  # noqa: N801  # used like a function
+class token_mask:  # used like a function
     """``with lr.token_mask(mask):`` only tokens where ``mask`` is true count for load balancing.
 
     Every GOATLinear whose input has the mask's leading dimensions uses it, with x [..., K] and mask
@@ -65,9 +65,10 @@ def current_token_mask(x: Tensor) -> Tensor | None:
 class GOATLinear(LowRankLinear):
     """GOAT (Fan et al., arXiv 2502.16894), and with init="zero" a plain mixture of LoRA experts.
 
-        y = x Wᵀ + bias + scaling · Σ_{i in top_k} wᵢ Bᵢ Aᵢ dropᵢ(x),    p = softmax(x router_weightᵀ)
+        p = softmax(x router_weightᵀ),    w = p of the top_k experts, renormalised
+        y = x Wᵀ + bias + scaling · Σ wᵢ Bᵢ Aᵢ dropᵢ(x)   over those experts
 
-    The weights w are p of the top_k experts, renormalised; the router sees x without dropout.
+    The router sees x without dropout.
     lora_a [E, r/E, K], lora_b [E, N, r/E] and router_weight [E, K] train.
 
     Inits, with W = U diag(sig) Vᵀ in fp32, q = min(K, N) // E, R = r/E and s the scaling:
