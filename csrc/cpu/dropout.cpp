@@ -209,15 +209,20 @@ void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows,
   });
 }
 
+void copy_row_kept(void* dst, const void* src, int64_t element_size, const uint64_t* bits,
+                   int64_t num_cols) {
+  static const CopyRow copy_row = choose_copy_row();
+  copy_row(static_cast<char*>(dst), static_cast<const char*>(src), element_size, bits, num_cols);
+}
+
 void copy_kept(void* dst, int64_t dst_stride, const void* src, int64_t src_stride,
                int64_t element_size, const uint64_t* bits, int64_t num_rows, int64_t num_cols) {
-  static const CopyRow copy_row = choose_copy_row();
   const int64_t words_per_row = mask_words_per_row(num_cols);
   torch::stable::parallel_for(0, num_rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      copy_row(static_cast<char*>(dst) + row * dst_stride * element_size,
-               static_cast<const char*>(src) + row * src_stride * element_size, element_size,
-               bits + row * words_per_row, num_cols);
+      copy_row_kept(static_cast<char*>(dst) + row * dst_stride * element_size,
+                    static_cast<const char*>(src) + row * src_stride * element_size, element_size,
+                    bits + row * words_per_row, num_cols);
   });
 }
 

@@ -45,4 +45,8 @@ void draw_row_bits(const Dropout& dropout, uint32_t expert, int64_t row, int64_t
 void copy_kept(void* dst, int64_t dst_stride, const void* src, int64_t src_stride,
                int64_t element_size, const uint64_t* bits, int64_t num_rows, int64_t num_cols);
 
+// The same for one row, on the calling thread.
+void copy_row_kept(void* dst, const void* src, int64_t element_size, const uint64_t* bits,
+                   int64_t num_cols);
+
 }  // namespace lowrank_ext::cpu

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "outer_sum.h"
 #include "row_blocks.h"
@@ -17,6 +18,16 @@ constexpr int64_t kRouterExperts = 8;
 
 const int64_t* ids_of(const Tensor& tensor) {
   return static_cast<const int64_t*>(tensor.data_ptr());
+}
+
+void gather_row(Rows target, Rows source, int64_t num_cols, const uint64_t* bits) {
+  if (source.dtype != target.dtype) return convert_row(target, source, 1.0, num_cols, bits);
+  const int64_t size = size_of(source.dtype);
+  if (bits == nullptr) {
+    std::memcpy(target.data, source.data, num_cols * size);
+  } else {
+    copy_row_kept(target.data, source.data, size, bits, num_cols);
+  }
 }
 
 }  // namespace
@@ -46,11 +57,11 @@ ExpertOperands prepare_experts(const ExpertArgs& args, ScalarType input) {
 }
 
 template <typename storage_t>
-void route_tokens(const ExpertOperands& ops, const Tensor& x, int64_t first, int64_t count,
+void route_tokens(const ExpertOperands& ops, const Matrix& x, int64_t first, int64_t count,
                   const ExpertOutputs& out) {
   using acc_t = acc_of<storage_t>;
   const int64_t num_cols = ops.in_features, num_experts = ops.num_experts;
-  const auto* router = static_cast<const storage_t*>(ops.router_weight.data_ptr());
+  const auto* router = ops.router_weight.as<storage_t>();
   std::vector<storage_t> scratch(ops.converts() ? count * num_cols : 0);
   std::vector<const storage_t*> rows(count);
   for (int64_t m = 0; m < count; ++m)
@@ -61,9 +72,9 @@ void route_tokens(const ExpertOperands& ops, const Tensor& x, int64_t first, int
     for (int64_t m = 0; m < count; ++m)
       dot_rows(logits.data() + m * num_experts + i, rows[m], router + i * num_cols,
                std::min(kRouterExperts, num_experts - i), num_cols);
-  auto* probs = static_cast<acc_t*>(out.router_probs.data_ptr());
-  auto* weights = static_cast<acc_t*>(out.topk_weights.data_ptr());
-  auto* ids = static_cast<int64_t*>(out.topk_ids.data_ptr());
+  auto* probs = out.router_probs.as<acc_t>();
+  auto* weights = out.topk_weights.as<acc_t>();
+  auto* ids = out.topk_ids.as<int64_t>();
   for (int64_t m = 0; m < count; ++m) {
     const int64_t t = first + m;
     route_row(logits.data() + m * num_experts, probs + t * num_experts, weights + t * ops.top_k,
@@ -71,20 +82,20 @@ void route_tokens(const ExpertOperands& ops, const Tensor& x, int64_t first, int
   }
 }
 
-Tensor gated_h(const ExpertOperands& ops, const SlotOrder& order, const Tensor& h,
-               const Tensor& topk_ids, const Tensor& topk_weights) {
-  const int64_t rank = ops.rank, num_slots = topk_ids.numel();
-  const Tensor z = empty({num_slots, rank}, ops.compute);
-  const int64_t* ids = ids_of(topk_ids);
+Tensor gated_h(const ExpertOperands& ops, const SlotOrder& order, const Matrix& h,
+               const Matrix& topk_ids, const Matrix& topk_weights) {
+  const int64_t rank = ops.rank, num_slots = topk_ids.tensor.numel();
+  const Matrix z = empty({num_slots, rank}, ops.compute);
+  const auto* ids = topk_ids.as<int64_t>();
   const int64_t* positions = ids_of(order.slot_positions);
-  visit_accumulator(topk_weights, [&](const auto* weights) {
+  visit_accumulator(topk_weights.tensor, [&](const auto* weights) {
     torch::stable::parallel_for(0, num_slots, 8 * kRowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot)
-        convert(row_at(z, positions[slot]), row_at(h, slot / ops.top_k, ids[slot] * rank),
-                ops.scaling * weights[slot], 1, rank);
+        convert_row(row_at(z, positions[slot]), row_at(h, slot / ops.top_k, ids[slot] * rank),
+                    ops.scaling * weights[slot], rank);
     });
   });
-  return z;
+  return z.tensor;
 }
 
 template <typename acc_t>
@@ -92,28 +103,27 @@ void gate_backward(const ExpertBackward& call, const ExpertGradients& gradients,
                    acc_t* g, acc_t* dlogits) {
   const ExpertOperands& ops = call.ops;
   const int64_t rank = ops.rank, top_k = ops.top_k, num_experts = ops.num_experts;
-  const int64_t* ids = ids_of(call.topk_ids) + token * top_k;
-  const auto* weights = static_cast<const acc_t*>(call.topk_weights.data_ptr()) + token * top_k;
+  const auto* ids = call.topk_ids.as<int64_t>() + token * top_k;
+  const auto* weights = call.topk_weights.as<acc_t>() + token * top_k;
   if (call.needs.gates()) {
     std::vector<acc_t> h(rank), dweights(top_k, 0);
     for (int64_t j = 0; j < top_k; ++j) {
-      convert({h.data(), ops.accumulate, rank}, row_at(*call.h, token, ids[j] * rank), 1.0, 1,
-              rank);
+      convert_row({h.data(), ops.accumulate, rank}, row_at(*call.h, token, ids[j] * rank), 1.0,
+                  rank);
       for (int64_t r = 0; r < rank; ++r) dweights[j] += g[j * rank + r] * h[r];
     }
-    const auto* probs = static_cast<const acc_t*>(call.router_probs.data_ptr());
-    route_row_backward(probs + token * num_experts, weights, ids, dweights.data(), call.balance,
-                       token, num_experts, top_k, dlogits);
-    convert(row_at(*gradients.dlogits, token), {dlogits, ops.accumulate, num_experts}, 1.0, 1,
-            num_experts);
+    route_row_backward(call.router_probs.as<acc_t>() + token * num_experts, weights, ids,
+                       dweights.data(), call.balance, token, num_experts, top_k, dlogits);
+    convert_row(row_at(*gradients.dlogits, token), {dlogits, ops.accumulate, num_experts}, 1.0,
+                num_experts);
   }
   if (!gradients.dh) return;
-  const int64_t* positions = ids_of(call.order.slot_positions) + token * top_k;
+  const int64_t* positions = call.slot_positions + token * top_k;
   for (int64_t j = 0; j < top_k; ++j) {
     acc_t* dh = g + j * rank;
     const acc_t factor = weights[j] * static_cast<acc_t>(ops.dropout_scale());
     for (int64_t r = 0; r < rank; ++r) dh[r] *= factor;
-    convert(row_at(*gradients.dh, positions[j]), {dh, ops.accumulate, rank}, 1.0, 1, rank);
+    convert_row(row_at(*gradients.dh, positions[j]), {dh, ops.accumulate, rank}, 1.0, rank);
   }
 }
 
@@ -122,7 +132,7 @@ Tensor transposed_experts(const ExpertOperands& ops) {
   Tensor result = empty({ops.num_experts * rank, num_rows}, ops.compute);
   visit_storage(ops.compute, [&](auto* type) {
     using storage_t = std::remove_pointer_t<decltype(type)>;
-    const auto* in = static_cast<const storage_t*>(ops.lora_b.data_ptr());
+    const auto* in = ops.lora_b.as<storage_t>();
     auto* out = static_cast<storage_t*>(result.data_ptr());
     torch::stable::parallel_for(0, ops.num_experts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -134,58 +144,59 @@ Tensor transposed_experts(const ExpertOperands& ops) {
   return result;
 }
 
-void for_each_group(const ExpertOperands& ops, const SlotOrder& order, const Tensor& matrix,
-                    bool masked, const BlockBody& body) {
-  const int64_t num_cols = matrix.size(1);
+void for_each_group(const ExpertOperands& ops, const SlotOrder& order, const GroupSource& source,
+                    const BlockBody& body) {
+  const int64_t num_cols = source.matrix.tensor.size(1);
   const int64_t* offsets = ids_of(order.expert_offsets);
   const int64_t* slots = ids_of(order.sorted_slots);
   int64_t most = 0;
   for (int64_t i = 0; i < ops.num_experts; ++i) most = std::max(most, offsets[i + 1] - offsets[i]);
-  const int64_t element_size = ops.compute == ScalarType::Double  ? 8
-                               : ops.compute == ScalarType::Float ? 4
-                                                                  : 2;
-  const Tensor scratch =
-      empty({std::min(most, block_rows(num_cols, element_size)), num_cols}, ops.compute);
+  const Matrix scratch =
+      empty({std::min(most, block_rows(num_cols, size_of(ops.compute))), num_cols}, ops.compute);
+  const auto bits_of = [&](ExpertMask& mask, int64_t expert, int64_t position) -> const uint64_t* {
+    if (!source.masked) return nullptr;
+    if (source.keep_bits)
+      return source.keep_bits->as<uint64_t>() + position * source.keep_bits->stride;
+    return mask.draw(expert, slots[position] / ops.top_k, 0, num_cols);
+  };
   for (int64_t i = 0; i < ops.num_experts; ++i) {
-    for (int64_t first = offsets[i]; first < offsets[i + 1]; first += scratch.size(0)) {
-      const Tensor rows = row_block(scratch, 0, std::min(scratch.size(0), offsets[i + 1] - first));
-      torch::stable::parallel_for(0, rows.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
-        ExpertMask mask(ops, masked ? num_cols : 0);
-        for (int64_t m = begin; m < end; ++m) {
-          const int64_t token = slots[first + m] / ops.top_k;
-          convert(row_at(rows, m), row_at(matrix, token), 1.0, 1, num_cols,
-                  masked ? mask.draw(i, token, 0, num_cols) : nullptr);
-        }
+    for (int64_t first = offsets[i]; first < offsets[i + 1]; first += scratch.tensor.size(0)) {
+      const int64_t count = std::min(scratch.tensor.size(0), offsets[i + 1] - first);
+      torch::stable::parallel_for(0, count, kRowGrain, [&](int64_t begin, int64_t end) {
+        ExpertMask mask(ops, source.masked ? num_cols : 0);
+        for (int64_t m = begin; m < end; ++m)
+          gather_row(row_at(scratch, m), row_at(source.matrix, slots[first + m] / ops.top_k),
+                     num_cols, bits_of(mask, i, first + m));
       });
-      body(i, first, rows);
+      body(i, first, row_block(scratch.tensor, 0, count));
     }
   }
 }
 
 void sum_groups(const ExpertOperands& ops, const SlotOrder& order, const Tensor& left,
-                const Tensor& matrix, bool masked, const Tensor& gradient, bool transpose,
+                const GroupSource& source, const Tensor& gradient, bool transpose,
                 const BlockBody& also) {
-  const int64_t num_cols = matrix.size(1), rank = ops.rank;
+  const int64_t num_cols = source.matrix.tensor.size(1), rank = ops.rank;
   const int64_t* offsets = ids_of(order.expert_offsets);
   zero(gradient);
   if (num_cols == 0) return;
   std::optional<BlockSum> sum;
-  for_each_group(ops, order, matrix, masked, [&](int64_t i, int64_t first, const Tensor& rows) {
+  for_each_group(ops, order, source, [&](int64_t i, int64_t first, const Tensor& rows) {
     if (also) also(i, first, rows);
     if (first == offsets[i]) sum.emplace(ops, rank, num_cols);
     sum->add(row_block(left, first, rows.size(0)), rows, nullptr);
     if (first + rows.size(0) < offsets[i + 1]) return;
     const Tensor total = transpose ? transposed_copy(sum->result()) : sum->result();
-    Rows target = row_at(as_matrix(gradient), i * total.size(0));
-    convert(target, rows_of(total), 1.0, total.size(0), total.size(1));
+    convert(row_at(rows_of(as_matrix(gradient)), i * total.size(0)), rows_of(total), 1.0,
+            total.size(0), total.size(1));
   });
 }
 
-template void route_tokens<BFloat16>(const ExpertOperands&, const Tensor&, int64_t, int64_t,
+template void route_tokens<BFloat16>(const ExpertOperands&, const Matrix&, int64_t, int64_t,
                                      const ExpertOutputs&);
-template void route_tokens<float>(const ExpertOperands&, const Tensor&, int64_t, int64_t,
+template void route_tokens<float>(const ExpertOperands&, const Matrix&, int64_t, int64_t,
                                   const ExpertOutputs&);
-template void route_tokens<double>(const ExpertOperands&, const Tensor&, int64_t, int64_t,
+template void route_tokens<double>(const ExpertOperands&, const Matrix&, int64_t, int64_t,
                                    const ExpertOutputs&);
 template void gate_backward<float>(const ExpertBackward&, const ExpertGradients&, int64_t, float*,
                                    float*);

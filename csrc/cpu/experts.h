@@ -24,14 +24,25 @@ namespace lowrank_ext::cpu {
 
 enum class ExpertForm { kByRow, kByGroup };
 
+// A matrix and its rows, looked up once: every question to a tensor goes through torch's C shim.
+struct Matrix : Rows {
+  Tensor tensor;
+
+  Matrix(const Tensor& matrix) : Rows(rows_of(matrix)), tensor(matrix) {}
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
 struct ExpertOperands : Dtypes {
   Dropout dropout;
   bool shared_dropout;
   double scaling;
   int64_t num_experts, rank, in_features, out_features, top_k;
-  Tensor router_weight;  // [E, K], compute
-  Tensor lora_a;         // [E r_e, K], compute
-  Tensor lora_b;         // [E N, r_e], compute
+  Matrix router_weight;  // [E, K], compute
+  Matrix lora_a;         // [E r_e, K], compute
+  Matrix lora_b;         // [E N, r_e], compute
   ExpertForm form;
 
   double dropout_scale() const { return dropout.active() ? dropout.scale() : 1.0; }
@@ -45,40 +56,43 @@ ExpertOperands prepare_experts(const ExpertArgs& args, ScalarType input);
 
 // All [T, …] matrices with dense columns.
 struct ExpertOutputs {
-  Tensor y, h, router_probs, topk_ids, topk_weights;
+  Matrix y, h, router_probs, topk_ids, topk_weights;
 };
 
-void forward_by_row(const ExpertOperands& ops, const Tensor& x, const Tensor& base_out,
+void forward_by_row(const ExpertOperands& ops, const Matrix& x, const Matrix& base_out,
                     const ExpertOutputs& out);
-void forward_by_group(const ExpertOperands& ops, const Tensor& x, const Tensor& base_out,
+void forward_by_group(const ExpertOperands& ops, const Matrix& x, const Matrix& base_out,
                       const ExpertOutputs& out);
 
 // The backward's view of a call; matrices as in ExpertOutputs.
 struct ExpertBackward {
   const ExpertOperands& ops;
   ExpertNeeds needs;
-  Tensor dout;                    // [T, N]
-  std::optional<Tensor> x;        // [T, K], where needs.x()
-  std::optional<Tensor> h;        // [T, E r_e], where needs.h()
-  Tensor router_probs;            // [T, E]
-  Tensor topk_ids, topk_weights;  // [T, k]
+  Matrix dout;                    // [T, N]
+  std::optional<Matrix> x;        // [T, K], where needs.x()
+  std::optional<Matrix> h;        // [T, E r_e], where needs.h()
+  Matrix router_probs;            // [T, E]
+  Matrix topk_ids, topk_weights;  // [T, k]
   const BalanceGradient& balance;
   const SlotOrder& order;
+  const int64_t* slot_positions;  // order's
 
-  int64_t num_tokens() const { return dout.size(0); }
+  int64_t num_tokens() const { return dout.tensor.size(0); }
   bool gradient_of_h() const { return needs.gates() || needs.dlora_a; }
 };
 
 // What the forms leave for the sums over rows, in the compute dtype. Absent where not needed.
 struct ExpertGradients {
-  std::optional<Tensor> dh;       // [T k, r_e], dropout's scale included
-  std::optional<Tensor> dlogits;  // [T, E]
-  std::optional<Tensor> dx;       // [T, K], dtype of x
+  std::optional<Matrix> dh;       // [T k, r_e], dropout's scale included
+  std::optional<Matrix> dlogits;  // [T, E]
+  std::optional<Matrix> dx;       // [T, K], dtype of x
+  // [T k, words] int64: keep bits that dx has drawn and dlora_a needs again, by row only.
+  std::optional<Matrix> keep_bits;
 };
 
 // z [T k, r_e] = scaling · weight · h of each slot.
-Tensor gated_h(const ExpertOperands& ops, const SlotOrder& order, const Tensor& h,
-               const Tensor& topk_ids, const Tensor& topk_weights);
+Tensor gated_h(const ExpertOperands& ops, const SlotOrder& order, const Matrix& h,
+               const Matrix& topk_ids, const Matrix& topk_weights);
 
 // Both write gradients.dh, .dlogits and .dx where those are present; by group, also dlora_b, for
 // which the rows of dout have been gathered anyway.
@@ -96,10 +110,16 @@ void visit_storage(ScalarType compute, const Body& body) {
   body(static_cast<double*>(nullptr));
 }
 
-inline Rows row_at(const Tensor& matrix, int64_t row, int64_t col = 0) {
-  auto* data = static_cast<char*>(matrix.data_ptr());
-  const auto size = static_cast<int64_t>(matrix.element_size());
-  return {data + (row * matrix.stride(0) + col) * size, matrix.scalar_type(), matrix.stride(0)};
+inline int64_t size_of(ScalarType dtype) {
+  if (dtype == ScalarType::Double) return 8;
+  return dtype == ScalarType::Float ? 4 : 2;
+}
+
+// One row of a matrix, from a column on. Loops take rows_of(matrix) once, outside.
+inline Rows row_at(Rows matrix, int64_t row, int64_t col = 0) {
+  matrix.data =
+      static_cast<char*>(matrix.data) + (row * matrix.stride + col) * size_of(matrix.dtype);
+  return matrix;
 }
 
 // Keep bits of a token on its way into an expert, in memory of one thread.
@@ -111,9 +131,13 @@ class ExpertMask {
   // Of columns [first_col, first_col + num_cols); null where nothing is dropped.
   const uint64_t* draw(int64_t expert, int64_t token, int64_t first_col, int64_t num_cols) {
     if (!ops_.dropout.active()) return nullptr;
-    draw_row_bits(ops_.dropout, ops_.shared_dropout ? 0 : static_cast<uint32_t>(expert), token,
-                  first_col, num_cols, bits_.data());
+    draw(expert, token, first_col, num_cols, bits_.data());
     return bits_.data();
+  }
+
+  void draw(int64_t expert, int64_t token, int64_t first_col, int64_t num_cols, uint64_t* bits) {
+    draw_row_bits(ops_.dropout, ops_.shared_dropout ? 0 : static_cast<uint32_t>(expert), token,
+                  first_col, num_cols, bits);
   }
 
  private:
@@ -127,17 +151,17 @@ template <typename storage_t>
 const storage_t* load_row(Rows row, ScalarType compute, int64_t num_cols, const uint64_t* bits,
                           storage_t* scratch) {
   if (row.dtype != compute) {
-    convert({scratch, compute, num_cols}, row, 1.0, 1, num_cols, bits);
+    convert_row({scratch, compute, num_cols}, row, 1.0, num_cols, bits);
     return scratch;
   }
   if (bits == nullptr) return static_cast<const storage_t*>(row.data);
-  copy_kept(scratch, num_cols, row.data, row.stride, sizeof(storage_t), bits, 1, num_cols);
+  copy_row_kept(scratch, row.data, sizeof(storage_t), bits, num_cols);
   return scratch;
 }
 
 // Routes `count` tokens from `first` on: probs, ids and weights.
 template <typename storage_t>
-void route_tokens(const ExpertOperands& ops, const Tensor& x, int64_t first, int64_t count,
+void route_tokens(const ExpertOperands& ops, const Matrix& x, int64_t first, int64_t count,
                   const ExpertOutputs& out);
 
 // Gradients of the router's logits and of h for one token, given g [k r_e] = scaling · dout lora_b.
@@ -149,16 +173,23 @@ void gate_backward(const ExpertBackward& call, const ExpertGradients& gradients,
 // lora_b [E N, r_e] as [E r_e, N].
 Tensor transposed_experts(const ExpertOperands& ops);
 
-// body(expert, first, rows): the rows of `matrix` that belong to slots first … of the order, in
-// blocks of one expert; masked: with zeros where the expert's dropout drops.
-using BlockBody = std::function<void(int64_t expert, int64_t first, const Tensor& rows)>;
-void for_each_group(const ExpertOperands& ops, const SlotOrder& order, const Tensor& matrix,
-                    bool masked, const BlockBody& body);
+// A [T, C] matrix to gather the rows of slots from, with zeros where `masked` and the slot's expert
+// drops; keep_bits: drawn already.
+struct GroupSource {
+  const Matrix& matrix;
+  bool masked = false;
+  const Matrix* keep_bits = nullptr;
+};
 
-// gradient[i] = Σ over expert i's slots of leftᵀ drop(matrix), zeros without slots. gradient: [E,
-// r_e, C], or [E, C, r_e] if `transpose`. `also` sees every block.
+// body(expert, first, rows): the rows of slots first … of the order, in blocks of one expert.
+using BlockBody = std::function<void(int64_t expert, int64_t first, const Tensor& rows)>;
+void for_each_group(const ExpertOperands& ops, const SlotOrder& order, const GroupSource& source,
+                    const BlockBody& body);
+
+// gradient[i] = Σ over expert i's slots of leftᵀ source, zeros without slots. gradient: [E, r_e,
+// C], or [E, C, r_e] if `transpose`. `also` sees every block.
 void sum_groups(const ExpertOperands& ops, const SlotOrder& order, const Tensor& left,
-                const Tensor& matrix, bool masked, const Tensor& gradient, bool transpose,
+                const GroupSource& source, const Tensor& gradient, bool transpose,
                 const BlockBody& also = {});
 
 }  // namespace lowrank_ext::cpu

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "experts.h"
@@ -44,38 +45,39 @@ Tensor columns(const Tensor& matrix, int64_t first, int64_t count) {
 }
 
 // h [T, E r_e] from h of the slots, zeros for experts that were not chosen.
-void scatter_h(const ExpertOperands& ops, const SlotOrder& order, const Tensor& slots_h,
+void scatter_h(const ExpertOperands& ops, const SlotOrder& order, const Matrix& slots_h,
                const ExpertOutputs& out) {
-  const int64_t* ids = ids_of(out.topk_ids);
+  const auto* ids = out.topk_ids.as<int64_t>();
   const int64_t* positions = ids_of(order.slot_positions);
-  torch::stable::parallel_for(0, out.h.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, out.h.tensor.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      std::memset(row_at(out.h, token).data, 0, out.h.size(1) * out.h.element_size());
+      std::memset(row_at(out.h, token).data, 0, ops.num_experts * ops.rank * size_of(out.h.dtype));
       for (int64_t slot = token * ops.top_k; slot < (token + 1) * ops.top_k; ++slot)
-        convert(row_at(out.h, token, ids[slot] * ops.rank), row_at(slots_h, positions[slot]), 1.0,
-                1, ops.rank);
+        convert_row(row_at(out.h, token, ids[slot] * ops.rank), row_at(slots_h, positions[slot]),
+                    1.0, ops.rank);
     }
   });
 }
 
-void up(const ExpertOperands& ops, const SlotOrder& order, const Tensor& z, const Tensor& base_out,
-        const Tensor& y) {
+void up(const ExpertOperands& ops, const SlotOrder& order, const Tensor& z, const Matrix& base_out,
+        const Matrix& y) {
   const int64_t* positions = ids_of(order.slot_positions);
-  const int64_t num_tokens = y.size(0), num_out = ops.out_features;
+  const int64_t num_tokens = y.tensor.size(0), num_out = ops.out_features;
   const Tensor product =
       empty({num_tokens * ops.top_k, std::min(kStripColumns, num_out)}, ops.compute);
   for_each_strip(num_out, [&](int64_t first, int64_t width) {
-    const Tensor strip = columns(product, 0, width);
-    multiply_groups(ops, order, strip, z, [&](int64_t i) {
-      return transposed(row_block(ops.lora_b, i * num_out + first, width));
+    const Matrix strip = columns(product, 0, width);
+    multiply_groups(ops, order, strip.tensor, z, [&](int64_t i) {
+      return transposed(row_block(ops.lora_b.tensor, i * num_out + first, width));
     });
     torch::stable::parallel_for(0, num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-      const Tensor sum = empty({1, width}, ops.accumulate);
+      const Tensor scratch = empty({1, width}, ops.accumulate);
+      const Rows sum = rows_of(scratch);
       for (int64_t token = begin; token < end; ++token) {
-        convert(rows_of(sum), row_at(base_out, token, first), 1.0, 1, width);
+        convert_row(sum, row_at(base_out, token, first), 1.0, width);
         for (int64_t slot = token * ops.top_k; slot < (token + 1) * ops.top_k; ++slot)
-          accumulate(rows_of(sum), row_at(strip, positions[slot]), 1.0, 1, width);
-        convert(row_at(y, token, first), rows_of(sum), 1.0, 1, width);
+          accumulate_row(sum, row_at(strip, positions[slot]), 1.0, width);
+        convert_row(row_at(y, token, first), sum, 1.0, width);
       }
     });
   });
@@ -88,26 +90,26 @@ void up_backward(const ExpertBackward& call, const std::optional<Tensor>& g,
   const BlockBody multiply_block = [&](int64_t i, int64_t first, const Tensor& rows) {
     if (g)
       multiply(row_block(*g, first, rows.size(0)), rows,
-               row_block(ops.lora_b, i * ops.out_features, ops.out_features), 0.0, ops.scaling);
+               row_block(ops.lora_b.tensor, i * ops.out_features, ops.out_features), 0.0,
+               ops.scaling);
   };
   if (dlora_b) {
-    sum_groups(ops, call.order, *z, call.dout, /*masked=*/false, *dlora_b, /*transpose=*/true,
-               multiply_block);
+    sum_groups(ops, call.order, *z, {call.dout}, *dlora_b, /*transpose=*/true, multiply_block);
   } else if (g) {
-    for_each_group(ops, call.order, call.dout, /*masked=*/false, multiply_block);
+    for_each_group(ops, call.order, {call.dout}, multiply_block);
   }
 }
 
 template <typename acc_t>
-void mid_backward(const ExpertBackward& call, const Tensor& g, const ExpertGradients& gradients) {
+void mid_backward(const ExpertBackward& call, const Matrix& g, const ExpertGradients& gradients) {
   const ExpertOperands& ops = call.ops;
-  const int64_t* positions = ids_of(call.order.slot_positions);
+  const int64_t* positions = call.slot_positions;
   torch::stable::parallel_for(0, call.num_tokens(), kRowGrain, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> token_g(ops.top_k * ops.rank), dlogits(ops.num_experts);
     for (int64_t token = begin; token < end; ++token) {
       for (int64_t j = 0; j < ops.top_k; ++j)
-        convert({token_g.data() + j * ops.rank, ops.accumulate, ops.rank},
-                row_at(g, positions[token * ops.top_k + j]), 1.0, 1, ops.rank);
+        convert_row({token_g.data() + j * ops.rank, ops.accumulate, ops.rank},
+                    row_at(g, positions[token * ops.top_k + j]), 1.0, ops.rank);
       gate_backward(call, gradients, token, token_g.data(), dlogits.data());
     }
   });
@@ -118,14 +120,14 @@ template <typename storage_t>
 void down_backward(const ExpertBackward& call, const ExpertGradients& gradients) {
   using acc_t = acc_of<storage_t>;
   const ExpertOperands& ops = call.ops;
-  const int64_t* ids = ids_of(call.topk_ids);
-  const int64_t* positions = ids_of(call.order.slot_positions);
+  const auto* ids = call.topk_ids.as<int64_t>();
+  const int64_t* positions = call.slot_positions;
   const int64_t num_tokens = call.num_tokens(), num_in = ops.in_features, top_k = ops.top_k;
   const Tensor product = empty({num_tokens * top_k, std::min(kStripColumns, num_in)}, ops.compute);
   for_each_strip(num_in, [&](int64_t first, int64_t width) {
-    const Tensor strip = columns(product, 0, width);
-    multiply_groups(ops, call.order, strip, *gradients.dh, [&](int64_t i) {
-      return columns(row_block(ops.lora_a, i * ops.rank, ops.rank), first, width);
+    const Matrix strip = columns(product, 0, width);
+    multiply_groups(ops, call.order, strip.tensor, gradients.dh->tensor, [&](int64_t i) {
+      return columns(row_block(ops.lora_a.tensor, i * ops.rank, ops.rank), first, width);
     });
     const Tensor router = empty({ops.num_experts, width}, ops.compute);
     convert(rows_of(router), row_at(ops.router_weight, 0, first), 1.0, ops.num_experts, width);
@@ -137,13 +139,13 @@ void down_backward(const ExpertBackward& call, const ExpertGradients& gradients)
       const Rows sum_row{sum.data(), ops.accumulate, width};
       for (int64_t token = begin; token < end; ++token) {
         std::fill(sum.begin(), sum.end(), acc_t{0});
-        convert({dlogits.data(), ops.accumulate, ops.num_experts},
-                row_at(*gradients.dlogits, token), 1.0, 1, ops.num_experts);
+        convert_row({dlogits.data(), ops.accumulate, ops.num_experts},
+                    row_at(*gradients.dlogits, token), 1.0, ops.num_experts);
         add_rows(sum.data(), dlogits.data(), router_rows, ops.num_experts, width);
         for (int64_t slot = token * top_k; slot < (token + 1) * top_k; ++slot)
-          accumulate(sum_row, row_at(strip, positions[slot]), 1.0, 1, width,
-                     mask.draw(ids[slot], token, first, width));
-        convert(row_at(*gradients.dx, token, first), sum_row, 1.0, 1, width);
+          accumulate_row(sum_row, row_at(strip, positions[slot]), 1.0, width,
+                         mask.draw(ids[slot], token, first, width));
+        convert_row(row_at(*gradients.dx, token, first), sum_row, 1.0, width);
       }
     });
   });
@@ -151,9 +153,9 @@ void down_backward(const ExpertBackward& call, const ExpertGradients& gradients)
 
 }  // namespace
 
-void forward_by_group(const ExpertOperands& ops, const Tensor& x, const Tensor& base_out,
+void forward_by_group(const ExpertOperands& ops, const Matrix& x, const Matrix& base_out,
                       const ExpertOutputs& out) {
-  const int64_t num_tokens = x.size(0), num_slots = num_tokens * ops.top_k;
+  const int64_t num_tokens = x.tensor.size(0), num_slots = num_tokens * ops.top_k;
   visit_storage(ops.compute, [&](auto* type) {
     using storage_t = std::remove_pointer_t<decltype(type)>;
     torch::stable::parallel_for(0, num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
@@ -161,12 +163,14 @@ void forward_by_group(const ExpertOperands& ops, const Tensor& x, const Tensor& 
         route_tokens<storage_t>(ops, x, first, std::min(kRouterRows, end - first), out);
     });
   });
-  const SlotOrder order = sort_slots("moe_lowrank_add", out.topk_ids, ops.num_experts);
+  const SlotOrder order = sort_slots("moe_lowrank_add", out.topk_ids.tensor, ops.num_experts);
   const Tensor h = empty({num_slots, ops.rank}, ops.compute);
-  for_each_group(ops, order, x, /*masked=*/true, [&](int64_t i, int64_t first, const Tensor& rows) {
-    multiply(row_block(h, first, rows.size(0)), rows,
-             transposed(row_block(ops.lora_a, i * ops.rank, ops.rank)), 0.0, ops.dropout_scale());
-  });
+  for_each_group(ops, order, {x, /*masked=*/true},
+                 [&](int64_t i, int64_t first, const Tensor& rows) {
+                   multiply(row_block(h, first, rows.size(0)), rows,
+                            transposed(row_block(ops.lora_a.tensor, i * ops.rank, ops.rank)), 0.0,
+                            ops.dropout_scale());
+                 });
   scatter_h(ops, order, h, out);
   up(ops, order, gated_h(ops, order, out.h, out.topk_ids, out.topk_weights), base_out, out.y);
 }

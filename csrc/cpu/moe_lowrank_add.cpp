@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_lowrank_a
     const auto forward = ops.form == ExpertForm::kByRow ? forward_by_row : forward_by_group;
     forward(ops, rows, as_matrix(base_out), out);
   }
-  const Balance load = balance(out.router_probs, out.topk_ids, token_mask);
+  const Balance load = balance(out.router_probs.tensor, out.topk_ids.tensor, token_mask);
   return {y, h, probs, ids, weights, load.loss, load.expert_counts};
 }
 
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_lowrank_add_backward_cpu(
   const SlotOrder order = sort_slots(kBackwardOp, ids, ops.num_experts);
   const BalanceGradient balance_gradient(dbalance_loss, expert_counts, ops.top_k, token_mask);
   const auto rows = [](const std::optional<Tensor>& t) {
-    return t ? std::optional(as_matrix(*t)) : std::nullopt;
+    return t ? std::optional<Matrix>(as_matrix(*t)) : std::nullopt;
   };
   const ExpertBackward call{ops,
                             needs,
@@ -106,11 +106,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_lowrank_add_backward_cpu(
                             ids,
                             as_matrix(dense(topk_weights)),
                             balance_gradient,
-                            order};
+                            order,
+                            static_cast<const int64_t*>(order.slot_positions.data_ptr())};
   ExpertGradients gradients;
-  if (need_dx || need_dlora_a) gradients.dh = empty({ids.numel(), ops.rank}, ops.compute);
-  if (needs.gates()) gradients.dlogits = empty({num_tokens, ops.num_experts}, ops.compute);
-  if (need_dx) gradients.dx = as_matrix(dx);
+  if (need_dx || need_dlora_a) gradients.dh = Matrix(empty({ids.numel(), ops.rank}, ops.compute));
+  if (needs.gates()) gradients.dlogits = Matrix(empty({num_tokens, ops.num_experts}, ops.compute));
+  if (need_dx) gradients.dx = Matrix(as_matrix(dx));
+  if (need_dx && need_dlora_a && ops.dropout.active() && ops.form == ExpertForm::kByRow)
+    gradients.keep_bits =
+        Matrix(empty({ids.numel(), mask_words_per_row(ops.in_features)}, ScalarType::Long));
   std::optional<Tensor> z;
   if (need_dlora_b) z = gated_h(ops, order, *call.h, ids, call.topk_weights);
 
@@ -118,12 +122,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_lowrank_add_backward_cpu(
     backward_by_group(call, gradients, z, need_dlora_b ? std::optional(dlora_b) : std::nullopt);
   } else {
     if (call.gradient_of_h()) backward_by_row(call, gradients);
-    if (need_dlora_b)
-      sum_groups(ops, order, *z, dout_rows, /*masked=*/false, dlora_b, /*transpose=*/true);
+    if (need_dlora_b) sum_groups(ops, order, *z, {call.dout}, dlora_b, /*transpose=*/true);
   }
   if (need_dlora_a)
-    sum_groups(ops, order, *gradients.dh, *call.x, /*masked=*/true, dlora_a, /*transpose=*/false);
-  if (need_drouter_weight) sum_router(ops, *gradients.dlogits, *call.x, drouter_weight);
+    sum_groups(ops, order, gradients.dh->tensor,
+               {*call.x, /*masked=*/true, gradients.keep_bits ? &*gradients.keep_bits : nullptr},
+               dlora_a, /*transpose=*/false);
+  if (need_drouter_weight)
+    sum_router(ops, gradients.dlogits->tensor, call.x->tensor, drouter_weight);
   return result;
 }
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "dropout.h"
 #include "features.h"
 #include "isa.h"
 
@@ -37,17 +38,21 @@ inline __attribute__((always_inline)) void dot_rows_loop(acc_t* out, const acc_t
 template <typename acc_t>
 inline __attribute__((always_inline)) void add_rows_loop(acc_t* row, const acc_t* factors,
                                                          const acc_t* rows, int64_t num_rows,
-                                                         int64_t num_cols) {
-  int64_t c = 0;
-  for (; c + kSumColumns <= num_cols; c += kSumColumns) {
-    acc_t sums[kSumColumns];
-    for (int64_t l = 0; l < kSumColumns; ++l) sums[l] = row[c + l];
-    for (int64_t j = 0; j < num_rows; ++j)
-      for (int64_t l = 0; l < kSumColumns; ++l) sums[l] += factors[j] * rows[j * num_cols + c + l];
-    for (int64_t l = 0; l < kSumColumns; ++l) row[c + l] = sums[l];
+                                                         int64_t num_cols, const uint64_t* bits) {
+  for (int64_t c = 0; c < num_cols; c += kSumColumns) {
+    const uint64_t kept = bits == nullptr ? ~uint64_t{0} : bits[c / kSumColumns];
+    const int64_t width = std::min(kSumColumns, num_cols - c);
+    acc_t sums[kSumColumns] = {};
+    for (int64_t j = 0; j < num_rows; ++j) {
+      const acc_t* source = rows + j * num_cols + c;
+      if (width == kSumColumns) {  // a count that the compiler knows
+        for (int64_t l = 0; l < kSumColumns; ++l) sums[l] += factors[j] * source[l];
+      } else {
+        for (int64_t l = 0; l < width; ++l) sums[l] += factors[j] * source[l];
+      }
+    }
+    for (int64_t l = 0; l < width; ++l) row[c + l] += kept >> l & 1 ? sums[l] : acc_t{0};
   }
-  for (; c < num_cols; ++c)
-    for (int64_t j = 0; j < num_rows; ++j) row[c] += factors[j] * rows[j * num_cols + c];
 }
 
 #if LOWRANK_EXT_X86
@@ -60,8 +65,8 @@ LOWRANK_EXT_AVX512 void dot_rows_avx512(acc_t* out, const acc_t* row, const acc_
 
 template <typename acc_t>
 LOWRANK_EXT_AVX512 void add_rows_avx512(acc_t* row, const acc_t* factors, const acc_t* rows,
-                                        int64_t num_rows, int64_t num_cols) {
-  add_rows_loop(row, factors, rows, num_rows, num_cols);
+                                        int64_t num_rows, int64_t num_cols, const uint64_t* bits) {
+  add_rows_loop(row, factors, rows, num_rows, num_cols, bits);
 }
 
 // ---- bf16: dot products of pairs
@@ -112,10 +117,10 @@ struct DotBlock {
 constexpr DotBlock kDotBlocks[] = {
     {8, dot_block<8, 1>}, {4, dot_block<4, 2>}, {2, dot_block<2, 4>}, {1, dot_block<1, 4>}};
 
-// 64 columns of row += Σ over pairs of rows; `in_range` columns exist.
+// 64 columns of row += Σ over pairs of rows, where kept; `in_range` columns exist.
 LOWRANK_EXT_AVX512_BF16 inline void add_columns(float* row, const uint32_t* factors,
                                                 const uint32_t* pairs, int64_t num_pairs,
-                                                int64_t num_cols, int64_t in_range) {
+                                                int64_t num_cols, int64_t in_range, uint64_t kept) {
   constexpr int kVectors = kSumColumns / 16;
   __mmask16 lanes[kVectors];
   __m512 sums[kVectors];
@@ -123,7 +128,7 @@ LOWRANK_EXT_AVX512_BF16 inline void add_columns(float* row, const uint32_t* fact
   for (int v = 0; v < kVectors; ++v) {
     const int64_t rest = std::clamp<int64_t>(in_range - v * 16, 0, 16);
     lanes[v] = static_cast<__mmask16>((1u << rest) - 1);
-    sums[v] = _mm512_maskz_loadu_ps(lanes[v], row + v * 16);
+    sums[v] = _mm512_setzero_ps();
   }
   for (int64_t p = 0; p < num_pairs; ++p, pairs += num_cols) {
     const auto factor = (__m512bh)_mm512_set1_epi32(static_cast<int>(factors[p]));
@@ -133,15 +138,18 @@ LOWRANK_EXT_AVX512_BF16 inline void add_columns(float* row, const uint32_t* fact
                                  (__m512bh)_mm512_maskz_loadu_epi32(lanes[v], pairs + v * 16));
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) _mm512_mask_storeu_ps(row + v * 16, lanes[v], sums[v]);
+  for (int v = 0; v < kVectors; ++v) {
+    const auto added = static_cast<__mmask16>(kept >> (v * 16)) & lanes[v];
+    const __m512 old = _mm512_maskz_loadu_ps(lanes[v], row + v * 16);
+    _mm512_mask_storeu_ps(row + v * 16, added, _mm512_add_ps(old, sums[v]));
+  }
 }
 
 LOWRANK_EXT_AVX512_BF16 void add_pairs(float* row, const uint32_t* factors, const uint32_t* pairs,
-                                       int64_t num_pairs, int64_t num_cols) {
-  int64_t c = 0;
-  for (; c + kSumColumns <= num_cols; c += kSumColumns)
-    add_columns(row + c, factors, pairs + c, num_pairs, num_cols, kSumColumns);
-  if (c < num_cols) add_columns(row + c, factors, pairs + c, num_pairs, num_cols, num_cols - c);
+                                       int64_t num_pairs, int64_t num_cols, const uint64_t* bits) {
+  for (int64_t c = 0; c < num_cols; c += kSumColumns)
+    add_columns(row + c, factors, pairs + c, num_pairs, num_cols, num_cols - c,
+                bits == nullptr ? ~uint64_t{0} : bits[c / kSumColumns]);
 }
 
 #endif  // LOWRANK_EXT_X86
@@ -157,11 +165,11 @@ void dot_rows_any(acc_t* out, const acc_t* row, const acc_t* rows, int64_t num_r
 
 template <typename acc_t>
 void add_rows_any(acc_t* row, const acc_t* factors, const acc_t* rows, int64_t num_rows,
-                  int64_t num_cols) {
+                  int64_t num_cols, const uint64_t* bits) {
 #if LOWRANK_EXT_X86
-  if (features().avx512) return add_rows_avx512(row, factors, rows, num_rows, num_cols);
+  if (features().avx512) return add_rows_avx512(row, factors, rows, num_rows, num_cols, bits);
 #endif
-  add_rows_loop(row, factors, rows, num_rows, num_cols);
+  add_rows_loop(row, factors, rows, num_rows, num_cols, bits);
 }
 
 [[maybe_unused]] [[noreturn]] void no_bf16() {
@@ -198,12 +206,12 @@ void dot_rows(double* out, const double* row, const double* rows, int64_t num_ro
   dot_rows_any(out, row, rows, num_rows, num_cols);
 }
 void add_rows(float* row, const float* factors, const float* rows, int64_t num_rows,
-              int64_t num_cols) {
-  add_rows_any(row, factors, rows, num_rows, num_cols);
+              int64_t num_cols, const uint64_t* bits) {
+  add_rows_any(row, factors, rows, num_rows, num_cols, bits);
 }
 void add_rows(double* row, const double* factors, const double* rows, int64_t num_rows,
-              int64_t num_cols) {
-  add_rows_any(row, factors, rows, num_rows, num_cols);
+              int64_t num_cols, const uint64_t* bits) {
+  add_rows_any(row, factors, rows, num_rows, num_cols, bits);
 }
 
 #if LOWRANK_EXT_X86
@@ -222,7 +230,7 @@ void dot_rows(float* out, const BFloat16* row, const BFloat16* rows, int64_t num
 }
 
 void add_rows(float* row, const float* factors, const BFloat16Pair* rows, int64_t num_rows,
-              int64_t num_cols) {
+              int64_t num_cols, const uint64_t* bits) {
   constexpr int64_t kMostPairs = 64;  // of factors that are converted at a time
   const auto* pairs = reinterpret_cast<const uint32_t*>(rows);
   for (int64_t first = 0; first < num_rows; first += 2 * kMostPairs) {
@@ -233,14 +241,16 @@ void add_rows(float* row, const float* factors, const BFloat16Pair* rows, int64_
                         BFloat16(j + 1 < count ? factors[first + j + 1] : 0.0f)};
     uint32_t words[kMostPairs];
     std::memcpy(words, rounded, sizeof(words));
-    add_pairs(row, words, pairs + first / 2 * num_cols, (count + 1) / 2, num_cols);
+    add_pairs(row, words, pairs + first / 2 * num_cols, (count + 1) / 2, num_cols, bits);
   }
 }
 
 #else
 
 void dot_rows(float*, const BFloat16*, const BFloat16*, int64_t, int64_t) { no_bf16(); }
-void add_rows(float*, const float*, const BFloat16Pair*, int64_t, int64_t) { no_bf16(); }
+void add_rows(float*, const float*, const BFloat16Pair*, int64_t, int64_t, const uint64_t*) {
+  no_bf16();
+}
 
 #endif
 

@@ -45,12 +45,13 @@ void dot_rows(float* out, const float* row, const float* rows, int64_t num_rows,
 void dot_rows(double* out, const double* row, const double* rows, int64_t num_rows,
               int64_t num_cols);
 
-// row[c] += Σ_j factors[j] rows[j, c]; bf16 factors are rounded from fp32.
+// row[c] += Σ_j factors[j] rows[j, c] where kept; bits: keep bits of the row, or null. bf16 factors
+// are rounded from fp32.
 void add_rows(float* row, const float* factors, const BFloat16Pair* rows, int64_t num_rows,
-              int64_t num_cols);
+              int64_t num_cols, const uint64_t* bits = nullptr);
 void add_rows(float* row, const float* factors, const float* rows, int64_t num_rows,
-              int64_t num_cols);
+              int64_t num_cols, const uint64_t* bits = nullptr);
 void add_rows(double* row, const double* factors, const double* rows, int64_t num_rows,
-              int64_t num_cols);
+              int64_t num_cols, const uint64_t* bits = nullptr);
 
 }  // namespace lowrank_ext::cpu
