@@ -90,6 +90,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "velora_config": (),
     "ensure_weight_tying": (),
 }
+# Fields of a method that has them in the file under their own names.
+_OWN_FIELDS: dict[type[AdapterConfig], tuple[str, ...]] = {
+    LaMDAConfig: ("init", "train_lora_b", "rank_budget", "direction"),
+    GOATConfig: (
+        *("init", "num_experts", "top_k", "rho", "residual_factor", "scale", "eta"),
+        *("shared_dropout", "balance_coefficient"),
+    ),
+}
 # Fields without effect on a finished adapter, or read elsewhere in this file.
 _KNOWN = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
@@ -98,17 +106,7 @@ _KNOWN = {
     *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "init_lora_weights"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"),
     *("megatron_core", "runtime_config", "qalora_group_size"),
-    *("init", "train_lora_b", "rank_budget", "direction"),
-    *("num_experts", "top_k", "rho", "residual_factor", "scale", "eta", "shared_dropout"),
-    *("balance_coefficient",),
-}
-# Fields of a method that has them in the file under their own names.
-_OWN_FIELDS: dict[type[AdapterConfig], tuple[str, ...]] = {
-    LaMDAConfig: ("init", "train_lora_b", "rank_budget", "direction"),
-    GOATConfig: (
-        *("init", "num_experts", "top_k", "rho", "residual_factor", "scale", "eta"),
-        *("shared_dropout", "balance_coefficient"),
-    ),
+    *(key for keys in _OWN_FIELDS.values() for key in keys),
 }
 # Inits of PEFT that leave the base weights alone, and what continues them here.
 _PEFT_INITS = {
@@ -684,10 +682,13 @@ def _check_same(
     if start(config) != start(own):
         raise differs("init", own.init, config.init)
     if isinstance(config, GOATConfig) and isinstance(own, GOATConfig):
-        for field in ("num_experts", "top_k", "taken_out"):
-            if getattr(config, field) != getattr(own, field):
-                name = "residual_factor" if field == "taken_out" else field
-                raise differs(name, getattr(own, field), getattr(config, field))
+        for name, expected, got in (
+            ("num_experts", own.num_experts, config.num_experts),
+            ("top_k", own.top_k, config.top_k),
+            ("residual_factor", own.taken_out, config.taken_out),
+        ):
+            if expected != got:
+                raise differs(name, expected, got)
     modules = lowrank_modules(model, "load_adapter")
     if modules.keys() != adapters.keys():
         raise differs("adapted modules", sorted(modules), sorted(adapters))

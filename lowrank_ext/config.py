@@ -365,11 +365,11 @@ def check_goat_options(
     if top_k > num_experts:
         raise ValueError(f"{owner}: top_k must be at most num_experts={num_experts}, got {top_k}")
     check_divisible(r, num_experts, owner, "r")
-    for name, value in (("rho", rho), ("eta", eta)):
-        check_alpha(value, owner, name)
-    _check_not_negative(balance_coefficient, owner, "balance_coefficient")
+    _check_number(rho, owner, "rho", positive=True)
+    _check_number(eta, owner, "eta", positive=True)
+    _check_number(balance_coefficient, owner, "balance_coefficient")
     if residual_factor is not None:
-        _check_not_negative(residual_factor, owner, "residual_factor")
+        _check_number(residual_factor, owner, "residual_factor")
     check_choice(scale, ("alpha_over_re", "theory"), owner, "scale")
     if not isinstance(shared_dropout, bool):
         raise TypeError(f"{owner}: shared_dropout must be a bool, got {shared_dropout!r}")
@@ -395,11 +395,12 @@ def check_divisible(rank: int, num_experts: int, owner: str, name: str) -> None:
         )
 
 
-def _check_not_negative(value: object, owner: str, name: str) -> None:
+def _check_number(value: object, owner: str, name: str, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{owner}: {name} must be at least 0 and finite, got {value}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        least = "positive" if positive else "at least 0"
+        raise ValueError(f"{owner}: {name} must be {least} and finite, got {value}")
 
 
 def normalised_adapter_dtype(dtype: torch.dtype | str, owner: str) -> str:

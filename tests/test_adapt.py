@@ -504,6 +504,10 @@ def test_summary() -> None:
     # Trainable: lora_b and core. Size: with lora_a and the buffers of the residual.
     tensors = 16 + 16 + 4 + 16 + 2
     assert ["q_proj", "LaMDA", "2", "8 → 8", "2", "1", "40", f"{8 * tensors} bytes"] in lamda
+    experts = GOATConfig(r=2, num_experts=2, target_modules=["q_proj"])
+    goat = rendered(summary(adapt(TinyLM(), experts)))
+    # Trainable: lora_a, lora_b and the router. Size: with the two starts.
+    assert ["q_proj", "GOAT", "2", "8 → 8", "2", "2", "96", f"{8 * (48 + 32)} bytes"] in goat
     with pytest.raises(ValueError, match="summary: model must carry adapters, got a TinyLM"):
         summary(TinyLM())
 

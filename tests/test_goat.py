@@ -306,6 +306,28 @@ def test_choices_are_counted_right() -> None:
         assert lr.balance_loss(module).item() == pytest.approx(3.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_counts_are_those_of_the_forward(autocast: bool, dtype: torch.dtype) -> None:
+    """Many near ties, so that a rounding elsewhere would show."""
+    module = goat(nn.Linear(64, 8, dtype=dtype), r=8, num_experts=8, balance_coefficient=1.0)
+    x = torch.randn(4096, 64, dtype=dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module.router_weight.mul_(1e-3)
+        module.train()(x)
+        counts = module.expert_counts(x)
+    # All probabilities are about 1/8, so the loss hardly tells the shares apart; the op's ids do.
+    rounded = x.bfloat16() if autocast else x
+    ids = lr.ops.moe_lowrank_add(
+        *(torch.zeros(4096, 8, dtype=rounded.dtype), rounded, module.router_weight),
+        *(module.lora_a, module.lora_b),
+        top_k=TOP_K,
+    ).topk_ids
+    expected = torch.bincount(ids.flatten(), minlength=8)
+    # The op adds its products in another order; a tie to the last bit may fall the other way.
+    assert (counts - expected).abs().sum() <= 4
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_expert_draws_its_own_dropout_unless_shared(shared: bool) -> None:
     module = goat(

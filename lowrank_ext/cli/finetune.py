@@ -58,7 +58,7 @@ from lowrank_ext.cli.report import (
     write_report,
     write_result,
 )
-from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.settings import WITH_EXPERTS, Settings
 from lowrank_ext.cli.training import (
     Events,
     Progress,
@@ -197,11 +197,19 @@ def describe(job: Job) -> None:
     job.console.print(
         f"{human_count(job.num_parameters)} parameters, {torch.get_num_threads()} threads; "
         f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
-        f"{settings.targets}\n"
+        f"{settings.targets}{_experts(settings)}\n"
         f"{corpus.description}, {corpus.train.numel():,} tokens to train on, {held_out:,} held "
         f"out; {settings.steps} steps of {settings.batch} x {settings.seq_len} tokens",
         markup=False,
         soft_wrap=True,
+    )
+
+
+def _experts(settings: Settings) -> str:
+    if not WITH_EXPERTS.intersection(settings.methods):
+        return ""
+    return (
+        f"; {settings.experts} experts, {settings.top_k} per token, balance {settings.balance:g}"
     )
 
 

@@ -13,7 +13,7 @@ import lowrank_ext as lr
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
-from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.settings import WITH_EXPERTS, Settings
 
 # A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
 # (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
@@ -59,7 +59,7 @@ def adapter_config(
     }
     if method == "lora":
         return lr.LoRAConfig(**shared)
-    if method in ("moe-lora", "goat"):
+    if method in WITH_EXPERTS:
         return lr.GOATConfig(
             **shared,
             init="goat" if method == "goat" else "zero",

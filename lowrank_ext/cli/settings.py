@@ -9,6 +9,7 @@ from typing import Any
 from lowrank_ext.cli.errors import UserError, near_matches
 
 METHODS = ("frozen", "full", "peft-lora", "lora", "lamda", "lamda++", "moe-lora", "goat")
+WITH_EXPERTS = frozenset({"moe-lora", "goat"})  # methods whose modules have a router
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 # Learning rates that work on the default model and text (r = 16, scaling 1).
@@ -79,7 +80,7 @@ class Settings:
             raise UserError(f"--top-k must be at most --experts {self.experts}, got {self.top_k}")
         if not (self.balance >= 0 and math.isfinite(self.balance)):
             raise UserError(f"--balance must be at least 0, got {self.balance}")
-        if set(self.methods) & {"moe-lora", "goat"} and self.rank % self.experts:
+        if WITH_EXPERTS.intersection(self.methods) and self.rank % self.experts:
             raise UserError(
                 f"--rank must be a multiple of --experts {self.experts}, got {self.rank}"
             )

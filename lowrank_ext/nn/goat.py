@@ -187,12 +187,16 @@ class GOATLinear(LowRankLinear):
         return firsts.unsqueeze(1) + torch.arange(self.expert_rank)
 
     def _initial_delta(self) -> Tensor:
-        experts = self.lora_b_init.double() @ self.lora_a_init.double()  # [E, N, K]
-        return self.residual_factor * self.scaling * experts.sum(0)
+        # Σ Bᵢ Aᵢ as one product of [N, r] and [r, K]
+        stacked_b = self.lora_b_init.double().transpose(0, 1).flatten(1)
+        stacked_a = self.lora_a_init.double().flatten(0, 1)
+        return self.residual_factor * self.scaling * (stacked_b @ stacked_a)
 
     def delta_weight(self) -> Tensor:
         """There is none: raises TypeError."""
-        raise TypeError(f"GOATLinear.delta_weight: must exist, but {self.unmergeable_because}")
+        raise TypeError(
+            f"GOATLinear.delta_weight: the branch must be one matrix, {self.unmergeable_because}"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N] in x's dtype."""
@@ -239,8 +243,12 @@ class GOATLinear(LowRankLinear):
     @torch.no_grad()
     def expert_counts(self, x: Tensor) -> Tensor:
         """How many tokens of x [..., K] the router sends to each expert, int64 [E]."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))  # as in the op's autocast rule
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = x.to(wide) @ self.router_weight.to(x.dtype).to(wide).mT
+        with torch.autocast(device, enabled=False):
+            logits = x.to(wide) @ self.router_weight.to(x.dtype).to(wide).mT
         mask = current_token_mask(x)
         return ops.moe_route(logits, top_k=self.top_k, token_mask=mask).expert_counts
 
