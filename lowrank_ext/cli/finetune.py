@@ -208,9 +208,7 @@ def describe(job: Job) -> None:
 def _experts(settings: Settings) -> str:
     if not WITH_EXPERTS.intersection(settings.methods):
         return ""
-    return (
-        f"; {settings.experts} experts, {settings.top_k} per token, balance {settings.balance:g}"
-    )
+    return f"; {settings.experts} experts, {settings.top_k} per token, balance {settings.balance:g}"
 
 
 def run_or_reuse(job: Job, method: str) -> Result:
