@@ -13,18 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU where there is one
 
 
 class Candidate(NamedTuple):
     """Something to time: forward, and backward of what forward returned."""
 
-    forward: Callable[[], Tensor]
-    backward: Callable[[Tensor], object]
+    forward: Callable[[], Any]
+    backward: Callable[[Any], object]
 
 
 class Seconds(NamedTuple):

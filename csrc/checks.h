@@ -79,6 +79,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "float16";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return "another dtype";
   }
@@ -123,19 +125,19 @@ inline void check_adapter_dtype(const char* op, const char* name, const Tensor& 
         "), or float32 beside bfloat16 and float16, got ", dtype_name(dtype));
 }
 
-inline void check_seed(const char* op, const BranchArgs& args, const Tensor& like,
-                       const char* like_name) {
-  check(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op,
-        ": dropout_p must be between 0 and 1, got ", args.dropout_p);
+inline void check_dropout(const char* op, double dropout_p, const std::optional<Tensor>& seed,
+                          const Tensor& like, const char* like_name) {
+  check(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be between 0 and 1, got ",
+        dropout_p);
   // Also where it is not used: a backend must never see a tensor of another device.
-  if (args.seed) check_same_device(op, "seed", *args.seed, like, like_name);
-  if (args.dropout_p == 0.0) return;
-  check(args.seed.has_value(), op,
+  if (seed) check_same_device(op, "seed", *seed, like, like_name);
+  if (dropout_p == 0.0) return;
+  check(seed.has_value(), op,
         ": seed must be an int64 tensor of one element when dropout_p > 0"
         ", got None");
-  check(args.seed->scalar_type() == ScalarType::Long && args.seed->numel() == 1, op,
-        ": seed must be an int64 tensor of one element, got ", dtype_name(args.seed->scalar_type()),
-        ' ', shape_of(*args.seed));
+  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+        ": seed must be an int64 tensor of one element, got ", dtype_name(seed->scalar_type()), ' ',
+        shape_of(*seed));
 }
 
 // Checks the branch against `like` (x in the forward, dout in the backward: device and dtype).
@@ -166,7 +168,7 @@ inline void check_branch(const char* op, const BranchArgs& args, const Tensor& l
     check_adapter_dtype(op, name, *tensor, like, like_name);
     check_same_device(op, name, *tensor, like, like_name);
   }
-  check_seed(op, args, like, like_name);
+  check_dropout(op, args.dropout_p, args.seed, like, like_name);
 }
 
 inline bool leading_dims_match(const Tensor& left, const Tensor& right) {
@@ -174,6 +176,19 @@ inline bool leading_dims_match(const Tensor& left, const Tensor& right) {
   for (int64_t dim = 0; dim + 1 < left.dim(); ++dim)
     if (left.size(dim) != right.size(dim)) return false;
   return true;
+}
+
+// A tensor that forward kept for backward.
+inline void check_saved(const char* op, const char* name, const std::optional<Tensor>& saved,
+                        bool needed, const Tensor& dout, const char* last_name, int64_t last) {
+  check(!needed || saved.has_value(), op, ": ", name,
+        " must be given for the gradients asked for, got None");
+  if (!saved) return;
+  check_shape(
+      op, name, *saved, leading_dims_match(*saved, dout) && saved->size(saved->dim() - 1) == last,
+      std::string("dout's leading dimensions and ") + last_name + "=" + std::to_string(last));
+  check_same_dtype(op, name, *saved, dout, "dout");
+  check_same_device(op, name, *saved, dout, "dout");
 }
 
 // What both backward ops check, beyond their base's own arguments.
@@ -184,20 +199,8 @@ inline void check_backward(const char* op, const BranchArgs& args, const BranchN
   check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == out_features,
               "[..., out_features=" + std::to_string(out_features) + "]");
   check_branch(op, args, dout, "dout", in_features, out_features);
-  const auto check_saved = [&](const char* name, const std::optional<Tensor>& saved, bool needed,
-                               int64_t last, const std::string& words) {
-    check(!needed || saved.has_value(), op, ": ", name,
-          " must be given for the gradients asked for, got None");
-    if (!saved) return;
-    check_shape(op, name, *saved,
-                leading_dims_match(*saved, dout) && saved->size(saved->dim() - 1) == last, words);
-    check_same_dtype(op, name, *saved, dout, "dout");
-    check_same_device(op, name, *saved, dout, "dout");
-  };
-  check_saved("x", x, needs.dlora_a, in_features,
-              "dout's leading dimensions and in_features=" + std::to_string(in_features));
-  check_saved("h", h, needs.h(), args.rank(),
-              "dout's leading dimensions and r=" + std::to_string(args.rank()));
+  check_saved(op, "x", x, needs.dlora_a, dout, "in_features", in_features);
+  check_saved(op, "h", h, needs.h(), dout, "r", args.rank());
   check(!needs.dcore || args.core, op, ": core must be given when need_dcore, got None");
   check(!needs.drank_scale || args.rank_scale, op,
         ": rank_scale must be given when need_drank_scale, got None");

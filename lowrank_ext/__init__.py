@@ -13,25 +13,34 @@ from lowrank_ext.adapt import (
     summary,
     trainable_parameters,
 )
+from lowrank_ext.adapter_bank import AdapterBank
+from lowrank_ext.balance import ExpertLoad, balance_loss, expert_load
 from lowrank_ext.checkpoint import load_adapter, save_adapter
-from lowrank_ext.config import LaMDAConfig, LoRAConfig
+from lowrank_ext.config import GOATConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.freezing import FreezeSchedule
 from lowrank_ext.merging import merge, unload, unmerge
+from lowrank_ext.nn.goat import token_mask
 from lowrank_ext.rank_allocation import allocate_ranks
 
 if TYPE_CHECKING:
-    from lowrank_ext.integrations.transformers import FreezeCallback
+    from lowrank_ext.integrations.transformers import BalanceLossMixin, FreezeCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
+    "BalanceLossMixin",
+    "ExpertLoad",
     "FreezeCallback",
     "FreezeSchedule",
+    "GOATConfig",
     "LaMDAConfig",
     "LoRAConfig",
     "__version__",
     "adapt",
     "allocate_ranks",
+    "balance_loss",
+    "expert_load",
     "load_adapter",
     "merge",
     "nn",
@@ -39,6 +48,7 @@ __all__ = [
     "prepare_for_checkpointing",
     "save_adapter",
     "summary",
+    "token_mask",
     "trainable_parameters",
     "unload",
     "unmerge",
@@ -46,9 +56,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The callback derives from a class of transformers, which is not needed for anything else.
-    if name == "FreezeCallback":
-        from lowrank_ext.integrations.transformers import FreezeCallback
+    # These build on transformers, which is not needed for anything else.
+    if name in ("BalanceLossMixin", "FreezeCallback"):
+        from lowrank_ext.integrations import transformers
 
-        return FreezeCallback
+        return getattr(transformers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_ext.config import AdapterConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import (
     LoRALinear,
@@ -22,13 +23,16 @@ from lowrank_ext.nn.linear import (
     dense_weight,
     linear_features,
 )
+from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.rank_allocation import allocate_ranks
 from lowrank_ext.targets import find_targets, modules_named, outermost_modules, shared_tensors
 
 MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     LoRAConfig: LoRALinear,
     LaMDAConfig: LaMDALinear,
+    GOATConfig: GOATLinear,
 }
+_ADAPTED = (LowRankLinear, MultiLoRALinear)
 # Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
 _FUSED_FLAGS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
@@ -42,7 +46,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
     """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
 
     Afterwards exactly the adapters (what of them trains) and ``modules_to_save`` require gradients.
-    The output is the base model's, bit for bit where the init starts with a zero branch. A module
+    The output is the base model's, bit for bit where the init starts with a zero branch (GOAT's SVD
+    inits give it on average only, see GOATConfig). A module
     that is registered at several paths is adapted once and stays shared; tied weights stay tied.
     The config, with the ranks LaMDA++ found, is kept as ``model.lowrank_config``. torch's fused
     eval path of nn.TransformerEncoderLayer, which would bypass the adapters, is switched off in
@@ -50,7 +55,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
 
     Args:
         model: any torch or transformers model; returned.
-        config: LoRAConfig or LaMDAConfig.
+        config: LoRAConfig, LaMDAConfig or GOATConfig.
         initialise: False leaves the adapters at zero and the base untouched, for a loader that
             fills them.
 
@@ -110,9 +115,7 @@ def set_fused_encoders(model: nn.Module, on: bool) -> None:
     for module in model.modules():
         flag = next((f for cls, f in _FUSED_FLAGS.items() if isinstance(module, cls)), None)
         kept: dict[str, Any] = vars(module)
-        if flag is None or (
-            not on and not any(isinstance(m, LowRankLinear) for m in module.modules())
-        ):
+        if flag is None or (not on and not any(isinstance(m, _ADAPTED) for m in module.modules())):
             continue
         if on and "fused_path_before_adapt" in kept:
             kept[flag] = kept.pop("fused_path_before_adapt")
@@ -242,11 +245,13 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
     if type(config) not in MODULE_CLASSES:
-        known = " or ".join(cls.__name__ for cls in MODULE_CLASSES)
-        raise TypeError(f"adapt: config must be a {known}, got {type(config).__name__}")
+        raise TypeError(
+            "adapt: config must be a LoRAConfig, LaMDAConfig or GOATConfig, got "
+            f"{type(config).__name__}"
+        )
     for path, module in model.named_modules():
         where = path or "the model itself"
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, _ADAPTED):
             raise ValueError(
                 f"adapt: model must not be adapted yet, got a {type(module).__name__} at {where}; "
                 "use unload first"

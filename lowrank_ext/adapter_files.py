@@ -25,8 +25,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 class AdapterFiles(NamedTuple):
-    """What the two files hold, and where they are for messages."""
+    """What the two files hold, and where they are and who reads them for messages."""
 
+    caller: str
     config_path: Path
     weights_path: Path
     config: dict[str, Any]
@@ -94,7 +95,7 @@ def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
         raise ValueError(
             f"{caller}: {weights_path} must be a whole safetensors file: {error}"
         ) from None
-    return AdapterFiles(config_path, weights_path, config, tensors, metadata)
+    return AdapterFiles(caller, config_path, weights_path, config, tensors, metadata)
 
 
 def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,15 +1,19 @@
 """Adapter checkpoints: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
-LoRA is written as PEFT writes it, and PEFT's LoRA files load here. LaMDA uses the same two files
-and the same keys with ``peft_type`` "LAMDA" and up to three more tensors per module. With P for
+LoRA is written as PEFT writes it, and PEFT's LoRA files load here. The other methods use the same
+two files with ``peft_type`` "LAMDA" or "GOAT" and more tensors per module. With P for
 ``base_model.model.<path>``:
 
-    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         every method
+    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         LoRA, LaMDA
     P.lora_core.weight [r, r]                                LaMDA
     P.lora_B_init.weight [N, r]    P.lora_core_init.weight [r]
                                                              LaMDA svd_residual: start of lora_b and
                                                              of core's diagonal, which with lora_a
                                                              rebuild the residual base weight
+    P.lora_A.weight [E, r/E, K]    P.lora_B.weight [E, N, r/E]    P.lora_router.weight [E, K]
+                                                             GOAT
+    P.lora_A_init.weight    P.lora_B_init.weight             GOAT but init="zero": starts of lora_A
+                                                             and lora_B, likewise
     P.<name in the module's state dict>                      every module of modules_to_save
 
 LoRA with init="pissa" is written as a plain LoRA of rank 2r over the original base, A = [A; A_init]
@@ -26,7 +30,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +39,16 @@ from lowrank_ext.adapt import adapt, lowrank_modules
 from lowrank_ext.adapter_files import AdapterFiles, read_adapter_files, write_adapter_files
 from lowrank_ext.config import (
     AdapterConfig,
+    GOATConfig,
     LaMDAConfig,
     LoRAConfig,
     did_you_mean,
+    goat_scaling,
     matching_pattern,
 )
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.linear import dense_weight, linear_features
-from lowrank_ext.targets import outermost_modules, shared_tensors
+from lowrank_ext.targets import check_adaptable, outermost_modules, shared_tensors
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -50,8 +56,9 @@ _PREFIX = "base_model.model."
 _PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling
 
 LORA_A, LORA_B, CORE = "lora_A.weight", "lora_B.weight", "lora_core.weight"
+ROUTER = "lora_router.weight"
 LORA_A_INIT, LORA_B_INIT, CORE_INIT = (
-    "lora_A_init.weight",  # only in memory: in a file it is the second half of lora_A
+    "lora_A_init.weight",  # of pissa only in memory: in a file it is the second half of lora_A
     "lora_B_init.weight",
     "lora_core_init.weight",
 )
@@ -59,6 +66,7 @@ _ATTRIBUTES = {
     LORA_A: "lora_a",
     LORA_B: "lora_b",
     CORE: "core",
+    ROUTER: "router_weight",
     LORA_A_INIT: "lora_a_init",
     LORA_B_INIT: "lora_b_init",
     CORE_INIT: "core_init",
@@ -82,6 +90,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "velora_config": (),
     "ensure_weight_tying": (),
 }
+# Fields of a method that has them in the file under their own names.
+_OWN_FIELDS: dict[type[AdapterConfig], tuple[str, ...]] = {
+    LaMDAConfig: ("init", "train_lora_b", "rank_budget", "direction"),
+    GOATConfig: (
+        *("init", "num_experts", "top_k", "rho", "residual_factor", "scale", "eta"),
+        *("shared_dropout", "balance_coefficient"),
+    ),
+}
 # Fields without effect on a finished adapter, or read elsewhere in this file.
 _KNOWN = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
@@ -90,7 +106,7 @@ _KNOWN = {
     *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "init_lora_weights"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"),
     *("megatron_core", "runtime_config", "qalora_group_size"),
-    *("init", "train_lora_b", "rank_budget", "direction"),
+    *(key for keys in _OWN_FIELDS.values() for key in keys),
 }
 # Inits of PEFT that leave the base weights alone, and what continues them here.
 _PEFT_INITS = {
@@ -212,6 +228,9 @@ def _file_keys(config: AdapterConfig) -> list[str]:
     """Tensors of one module in a file."""
     if isinstance(config, LoRAConfig):
         return [LORA_A, LORA_B]
+    if isinstance(config, GOATConfig):
+        starts = [LORA_A_INIT, LORA_B_INIT] if config.init != "zero" else []
+        return [LORA_A, LORA_B, ROUTER, *starts]
     residual = [LORA_B_INIT, CORE_INIT] if config.init == "svd_residual" else []
     return [LORA_A, LORA_B, CORE, *residual]
 
@@ -261,10 +280,9 @@ def _config_fields(
         "fan_in_fan_out": any(m.fan_in_fan_out for m in modules.values()),
         "bias": "none",
     }
-    if isinstance(config, LaMDAConfig):
-        for key in ("init", "train_lora_b", "rank_budget", "direction"):
-            fields[key] = getattr(config, key)
-    else:
+    for key in _OWN_FIELDS.get(type(config), ()):
+        fields[key] = getattr(config, key)
+    if isinstance(config, LoRAConfig):
         fields["init_lora_weights"] = "gaussian" if config.init == "gaussian" else True
         fields["use_dora"] = False
     return fields, metadata
@@ -366,7 +384,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     files, adapters, others = _split_keys(files, split_pissa=own is None or own.init == "pissa")
     config = _parsed_config(files, adapters)
     modules = _modules_for(model, files, adapters)
-    _check_loadable(model, modules)
+    _check_loadable(model, modules, "load_adapter")
     _check_tensors(files, config, modules, adapters)
     saved = _saved_modules_for(model, files, others)
     config = dataclasses.replace(
@@ -383,7 +401,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         try:
             adapt(model, config, initialise=initialise)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"load_adapter: {files.config_path}: {error}") from None
+            raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
     for name, tensors in adapters.items():
         module = model.get_submodule(name)
         assert isinstance(module, LowRankLinear)
@@ -392,6 +410,62 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+class LoRATensors(NamedTuple):
+    """One module's adapter in a file: lora_a [r, K], lora_b [N, r]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+def read_lora(
+    model: nn.Module, path: str | os.PathLike[str], caller: str
+) -> dict[str, LoRATensors]:
+    """The LoRA in the directory ``path`` by module path of ``model``, which is left alone.
+
+    Refused, beside what :func:`load_adapter` refuses: everything that is more than a branch on the
+    output of linear modules. A pissa file that :func:`save_adapter` wrote is the LoRA of rank 2r
+    that it says.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, does not fit the model or uses what is not supported; the
+            message names file and key.
+    """
+    files = read_adapter_files(Path(path), caller)
+    files, adapters, others = _split_keys(files, split_pissa=False)
+    config = _parsed_config(files, adapters)
+    if config.peft_type != "LORA" or config.init == "pissa":
+        what = "a residual base weight (PiSSA)" if config.peft_type == "LORA" else config.peft_type
+        raise ValueError(f"{caller}: {files.config_path} must be a plain LoRA, got {what}")
+    modules = _modules_for(model, files, adapters)
+    for name, module in modules.items():
+        check_adaptable(name, module, caller)
+    _check_loadable(model, modules, caller)
+    _check_tensors(files, config, modules, adapters)
+    if saved := _saved_modules_for(model, files, others):
+        raise ValueError(
+            f"{caller}: {files.config_path}: modules_to_save must match no module, one of them "
+            f"would change for all rows, got {', '.join(saved)}"
+        )
+    return {
+        name: LoRATensors(
+            tensors[LORA_A],
+            tensors[LORA_B],
+            _scaling_for(config, name, in_features=tensors[LORA_A].shape[1]),
+        )
+        for name, tensors in adapters.items()
+    }
+
+
+def _scaling_for(config: AdapterConfig, name: str, in_features: int) -> float:
+    r, alpha = config.rank_for(name), config.alpha_for(name)
+    alpha = r if alpha is None else alpha
+    if isinstance(config, GOATConfig):
+        return goat_scaling(config.scale, alpha, config.eta, r // config.num_experts, in_features)
+    return alpha / (math.sqrt(r) if config.rslora else r)
 
 
 def _split_keys(
@@ -410,7 +484,9 @@ def _split_keys(
         else:
             adapters.setdefault(name.removesuffix(f".{kind}"), {})[kind] = tensor
     if not adapters:
-        raise ValueError(f"load_adapter: {files.weights_path} must hold adapter tensors, got none")
+        raise ValueError(
+            f"{files.caller}: {files.weights_path} must hold adapter tensors, got none"
+        )
     numbers = _numbers_before_doubling(files) if split_pissa else None
     if numbers is None:
         return files, adapters, others
@@ -451,16 +527,16 @@ def _split_pissa(
 
 
 def _bad_key(files: AdapterFiles, key: str, problem: str) -> ValueError:
-    return ValueError(f"load_adapter: {files.weights_path}: {key} {problem}")
+    return ValueError(f"{files.caller}: {files.weights_path}: {key} {problem}")
 
 
 def _parsed_config(files: AdapterFiles, adapters: Adapters) -> AdapterConfig:
     """The config in the file, for the modules in the file."""
     fields = files.config
-    where = f"load_adapter: {files.config_path}"
+    where = f"{files.caller}: {files.config_path}"
     method = fields.get("peft_type")
-    if method not in ("LORA", "LAMDA"):
-        raise ValueError(f"{where}: peft_type must be 'LORA' or 'LAMDA', got {method!r}")
+    if method not in ("LORA", "LAMDA", "GOAT"):
+        raise ValueError(f"{where}: peft_type must be 'LORA', 'LAMDA' or 'GOAT', got {method!r}")
     _check_supported(fields, where)
     r = fields.get("r", 8)  # PEFT's defaults
     options: dict[str, Any] = {
@@ -474,12 +550,14 @@ def _parsed_config(files: AdapterFiles, adapters: Adapters) -> AdapterConfig:
     try:
         if method == "LORA":
             return LoRAConfig(init=_init_of(fields, where), **options)
-        keys = ("init", "train_lora_b", "rank_budget", "direction")
-        options |= {key: fields[key] for key in keys if key in fields}
+        config_class = LaMDAConfig if method == "LAMDA" else GOATConfig
+        options |= {key: fields[key] for key in _OWN_FIELDS[config_class] if key in fields}
+        if config_class is GOATConfig and options.get("scale") == "theory":
+            options |= {"alpha": None, "alpha_pattern": {}}  # lora_alpha is there for other readers
         if options.get("rank_budget") is not None and not options["rank_pattern"]:
             # The ranks are known; an empty pattern would have them allocated once more.
             options["rank_pattern"] = {f"^{re.escape(name)}": r for name in adapters}
-        return LaMDAConfig(**options)
+        return config_class(**options)
     except (TypeError, ValueError) as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 
@@ -549,7 +627,7 @@ def _check_tensors(
 ) -> None:
     """All kinds of tensors of the method are there, no others, and their shapes fit."""
     wanted = _file_keys(config)
-    if _has_pissa_factors(adapters):
+    if isinstance(config, LoRAConfig) and _has_pissa_factors(adapters):
         wanted += [LORA_A_INIT, LORA_B_INIT]
     for name, tensors in adapters.items():
         module = modules[name]
@@ -559,15 +637,7 @@ def _check_tensors(
             else linear_features(module)
         )
         assert features is not None
-        r, (num_in, num_out) = config.rank_for(name), features
-        shapes = {
-            LORA_A: [r, num_in],
-            LORA_B: [num_out, r],
-            CORE: [r, r],
-            LORA_A_INIT: [r, num_in],
-            LORA_B_INIT: [num_out, r],
-            CORE_INIT: [r],
-        }
+        shapes = _shapes(config, config.rank_for(name), *features)
         for kind in wanted:
             if kind not in tensors:
                 raise _bad_key(files, f"{_PREFIX}{name}.{kind}", "is missing")
@@ -579,6 +649,17 @@ def _check_tensors(
                 raise _bad_key(files, key, f"must be {shapes[kind]}, got {list(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise _bad_key(files, key, f"must be floating-point, got {tensor.dtype}")
+
+
+def _shapes(config: AdapterConfig, r: int, num_in: int, num_out: int) -> dict[str, list[int]]:
+    """Shapes of a module's tensors in memory, by kind."""
+    a, b = [r, num_in], [num_out, r]
+    shapes = {CORE: [r, r], CORE_INIT: [r]}
+    if isinstance(config, GOATConfig):
+        num_experts = config.num_experts
+        a, b = [num_experts, r // num_experts, num_in], [num_experts, num_out, r // num_experts]
+        shapes = {ROUTER: [num_experts, num_in]}
+    return shapes | {LORA_A: a, LORA_B: b, LORA_A_INIT: a, LORA_B_INIT: b}
 
 
 def _has_pissa_factors(adapters: Adapters) -> bool:
@@ -595,7 +676,7 @@ def _saved_modules_for(
     names = files.config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"load_adapter: {files.config_path}: modules_to_save must be a list of names, "
+            f"{files.caller}: {files.config_path}: modules_to_save must be a list of names, "
             f"got {names!r}"
         )
     paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
@@ -615,15 +696,15 @@ def _saved_modules_for(
     return saved
 
 
-def _check_loadable(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def _check_loadable(model: nn.Module, modules: Mapping[str, nn.Module], caller: str) -> None:
     for name, module in modules.items():
         if isinstance(module, LowRankLinear) and module.merged:
-            raise ValueError(f"load_adapter: {name} must not be merged; call unmerge first")
+            raise ValueError(f"{caller}: {name} must not be merged; call unmerge first")
     for key, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"load_adapter: {key} must hold values, got a meta tensor")
+            raise ValueError(f"{caller}: {key} must hold values, got a meta tensor")
         if _is_sharded(parameter):
-            raise ValueError(f"load_adapter: {key} must not be sharded; load before fully_shard")
+            raise ValueError(f"{caller}: {key} must not be sharded; load before fully_shard")
 
 
 def _adapter_dtype(modules: Mapping[str, nn.Module], adapters: Adapters) -> str:
@@ -647,7 +728,7 @@ def _check_same(
 
     def differs(what: str, expected: object, got: object) -> ValueError:
         return ValueError(
-            f"load_adapter: {files.config_path}: {what} must be {expected!r} as in the model, "
+            f"{files.caller}: {files.config_path}: {what} must be {expected!r} as in the model, "
             f"got {got!r}"
         )
 
@@ -658,12 +739,19 @@ def _check_same(
         raise differs("peft_type", own.peft_type, config.peft_type)
     if start(config) != start(own):
         raise differs("init", own.init, config.init)
+    if isinstance(config, GOATConfig) and isinstance(own, GOATConfig):
+        for name, expected, got in (
+            ("num_experts", own.num_experts, config.num_experts),
+            ("top_k", own.top_k, config.top_k),
+            ("residual_factor", own.taken_out, config.taken_out),
+        ):
+            if expected != got:
+                raise differs(name, expected, got)
     modules = lowrank_modules(model, "load_adapter")
     if modules.keys() != adapters.keys():
         raise differs("adapted modules", sorted(modules), sorted(adapters))
     for name, module in modules.items():
-        r, alpha = config.rank_for(name), config.alpha_for(name)
-        scaling = (r if alpha is None else alpha) / (math.sqrt(r) if config.rslora else r)
+        r, scaling = config.rank_for(name), _scaling_for(config, name, module.in_features)
         if module.r != r:
             raise differs(f"rank of {name}", module.r, r)
         if not math.isclose(module.scaling, scaling, rel_tol=1e-12):

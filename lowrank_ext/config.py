@@ -60,7 +60,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if not self.peft_type:
             raise TypeError(
-                "AdapterConfig: use LoRAConfig or LaMDAConfig, AdapterConfig itself is no method"
+                "AdapterConfig: use LoRAConfig, LaMDAConfig or GOATConfig, AdapterConfig itself is "
+                "no method"
             )
         owner = type(self).__name__
         check_rank(self.r, owner, "r")
@@ -215,8 +216,85 @@ class LaMDAConfig(AdapterConfig):
         return {**super().module_options(path), "train_lora_b": self.train_lora_b}
 
 
+@dataclass(kw_only=True, frozen=True)
+class GOATConfig(AdapterConfig):
+    """GOAT and plain mixtures of LoRA experts: a router picks top_k of num_experts per token.
+
+    (Fan et al., arXiv 2502.16894.) y = x Wᵀ + bias + scaling · Σ wᵢ Bᵢ Aᵢ dropᵢ(x) over the chosen
+    experts, whose weights w are the router's probabilities, renormalised. The balance loss of the
+    routers is added to the task's with ``lr.balance_loss``. Such an adapter cannot be merged.
+
+    Attributes:
+        r: total rank; every expert has r / num_experts of it, so num_experts must divide r (and
+            every rank in rank_pattern).
+        alpha: as elsewhere, None stands for r; used by scale ``"alpha_over_re"``.
+        dropout: drawn anew for every expert; the router sees x without it. The paper's is 0.05.
+        init: ``"goat"``: the singular triples of W are cut into num_experts segments and each
+            expert starts from the top r / num_experts of its own, divided by rho. ``"goat_mini"``:
+            from the last ones. Both take residual_factor times the sum of all experts out of the
+            base weight. ``"zero"``: every lora_a Kaiming, every lora_b zero, W untouched: a plain
+            mixture of LoRA experts.
+        num_experts, top_k: 1 <= top_k <= num_experts.
+        rho: what the singular values of an expert's start are divided by.
+        residual_factor: c in W - c · scaling · Σ Bᵢ Aᵢ, the residual base; None stands for
+            1 / num_experts, with which balanced routing leaves W as it was on average. A single
+            token sees only top_k experts, so the output is not exactly the base's at the start.
+        scale: ``"alpha_over_re"``, alpha / (r / num_experts), the released code's, or ``"theory"``,
+            sqrt(3 · eta · in_features / (r / num_experts)), for which alpha must be None.
+        eta: learning rate of full fine-tuning over the adapter's, for ``"theory"``.
+        shared_dropout: one dropout mask for all experts.
+        balance_coefficient: factor of each module's balance loss in ``lr.balance_loss``; 0 switches
+            it off.
+    """
+
+    peft_type: ClassVar[str] = "GOAT"
+    inits: ClassVar[tuple[str, ...]] = ("goat", "goat_mini", "zero")
+
+    init: str = "goat"
+    num_experts: int = 8
+    top_k: int = 2
+    rho: float = 10.0
+    residual_factor: float | None = None
+    scale: str = "alpha_over_re"
+    eta: float = 1.0
+    shared_dropout: bool = False
+    balance_coefficient: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_goat_options(owner, self.r, self.alpha, self.rslora, **self._own_options())
+        for key, rank in self.rank_pattern.items():
+            check_divisible(rank, self.num_experts, owner, f"rank_pattern[{key!r}]")
+        if self.scale == "theory" and self.alpha_pattern:
+            raise ValueError(
+                f"{owner}: alpha_pattern must be empty with scale='theory', which does not use it, "
+                f"got {dict(self.alpha_pattern)!r}"
+            )
+
+    @property
+    def taken_out(self) -> float:
+        """residual_factor, or the number that None stands for."""
+        return 1 / self.num_experts if self.residual_factor is None else self.residual_factor
+
+    def _own_options(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "rho": self.rho,
+            "residual_factor": self.residual_factor,
+            "scale": self.scale,
+            "eta": self.eta,
+            "shared_dropout": self.shared_dropout,
+            "balance_coefficient": self.balance_coefficient,
+        }
+
+    def module_options(self, path: str) -> dict[str, Any]:
+        return {**super().module_options(path), **self._own_options()}
+
+
 def _methods() -> tuple[type[AdapterConfig], ...]:
-    return (LoRAConfig, LaMDAConfig)
+    return (LoRAConfig, LaMDAConfig, GOATConfig)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -263,6 +341,66 @@ def check_train_lora_b(train_lora_b: bool, init: str, owner: str) -> None:
             f"{owner}: train_lora_b must be True with init='lora' (lora_b starts at zero), "
             "got False"
         )
+
+
+def check_goat_options(
+    owner: str,
+    r: int,
+    alpha: float | None,
+    rslora: bool,
+    *,
+    num_experts: int,
+    top_k: int,
+    rho: float,
+    residual_factor: float | None,
+    scale: str,
+    eta: float,
+    shared_dropout: bool,
+    balance_coefficient: float,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, for what no GOATLinear can be."""
+    check_rank(r, owner, "r")
+    check_rank(num_experts, owner, "num_experts")
+    check_rank(top_k, owner, "top_k")
+    if top_k > num_experts:
+        raise ValueError(f"{owner}: top_k must be at most num_experts={num_experts}, got {top_k}")
+    check_divisible(r, num_experts, owner, "r")
+    _check_number(rho, owner, "rho", positive=True)
+    _check_number(eta, owner, "eta", positive=True)
+    _check_number(balance_coefficient, owner, "balance_coefficient")
+    if residual_factor is not None:
+        _check_number(residual_factor, owner, "residual_factor")
+    check_choice(scale, ("alpha_over_re", "theory"), owner, "scale")
+    if not isinstance(shared_dropout, bool):
+        raise TypeError(f"{owner}: shared_dropout must be a bool, got {shared_dropout!r}")
+    if rslora:
+        raise ValueError(f"{owner}: rslora must be False, scale says how to scale, got True")
+    if scale == "theory" and alpha is not None:
+        raise ValueError(
+            f"{owner}: alpha must be None with scale='theory', which does not use it, got {alpha}"
+        )
+
+
+def goat_scaling(scale: str, alpha: float, eta: float, expert_rank: int, in_features: int) -> float:
+    """What GOAT's branch is multiplied by."""
+    theory = scale == "theory"
+    return math.sqrt(3 * eta * in_features / expert_rank) if theory else alpha / expert_rank
+
+
+def check_divisible(rank: int, num_experts: int, owner: str, name: str) -> None:
+    if rank % num_experts:
+        raise ValueError(
+            f"{owner}: {name}, the total rank, must be a multiple of num_experts={num_experts}, "
+            f"got {rank}"
+        )
+
+
+def _check_number(value: object, owner: str, name: str, *, positive: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        least = "positive" if positive else "at least 0"
+        raise ValueError(f"{owner}: {name} must be {least} and finite, got {value}")
 
 
 def normalised_adapter_dtype(dtype: torch.dtype | str, owner: str) -> str:

@@ -19,7 +19,8 @@ def merge(model: Model) -> Model:
     Raises:
         ValueError: the model carries no adapters, or a weight shares memory with a tensor of
             another module, which would change with it.
-        TypeError: a base does not compute x weightᵀ + bias with a floating-point weight.
+        TypeError: a base does not compute x weightᵀ + bias with a floating-point weight, or a
+            module's branch is no single matrix (GOAT: its experts are chosen by the input).
         In both cases no weight has been touched.
     """
     modules = lowrank_modules(model, "merge")
@@ -66,6 +67,12 @@ def unload(model: Model, merge: bool = False) -> Model:
 
 
 def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+    for path, module in modules.items():
+        if module.unmergeable_because:
+            raise TypeError(
+                f"merge: {path or 'the model'} must have a branch that is one matrix, got a "
+                f"{type(module).__name__}: {module.unmergeable_because}"
+            )
     owners = {
         m if m.base_layer is None else m.base_layer: p for p, m in modules.items() if not m.merged
     }

@@ -46,13 +46,15 @@ def dropout_mask(
     num_cols: int,
     dropout_p: float,
     device: torch.device | str | None = None,
+    expert: int = 0,
 ) -> Tensor:
     """Keep mask of the in-kernel dropout, ``bool [num_rows, num_cols]``; True means kept.
 
     Element (m, k) belongs to the Philox4x32-7 call with counter
-    ``(k // 8, m mod 2^32, m div 2^32, 0)`` and key ``(seed mod 2^32, seed div 2^32)``. The call's
-    four words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw below
-    ``round(p · 65536)`` drops its element. The mask depends on seed, row and column only.
+    ``(k // 8, m mod 2^32, m div 2^32, expert)`` and key ``(seed mod 2^32, seed div 2^32)``. The
+    call's four words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw
+    below ``round(p · 65536)`` drops its element. The mask depends on seed, row, column and expert
+    only.
     """
     num_calls = (num_cols + _COLUMNS_PER_CALL - 1) // _COLUMNS_PER_CALL
     rows = torch.arange(num_rows, dtype=torch.int64, device=device).unsqueeze(1)
@@ -61,7 +63,7 @@ def dropout_mask(
         calls.expand(num_rows, num_calls),
         (rows & _MASK32).expand(num_rows, num_calls),
         (rows >> 32).expand(num_rows, num_calls),
-        torch.zeros(num_rows, num_calls, dtype=torch.int64, device=device),
+        torch.full((num_rows, num_calls), expert, dtype=torch.int64, device=device),
     ]
     words = _philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
     draws = [half for word in words for half in (word & 0xFFFF, word >> 16)]
@@ -69,7 +71,7 @@ def dropout_mask(
     return kept.reshape(num_rows, num_calls * _COLUMNS_PER_CALL)[:, :num_cols]
 
 
-def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, expert: int = 0) -> Tensor:
     """x ⊙ mask / (1 - p) with the mask of :func:`dropout_mask`; rows are all leading dims of x."""
     if dropout_threshold(dropout_p) == 0:
         return x
@@ -77,7 +79,8 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
         raise ValueError("dropout: seed must be a one-element int64 tensor when dropout_p > 0")
     num_cols = x.shape[-1]
     num_rows = x.numel() // num_cols if num_cols else 0
-    kept = dropout_mask(int(seed), num_rows, num_cols, dropout_p, x.device).reshape(x.shape)
+    kept = dropout_mask(int(seed), num_rows, num_cols, dropout_p, x.device, expert)
+    kept = kept.reshape(x.shape)
     return torch.where(kept, x * dropout_scale(dropout_p), torch.zeros_like(x))
 
 
@@ -137,3 +140,116 @@ def lowrank_linear(
         dropout_p=dropout_p,
         seed=seed,
     )
+
+
+def multi_lowrank_add(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    scaling: Tensor,
+    *,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y[m] = base_out[m] + scaling[i] · lora_b[i] lora_a[i] drop(x[m]), i = adapter_ids[m].
+
+    Ranks of adapter i from ranks[i] on are padding. Rows with i = -1, or with ranks[i] = 0, are
+    base_out's. The stacks are rounded to x's dtype first, as in the kernels.
+    """
+    dropped = dropout(x, dropout_p, seed)
+    y = base_out
+    for i in range(lora_a.shape[0]):
+        rank = lora_a.shape[1] if ranks is None else int(ranks[i])
+        h = dropped @ lora_a[i, :rank].to(x.dtype).mT
+        branch = float(scaling[i]) * (h @ lora_b[i, :, :rank].to(x.dtype).mT)
+        chosen = (adapter_ids == i).unsqueeze(-1) & (rank > 0)
+        y = torch.where(chosen, base_out + branch, y)
+    return y
+
+
+def moe_route(
+    router_logits: Tensor, *, top_k: int, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Top-k routing of [..., E] logits, in fp32 (fp64 for fp64 logits).
+
+    Returns topk_weights, topk_ids, expert_counts, balance_loss, sorted_slots, expert_offsets and
+    slot_positions, as :func:`lowrank_ext.ops.moe_route` describes them.
+    """
+    num_experts = router_logits.shape[-1]
+    logits = _statistics(router_logits)
+    # A stable sort puts the lower id first where logits are equal; NaN sorts as the greatest.
+    order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
+    topk_ids = order[..., :top_k]
+    topk_weights = torch.softmax(logits.gather(-1, topk_ids), dim=-1)
+
+    counted = _counted(logits, token_mask)
+    one_hot = torch.nn.functional.one_hot(topk_ids, num_experts).sum(-2)
+    expert_counts = torch.where(counted, one_hot, 0).reshape(-1, num_experts).sum(0)
+    num_counted = counted.sum().clamp(min=1)
+    probs = torch.where(counted, torch.softmax(logits, dim=-1), 0).reshape(-1, num_experts)
+    share = expert_counts.to(logits.dtype) / num_counted
+    balance_loss = num_experts * (share * probs.sum(0) / num_counted).sum()
+
+    slots = topk_ids.reshape(-1)
+    sorted_slots = torch.sort(slots, stable=True).indices
+    slot_positions = torch.empty_like(sorted_slots)
+    slot_positions[sorted_slots] = torch.arange(slots.numel(), device=slots.device)
+    expert_offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=slots.device)
+    expert_offsets[1:] = torch.bincount(slots, minlength=num_experts).cumsum(0)
+    return (
+        topk_weights,
+        topk_ids,
+        expert_counts,
+        balance_loss,
+        sorted_slots,
+        expert_offsets,
+        slot_positions,
+    )
+
+
+def _statistics(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _counted(per_token: Tensor, token_mask: Tensor | None) -> Tensor:
+    """bool [..., 1]: the tokens that count for the balance of the experts."""
+    if token_mask is None:
+        return per_token.new_ones((*per_token.shape[:-1], 1), dtype=torch.bool)
+    return token_mask.unsqueeze(-1)
+
+
+def moe_lowrank_add(
+    base_out: Tensor,
+    x: Tensor,
+    router_weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    top_k: int,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    shared_dropout: bool = False,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = base_out + scaling · Σ_i w_i (drop_i(x) lora_a[i]ᵀ) lora_b[i]ᵀ over each row's experts.
+
+    The router's logits are x router_weightᵀ, in fp32 (fp64), of x without dropout. Returns y,
+    balance_loss, topk_ids and router_probs.
+    """
+    logits = _statistics(x) @ _statistics(router_weight.to(x.dtype)).mT
+    weights, topk_ids, _, balance_loss, *_ = moe_route(logits, top_k=top_k, token_mask=token_mask)
+    flat_ids, flat_weights = topk_ids.reshape(-1, top_k), weights.reshape(-1, top_k).to(x.dtype)
+    num_tokens = flat_ids.shape[0]
+    branch = base_out.new_zeros(num_tokens, lora_b.shape[1])
+    for i in range(lora_a.shape[0]):
+        dropped = dropout(x, dropout_p, seed, 0 if shared_dropout else i)
+        token, choice = (flat_ids == i).nonzero(as_tuple=True)
+        h = dropped.reshape(num_tokens, x.shape[-1])[token] @ lora_a[i].to(x.dtype).mT
+        out = (flat_weights[token, choice].unsqueeze(-1) * h) @ lora_b[i].to(x.dtype).mT
+        branch = branch.index_add(0, token, out)
+    y = base_out + scaling * branch.reshape(base_out.shape)
+    return y, balance_loss, topk_ids, torch.softmax(logits, dim=-1)

@@ -50,7 +50,7 @@ def find_targets(
     if isinstance(config.target_modules, str):
         targets = {path: m for path, m in targets.items() if linear_features(m) is not None}
     for path, module in targets.items():
-        _check_adaptable(path, module, caller)
+        check_adaptable(path, module, caller)
     if not targets:
         raise ValueError(
             f"{caller}: target_modules must leave a linear module of {type(model).__name__}, "
@@ -157,7 +157,8 @@ def _output_head(model: nn.Module, paths: Mapping[nn.Module, list[str]]) -> set[
     return set(named[-1:])
 
 
-def _check_adaptable(path: str, module: nn.Module, caller: str) -> None:
+def check_adaptable(path: str, module: nn.Module, caller: str) -> None:
+    """Raise ValueError where the module at ``path`` cannot carry an adapter."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(
             f"{caller}: target_modules must name modules that are called, got {path}, whose weight "

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ext.config import AdapterConfig, LaMDAConfig, LoRAConfig
-from lowrank_ext.nn import LaMDALinear, LoRALinear, LowRankLinear
+from lowrank_ext import reference
+from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.nn import GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -24,14 +25,27 @@ class Method(NamedTuple):
     def __str__(self) -> str:
         return f"{self.config.peft_type.lower()}-{self.init}"
 
+    def options(self, r: int) -> dict[str, Any]:
+        """What the method needs beside rank r: experts of rank 1, of which all but one are chosen
+        per token."""
+        experts = {"num_experts": r, "top_k": max(1, r - 1)}
+        return experts if self.config is GOATConfig else {}
+
 
 METHODS = [
     Method(module, config, init)
     for module, config in ((LoRALinear, LoRAConfig), (LaMDALinear, LaMDAConfig))
     for init in module.inits
 ]
+EXPERTS = [Method(GOATLinear, GOATConfig, init) for init in GOATLinear.inits]
+# METHODS have one matrix as their branch; a mixture of experts has none, and cannot be merged.
+ALL_METHODS = METHODS + EXPERTS
 RESIDUAL = [m for m in METHODS if m.init in m.module.residual_inits]
-ZERO_BRANCH = [m for m in METHODS if m not in RESIDUAL]
+RESIDUAL_EXPERTS = [m for m in EXPERTS if m.init in m.module.residual_inits]
+ZERO_BRANCH = [m for m in ALL_METHODS if m not in RESIDUAL + RESIDUAL_EXPERTS]
+# Methods whose output is the base's at the start, to rounding. Experts with an SVD start have it
+# only on average over balanced tokens.
+STARTS_AT_BASE = RESIDUAL + ZERO_BRANCH
 
 
 class DoublingLinear(nn.Linear):
@@ -109,7 +123,7 @@ def fits(method: Method, kind: str) -> bool:
     return kind in DENSE_BASES or method.init not in method.module.svd_inits
 
 
-METHODS_AND_BASES = [(m, kind) for m in METHODS for kind in BASES if fits(m, kind)]
+METHODS_AND_BASES = [(m, kind) for m in ALL_METHODS for kind in BASES if fits(m, kind)]
 
 
 def weight_of(base: nn.Module) -> Tensor:
@@ -123,8 +137,8 @@ def randomise(module: nn.Module) -> None:
     """Give what trains in the adapters below `module` values of order one that no init gives."""
     for layer in module.modules():
         if isinstance(layer, LowRankLinear):
-            for name in ("lora_a", "lora_b", "core"):
-                tensor = getattr(layer, name)
+            for name in ("lora_a", "lora_b", "core", "router_weight"):
+                tensor = getattr(layer, name, None)
                 if tensor is not None and tensor.requires_grad:
                     tensor.copy_(torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5)
 
@@ -147,6 +161,16 @@ def lora_product(
 
 def branch(module: LowRankLinear, x: Tensor) -> Tensor:
     """The branch's definition in fp64 (no dropout), differentiable."""
+    if isinstance(module, GOATLinear):
+        return reference.moe_lowrank_add(
+            x.new_zeros((*x.shape[:-1], module.out_features), dtype=torch.float64),
+            x.double(),
+            module.router_weight.double(),
+            module.lora_a.double(),
+            module.lora_b.double(),
+            top_k=module.top_k,
+            scaling=module.scaling,
+        )[0]
     h = x.double() @ module.lora_a.double().mT
     if module.core is not None:
         h = h @ module.core.double().mT

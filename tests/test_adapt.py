@@ -6,7 +6,16 @@ import json
 
 import pytest
 import torch
-from module_cases import IDS, METHODS, RESIDUAL, ZERO_BRANCH, Block, Method, TinyLM, randomise
+from module_cases import (
+    ALL_METHODS,
+    IDS,
+    STARTS_AT_BASE,
+    ZERO_BRANCH,
+    Block,
+    Method,
+    TinyLM,
+    randomise,
+)
 from rich.console import Console
 from torch import nn
 
@@ -24,16 +33,17 @@ from transformers import (
 )
 
 from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
-from lowrank_ext.config import AdapterConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.merging import unload
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 from lowrank_ext.targets import find_targets
 
-by_method = pytest.mark.parametrize("method", METHODS, ids=str)
+by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+by_method_from_base = pytest.mark.parametrize("method", STARTS_AT_BASE, ids=str)
 
 
 def config_of(method: Method, **options) -> AdapterConfig:
-    return method.config(**{"r": 2, "init": method.init, **options})
+    return method.config(**{"r": 2, "init": method.init, **method.options(2), **options})
 
 
 def adapted_paths(model: nn.Module) -> list[str]:
@@ -59,7 +69,7 @@ TRANSFORMERS = {"llama": small_llama, "gpt2": small_gpt2}
 
 
 @pytest.mark.parametrize("make_model", TRANSFORMERS.values(), ids=TRANSFORMERS)
-@by_method
+@by_method_from_base
 def test_the_output_is_the_base_models(method: Method, make_model) -> None:
     model = make_model()
     expected = model(IDS).logits
@@ -78,7 +88,11 @@ def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 @by_method
 def test_only_the_adapters_train(method: Method) -> None:
     model = adapt(TinyLM(), config_of(method, modules_to_save=["norm"]))
-    adapters = {"lora_a", "lora_b"} if method.config is LoRAConfig else {"lora_b", "core"}
+    adapters = {
+        LoRAConfig: {"lora_a", "lora_b"},
+        LaMDAConfig: {"lora_b", "core"},
+        GOATConfig: {"lora_a", "lora_b", "router_weight"},
+    }[method.config]
     expected = {f"{path}.{name}" for path in adapted_paths(model) for name in adapters}
     assert trainable_names(model) == expected | {"norm.weight", "norm.bias"}
 
@@ -272,7 +286,7 @@ def test_wrong_models_and_configs() -> None:
     with pytest.raises(TypeError, match=r"adapt: model must be a torch\.nn\.Module, got str"):
         adapt("model", LoRAConfig())
     with pytest.raises(
-        TypeError, match="adapt: config must be a LoRAConfig or LaMDAConfig, got dict"
+        TypeError, match="adapt: config must be a LoRAConfig, LaMDAConfig or GOATConfig, got dict"
     ):
         adapt(TinyLM(), {"r": 2})
     model = adapt(TinyLM(), LoRAConfig(r=2))
@@ -354,7 +368,7 @@ def test_neighbours_in_one_storage_are_not_ties() -> None:
     assert len(adapted_paths(adapt(model, LaMDAConfig(r=2)))) == 6
 
 
-@by_method
+@by_method_from_base
 def test_a_module_at_two_paths_is_adapted_once_and_stays_shared(method: Method) -> None:
     model = TinyLM()
     model.layers[1] = model.layers[0]
@@ -409,6 +423,7 @@ def test_the_config_is_kept_and_round_trips_through_json() -> None:
             r=2, exclude_modules="layers.0.*", modules_to_save=["norm"], train_lora_b=False
         ),
         LoRAConfig(r=2, rank_pattern={"q_proj": 4}, adapter_dtype=torch.bfloat16),
+        GOATConfig(init="goat_mini", scale="theory", eta=0.5, top_k=3, residual_factor=0.0),
     ):
         values = json.loads(json.dumps(config.to_dict()))
         assert values["peft_type"] == config.peft_type
@@ -453,7 +468,7 @@ def test_more_config_errors() -> None:
         LaMDAConfig(rank_budget="mean")
     with pytest.raises(ValueError, match="LaMDAConfig: direction must be one of"):
         LaMDAConfig(direction="up")
-    with pytest.raises(TypeError, match="AdapterConfig: use LoRAConfig or LaMDAConfig"):
+    with pytest.raises(TypeError, match="AdapterConfig: use LoRAConfig, LaMDAConfig or GOATConfig"):
         AdapterConfig()
     with pytest.raises(ValueError, match=r"from_dict: peft_type must be one of .*, got 'IA3'"):
         AdapterConfig.from_dict({"peft_type": "IA3"})
@@ -495,6 +510,10 @@ def test_summary() -> None:
     # Trainable: lora_b and core. Size: with lora_a and the buffers of the residual.
     tensors = 16 + 16 + 4 + 16 + 2
     assert ["q_proj", "LaMDA", "2", "8 → 8", "2", "1", "40", f"{8 * tensors} bytes"] in lamda
+    experts = GOATConfig(r=2, num_experts=2, target_modules=["q_proj"])
+    goat = rendered(summary(adapt(TinyLM(), experts)))
+    # Trainable: lora_a, lora_b and the router. Size: with the two starts.
+    assert ["q_proj", "GOAT", "2", "8 → 8", "2", "2", "96", f"{8 * (48 + 32)} bytes"] in goat
     with pytest.raises(ValueError, match="summary: model must carry adapters, got a TinyLM"):
         summary(TinyLM())
 
@@ -504,7 +523,7 @@ def test_training_moves_the_adapters_and_nothing_else(method: Method) -> None:
     model = TinyLM()
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     adapt(model, config_of(method, modules_to_save=["norm"], dropout=0.1)).train()
-    if method in RESIDUAL:
+    if method.init in method.module.residual_inits:
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     lora_a = {p: model.get_submodule(p).lora_a.detach().clone() for p in adapted_paths(model)}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
@@ -522,7 +541,7 @@ def test_training_moves_the_adapters_and_nothing_else(method: Method) -> None:
             assert torch.equal(parameter, weights[name]) is (name not in trained)
     for path in adapted_paths(model):
         moved = not torch.equal(model.get_submodule(path).lora_a, lora_a[path])
-        assert moved is (method.config is LoRAConfig)
+        assert moved is (method.config is not LaMDAConfig)
         assert model.get_submodule(path).lora_b.any()
 
 
@@ -544,7 +563,7 @@ def test_fused_encoder_layers_do_not_bypass_the_adapters() -> None:
     assert torch.equal(model(x, src_key_padding_mask=padding)[kept], expected[kept])
 
 
-@by_method
+@by_method_from_base
 def test_generate_and_config_work_as_before(method: Method) -> None:
     model = small_llama()
     config = copy.deepcopy(model.config.to_dict())

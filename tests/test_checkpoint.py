@@ -55,7 +55,13 @@ def lamda(**options: Any) -> lr.LaMDAConfig:
     return lr.LaMDAConfig(**{"r": 4, "target_modules": ["embed", "0", "2"], **options})
 
 
-CONFIGS: dict[str, Callable[[], lr.LoRAConfig | lr.LaMDAConfig]] = {
+def goat(**options: Any) -> lr.GOATConfig:
+    names = {"target_modules": ["embed", "0", "2"]}
+    return lr.GOATConfig(**{"r": 4, "num_experts": 2, "top_k": 1, **names, **options})
+
+
+AnyConfig = lr.LoRAConfig | lr.LaMDAConfig | lr.GOATConfig
+CONFIGS: dict[str, Callable[[], AnyConfig]] = {
     "lora": lora,
     "lora_base_dtype": lambda: lora(adapter_dtype="base"),
     "lora_modules_to_save": lambda: lora(modules_to_save=["head", "norm"], alpha=9.5, dropout=0.1),
@@ -73,6 +79,16 @@ CONFIGS: dict[str, Callable[[], lr.LoRAConfig | lr.LaMDAConfig]] = {
     "lamda_released": lambda: lamda(init="lora"),
     "lamda_frozen_b": lambda: lamda(train_lora_b=False),
     "lamda++": lambda: lamda(rank_budget="rank", r=6),
+    "goat": lambda: goat(dropout=0.1, balance_coefficient=0.5, alpha=3),
+    "goat_base_dtype": lambda: goat(adapter_dtype="base", shared_dropout=True, rho=3.5),
+    "goat_mini_patterns": lambda: goat(
+        init="goat_mini",
+        residual_factor=0.25,
+        rank_pattern={"embed": 8},
+        alpha_pattern={"2": 5},
+    ),
+    "goat_theory": lambda: goat(scale="theory", eta=0.3, rank_pattern={"body.2": 2}),
+    "moe_lora": lambda: goat(init="zero", num_experts=4, top_k=3, modules_to_save=["head"]),
     "lamda++params": lambda: lamda(rank_budget="params", direction="concentrated_gets_more", r=6),
 }
 
@@ -90,7 +106,7 @@ def randomise(model: Net) -> None:
         model.norm.num_batches_tracked.fill_(17)
 
 
-def trained(config: lr.LoRAConfig | lr.LaMDAConfig, dtype: torch.dtype = torch.float32) -> Net:
+def trained(config: AnyConfig, dtype: torch.dtype = torch.float32) -> Net:
     model = lr.adapt(net(dtype), config)
     randomise(model)
     return model
@@ -174,7 +190,7 @@ def test_another_residual_is_replaced_to_one_rounding(tmp_path: Path) -> None:
     assert torch.equal(other.body[0].core, model.body[0].core)
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "lamda", "lora_modules_to_save"])
+@pytest.mark.parametrize("name", ["lora", "pissa", "lamda", "goat", "lora_modules_to_save"])
 def test_keys_and_shapes_in_the_file(name: str, tmp_path: Path) -> None:
     lr.save_adapter(trained(CONFIGS[name]()), tmp_path)
     r = 8 if name == "pissa" else 4
@@ -182,6 +198,11 @@ def test_keys_and_shapes_in_the_file(name: str, tmp_path: Path) -> None:
     for path, (n, k) in {"embed": (10, 12), "body.0": (14, 10), "body.2": (10, 14)}.items():
         shapes[f"{P}{path}.lora_A.weight"] = [r, k]
         shapes[f"{P}{path}.lora_B.weight"] = [n, r]
+        if name == "goat":
+            factors = {"lora_A": [2, 2, k], "lora_B": [2, n, 2]}
+            for key, shape in factors.items():
+                shapes[f"{P}{path}.{key}.weight"] = shapes[f"{P}{path}.{key}_init.weight"] = shape
+            shapes[f"{P}{path}.lora_router.weight"] = [2, k]
         if name == "lamda":
             shapes[f"{P}{path}.lora_core.weight"] = [r, r]
             shapes[f"{P}{path}.lora_B_init.weight"] = [n, r]
@@ -192,7 +213,7 @@ def test_keys_and_shapes_in_the_file(name: str, tmp_path: Path) -> None:
     stored = load_file(tmp_path / WEIGHTS)
     assert {key: list(tensor.shape) for key, tensor in stored.items()} == shapes
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["peft_type"] == ("LAMDA" if name == "lamda" else "LORA")
+    assert config["peft_type"] == {"lamda": "LAMDA", "goat": "GOAT"}.get(name, "LORA")
     assert (config["r"], config["bias"]) == (r, "none")
 
 
@@ -535,7 +556,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "json_broken": (lambda p: (p / CONFIG).write_text('{"r": 4,'), rf"{CONFIG} must be JSON"),
     "json_not_text": (lambda p: (p / CONFIG).write_bytes(b"\xff\xfe{}"), rf"{CONFIG} must be JSON"),
     "json_a_list": (lambda p: (p / CONFIG).write_text("[1]"), rf"{CONFIG} must hold an object"),
-    "no_type": (lambda p: edit_config(p, peft_type=None), "peft_type must be 'LORA' or 'LAMDA'"),
+    "no_type": (
+        lambda p: edit_config(p, peft_type=None),
+        "peft_type must be 'LORA', 'LAMDA' or 'GOAT'",
+    ),
     "type_unknown": (lambda p: edit_config(p, peft_type="IA3"), "peft_type .* got 'IA3'"),
     "other_method": (lambda p: edit_config(p, peft_type="LAMDA"), "lora_core.weight is missing"),
     "dora": (lambda p: edit_config(p, use_dora=True), "use_dora=True is not supported"),
@@ -682,6 +706,56 @@ def test_incomplete_lamda_files_are_refused(kind: str, message: str, tmp_path: P
     refuse(net(), tmp_path, "rank_budget must be one of")
 
 
+@pytest.mark.parametrize("kind", ["lora_router.weight", "lora_A_init.weight", "lora_B_init.weight"])
+def test_incomplete_goat_files_are_refused(kind: str, tmp_path: Path) -> None:
+    lr.save_adapter(trained(goat()), tmp_path)
+    key = f"{P}body.0.{kind}"
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(key))
+    refuse(net(), tmp_path, f"{key} is missing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "zero"}, "_init.weight is no tensor of GOAT"),
+        ({"init": "svd"}, "init must be one of"),
+        ({"num_experts": 3}, "r, the total rank, must be a multiple of num_experts=3, got 4"),
+        ({"num_experts": 4}, r"lora_A\.weight must be \[4, 1, \d+\], got \[2, 2, \d+\]"),
+        ({"top_k": 3}, "top_k must be at most num_experts=2, got 3"),
+        ({"rho": 0}, "rho must be positive"),
+        ({"residual_factor": -1}, "residual_factor must be at least 0"),
+        ({"scale": "sqrt"}, "scale must be one of"),
+        ({"shared_dropout": 1}, "shared_dropout must be a bool, got 1"),
+        ({"balance_coefficient": "x"}, "balance_coefficient must be a number"),
+        ({"use_rslora": True}, "rslora must be False"),
+    ],
+    ids=str,
+)
+def test_odd_goat_configs_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    lr.save_adapter(trained(goat()), tmp_path)
+    edit_config(tmp_path, **changes)
+    refuse(net(), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lora(), "peft_type must be 'LORA'|lora_router"),
+        (goat(init="goat_mini"), "init must be 'goat_mini'"),
+        (goat(num_experts=4), "num_experts must be 4 as in the model, got 2"),
+        (goat(top_k=2), "top_k must be 2 as in the model, got 1"),
+        (goat(residual_factor=0.25), r"residual_factor must be 0\.25 as in the model, got 0\.5"),
+        (goat(alpha=8), r"scaling of .* must be 4\.0 as in the model, got 2\.0"),
+        (goat(scale="theory"), "scaling of .* as in the model, got 2"),
+    ],
+)
+def test_another_goat_on_the_model_is_refused(
+    other: AnyConfig, message: str, tmp_path: Path
+) -> None:
+    lr.save_adapter(trained(goat()), tmp_path)
+    refuse(lr.adapt(net(), other), tmp_path, message)
+
+
 def test_odd_pissa_files_are_refused(tmp_path: Path) -> None:
     lr.save_adapter(trained(lora(init="pissa")), tmp_path)
     data = (tmp_path / WEIGHTS).read_bytes()
@@ -711,7 +785,7 @@ def test_missing_files(lacking: str, tmp_path: Path) -> None:
     ],
 )
 def test_another_adapter_on_the_model_is_refused(
-    other: lr.LoRAConfig | lr.LaMDAConfig, message: str, tmp_path: Path
+    other: AnyConfig, message: str, tmp_path: Path
 ) -> None:
     lr.save_adapter(trained(lora()), tmp_path)
     refuse(lr.adapt(net(), other), tmp_path, message)

@@ -90,6 +90,8 @@ def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]
             "batch": 2,
             "seq_len": 16,
             "eval_batches": 2,
+            "experts": 2,
+            "top_k": 1,
             "dtype": "fp32",
             "lr": 0.002,
             "out": tmp_path / "out",
@@ -150,6 +152,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
         ("lora", "adapter/adapter_model.safetensors"),
         ("lamda", "adapter/adapter_model.safetensors"),
         ("lamda++", "adapter/adapter_model.safetensors"),
+        ("moe-lora", "adapter/adapter_model.safetensors"),
+        ("goat", "adapter/adapter_model.safetensors"),
     ],
 )
 def test_each_method_trains_and_writes_its_files(run, tmp_path, method, saved) -> None:
@@ -190,16 +194,34 @@ def held_out_batches(out: Path) -> list[torch.Tensor]:
     return corpus.held_out_batches(settings.batch, settings.eval_batches)
 
 
-@pytest.mark.parametrize("method", ["lamda", "lamda++"])
-def test_lamda_adapter_gives_the_reported_loss_when_loaded(
-    run, tmp_path, tiny_model, method
-) -> None:
+@pytest.mark.parametrize("method", ["lamda", "lamda++", "goat", "moe-lora"])
+def test_adapter_gives_the_reported_loss_when_loaded(run, tmp_path, tiny_model, method) -> None:
     assert run(method=method).exit_code == 0
     out = tmp_path / "out"
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     adapted = lr.load_adapter(base, out / "adapter")
     loss = held_out_loss(adapted, held_out_batches(out))
     assert loss == pytest.approx(rows(out)[method]["held_out_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["goat", "moe-lora"])
+def test_expert_load_is_counted_before_and_after(run, tmp_path, method) -> None:
+    options = {"method": method, "experts": 4, "top_k": 2, "lr": 0.02, "steps": 16}
+    busiest = {}
+    for balance in (0, 0.1):
+        out = tmp_path / str(balance)
+        assert run(out=out, balance=balance, **options).exit_code == 0
+        assert (out / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+        tokens = sum(batch.numel() for batch in held_out_batches(out))
+        for when in ("start", "end"):
+            load = rows(out)[method][f"expert_load_at_{when}"]
+            assert len(load) == 2 * 7
+            assert {sum(counts) for counts in load.values()} == {2 * tokens}
+            busiest[balance, when] = sum(max(counts) for counts in load.values())
+    assert busiest[0, "start"] == busiest[0.1, "start"]
+    assert busiest[0.1, "end"] < 0.95 * min(busiest[0, "start"], busiest[0, "end"])
+    assert run(method="lora", out=tmp_path / "lora").exit_code == 0
+    assert not (tmp_path / "lora" / "expert_load.png").exists()
 
 
 def test_full_model_can_be_loaded_by_transformers(run, tmp_path) -> None:
@@ -293,12 +315,12 @@ def test_compiled_model_gives_the_same_losses(run, tmp_path, monkeypatch) -> Non
         compile_module(module, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    assert run(out=tmp_path / "eager", compare="lora,lamda").exit_code == 0
+    assert run(out=tmp_path / "eager", compare="lora,lamda,goat").exit_code == 0
     assert not compiled
-    result = run("--compile", out=tmp_path / "compiled", compare="lora,lamda")
+    result = run("--compile", out=tmp_path / "compiled", compare="lora,lamda,goat")
     assert result.exit_code == 0, result.output
-    assert len(compiled) == 3  # the frozen model and two methods
-    for method in ("lora", "lamda"):
+    assert len(compiled) == 4  # the frozen model and three methods
+    for method in ("lora", "lamda", "goat"):
         eager, after = (rows(tmp_path / name)[method] for name in ("eager", "compiled"))
         assert after["losses"] == pytest.approx(eager["losses"], rel=1e-3)
         assert after["held_out_after"] == pytest.approx(eager["held_out_after"], rel=1e-3)
@@ -328,6 +350,8 @@ def test_report_says_what_was_run_where(run, tmp_path) -> None:
         ("lamda", "bf16", "fp32"),
         ("lamda++", "bf16", "base"),
         ("full", "bf16", "fp32"),
+        ("goat", "fp32", "fp32"),
+        ("moe-lora", "bf16", "base"),
     ],
 )
 @pytest.mark.parametrize("step", [1, 5])
@@ -471,6 +495,10 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"targets": "q_proj("}, ["not a regular expression"]),
         ({"targets": "q_porj", "method": "peft-lora"}, ["q_porj"]),
         ({"rank": 65, "method": "lamda"}, ["65"]),
+        ({"rank": 3, "method": "goat"}, ["--rank", "multiple of --experts 2", "got 3"]),
+        ({"experts": 0}, ["--experts", "at least 1"]),
+        ({"top_k": 3}, ["--top-k", "at most --experts 2", "got 3"]),
+        ({"balance": -1}, ["--balance", "at least 0"]),
         ({"text": "missing.txt"}, ["missing.txt", "no such file"]),
         ({"model": "missing.gguf"}, ["missing.gguf", "no such file"]),
         ({"model": "nobody/not-in-the-cache"}, ["cannot load nobody/not-in-the-cache"]),

@@ -134,6 +134,7 @@ def some_settings(**changes: Any) -> Settings:
         **{"model": None, "text": ("a.txt",), "field": "text", "methods": ("lora",)},
         **{"compare": False, "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"},
         **{"steps": 1, "batch": 1, "seq_len": 8, "lr": None, "freeze_eta": 0.3, "dtype": "auto"},
+        **{"experts": 8, "top_k": 2, "balance": 1e-3},
         **{"adapter_dtype": "fp32", "seed": 0, "threads": None, "eval_batches": 1},
         **{"save_every": 0, "compile": False},
     }
@@ -417,6 +418,8 @@ def some_result() -> Result:
         skipped_steps=0,
         held_out=[(0, 12.8953), (10, 2.5303)],
         losses=[3.0, 2.0],
+        expert_load_at_start=None,
+        expert_load_at_end=None,
         saved_to="out/adapter",
     )
 

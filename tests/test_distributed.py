@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_ext.nn import LaMDALinear, LoRALinear, LowRankLinear
+from lowrank_ext.balance import balance_loss
+from lowrank_ext.nn import GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
 
 Gradients = dict[str, Tensor | None]
 
@@ -26,11 +27,18 @@ ROWS = 6  # per rank
 def make_model(dropout: float, dtype: torch.dtype) -> nn.Sequential:
     """The same numbers in every process. Odd sizes, so that shards are ragged."""
     torch.manual_seed(0)
-    linears = [nn.Linear(10, 17, dtype=dtype), nn.Linear(17, 9, bias=False, dtype=dtype)]
+    linears = [
+        nn.Linear(10, 17, dtype=dtype),
+        nn.Linear(17, 9, bias=False, dtype=dtype),
+        nn.Linear(9, 11, dtype=dtype),
+    ]
     model = nn.Sequential(
         LoRALinear.from_linear(linears[0], r=3, alpha=6, dropout=dropout),
         nn.Tanh(),
         LaMDALinear.from_linear(linears[1], r=2, dropout=dropout),
+        GOATLinear.from_linear(
+            linears[2], r=6, num_experts=3, dropout=dropout, balance_coefficient=0.5
+        ),
     )
     nn.init.normal_(model[0].lora_b, std=0.3)
     return model
@@ -43,7 +51,8 @@ def batch(rank: int, dtype: torch.dtype) -> Tensor:
 def loss(model: nn.Module, rank: int, dtype: torch.dtype) -> Tensor:
     """Each rank draws masks of its own."""
     torch.manual_seed(200 + rank)
-    return model(batch(rank, dtype)).float().square().mean()
+    task = model(batch(rank, dtype)).float().square().mean()
+    return task + balance_loss(model)
 
 
 def named_gradients(model: nn.Module) -> Gradients:
@@ -130,4 +139,5 @@ def test_frozen_tensors_have_no_gradient() -> None:
     """The comparison above means something: these train, and those do not."""
     grads, _ = two_steps(make_model(0.0, torch.float32), [0], torch.float32)
     trained = {name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0}
-    assert trained == {"0.lora_a", "0.lora_b", "2.lora_b", "2.core"}
+    experts = {"3.lora_a", "3.lora_b", "3.router_weight"}
+    assert trained == {"0.lora_a", "0.lora_b", "2.lora_b", "2.core", *experts}

@@ -1,4 +1,4 @@
-"""FreezeCallback inside transformers' Trainer: the schedule, checkpoints and exact resumption."""
+"""FreezeCallback and BalanceLossMixin inside transformers' Trainer."""
 
 import json
 from pathlib import Path
@@ -225,6 +225,108 @@ def test_lamda_adapter_saved_after_training_continues_on_the_original_base(
     ids = Tokens().ids[:2]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+# ------------------------------------------------------------------------------ BalanceLossMixin
+
+
+class BalancedTrainer(lr.BalanceLossMixin, Trainer):
+    pass
+
+
+class PaddedTokens(Tokens):
+    """With an attention mask that hides tokens at the end: varying numbers, or always two."""
+
+    def __init__(self, even: bool = False) -> None:
+        super().__init__()
+        self.even = even
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        ids = self.ids[idx]
+        mask = (torch.arange(len(ids)) < len(ids) - (2 if self.even else idx % 4)).long()
+        labels = torch.where(mask.bool(), ids, -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def goat_llama(**options: Any) -> LlamaForCausalLM:
+    names = {"target_modules": ["q_proj", "down_proj"], "balance_coefficient": 0.7}
+    sizes = {"r": 4, "num_experts": 4, "top_k": 2, "init": "zero"}
+    return lr.adapt(llama(), lr.GOATConfig(**{**sizes, **names, **options}))
+
+
+def expected_update(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> None:
+    """One SGD step by hand: the mean over all tokens of the task, over the parts of the balance."""
+    num_tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    for batch in batches:
+        part = int((batch["labels"][:, 1:] != -100).sum())
+        with lr.token_mask(batch["attention_mask"]):
+            task = model(**batch).loss * part / num_tokens
+            (task + lr.balance_loss(model) / len(batches)).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("by_the_model", [True, False])
+def test_balance_loss_in_the_trainer(
+    by_the_model: bool, checkpointing: bool, tmp_path: Path
+) -> None:
+    """An accumulated step of three micro-batches, whose loss the model or the Trainer divides."""
+    data = PaddedTokens(even=not by_the_model)  # to the Trainer all micro-batches count the same
+    model = goat_llama()
+    arguments = trainer(model, tmp_path).args
+    arguments.set_training(learning_rate=0.5, batch_size=2, max_steps=1)
+    arguments.gradient_accumulation_steps, arguments.max_grad_norm = 3, 0
+    arguments.gradient_checkpointing, arguments.optim = checkpointing, "sgd"
+    arguments.lr_scheduler_type, arguments.weight_decay = "constant", 0.0
+    run = BalancedTrainer(model=model, args=arguments, train_dataset=data)
+    run.model_accepts_loss_kwargs = by_the_model
+    seen: list[dict[str, Tensor]] = []
+    compute_loss = run.compute_loss
+
+    def recording(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.append({name: tensor.clone() for name, tensor in inputs.items()})
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    run.compute_loss = recording
+    run.train()
+    assert len(seen) == 3
+    by_hand = goat_llama().train()
+    expected_update(by_hand, seen, 0.5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, by_hand.state_dict()[name], msg=name)
+    router = by_hand.model.layers[0].mlp.down_proj.router_weight
+    assert not torch.equal(router, goat_llama().model.layers[0].mlp.down_proj.router_weight)
+
+
+def test_evaluation_has_no_balance_loss(tmp_path: Path) -> None:
+    model = goat_llama()
+    data = PaddedTokens()
+    plain = trainer(model, tmp_path).evaluate(data)["eval_loss"]
+    arguments = trainer(model, tmp_path).args
+    balanced = BalancedTrainer(model=model, args=arguments, train_dataset=data)
+    assert balanced.evaluate(data)["eval_loss"] == plain
+    loss, outputs = balanced.compute_loss(model.train(), balanced_batch(data), return_outputs=True)
+    assert loss > outputs.loss
+    assert not any(m._balance_loss for m in model.modules() if isinstance(m, lr.nn.GOATLinear))
+
+
+def balanced_batch(data: Dataset) -> dict[str, Tensor]:
+    rows = [data[0], data[1]]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_balance_loss_errors(tmp_path: Path) -> None:
+    arguments = trainer(lamda_model(), tmp_path).args
+    lora = lr.adapt(llama(), lr.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="balance_loss: model must contain a GOATLinear"):
+        BalancedTrainer(model=lora, args=arguments, train_dataset=Tokens()).train()
+    run = BalancedTrainer(model=goat_llama(), args=arguments, train_dataset=Tokens())
+    run.args._n_gpu = 2
+    with pytest.raises(RuntimeError, match="BalanceLossMixin: training must use at most one GPU"):
+        run.training_step(run.model, Tokens()[0])
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -109,21 +109,29 @@ void visit_dtype(ScalarType dtype, void* data, const Visitor& visitor) {
   }
 }
 
+// body(dst, src, row) with typed pointers and the row function of their types
+template <bool kAdd, typename Body>
+void visit_rows(Rows dst, Rows src, const Body& body) {
+  visit_dtype(dst.dtype, dst.data, [&](auto* dst_data) {
+    visit_dtype(src.dtype, src.data, [&](const auto* src_data) {
+      body(dst_data, src_data,
+           row<std::remove_pointer_t<decltype(dst_data)>,
+               std::remove_const_t<std::remove_pointer_t<decltype(src_data)>>, kAdd>);
+    });
+  });
+}
+
 template <bool kAdd>
 void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
               const uint64_t* bits) {
   if (num_cols == 0) return;
   const int64_t words_per_row = bits == nullptr ? 0 : mask_words_per_row(num_cols);
   const int64_t grain = std::max<int64_t>(1, kElementGrain / num_cols);
-  visit_dtype(dst.dtype, dst.data, [&](auto* dst_data) {
-    visit_dtype(src.dtype, src.data, [&](const auto* src_data) {
-      torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m)
-          row<std::remove_pointer_t<decltype(dst_data)>,
-              std::remove_const_t<std::remove_pointer_t<decltype(src_data)>>, kAdd>(
-              dst_data + m * dst.stride, src_data + m * src.stride, scale, bits + m * words_per_row,
-              num_cols);
-      });
+  visit_rows<kAdd>(dst, src, [&](auto* dst_data, const auto* src_data, const auto& one_row) {
+    torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
+        one_row(dst_data + m * dst.stride, src_data + m * src.stride, scale,
+                bits + m * words_per_row, num_cols);
     });
   });
 }
@@ -138,6 +146,18 @@ void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_col
 void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
                 const uint64_t* bits) {
   for_rows<true>(dst, src, scale, num_rows, num_cols, bits);
+}
+
+void convert_row(Rows dst, Rows src, double scale, int64_t num_cols, const uint64_t* bits) {
+  visit_rows<false>(dst, src, [&](auto* dst_data, const auto* src_data, const auto& one_row) {
+    one_row(dst_data, src_data, scale, bits, num_cols);
+  });
+}
+
+void accumulate_row(Rows dst, Rows src, double scale, int64_t num_cols, const uint64_t* bits) {
+  visit_rows<true>(dst, src, [&](auto* dst_data, const auto* src_data, const auto& one_row) {
+    one_row(dst_data, src_data, scale, bits, num_cols);
+  });
 }
 
 }  // namespace lowrank_ext::cpu

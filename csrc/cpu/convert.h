@@ -25,4 +25,10 @@ void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_col
 void accumulate(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
                 const uint64_t* bits = nullptr);
 
+// The same for one row, on the calling thread.
+void convert_row(Rows dst, Rows src, double scale, int64_t num_cols,
+                 const uint64_t* bits = nullptr);
+void accumulate_row(Rows dst, Rows src, double scale, int64_t num_cols,
+                    const uint64_t* bits = nullptr);
+
 }  // namespace lowrank_ext::cpu

@@ -26,6 +26,7 @@ constexpr int64_t kRowGrain = 16;
 struct BlockCounter {
   uint32_t first_call;  // k / 8 of the block's first column
   uint64_t row;
+  uint32_t expert;
 };
 
 void draw_block_portable(const Dropout& dropout, BlockCounter at, uint64_t* out) {
@@ -34,7 +35,7 @@ void draw_block_portable(const Dropout& dropout, BlockCounter at, uint64_t* out)
     c0[i] = at.first_call + i;
     c1[i] = static_cast<uint32_t>(at.row);
     c2[i] = static_cast<uint32_t>(at.row >> 32);
-    c3[i] = 0;
+    c3[i] = at.expert;
   }
   uint32_t k0 = static_cast<uint32_t>(dropout.seed);
   uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
@@ -116,7 +117,7 @@ LOWRANK_EXT_AVX512 void draw_block_avx512(const Dropout& dropout, BlockCounter a
   c.c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(at.first_call)), order);
   c.c1 = _mm512_set1_epi32(static_cast<int>(at.row));
   c.c2 = _mm512_set1_epi32(static_cast<int>(at.row >> 32));
-  c.c3 = _mm512_setzero_si512();
+  c.c3 = _mm512_set1_epi32(static_cast<int>(at.expert));
   c = philox_avx512(c, dropout.seed);
   const __m512i low01 = _mm512_unpacklo_epi32(c.c0, c.c1);
   const __m512i high01 = _mm512_unpackhi_epi32(c.c0, c.c1);
@@ -188,30 +189,40 @@ CopyRow choose_copy_row() {
 
 }  // namespace
 
+void draw_row_bits(const Dropout& dropout, uint32_t expert, int64_t row, int64_t first_col,
+                   int64_t num_cols, uint64_t* bits) {
+  static const DrawBlock draw_block = choose_draw_block();
+  const int64_t num_words = mask_words_per_row(num_cols);
+  for (int64_t word = 0; word < num_words; word += 2)
+    draw_block(
+        dropout,
+        {static_cast<uint32_t>(first_col / 8 + word * 8), static_cast<uint64_t>(row), expert},
+        bits + word);
+}
+
 void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows, int64_t num_cols,
                     uint64_t* bits) {
-  static const DrawBlock draw_block = choose_draw_block();
   const int64_t words_per_row = mask_words_per_row(num_cols);
   torch::stable::parallel_for(0, num_rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t word = 0; word < words_per_row; word += 2) {
-        const BlockCounter at{static_cast<uint32_t>(word * 8),
-                              static_cast<uint64_t>(first_row + row)};
-        draw_block(dropout, at, bits + row * words_per_row + word);
-      }
-    }
+    for (int64_t row = begin; row < end; ++row)
+      draw_row_bits(dropout, 0, first_row + row, 0, num_cols, bits + row * words_per_row);
   });
+}
+
+void copy_row_kept(void* dst, const void* src, int64_t element_size, const uint64_t* bits,
+                   int64_t num_cols) {
+  static const CopyRow copy_row = choose_copy_row();
+  copy_row(static_cast<char*>(dst), static_cast<const char*>(src), element_size, bits, num_cols);
 }
 
 void copy_kept(void* dst, int64_t dst_stride, const void* src, int64_t src_stride,
                int64_t element_size, const uint64_t* bits, int64_t num_rows, int64_t num_cols) {
-  static const CopyRow copy_row = choose_copy_row();
   const int64_t words_per_row = mask_words_per_row(num_cols);
   torch::stable::parallel_for(0, num_rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      copy_row(static_cast<char*>(dst) + row * dst_stride * element_size,
-               static_cast<const char*>(src) + row * src_stride * element_size, element_size,
-               bits + row * words_per_row, num_cols);
+      copy_row_kept(static_cast<char*>(dst) + row * dst_stride * element_size,
+                    static_cast<const char*>(src) + row * src_stride * element_size, element_size,
+                    bits + row * words_per_row, num_cols);
   });
 }
 

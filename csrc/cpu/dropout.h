@@ -1,9 +1,10 @@
 // Dropout drawn in the kernel: no mask and no dropped copy outlives a call.
 //
-// Element (m, k) belongs to the Philox4x32-7 call with counter (k / 8, m mod 2^32, m / 2^32, 0) and
-// key (seed mod 2^32, seed / 2^32). The four result words, low half first, are eight 16-bit draws
-// for eight neighbouring columns; a draw below `threshold` = round(p · 65536) drops its element.
-// The definition in plain torch is lowrank_ext/reference.py; the CUDA kernels draw the same bits.
+// Element (m, k) belongs to the Philox4x32-7 call with counter (k / 8, m mod 2^32, m / 2^32,
+// expert) and key (seed mod 2^32, seed / 2^32); expert is 0 but where each of several experts has a
+// mask of its own. The four result words, low half first, are eight 16-bit draws for eight
+// neighbouring columns; a draw below `threshold` = round(p · 65536) drops its element. The
+// definition in plain torch is lowrank_ext/reference.py; the CUDA kernels draw the same bits.
 #pragma once
 
 #include <cmath>
@@ -34,9 +35,18 @@ inline int64_t mask_words_per_row(int64_t num_cols) {  // 64-bit words
 void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows, int64_t num_cols,
                     uint64_t* bits);
 
+// The same for `num_cols` columns from first_col (a multiple of kMaskColumns) of one row of one
+// expert's mask.
+void draw_row_bits(const Dropout& dropout, uint32_t expert, int64_t row, int64_t first_col,
+                   int64_t num_cols, uint64_t* bits);
+
 // dst[m, k] = kept ? src[m, k] : 0, bit for bit, for elements of 2, 4 or 8 bytes. Strides in
 // elements.
 void copy_kept(void* dst, int64_t dst_stride, const void* src, int64_t src_stride,
                int64_t element_size, const uint64_t* bits, int64_t num_rows, int64_t num_cols);
+
+// The same for one row, on the calling thread.
+void copy_row_kept(void* dst, const void* src, int64_t element_size, const uint64_t* bits,
+                   int64_t num_cols);
 
 }  // namespace lowrank_ext::cpu

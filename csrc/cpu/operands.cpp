@@ -8,16 +8,16 @@ namespace lowrank_ext::cpu {
 // bf16 product, whose cost is then all set-up.
 constexpr int64_t kSmallRows = 64;
 
-static Dtypes dtypes_for(ScalarType input, int64_t num_rows) {
+Dtypes dtypes_for(ScalarType input, int64_t num_rows) {
   if (!is_half_size(input)) return {input, input, input};
   const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && num_rows > kSmallRows;
   return {input, in_bf16 ? input : ScalarType::Float, ScalarType::Float};
 }
 
-static Dropout dropout_of(const BranchArgs& args) {
-  const uint32_t threshold = Dropout::threshold_of(args.dropout_p);
+Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
+  const uint32_t threshold = Dropout::threshold_of(dropout_p);
   if (threshold == 0) return {0, 0};
-  return {threshold, static_cast<uint64_t>(*static_cast<const int64_t*>(args.seed->data_ptr()))};
+  return {threshold, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()))};
 }
 
 Tensor operand(const Tensor& tensor, const Dtypes& dtypes) {
@@ -42,9 +42,12 @@ static Tensor scaled_lora_b(const BranchArgs& args, const Dtypes& dtypes) {
 
 Operands prepare(const BranchArgs& args, ScalarType input, int64_t num_rows) {
   const Dtypes dtypes = dtypes_for(input, num_rows);
-  Operands ops{
-      dtypes,       dropout_of(args), operand(args.lora_a, dtypes), scaled_lora_b(args, dtypes),
-      std::nullopt, std::nullopt};
+  Operands ops{dtypes,
+               dropout_of(args.dropout_p, args.seed),
+               operand(args.lora_a, dtypes),
+               scaled_lora_b(args, dtypes),
+               std::nullopt,
+               std::nullopt};
   if (args.core) ops.core = converted(operand(*args.core, dtypes), dtypes.accumulate);
   if (args.rank_scale) ops.rank_scale = vector_operand(*args.rank_scale, dtypes);
   return ops;

@@ -13,7 +13,13 @@ struct Dtypes {
   ScalarType input;       // of x, y, dout
   ScalarType compute;     // of the products
   ScalarType accumulate;  // of everything on [M, r] and of the reductions
+
+  bool converts() const { return input != compute; }
 };
+
+Dtypes dtypes_for(ScalarType input, int64_t num_rows);
+
+Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed);
 
 struct Operands : Dtypes {
   Dropout dropout;
@@ -22,7 +28,6 @@ struct Operands : Dtypes {
   std::optional<Tensor> core;        // [r, r], accumulate
   std::optional<Tensor> rank_scale;  // [1, r], accumulate
 
-  bool converts() const { return input != compute; }
   bool has_mid() const { return core || rank_scale; }
 };
 

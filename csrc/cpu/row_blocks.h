@@ -98,13 +98,13 @@ class RowBlocks {
 // sum [r, C] = Σ over row blocks of leftᵀ drop(right), in the accumulator's dtype.
 class BlockSum {
  public:
-  BlockSum(const Operands& ops, int64_t rank, int64_t num_cols)
-      : ops_(ops), sum_(empty({rank, num_cols}, ops.accumulate)) {
+  BlockSum(const Dtypes& dtypes, int64_t rank, int64_t num_cols)
+      : dtypes_(dtypes), sum_(empty({rank, num_cols}, dtypes.accumulate)) {
     zero(sum_);
   }
 
   // Whether add() takes `right` as it is and drops by `bits`, so that no masked copy is needed.
-  bool masks() const { return ops_.compute != ops_.accumulate; }
+  bool masks() const { return dtypes_.compute != dtypes_.accumulate; }
 
   // left [rows, r] and right [rows, C] in the compute dtype, rows of one block.
   void add(const Tensor& left, const Tensor& right, const uint64_t* bits) {
@@ -116,7 +116,7 @@ class BlockSum {
   const Tensor& result() const { return sum_; }
 
  private:
-  const Operands& ops_;
+  Dtypes dtypes_;
   Tensor sum_;
 };
 

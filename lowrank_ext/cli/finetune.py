@@ -58,8 +58,15 @@ from lowrank_ext.cli.report import (
     write_report,
     write_result,
 )
-from lowrank_ext.cli.settings import Settings
-from lowrank_ext.cli.training import Events, Progress, Trainer, held_out_loss, model_loss
+from lowrank_ext.cli.settings import WITH_EXPERTS, Settings
+from lowrank_ext.cli.training import (
+    Events,
+    Progress,
+    Trainer,
+    count_experts,
+    held_out_loss,
+    training_loss,
+)
 
 TIMING_ROUNDS = 5
 _SETTINGS = "settings.json"
@@ -190,12 +197,18 @@ def describe(job: Job) -> None:
     job.console.print(
         f"{human_count(job.num_parameters)} parameters, {torch.get_num_threads()} threads; "
         f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
-        f"{settings.targets}\n"
+        f"{settings.targets}{_experts(settings)}\n"
         f"{corpus.description}, {corpus.train.numel():,} tokens to train on, {held_out:,} held "
         f"out; {settings.steps} steps of {settings.batch} x {settings.seq_len} tokens",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _experts(settings: Settings) -> str:
+    if not WITH_EXPERTS.intersection(settings.methods):
+        return ""
+    return f"; {settings.experts} experts, {settings.top_k} per token, balance {settings.balance:g}"
 
 
 def run_or_reuse(job: Job, method: str) -> Result:
@@ -246,6 +259,8 @@ def run_frozen(job: Job) -> Result:
         skipped_steps=0,
         held_out=[(0, loss)],
         losses=[],
+        expert_load_at_start=None,
+        expert_load_at_end=None,
         saved_to=None,
     )
 
@@ -306,10 +321,11 @@ def record_start(job: Job, trainer: Trainer, display: Display) -> None:
     training uses."""
     trainer.progress.trainable_at_start = methods.count(methods.trainable_parameters(trainer.model))
     trainer.progress.saved_bytes_at_start = saved_bytes(
-        trainer.model, lambda: model_loss(trainer.model, job.batch)
+        trainer.model, lambda: training_loss(trainer.model, job.batch)[1]
     )
     display.phase("evaluating")
     trainer.evaluate(job.held_out)
+    trainer.progress.expert_load_at_start = count_experts(trainer.model, job.held_out)
 
 
 def events_for(job: Job, directory: Path, display: Display) -> Events:
@@ -337,7 +353,7 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
     model, progress = trainer.model, trainer.progress
 
     def loss_of() -> Tensor:
-        return model_loss(model, job.batch)
+        return training_loss(model, job.batch)[1]
 
     saved = saved_bytes(model, loss_of)
     timing = interleaved_timing(loss_of, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested)
@@ -360,6 +376,8 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
         skipped_steps=progress.skipped_steps,
         held_out=progress.held_out,
         losses=progress.losses,
+        expert_load_at_start=progress.expert_load_at_start,
+        expert_load_at_end=count_experts(model, job.held_out),
         saved_to=None if name is None else str(directory / name),
     )
 

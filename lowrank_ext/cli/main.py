@@ -106,6 +106,13 @@ def finetune(
         float,
         typer.Option(help="LaMDA: lora_b is frozen column by column over this part of the steps."),
     ] = 0.3,
+    experts: Annotated[
+        int, typer.Option(help="goat, moe-lora: experts per module, which share the rank.")
+    ] = 8,
+    top_k: Annotated[int, typer.Option(help="goat, moe-lora: experts per token.")] = 2,
+    balance: Annotated[
+        float, typer.Option(help="goat, moe-lora: factor of the load balance loss; 0: none.")
+    ] = 1e-3,
     dtype: Annotated[
         str,
         typer.Option(
@@ -136,8 +143,9 @@ def finetune(
     """Fine-tune a causal language model and show what was gained.
 
     Without options: LoRA on SmolLM2-135M and the language topics of Python's manual. Writes
-    adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out. Ctrl-C stops after
-    the current step and saves; --resume continues to the same numbers.
+    adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out, and for goat and
+    moe-lora expert_load.png. Ctrl-C stops after the current step and saves; --resume continues to
+    the same numbers.
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank_ext as lr
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
-from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.settings import WITH_EXPERTS, Settings
 
 # A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
 # (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
@@ -48,8 +48,8 @@ def build(method: str, model: CausalLM, settings: Settings) -> CausalLM:
 
 def adapter_config(
     method: str, settings: Settings, base: torch.dtype
-) -> lr.LoRAConfig | lr.LaMDAConfig:
-    """The library's configuration for lora, lamda and lamda++."""
+) -> lr.LoRAConfig | lr.LaMDAConfig | lr.GOATConfig:
+    """The library's configuration for every method but full and peft-lora."""
     shared: dict[str, Any] = {
         "r": settings.rank,
         "alpha": settings.alpha,
@@ -59,6 +59,14 @@ def adapter_config(
     }
     if method == "lora":
         return lr.LoRAConfig(**shared)
+    if method in WITH_EXPERTS:
+        return lr.GOATConfig(
+            **shared,
+            init="goat" if method == "goat" else "zero",
+            num_experts=settings.experts,
+            top_k=settings.top_k,
+            balance_coefficient=settings.balance,
+        )
     return lr.LaMDAConfig(**shared, rank_budget="rank" if method == "lamda++" else None)
 
 
@@ -118,6 +126,16 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 def lamda_modules(model: CausalLM) -> list[lr.nn.LaMDALinear]:
     """What the freezing schedule works on."""
     return [module for module in model.modules() if isinstance(module, lr.nn.LaMDALinear)]
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a router chooses experts in the model."""
+    return any(isinstance(module, lr.nn.GOATLinear) for module in model.modules())
+
+
+def balance_loss(model: nn.Module) -> Tensor | None:
+    """What the routers of the last forward add to the loss; None where there are none."""
+    return lr.balance_loss(model) if has_experts(model) else None
 
 
 def saved_name(method: str) -> str | None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError
@@ -40,6 +42,8 @@ class Result:
     skipped_steps: int
     held_out: list[tuple[int, float]]
     losses: list[float]
+    expert_load_at_start: dict[str, list[int]] | None
+    expert_load_at_end: dict[str, list[int]] | None
     saved_to: str | None
 
     @property
@@ -74,7 +78,8 @@ def read_result(path: Path) -> Result:
 def write_report(
     out: Path, settings: Settings, model: dict[str, Any], results: list[Result]
 ) -> list[Path]:
-    """Writes report.json and loss.png and returns their paths."""
+    """Writes report.json, loss.png and, where experts have trained, expert_load.png; returns their
+    paths."""
     report = {
         "settings": settings.to_dict(),
         "model": model,
@@ -84,6 +89,9 @@ def write_report(
     paths = [out / "report.json", out / "loss.png"]
     write_json(paths[0], report)
     write_bytes(paths[1], loss_plot(results))
+    if any(result.expert_load_at_end for result in results):
+        paths.append(out / "expert_load.png")
+        write_bytes(paths[-1], expert_load_plot(results))
     return paths
 
 
@@ -223,3 +231,48 @@ def _plot_result(axes: Any, result: Result, color: str, marker: str, width: floa
         linestyle=":",
         label=label,
     )
+
+
+def sorted_shares(load: dict[str, list[int]]) -> Tensor:
+    """Expert loads [modules, experts], a module's busiest expert first, in even shares."""
+    counts = torch.tensor(list(load.values()), dtype=torch.float64)
+    shares = counts * counts.shape[1] / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return shares.sort(dim=1, descending=True).values
+
+
+def expert_load_plot(results: list[Result]) -> bytes:
+    """PNG, a panel per method with experts: load of the busiest, second, … expert of a module,
+    median over the modules and the range of the middle 80 %, before the first step and after the
+    last."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [result for result in results if result.expert_load_at_start]
+    figure = Figure(figsize=(1 + 4.5 * len(shown), 4.5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, result in zip(panels, shown, strict=True):
+        _plot_load(axes, result)
+    panels[0].set_ylabel("tokens, as a multiple of an even share")
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def _plot_load(axes: Any, result: Result) -> None:
+    loads = {"before": result.expert_load_at_start, "after": result.expert_load_at_end}
+    for (when, load), color, marker in zip(loads.items(), ("C3", "C0"), "os", strict=True):
+        shares = sorted_shares(load or {})
+        ranks = range(1, shares.shape[1] + 1)
+        low, middle, high = shares.quantile(torch.tensor([0.1, 0.5, 0.9]).double(), dim=0).tolist()
+        axes.plot(ranks, middle, color=color, marker=marker, label=f"{when} training")
+        axes.fill_between(ranks, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1, label="balanced")
+    axes.set(
+        title=f"{result.method}: {len(shares)} modules on held-out text",
+        xlabel="experts of a module, the busiest first",
+        xticks=list(ranks),
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -8,7 +8,8 @@ from typing import Any
 
 from lowrank_ext.cli.errors import UserError, near_matches
 
-METHODS = ("frozen", "full", "peft-lora", "lora", "lamda", "lamda++")
+METHODS = ("frozen", "full", "peft-lora", "lora", "lamda", "lamda++", "moe-lora", "goat")
+WITH_EXPERTS = frozenset({"moe-lora", "goat"})  # methods whose modules have a router
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 # Learning rates that work on the default model and text (r = 16, scaling 1).
@@ -19,6 +20,8 @@ DEFAULT_LR = {
     "lora": 3e-3,
     "lamda": 5e-4,
     "lamda++": 5e-4,
+    "moe-lora": 3e-3,
+    "goat": 3e-3,
 }
 
 
@@ -40,6 +43,9 @@ class Settings:
     seq_len: int
     lr: float | None
     freeze_eta: float
+    experts: int
+    top_k: int
+    balance: float
     dtype: str
     adapter_dtype: str
     seed: int
@@ -52,6 +58,8 @@ class Settings:
         """Raises UserError naming the option, what it must be, and what it was."""
         _check_methods(self.methods)
         _check_at_least("--rank", self.rank, 1)
+        _check_at_least("--experts", self.experts, 1)
+        _check_at_least("--top-k", self.top_k, 1)
         _check_at_least("--steps", self.steps, 1)
         _check_at_least("--batch", self.batch, 1)
         _check_at_least("--seq-len", self.seq_len, 2)
@@ -68,6 +76,14 @@ class Settings:
             raise UserError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0 < self.freeze_eta <= 1:
             raise UserError(f"--freeze-eta must be above 0 and at most 1, got {self.freeze_eta}")
+        if self.top_k > self.experts:
+            raise UserError(f"--top-k must be at most --experts {self.experts}, got {self.top_k}")
+        if not (self.balance >= 0 and math.isfinite(self.balance)):
+            raise UserError(f"--balance must be at least 0, got {self.balance}")
+        if WITH_EXPERTS.intersection(self.methods) and self.rank % self.experts:
+            raise UserError(
+                f"--rank must be a multiple of --experts {self.experts}, got {self.rank}"
+            )
         if not self.targets.strip():
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"

@@ -25,10 +25,27 @@ FP16_LOSS_SCALE = 1024.0
 NUM_EVALUATIONS = 4
 
 
+def training_loss(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`model_loss`, and what is to be differentiated: with the routers' balance loss added."""
+    loss = model_loss(model, tokens)
+    balance = methods.balance_loss(model)
+    return loss, loss if balance is None else loss + balance
+
+
 def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
     """Mean next-token cross entropy of tokens [batch, seq_len]."""
     loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     return loss
+
+
+@torch.no_grad()
+def count_experts(model: CausalLM, batches: list[Tensor]) -> dict[str, list[int]] | None:
+    """How many tokens of the batches each expert gets, by module; None without experts."""
+    if not methods.has_experts(model):
+        return None
+    with lr.expert_load(model) as load:
+        held_out_loss(model, batches)
+    return {path: counts.tolist() for path, counts in load.counts.items()}
 
 
 @torch.no_grad()
@@ -132,6 +149,7 @@ class Progress:
     skipped_steps: int = 0
     trainable_at_start: int = 0
     saved_bytes_at_start: int = 0
+    expert_load_at_start: dict[str, list[int]] | None = None
 
 
 @dataclass
@@ -169,9 +187,9 @@ class Trainer:
     def train_step(self, tokens: Tensor) -> float:
         """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
         started = time.perf_counter()
-        loss = model_loss(self.model, tokens)
-        self._check_finite("loss", math.isfinite(loss.item()))
-        torch.autograd.backward(loss * self.optimizer.loss_scale)
+        loss, total = training_loss(self.model, tokens)
+        self._check_finite("loss", math.isfinite(total.item()))
+        torch.autograd.backward(total * self.optimizer.loss_scale)
         updating = time.perf_counter()
         self._update()
         ended = time.perf_counter()

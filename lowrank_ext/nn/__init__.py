@@ -1,6 +1,8 @@
 """Modules: parameters, initialisation and one op call in forward."""
 
+from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import LoRALinear, LowRankLinear
+from lowrank_ext.nn.multi import MultiLoRALinear
 
-__all__ = ["LaMDALinear", "LoRALinear", "LowRankLinear"]
+__all__ = ["GOATLinear", "LaMDALinear", "LoRALinear", "LowRankLinear", "MultiLoRALinear"]

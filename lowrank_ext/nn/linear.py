@@ -65,6 +65,8 @@ class LowRankLinear(nn.Module):
     inits: ClassVar[tuple[str, ...]] = ()
     svd_inits: ClassVar[tuple[str, ...]] = ()
     residual_inits: ClassVar[tuple[str, ...]] = ()
+    # Why the branch of this method cannot be put into a weight; "" where it can.
+    unmergeable_because: ClassVar[str] = ""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -98,7 +100,7 @@ class LowRankLinear(nn.Module):
         self.r = r
         self.alpha = float(r if alpha is None else alpha)
         self.rslora = rslora
-        self.scaling = self.alpha / (math.sqrt(r) if rslora else r)
+        self.scaling = self._scaling()
         self.dropout = float(dropout)
         self.init = str(init)
         self.fan_in_fan_out = base is not None and is_conv1d(base)
@@ -195,6 +197,9 @@ class LowRankLinear(nn.Module):
             module.reset_adapter()
         return module.train(linear.training)
 
+    def _scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
     def _make_base(
         self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
@@ -205,7 +210,7 @@ class LowRankLinear(nn.Module):
         self.base_layer = None
 
     def _take_base(self, base: nn.Module) -> None:
-        plain = _is_plain(base)
+        plain = is_plain(base)
         if self.init in self.svd_inits and not computes_its_weight(base):
             raise ValueError(
                 f"{type(self).__name__}: init must be one without an SVD of the base weight for a "
@@ -345,10 +350,16 @@ class LowRankLinear(nn.Module):
         shares the weight would see the change: ``lowrank_ext.merge`` checks that for a model.
 
         Raises:
-            TypeError: the base does not compute x weightᵀ + bias with a floating-point weight.
+            TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or
+                the branch is no single matrix.
         """
         if self.merged:
             return
+        if self.unmergeable_because:
+            raise TypeError(
+                f"{type(self).__name__}.merge: the branch must be one matrix, "
+                f"{self.unmergeable_because}"
+            )
         weight = self.mergeable_parameter
         if weight is None:
             raise TypeError(
@@ -396,15 +407,22 @@ class LowRankLinear(nn.Module):
         plain.register_parameter("bias", self.bias)
         return plain
 
+    def base_output(self, x: Tensor) -> Tensor:
+        """What the base computes from x with the weight it holds now."""
+        if self.base_layer is not None:
+            y: Tensor = self.base_layer(x)
+            return y
+        assert self.weight is not None
+        return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N] in x's dtype."""
+        if self.merged:
+            return self.base_output(x)
         dropout_p = self.dropout if self.training else 0.0
         if self.base_layer is not None:
-            base_out: Tensor = self.base_layer(x)
-            if self.merged:
-                return base_out
             return ops.lowrank_add(
-                base_out,
+                self.base_output(x),
                 x,
                 self.lora_a,
                 self.lora_b,
@@ -413,12 +431,9 @@ class LowRankLinear(nn.Module):
                 dropout_p=dropout_p,
             )
         assert self.weight is not None
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self.merged:
-            return F.linear(x, weight, self.bias)
         return ops.lowrank_linear(
             x,
-            weight,
+            self.weight.t() if self.fan_in_fan_out else self.weight,
             self.bias,
             self.lora_a,
             self.lora_b,
@@ -607,7 +622,7 @@ def computes_its_weight(base: nn.Module) -> bool:
     on the meta device, where it is believed.)
     """
     weight = dense_weight(base)
-    if weight is None or weight.is_meta or _is_plain(base):
+    if weight is None or weight.is_meta or is_plain(base):
         return weight is not None
     wide = weight.t() if is_conv1d(base) else weight
     own_draws = torch.Generator().manual_seed(0)
@@ -618,7 +633,7 @@ def computes_its_weight(base: nn.Module) -> bool:
         return torch.allclose(base(x), expected, rtol=tolerance, atol=tolerance)
 
 
-def _is_plain(base: nn.Module) -> bool:
+def is_plain(base: nn.Module) -> bool:
     """Whether x Wᵀ + bias is all that the base does, so that its Parameters are all of it."""
     hooked = any(getattr(base, hooks) for hooks in _HOOKS) or "forward" in vars(base)
     known = type(base) in (nn.Linear, _conv1d_class())

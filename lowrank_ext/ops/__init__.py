@@ -2,5 +2,8 @@
 
 from lowrank_ext.ops.lowrank_add import lowrank_add
 from lowrank_ext.ops.lowrank_linear import lowrank_linear
+from lowrank_ext.ops.moe_lowrank_add import moe_lowrank_add
+from lowrank_ext.ops.moe_route import moe_route
+from lowrank_ext.ops.multi_lowrank_add import multi_lowrank_add
 
-__all__ = ["lowrank_add", "lowrank_linear"]
+__all__ = ["lowrank_add", "lowrank_linear", "moe_lowrank_add", "moe_route", "multi_lowrank_add"]

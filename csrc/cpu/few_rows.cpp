@@ -1,0 +1,290 @@
+// Down: a task owns four ranks of one adapter and walks over its rows four at a time; 16 fp32
+// registers hold the 4 x 4 dot products over k, 32 columns per instruction. Up: a task owns a range
+// of columns n; lora_b is transposed in registers to vectors of 16 columns by one pair of ranks,
+// the form that the bf16 dot product wants, and these serve every row. Ragged ranks, columns and
+// rows are masked: padding of lora_a and lora_b is never read.
+#include "few_rows.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "features.h"
+#include "isa.h"
+
+namespace lowrank_ext::cpu {
+
+bool has_few_rows() { return features().avx512_bf16; }
+
+#if LOWRANK_EXT_X86
+
+namespace {
+
+constexpr int64_t kRanks = 4;          // of a register block, down
+constexpr int64_t kRows = 4;           // of a register block, down and up
+constexpr int64_t kLanes = 16;         // fp32 columns of a register
+constexpr int64_t kColumnBlocks = 16;  // of kLanes columns: a task of the up product
+constexpr int64_t kAhead = 16;         // column blocks from prefetching to use
+constexpr int64_t kMaxPairs = 64;      // pairs of ranks in one go: 4 KiB of transposed lora_b
+// Multiply-adds worth a thread, about 5 us.
+constexpr int64_t kTaskWork = 1 << 18;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Which group and which part of it a flat task index means.
+struct Task {
+  size_t group;
+  int64_t part;
+};
+
+template <typename NumParts>  // num_parts(group)
+std::vector<Task> tasks_of(const std::vector<FewRows>& groups, const NumParts& num_parts) {
+  std::vector<Task> tasks;
+  for (size_t group = 0; group < groups.size(); ++group)
+    for (int64_t part = 0; part < num_parts(groups[group]); ++part) tasks.push_back({group, part});
+  return tasks;
+}
+
+// Tasks per thread at least, so that small calls stay on one.
+int64_t grain(const std::vector<FewRows>& groups, size_t num_tasks, int64_t num_cols) {
+  int64_t work = 0;
+  for (const FewRows& group : groups)
+    work += static_cast<int64_t>(group.x.size()) * group.rank * num_cols;
+  const auto count = static_cast<int64_t>(num_tasks);
+  return std::max<int64_t>(1, ceil_div(count * kTaskWork, std::max<int64_t>(1, work)));
+}
+
+LOWRANK_EXT_AVX512_BF16 inline __m512bh load32(const uint16_t* p, __mmask32 lanes) {
+  return (__m512bh)_mm512_maskz_loadu_epi16(lanes, p);
+}
+
+// 16 sums to bf16, to nearest even; NaN stays a quiet NaN.
+LOWRANK_EXT_AVX512_BF16 inline __m256i rounded(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+
+LOWRANK_EXT_AVX512_BF16 inline uint16_t rounded(float v) {
+  return static_cast<uint16_t>(_mm256_extract_epi16(rounded(_mm512_set1_ps(v)), 0));
+}
+
+// `next` is the part of lora_a that comes up next, as many ranks of it, or null: its rows are whole
+// pages apart, where the hardware's prefetching stops.
+template <int kNumRows, int kNumRanks>
+LOWRANK_EXT_AVX512_BF16 void down_block(const uint16_t* const* x, const uint16_t* a,
+                                        int64_t a_stride, const uint16_t* next, int64_t num_cols,
+                                        float scale, uint16_t* const* h, int64_t first_rank) {
+  __m512 acc[kNumRows][kNumRanks];
+#pragma GCC unroll 4
+  for (int m = 0; m < kNumRows; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < kNumRanks; ++j) acc[m][j] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < num_cols; k += 32) {
+    const auto lanes =
+        static_cast<__mmask32>(num_cols - k >= 32 ? ~0u : (1u << (num_cols - k)) - 1);
+    __m512bh left[kNumRanks];
+#pragma GCC unroll 4
+    for (int j = 0; j < kNumRanks; ++j) {
+      left[j] = load32(a + j * a_stride + k, lanes);
+      if (next != nullptr) _mm_prefetch(next + j * a_stride + k, _MM_HINT_T0);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kNumRows; ++m) {
+      const __m512bh right = load32(x[m] + k, lanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kNumRanks; ++j) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], left[j], right);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kNumRows; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < kNumRanks; ++j)
+      h[m][first_rank + j] = rounded(scale * _mm512_reduce_add_ps(acc[m][j]));
+}
+
+using DownBlock = void (*)(const uint16_t* const*, const uint16_t*, int64_t, const uint16_t*,
+                           int64_t, float, uint16_t* const*, int64_t);
+template <int kNumRows>
+constexpr DownBlock kDownRow[kRanks] = {down_block<kNumRows, 1>, down_block<kNumRows, 2>,
+                                        down_block<kNumRows, 3>, down_block<kNumRows, 4>};
+constexpr const DownBlock* kDownBlocks[kRows] = {kDownRow<1>, kDownRow<2>, kDownRow<3>,
+                                                 kDownRow<4>};
+
+// Eight ranks of one row; where not all exist, those in range, of a row that exists.
+template <bool kAll>
+LOWRANK_EXT_AVX512_BF16 inline __m128i load8(const uint16_t* p, bool exists, __mmask8 in_range) {
+  if constexpr (kAll) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_maskz_loadu_epi16(exists ? in_range : 0, p);
+}
+
+// Eight ranks of 16 rows, four pairs each, as four vectors of one pair each. Pairs past the last
+// rank come out zero.
+template <bool kAll>
+LOWRANK_EXT_AVX512_BF16 inline void transpose8(__m512i* pairs, const uint16_t* b, int64_t b_stride,
+                                               __mmask8 in_range, int64_t width) {
+  // 128-bit lane L of rows[i] is row 4L + i; a 4 x 4 transpose in each lane follows.
+  __m512i rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t* p = b + i * b_stride;
+    const int64_t step = 4 * b_stride;
+    __m512i row = _mm512_castsi128_si512(load8<kAll>(p, i < width, in_range));
+    row = _mm512_inserti32x4(row, load8<kAll>(p + step, 4 + i < width, in_range), 1);
+    row = _mm512_inserti32x4(row, load8<kAll>(p + 2 * step, 8 + i < width, in_range), 2);
+    rows[i] = _mm512_inserti32x4(row, load8<kAll>(p + 3 * step, 12 + i < width, in_range), 3);
+  }
+  const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+  const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  pairs[0] = _mm512_unpacklo_epi64(low01, low23);
+  pairs[1] = _mm512_unpackhi_epi64(low01, low23);
+  pairs[2] = _mm512_unpacklo_epi64(high01, high23);
+  pairs[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
+// pairs[p] lane i = lora_b[n + i, 2p] in the low half, lora_b[n + i, 2p + 1] in the high half, for
+// `ranks` ranks (odd: the last high half is 0) and the columns n + i that exist, else 0.
+LOWRANK_EXT_AVX512_BF16 inline void transpose_pairs(__m512i* pairs, const uint16_t* b,
+                                                    int64_t b_stride, int64_t ranks,
+                                                    int64_t width) {
+  for (int64_t rank = 0; rank < ranks; rank += 8) {
+    const int64_t count = std::min<int64_t>(8, ranks - rank);
+    const auto in_range = static_cast<__mmask8>((1 << count) - 1);
+    const auto transpose = count == 8 && width == kLanes ? transpose8<true> : transpose8<false>;
+    transpose(pairs + rank / 2, b + rank, b_stride, in_range, width);
+  }
+}
+
+// sums[m] += Σ_p pairs[p] · h_pairs[m][p] for kNumRows rows
+template <int kNumRows>
+LOWRANK_EXT_AVX512_BF16 inline void add_pairs(__m512* sums, const __m512i* pairs, int64_t num_pairs,
+                                              const uint32_t* h_pairs, int64_t h_stride) {
+  __m512 acc[kNumRows];
+#pragma GCC unroll 4
+  for (int m = 0; m < kNumRows; ++m) acc[m] = sums[m];
+  for (int64_t p = 0; p < num_pairs; ++p) {
+#pragma GCC unroll 4
+    for (int m = 0; m < kNumRows; ++m)
+      acc[m] = _mm512_dpbf16_ps(
+          acc[m], (__m512bh)pairs[p],
+          (__m512bh)_mm512_set1_epi32(static_cast<int>(h_pairs[m * h_stride + p])));
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kNumRows; ++m) sums[m] = acc[m];
+}
+
+using AddPairs = void (*)(__m512*, const __m512i*, int64_t, const uint32_t*, int64_t);
+constexpr AddPairs kAddPairs[kRows] = {add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
+
+// h of one group as pairs of ranks, [rows, ceil(rank / 2)], zero past the last rank.
+std::vector<uint32_t> pack_pairs(const FewRows& group) {
+  const int64_t num_pairs = ceil_div(group.rank, 2);
+  std::vector<uint32_t> pairs(group.h.size() * num_pairs, 0);
+  for (size_t m = 0; m < group.h.size(); ++m)
+    for (int64_t j = 0; j < group.rank; ++j)
+      pairs[m * num_pairs + j / 2] |= uint32_t{group.h[m][j]} << (16 * (j % 2));
+  return pairs;
+}
+
+// Asks for the columns of lora_b that come up kAhead blocks later: left to the hardware, which does
+// not see through the transposing order, cold adapters take three times as long.
+inline void prefetch_lora_b(const FewRows& group, int64_t n, int64_t out_features) {
+  const int64_t last = std::min(n + (kAhead + 1) * kLanes, out_features);
+  for (int64_t i = n + kAhead * kLanes; i < last; ++i) {
+    const uint16_t* row = group.lora_b + i * group.b_stride;
+    for (int64_t j = 0; j < group.rank; j += 32) _mm_prefetch(row + j, _MM_HINT_T0);
+  }
+}
+
+LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_pairs, int64_t n,
+                                        int64_t width) {
+  const auto lanes = static_cast<__mmask16>((1u << width) - 1);
+  const auto num_rows = static_cast<int64_t>(group.y.size());
+  const int64_t num_pairs = ceil_div(group.rank, 2);
+  const __m512 factor = _mm512_set1_ps(group.scaling);
+  __m512i pairs[kMaxPairs];
+  // Above 2 · kMaxPairs ranks the transpose is repeated for every four rows.
+  for (int64_t row = 0; row < num_rows; row += kRows) {
+    const int64_t count = std::min(kRows, num_rows - row);
+    __m512 sums[kRows] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                          _mm512_setzero_ps()};
+    for (int64_t first = 0; first < num_pairs; first += kMaxPairs) {
+      const int64_t some = std::min(kMaxPairs, num_pairs - first);
+      if (row == 0 || num_pairs > kMaxPairs)
+        transpose_pairs(pairs, group.lora_b + n * group.b_stride + 2 * first, group.b_stride,
+                        std::min(2 * some, group.rank - 2 * first), width);
+      kAddPairs[count - 1](sums, pairs, some, h_pairs + row * num_pairs + first, num_pairs);
+    }
+    // All loads before the stores, which at row distances of a power of two would hold them up.
+    for (int64_t m = 0; m < count; ++m) {
+      const __m512i wide =
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, group.y[row + m] + n));
+      const __m512 base = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+      sums[m] = _mm512_fmadd_ps(factor, sums[m], base);
+    }
+    for (int64_t m = 0; m < count; ++m)
+      _mm256_mask_storeu_epi16(group.y[row + m] + n, lanes, rounded(sums[m]));
+  }
+}
+
+}  // namespace
+
+void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, float x_scale) {
+  const std::vector<Task> tasks =
+      tasks_of(groups, [](const FewRows& group) { return ceil_div(group.rank, kRanks); });
+  const auto num_tasks = static_cast<int64_t>(tasks.size());
+  const auto lora_a_of = [&](const Task& task) {
+    const FewRows& group = groups[task.group];
+    return group.lora_a + task.part * kRanks * group.a_stride;
+  };
+  torch::stable::parallel_for(
+      0, num_tasks, grain(groups, tasks.size(), in_features), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const FewRows& group = groups[tasks[i].group];
+          const int64_t rank = tasks[i].part * kRanks;
+          const int64_t ranks = std::min(kRanks, group.rank - rank);
+          const uint16_t* next = i + 1 < end ? lora_a_of(tasks[i + 1]) : nullptr;
+          const auto num_rows = static_cast<int64_t>(group.x.size());
+          for (int64_t row = 0; row < num_rows; row += kRows) {
+            const int64_t rows = std::min(kRows, num_rows - row);
+            kDownBlocks[rows - 1][ranks - 1](group.x.data() + row, lora_a_of(tasks[i]),
+                                             group.a_stride, row == 0 ? next : nullptr, in_features,
+                                             x_scale, group.h.data() + row, rank);
+          }
+        }
+      });
+}
+
+void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features) {
+  std::vector<std::vector<uint32_t>> h_pairs;
+  for (const FewRows& group : groups) h_pairs.push_back(pack_pairs(group));
+  constexpr int64_t kColumns = kColumnBlocks * kLanes;
+  const std::vector<Task> tasks =
+      tasks_of(groups, [&](const FewRows&) { return ceil_div(out_features, kColumns); });
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(tasks.size()), grain(groups, tasks.size(), out_features),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = tasks[i].part * kColumns;
+          const int64_t last = std::min(first + kColumns, out_features);
+          for (int64_t n = first; n < last; n += kLanes) {
+            prefetch_lora_b(groups[tasks[i].group], n, out_features);
+            up_columns(groups[tasks[i].group], h_pairs[tasks[i].group].data(), n,
+                       std::min(kLanes, last - n));
+          }
+        }
+      });
+}
+
+#else
+
+void few_rows_down(const std::vector<FewRows>&, int64_t, float) {
+  throw std::logic_error("few_rows_down: called on a CPU without bf16 dot products");
+}
+
+void few_rows_up(const std::vector<FewRows>&, int64_t) {
+  throw std::logic_error("few_rows_up: called on a CPU without bf16 dot products");
+}
+
+#endif
+
+}  // namespace lowrank_ext::cpu

@@ -1,0 +1,34 @@
+// The two products of a low-rank branch for a handful of rows that share an adapter (decode): rows
+// are read and written where they lie, so nothing is gathered, and an adapter is read once. At
+// these sizes the vendor's bf16 product costs its set-up several times over.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace lowrank_ext::cpu {
+
+// Whether the functions below may be called: AVX-512 with bf16 dot products.
+bool has_few_rows();
+
+// One adapter and the rows that use it; all bf16. Row pointers are as many as there are rows.
+struct FewRows {
+  const uint16_t* lora_a;  // [rank, K], row stride a_stride
+  int64_t a_stride;
+  const uint16_t* lora_b;  // [N, rank], row stride b_stride
+  int64_t b_stride;
+  int64_t rank;
+  float scaling;
+  std::vector<const uint16_t*> x;  // [K]
+  std::vector<uint16_t*> h;        // [rank], written by few_rows_down
+  std::vector<uint16_t*> y;        // [N], added to by few_rows_up
+};
+
+// h[m, j] = x_scale · Σ_k x[m, k] lora_a[j, k] for all groups, rounded once; fp32 sums in a fixed
+// order.
+void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, float x_scale);
+
+// y[m, n] += scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
+void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features);
+
+}  // namespace lowrank_ext::cpu

@@ -1,0 +1,222 @@
+"""AdapterBank: many LoRA adapters on one model, a different one for each sequence of a batch."""
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+
+from lowrank_ext.adapt import replace_modules, set_fused_encoders
+from lowrank_ext.checkpoint import LoRATensors, read_lora
+from lowrank_ext.config import did_you_mean
+from lowrank_ext.nn import LowRankLinear
+from lowrank_ext.nn.multi import ACTIVE_ROWS, MultiLoRALinear, RowsBlock
+
+__all__ = ["AdapterBank", "BankMemory"]
+
+_NUMBERS = itertools.count()
+
+
+class BankMemory(NamedTuple):
+    """Bytes on the model's devices: of each adapter, of the padding to a common rank, of all."""
+
+    adapters: Mapping[str, int]
+    padding: int
+    total: int
+
+
+class AdapterBank:
+    """LoRA adapters of one model, side by side, chosen per sequence.
+
+    The first adapter that targets a linear module puts a :class:`~lowrank_ext.nn.MultiLoRALinear`
+    in its place; when the last one goes, the module itself comes back. Inside a :meth:`rows` block
+    each sequence of a batch runs with its own adapter, or with none. Sequences without one have the
+    bits that the plain model computes for the same batch; a module that an adapter does not target
+    is the base module for its sequences.
+
+    Weights are kept once, in the base's dtype, in stacks padded to a module's largest rank. Loading
+    and unloading build the stacks anew and must happen outside of all ``rows`` blocks; a compiled
+    model is then compiled again, while entering a block never costs a compilation.
+
+    Args:
+        model: a plain model on its final device; the bank changes it in place.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: model carries adapters of :func:`lowrank_ext.adapt`, of PEFT or of another bank.
+
+    Example:
+        >>> bank = lr.AdapterBank(model)
+        >>> bank.load("french", "adapters/french")
+        >>> bank.load("legal", "adapters/legal")
+        >>> with bank.rows(["french", None, "legal"]):
+        ...     output = model.generate(**batch_of_three)
+        >>> bank.close()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
+        for path, module in model.named_modules():
+            adapted = isinstance(module, LowRankLinear | MultiLoRALinear)
+            if adapted or type(module).__module__.startswith("peft."):
+                raise ValueError(
+                    f"AdapterBank: model must carry no adapters, got a {type(module).__name__} at "
+                    f"{path or 'the model itself'}"
+                )
+        self.model = model
+        self._number = next(_NUMBERS)
+        self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
+        self._originals: dict[MultiLoRALinear, nn.Module] = {}
+        self._blocks = 0
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loaded adapters, in the order of loading."""
+        return tuple(self._adapters)
+
+    def load(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Load the LoRA checkpoint in the directory ``path`` (PEFT's format) as ``name``.
+
+        use_rslora, rank_pattern and alpha_pattern are honoured; ranks and targets may differ from
+        those of the other adapters. Dropout is not applied. A checkpoint that changes more than
+        linear modules, row by row, is refused: modules_to_save, DoRA, trained biases, an initial
+        residual (PiSSA that was not converted), LaMDA.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: the name is taken, or a file is damaged, belongs to another model or uses
+                what is not supported; the message names file and key. The model is as it was.
+            RuntimeError: a ``rows`` block is active.
+        """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"AdapterBank.load: name must be a non-empty string, got {name!r}")
+        if name in self._adapters:
+            raise ValueError(f"AdapterBank.load: name must be new, got {name!r}; unload it first")
+        with self._between_blocks("load"):
+            tensors = read_lora(self.model, path, "AdapterBank.load")
+            modules = self._modules_for(tensors)
+            for path_in_model, (lora_a, lora_b, scaling) in tensors.items():
+                modules[path_in_model].add(name, lora_a, lora_b, scaling)
+            self._adapters[name] = {
+                module: tensors[where].lora_a.shape[0] for where, module in modules.items()
+            }
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            ValueError: there is none of this name.
+            RuntimeError: a ``rows`` block is active.
+        """
+        self._check_known("unload", name)
+        with self._between_blocks("unload"):
+            modules = self._adapters.pop(name)
+            for module in modules:
+                module.remove(name)
+            self._restore([module for module in modules if not module.names])
+
+    def close(self) -> None:
+        """Unload everything: the model is the plain one again. The bank may be used further.
+
+        Raises:
+            RuntimeError: a ``rows`` block is active.
+        """
+        with self._between_blocks("close"):
+            self._adapters.clear()
+            self._restore(list(self._originals))
+
+    def memory(self) -> BankMemory:
+        """What the adapters occupy."""
+        own = {
+            name: sum(module.bytes_of_rank(rank) for module, rank in modules.items())
+            for name, modules in self._adapters.items()
+        }
+        total = sum(
+            len(module.names) * module.bytes_of_rank(module.lora_a.shape[1])
+            for module in self._originals
+        )
+        return BankMemory(own, total - sum(own.values()), total)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """A ``with`` block in which sequence b of every batch runs with adapter ``names[b]``.
+
+        None stands for the base alone. The first dimension of every input of an adapted module must
+        be the batch. ``generate`` with num_beams or num_return_sequences multiplies its rows, each
+        sequence's copies next to each other: give each name as many times in a row.
+
+        The block belongs to the current context (contextvars): other threads and tasks are not
+        affected, and a thread started inside it does not inherit it. A block inside a block counts
+        until it ends. Recomputation by activation checkpointing must happen inside the block.
+
+        Raises:
+            TypeError: ``names`` is a string, or holds something else than strings and None.
+            ValueError: a name is unknown; inside the block, from the first adapted module: the
+                batch has another number of rows.
+        """
+        if isinstance(names, str) or not all(isinstance(n, str | None) for n in names):
+            raise TypeError(
+                f"AdapterBank.rows: names must be a sequence of names and None, got {names!r}"
+            )
+        with self._lock:
+            for name in names:
+                if name is not None:
+                    self._check_known("rows", name)
+            self._blocks += 1
+        token = ACTIVE_ROWS.set({**ACTIVE_ROWS.get(), self._number: RowsBlock(names)})
+        try:
+            yield
+        finally:
+            ACTIVE_ROWS.reset(token)
+            with self._lock:
+                self._blocks -= 1
+
+    def __repr__(self) -> str:
+        return f"AdapterBank({type(self.model).__name__}, names={list(self.names)})"
+
+    @contextmanager
+    def _between_blocks(self, action: str) -> Iterator[None]:
+        """Holds the lock; nothing runs with the stacks meanwhile."""
+        with self._lock:
+            if self._blocks:
+                raise RuntimeError(
+                    f"AdapterBank.{action}: no rows block may be active, got {self._blocks}"
+                )
+            yield
+
+    def _check_known(self, action: str, name: str) -> None:
+        if name not in self._adapters:
+            raise ValueError(
+                f"AdapterBank.{action}: name must be one of {list(self.names)}, got {name!r}"
+                f"{did_you_mean(name, self.names)}"
+            )
+
+    def _modules_for(self, paths: Mapping[str, LoRATensors]) -> dict[str, MultiLoRALinear]:
+        """The module at each path, put in the place of a plain one where there is none yet."""
+        present = {path: self.model.get_submodule(path) for path in paths}
+        new = {
+            module: MultiLoRALinear(module, self._number)
+            for module in present.values()
+            if not isinstance(module, MultiLoRALinear)
+        }
+        replace_modules(self.model, new)
+        set_fused_encoders(self.model, on=False)
+        self._originals.update({multi: module for module, multi in new.items()})
+        return {
+            path: module if isinstance(module, MultiLoRALinear) else new[module]
+            for path, module in present.items()
+        }
+
+    def _restore(self, modules: Sequence[MultiLoRALinear]) -> None:
+        """Put the original modules back."""
+        originals: dict[nn.Module, nn.Module] = {
+            module: module.base_module(self._originals.pop(module)) for module in modules
+        }
+        replace_modules(self.model, originals)
+        if not self._originals:
+            set_fused_encoders(self.model, on=True)

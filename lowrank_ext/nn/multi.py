@@ -1,0 +1,252 @@
+"""MultiLoRALinear: one frozen linear map under many LoRA adapters, a different one for each row.
+
+    y[m] = W x[m] + bias + scaling[i] · lora_b[i] lora_a[i] x[m],     i the adapter of row m
+
+Which row has which adapter is either an argument of forward or comes from the ``AdapterBank.rows``
+block that the call is inside of. Such blocks live in a context variable, so threads and asyncio
+tasks do not see each other's.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ext import ops
+from lowrank_ext.config import check_alpha
+from lowrank_ext.nn.linear import dense_weight, is_plain, linear_features
+from lowrank_ext.ops._branch import library
+
+
+class MultiLoRALinear(nn.Module):
+    """LoRA adapters stacked over one base; made by :meth:`from_linear`.
+
+    Adapters of smaller rank are padded to the largest; padding takes memory but is never read.
+    Nothing requires a gradient at first; ``lora_a`` and ``lora_b`` may.
+
+    Attributes:
+        weight, bias: the Parameters of a plain nn.Linear base, at their old state-dict keys; None
+            where ``base_layer`` holds a base of another kind.
+        names: the adapters, in the order of their ids.
+        lora_a [n, r, K], lora_b [n, N, r]: Parameters, of the base's dtype (float32 over a base
+            without a dense weight).
+        scaling [n], ranks [n]: float64 and int64 buffers.
+        bank: number of the AdapterBank whose ``rows`` blocks count here, or -1.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scaling: Tensor
+    ranks: Tensor
+    base_layer: nn.Module | None
+
+    def __init__(self, base: nn.Module, bank: int = -1) -> None:
+        super().__init__()
+        features = linear_features(base)
+        if features is None:
+            raise TypeError(
+                "MultiLoRALinear: base must be nn.Linear, Conv1D or a module with in_features and "
+                f"out_features, got {type(base).__name__}"
+            )
+        self.in_features, self.out_features = features
+        self.bank = bank
+        self.names: tuple[str, ...] = ()
+        # Conv1D's product is another call of the vendor's, whose bits a linear need not have.
+        plain = type(base) is nn.Linear and is_plain(base)
+        self.register_parameter("weight", base._parameters["weight"] if plain else None)
+        self.register_parameter("bias", base._parameters["bias"] if plain else None)
+        self.base_layer = None if plain else base
+        weight = dense_weight(base)
+        like = next(iter([*base.parameters(), *base.buffers()]), torch.empty(0))
+        dtype = torch.float32 if weight is None else weight.dtype
+        self._set_stacks(
+            torch.empty(0, 1, self.in_features, dtype=dtype, device=like.device),
+            torch.empty(0, self.out_features, 1, dtype=dtype, device=like.device),
+        )
+        self.register_buffer("scaling", torch.empty(0, dtype=torch.float64, device=like.device))
+        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64, device=like.device))
+        self.train(base.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module) -> Self:
+        """A module without adapters over ``linear``, whose Parameters it shares.
+
+        Raises:
+            TypeError: ``linear`` is not nn.Linear, Conv1D or a module with integer ``in_features``
+                and ``out_features``.
+
+        Example:
+            >>> layer = MultiLoRALinear.from_linear(nn.Linear(64, 32))
+            >>> layer.add("french", lora_a, lora_b, scaling=2.0)
+            >>> y = layer(x, adapter_ids)  # x [B, T, 64], adapter_ids int64 [B, T]
+        """
+        return cls(linear)
+
+    def _set_stacks(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        trains = "lora_a" in self._parameters and self.lora_a.requires_grad
+        self.lora_a = nn.Parameter(lora_a, requires_grad=trains)
+        self.lora_b = nn.Parameter(lora_b, requires_grad=trains)
+
+    @torch.no_grad()
+    def add(self, name: str, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
+        """Append an adapter, lora_a [r, K] and lora_b [N, r]; it gets the next id. Copies.
+
+        Raises:
+            ValueError: the name is taken or a shape does not fit; nothing has changed then.
+        """
+        if name in self.names:
+            raise ValueError(f"MultiLoRALinear.add: name must be new, got {name!r}")
+        check_alpha(scaling, "MultiLoRALinear.add", "scaling")
+        fits = lora_a.dim() == 2 and lora_a.shape[0] >= 1 and lora_a.shape[1] == self.in_features
+        if not fits:
+            raise ValueError(
+                f"MultiLoRALinear.add: lora_a must be [r, in_features={self.in_features}], "
+                f"got {list(lora_a.shape)}"
+            )
+        rank = lora_a.shape[0]
+        if lora_b.shape != (self.out_features, rank):
+            raise ValueError(
+                f"MultiLoRALinear.add: lora_b must be [out_features={self.out_features}, "
+                f"r={rank}], got {list(lora_b.shape)}"
+            )
+        self._restack(
+            [*range(len(self.names)), -1], max([rank, *self.ranks.tolist()]), lora_a, lora_b
+        )
+        self.scaling = torch.cat([self.scaling, self.scaling.new_tensor([scaling])])
+        self.ranks = torch.cat([self.ranks, self.ranks.new_tensor([rank])])
+        self.names = (*self.names, name)
+
+    @torch.no_grad()
+    def remove(self, name: str) -> None:
+        """Take an adapter out; the ids of those behind it move down by one, its memory is freed.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self.names:
+            raise ValueError(
+                f"MultiLoRALinear.remove: name must be one of {list(self.names)}, got {name!r}"
+            )
+        kept = [i for i, other in enumerate(self.names) if other != name]
+        self._restack(kept, max([1, *(int(self.ranks[i]) for i in kept)]))
+        self.scaling, self.ranks = self.scaling[kept], self.ranks[kept]
+        self.names = tuple(self.names[i] for i in kept)
+
+    def _restack(self, slots: Sequence[int], rank: int, *new: Tensor) -> None:
+        """Stacks of ``rank`` with the adapters ``slots``, where -1 stands for ``new`` (a, b)."""
+        a = self.lora_a.new_zeros(len(slots), rank, self.in_features)
+        b = self.lora_b.new_zeros(len(slots), self.out_features, rank)
+        for slot, old in enumerate(slots):
+            lora_a, lora_b = new if old == -1 else (self.lora_a[old], self.lora_b[old])
+            used = min(rank, lora_a.shape[0])
+            a[slot, :used].copy_(lora_a[:used])
+            b[slot, :, :used].copy_(lora_b[:, :used])
+        self._set_stacks(a, b)
+
+    def base_module(self, original: nn.Module) -> nn.Module:
+        """``original``, the module this one was made of, with this one's base and mode."""
+        if self.base_layer is None:
+            original._parameters.update(weight=self.weight, bias=self.bias)
+        return original.train(self.training)
+
+    def bytes_of_rank(self, rank: int) -> int:
+        """Memory of one adapter of ``rank`` here."""
+        return rank * (self.in_features + self.out_features) * self.lora_a.element_size()
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """x [..., K] to [..., N] in x's dtype.
+
+        Args:
+            adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: as the active
+                ``AdapterBank.rows`` block says; outside of one the base alone.
+        """
+        if self.base_layer is None:
+            assert self.weight is not None
+            base_out = F.linear(x, self.weight, self.bias)
+        else:
+            base_out = self.base_layer(x)
+        if adapter_ids is None:
+            adapter_ids = _ids_of_block(x, self.bank, self.names)
+        if adapter_ids is None:
+            return base_out
+        return ops.multi_lowrank_add(
+            base_out, x, self.lora_a, self.lora_b, adapter_ids, self.scaling, ranks=self.ranks
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"adapters={list(self.names)}, r={self.lora_a.shape[1]}"
+        )
+
+    def _apply(self, fn: object, recurse: bool = True) -> Self:
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        if self.scaling.dtype != scaling.dtype:  # .to(dtype) is meant for the weights
+            self.scaling = scaling.to(self.scaling.device)
+        return self
+
+
+class RowsBlock:
+    """The adapters of the rows of a batch, and their ids in each layout of adapters, made once."""
+
+    def __init__(self, names: Sequence[str | None]) -> None:
+        self.names = tuple(names)
+        self._ids: dict[tuple[tuple[str, ...], torch.device], Tensor | None] = {}
+
+    def ids(self, layout: tuple[str, ...], device: torch.device) -> Tensor | None:
+        """int64 [number of rows] on ``device``; None where no row has an adapter of ``layout``."""
+        key = (layout, device)
+        if key not in self._ids:
+            ids = [layout.index(name) if name in layout else -1 for name in self.names]
+            used = any(i >= 0 for i in ids)
+            # Not an inference tensor, whatever mode the first call is made in.
+            with torch.inference_mode(False):
+                self._ids[key] = torch.tensor(ids, device=device) if used else None
+        return self._ids[key]
+
+    def ids_of_rows(self, layout: tuple[str, ...], x: Tensor) -> Tensor | None:
+        """One id for each row of x, whose first dimension is the batch."""
+        if x.dim() < 2 or x.shape[0] != len(self.names):
+            raise ValueError(
+                f"AdapterBank.rows: the batch must have {len(self.names)} rows, one for each name, "
+                f"got an input of shape {list(x.shape)}; num_beams and num_return_sequences "
+                "multiply the rows of generate: give each name as many times in a row"
+            )
+        ids = self.ids(layout, x.device)
+        if ids is None:
+            return None
+        return ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
+
+
+# By the number of the bank: blocks of several banks may be nested.
+ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", default={})  # noqa: B039
+
+
+def _ids_of_block(x: Tensor, bank: int, layout: tuple[str, ...]) -> Tensor | None:
+    if torch.compiler.is_compiling():
+        # An op, which looks when it runs: the graph is good for every block.
+        return torch.ops.lowrank_ext.active_adapter_ids.default(x, bank, list(layout))
+    block = ACTIVE_ROWS.get().get(bank)
+    return None if block is None else block.ids_of_rows(layout, x)
+
+
+def _active_adapter_ids(x: Tensor, bank: int, layout: Sequence[str]) -> Tensor:
+    block = ACTIVE_ROWS.get().get(bank)
+    ids = None if block is None else block.ids_of_rows(tuple(layout), x)
+    if ids is None:
+        return torch.full(x.shape[:-1], -1, dtype=torch.int64, device=x.device)
+    return ids.clone(memory_format=torch.contiguous_format)
+
+
+library("lowrank_ext").impl("active_adapter_ids", _active_adapter_ids, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lowrank_ext::active_adapter_ids")
+def _active_adapter_ids_fake(x: Tensor, bank: int, layout: Sequence[str]) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)

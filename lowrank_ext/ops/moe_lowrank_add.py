@@ -1,0 +1,234 @@
+"""A mixture of low-rank experts on the output of any base module."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.ops._branch import (
+    check_shape,
+    draw_seed,
+    needs_input_grad,
+    not_needed_as_none,
+    register_autocast,
+    register_autograd,
+    register_fakes,
+)
+from lowrank_ext.ops.moe_route import check_token_mask, check_top_k, statistics_dtype
+
+_OP = "moe_lowrank_add"
+
+
+class MoEOutput(NamedTuple):
+    """What :func:`moe_lowrank_add` returns."""
+
+    y: Tensor
+    balance_loss: Tensor
+    topk_ids: Tensor
+    router_probs: Tensor
+
+
+def moe_lowrank_add(
+    base_out: Tensor,
+    x: Tensor,
+    router_weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    top_k: int,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    shared_dropout: bool = False,
+    token_mask: Tensor | None = None,
+) -> MoEOutput:
+    """Adds to each row of a base output the `top_k` low-rank experts that a router picks for it.
+
+        p = softmax(x router_weightᵀ)
+        w = p of the top_k experts, renormalised to sum to one
+        y = base_out + scaling · Σ_i w_i lora_b[i] lora_a[i] drop_i(x)   over those experts i
+        balance_loss = E Σ_i f_i P_i,  f_i: share of the tokens that chose i,  P_i: mean of p_i
+
+    The router sees x without dropout; its logits, p, w and the loss are float32 (float64 for
+    float64 x). Experts that no token chose cost nothing, and their gradients are exact zeros.
+
+    Args:
+        base_out: [..., out_features], dtype of x; not modified.
+        x: [..., in_features], float64, float32, bfloat16 or float16; any strides.
+        router_weight: [E, in_features]. This and the experts have x's dtype, or float32 beside
+            bfloat16 and float16; they are rounded to x's dtype once per call, their gradients have
+            their own.
+        lora_a: [E, r_e, in_features].
+        lora_b: [E, out_features, r_e].
+        top_k: experts per token, at most E.
+        scaling: factor of the branch.
+        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`. Every expert draws a mask of
+            its own.
+        shared_dropout: one mask for all experts instead, that of :func:`lowrank_add`.
+        token_mask: bool [...], False where a token is padding, which balance_loss leaves out; it is
+            routed all the same. None: every token counts.
+
+    Returns:
+        y: [..., out_features], dtype of x, contiguous.
+        balance_loss: [], top_k where the load is even, more where it is not; 0 if no token counts.
+            f has no gradient.
+        topk_ids: int64 [..., k], by descending logit; a tie goes to the lower id. A row of NaN has
+            valid ids and a y of NaN, and changes no other row.
+        router_probs: [..., E], the p above; no gradient flows through it.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
+
+    Example:
+        >>> y, balance_loss, *_ = moe_lowrank_add(
+        ...     linear(x), x, router_weight, lora_a, lora_b, top_k=2, scaling=2.0
+        ... )
+
+    Source: GOAT (arXiv 2502.16894), MoLoRA (arXiv 2309.05444); loss of Fedus et al. 2021 (arXiv
+    2101.03961), eq. 4. In plain torch: lowrank_ext/reference.py.
+    """
+    op = torch.ops.lowrank_ext.moe_lowrank_add.default
+    y, _, router_probs, topk_ids, _, balance_loss, _ = op(
+        base_out,
+        x,
+        router_weight,
+        lora_a,
+        lora_b,
+        top_k,
+        scaling,
+        dropout_p,
+        draw_seed(dropout_p, seed, x.device),
+        shared_dropout,
+        token_mask,
+    )
+    return MoEOutput(y, balance_loss, topk_ids, router_probs)
+
+
+def _fake(
+    base_out: Tensor,
+    x: Tensor,
+    router_weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    shared_dropout: bool,
+    token_mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
+    same_rows = base_out.dim() == x.dim() and base_out.shape[:-1] == x.shape[:-1]
+    check_shape(_OP, "base_out", base_out, same_rows, "x's leading dimensions and out_features")
+    _check_experts(router_weight, lora_a, lora_b, x.shape[-1], base_out.shape[-1])
+    num_experts, rank, _ = lora_a.shape
+    check_top_k(_OP, top_k, num_experts)
+    check_token_mask(_OP, token_mask, x, "x")
+    lead, statistics = x.shape[:-1], statistics_dtype(x.dtype)
+    return (
+        base_out.new_empty(base_out.shape),
+        x.new_empty((*lead, num_experts * rank)),
+        x.new_empty((*lead, num_experts), dtype=statistics),
+        x.new_empty((*lead, top_k), dtype=torch.int64),
+        x.new_empty((*lead, top_k), dtype=statistics),
+        x.new_empty((), dtype=statistics),
+        x.new_empty((num_experts,), dtype=torch.int64),
+    )
+
+
+def _check_experts(
+    router_weight: Tensor, lora_a: Tensor, lora_b: Tensor, in_features: int, out_features: int
+) -> None:
+    """The shape checks of csrc/moe_checks.h in the same words, for fake tensors."""
+    a, b, router = lora_a.shape, lora_b.shape, router_weight.shape
+    matches = len(a) == 3 and a[0] >= 1 and a[1] >= 1 and a[2] == in_features
+    check_shape(_OP, "lora_a", lora_a, matches, f"[E, r_e, in_features={in_features}]")
+    matches = len(b) == 3 and b[0] == a[0] and b[1] == out_features and b[2] == a[1]
+    expected = f"[E={a[0]}, out_features={out_features}, r_e={a[1]}]"
+    check_shape(_OP, "lora_b", lora_b, matches, expected)
+    matches = len(router) == 2 and router[0] == a[0] and router[1] == in_features
+    expected = f"[E={a[0]}, in_features={in_features}]"
+    check_shape(_OP, "router_weight", router_weight, matches, expected)
+
+
+def _backward_fake(
+    dout: Tensor,
+    dbalance_loss: Tensor | None,
+    x: Tensor | None,
+    router_weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    needs = args[-4:]
+    dx = dout.new_empty((*dout.shape[:-1], lora_a.shape[2]) if needs[0] else (0,))
+    return (
+        dx,
+        *(
+            tensor.new_empty(tensor.shape) if needed else dout.new_empty((0,))
+            for tensor, needed in zip((router_weight, lora_a, lora_b), needs[1:], strict=True)
+        ),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, x, router_weight, lora_a, lora_b, _, scaling, dropout_p, seed, shared, token_mask = inputs
+    _, h, router_probs, topk_ids, topk_weights, _, expert_counts = output
+    _, need_dx, need_drouter, need_dlora_a, need_dlora_b = needs_input_grad(ctx)[:5]
+    ctx.mark_non_differentiable(h, router_probs, topk_ids, topk_weights, expert_counts)
+    ctx.set_materialize_grads(False)
+    ctx.dtype = x.dtype
+    ctx.scaling, ctx.dropout_p, ctx.shared_dropout = scaling, dropout_p, shared
+    ctx.save_for_backward(
+        x if need_drouter or need_dlora_a else None,
+        router_weight,
+        lora_a,
+        lora_b,
+        h if need_dx or need_drouter or need_dlora_b else None,
+        router_probs,
+        topk_ids,
+        topk_weights,
+        expert_counts,
+        seed,
+        token_mask,
+    )
+
+
+def _backward(
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    dbalance_loss = others[4]
+    need_dbase_out, *needs = needs_input_grad(ctx)[:5]
+    if dout is None and dbalance_loss is None:
+        return (None,) * 11
+    *saved, seed, token_mask = ctx.saved_tensors
+    if dout is None:  # only the loss was used
+        lora_b, topk_ids = saved[3], saved[6]
+        shape = (*topk_ids.shape[:-1], lora_b.shape[1])
+        dout = lora_b.new_zeros(shape, dtype=ctx.dtype)
+    gradients = not_needed_as_none(
+        backward_op(
+            dout,
+            dbalance_loss,
+            *saved,
+            ctx.scaling,
+            ctx.dropout_p,
+            seed,
+            ctx.shared_dropout,
+            token_mask,
+            *needs,
+        ),
+        needs,
+    )
+    return (dout if need_dbase_out else None, *gradients, *(None,) * 6)
+
+
+def register(library_name: str) -> None:
+    """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
+    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autocast(library_name, _OP, num_base_args=2)
+
+
+register("lowrank_ext")

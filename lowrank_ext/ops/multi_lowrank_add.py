@@ -1,0 +1,168 @@
+"""A low-rank branch per row, on the output of any base module."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.ops._branch import (
+    check_shape,
+    draw_seed,
+    needs_input_grad,
+    not_needed_as_none,
+    register_autocast,
+    register_autograd,
+    register_fakes,
+)
+
+_OP = "multi_lowrank_add"
+
+
+class _Adapters(NamedTuple):
+    """The arguments beside base_out and x, in schema order."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    adapter_ids: Tensor
+    scaling: Tensor
+    ranks: Tensor | None
+    dropout_p: float
+    seed: Tensor | None
+
+
+def multi_lowrank_add(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    scaling: Tensor,
+    *,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Adds to each row of a base output the low-rank branch of the row's own adapter.
+
+        y[m] = base_out[m] + scaling[i] · lora_b[i] lora_a[i] drop(x[m]),     i = adapter_ids[m]
+
+    Where i is -1, y[m] has the bits of base_out[m]: nothing is added, not even a zero. Adapters
+    without a row are not read, and their gradients are zeros. With ``ranks`` the rows of lora_a[i]
+    and the columns of lora_b[i] from ranks[i] on are padding: never read, their gradients zeros;
+    rank 0 is no adapter. Every tensor is on x's device; the host waits for none of them on a GPU.
+
+    Args:
+        base_out: [..., out_features], dtype of x; not modified.
+        x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
+        lora_a: [n, r, in_features]. The stacks have x's dtype, or float32 beside bfloat16 and
+            float16; what is used of them is rounded to x's dtype once per call.
+        lora_b: [n, out_features, r].
+        adapter_ids: int64 [...], from -1 to n - 1: an id for each row, any strides.
+        scaling: float32 or float64 [n]; gets no gradient.
+        ranks: int64 [n], from 0 to r; None: r for all.
+        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`.
+
+    Returns:
+        y, [..., out_features], dtype of x, contiguous.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device, an id or a rank is out of
+            range, or scaling requires a gradient; nothing has been computed then.
+
+    Example:
+        >>> ids = torch.tensor([0, -1, 2])  # a sequence each; x [3, T, K]
+        >>> y = multi_lowrank_add(base(x), x, a, b, ids[:, None].expand(3, T), scaling)
+
+    In plain torch: lowrank_ext/reference.py.
+    """
+    y, _ = torch.ops.lowrank_ext.multi_lowrank_add.default(
+        base_out,
+        x,
+        lora_a,
+        lora_b,
+        adapter_ids,
+        scaling,
+        ranks,
+        dropout_p,
+        draw_seed(dropout_p, seed, x.device),
+    )
+    return y
+
+
+def _fake(base_out: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    adapters = _Adapters(*others)
+    check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
+    same_rows = base_out.dim() == x.dim() and base_out.shape[:-1] == x.shape[:-1]
+    check_shape(_OP, "base_out", base_out, same_rows, "x's leading dimensions and out_features")
+    _check(adapters, x, x.shape[-1], base_out.shape[-1])
+    y = base_out.new_empty(base_out.shape)
+    return y, x.new_empty((*x.shape[:-1], adapters.lora_a.shape[1]))
+
+
+def _check(adapters: _Adapters, x: Tensor, in_features: int, out_features: int) -> None:
+    """The shape checks of csrc/checks.h in the same words."""
+    a, b, ids = adapters.lora_a, adapters.lora_b, adapters.adapter_ids
+    fits = a.dim() == 3 and a.shape[1] >= 1 and a.shape[2] == in_features
+    check_shape(_OP, "lora_a", a, fits, f"[n, r, in_features={in_features}]")
+    n, r = a.shape[:2]
+    fits = b.dim() == 3 and (b.shape[0] == n and b.shape[1] == out_features and b.shape[2] == r)
+    check_shape(_OP, "lora_b", b, fits, f"[n={n}, out_features={out_features}, r={r}]")
+    one_per_row = ids.shape == x.shape[:-1]
+    check_shape(_OP, "adapter_ids", ids, one_per_row, "x's leading dimensions, an id for each row")
+    for name, vector in (("scaling", adapters.scaling), ("ranks", adapters.ranks)):
+        if vector is not None:
+            fits = vector.dim() == 1 and vector.shape[0] == n
+            check_shape(_OP, name, vector, fits, f"[n={n}]")
+
+
+def _backward_fake(
+    dout: Tensor, x: Tensor | None, h: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    adapters = _Adapters(*args[:7])
+    need_dx, need_dlora_a, need_dlora_b = args[7:]
+    a, b = adapters.lora_a, adapters.lora_b
+    return (
+        dout.new_empty((*dout.shape[:-1], a.shape[2]) if need_dx else (0,)),
+        a.new_empty(a.shape) if need_dlora_a else dout.new_empty((0,)),
+        b.new_empty(b.shape) if need_dlora_b else dout.new_empty((0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, *others = inputs
+    adapters = _Adapters(*others)
+    _, _, need_dlora_a, need_dlora_b, _, need_dscaling = needs_input_grad(ctx)[:6]
+    if need_dscaling:
+        raise RuntimeError(f"{_OP}: scaling must not require a gradient, it has none")
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if need_dlora_a else None, h if need_dlora_b else None, *adapters[:5], adapters.seed
+    )
+    ctx.dropout_p = adapters.dropout_p
+
+
+def _backward(
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
+    x, h, *adapters, seed = ctx.saved_tensors
+    need_dbase_out, *needs = needs_input_grad(ctx)[:4]
+    gradients = not_needed_as_none(
+        backward_op(dout, x, h, *adapters, ctx.dropout_p, seed, *needs),
+        needs,
+    )
+    return (dout if need_dbase_out else None, *gradients, None, None, None, None, None)
+
+
+def register(library_name: str) -> None:
+    """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
+    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autocast(library_name, _OP, num_base_args=2)
+
+
+register("lowrank_ext")

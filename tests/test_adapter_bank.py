@@ -1,0 +1,569 @@
+"""AdapterBank and MultiLoRALinear: a different adapter for each sequence of a batch."""
+
+import asyncio
+import copy
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch._dynamo.testing
+from module_cases import Int8Linear, negated_linear
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import lowrank_ext as lr
+from lowrank_ext.nn import LoRALinear, MultiLoRALinear
+from lowrank_ext.nn.multi import ACTIVE_ROWS
+
+VOCABULARY, LENGTH = 97, 9
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "everything": {
+        "r": 7,
+        "lora_alpha": 16,
+        "use_rslora": True,
+        "target_modules": "all-linear",
+        "rank_pattern": {"up_proj": 3},
+        "alpha_pattern": {"down_proj": 5},
+    },
+    "one layer": {"r": 2, "lora_alpha": 3, "target_modules": r".*layers\.1\.mlp\.down_proj"},
+}
+MIXED = ["everything", None, "attention", "one layer", "everything"]
+
+
+def llama(dtype: torch.dtype = torch.float32, hidden_size: int = 32) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def with_peft(model: nn.Module, path: Path) -> nn.Module:
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), path).eval()
+
+
+def save_with_peft(model: nn.Module, path: Path, **config: Any) -> Path:
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+    torch.manual_seed(len(path.name))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PEFT's files of every checkpoint."""
+    where = tmp_path_factory.mktemp("adapters")
+    model = llama()
+    for name, config in CHECKPOINTS.items():
+        save_with_peft(model, where / name, **config)
+    return where
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return llama()
+
+
+@pytest.fixture
+def bank(model: LlamaForCausalLM, directory: Path) -> lr.AdapterBank:
+    bank = lr.AdapterBank(model)
+    for name in CHECKPOINTS:
+        bank.load(name, directory / name)
+    return bank
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    assert ACTIVE_ROWS.get() == {}, "a block was left active"
+
+
+def tokens(num_rows: int, length: int = LENGTH) -> Tensor:
+    return torch.randint(3, VOCABULARY, (num_rows, length))
+
+
+def generate(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None} | options
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def test_each_sequence_as_if_alone(bank: lr.AdapterBank, directory: Path) -> None:
+    """Logits and greedy tokens of a mixed batch are PEFT's for each sequence with its adapter."""
+    model, ids = bank.model, tokens(len(MIXED))
+    with bank.rows(MIXED):
+        logits = model(ids).logits
+        generated = generate(model, ids)
+    bank.close()
+    for row, name in enumerate(MIXED):
+        alone = model if name is None else with_peft(model, directory / name)
+        expected = alone(ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(generated[row], generate(alone, ids[row : row + 1])[0])
+        if name is not None:
+            assert (expected - model(ids[row : row + 1]).logits[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_without_adapter_are_the_base_bit_for_bit(directory: Path, dtype: torch.dtype) -> None:
+    model, ids = llama(dtype), tokens(4)
+    base, plain = model(ids).logits, generate(model, ids)
+    bank = lr.AdapterBank(model)
+    for name in CHECKPOINTS:
+        bank.load(name, directory / name)
+    assert torch.equal(model(ids).logits, base), "outside of a block"
+    with bank.rows([None] * 4):
+        assert torch.equal(model(ids).logits, base)
+        assert torch.equal(generate(model, ids), plain)
+    with bank.rows([None, "everything", None, "attention"]):
+        mixed = model(ids).logits
+    assert torch.equal(mixed[[0, 2]], base[[0, 2]])
+    assert not torch.equal(mixed[[1, 3]], base[[1, 3]])
+
+
+def test_decoding_with_a_cache_agrees_with_the_whole_sequence(bank: lr.AdapterBank) -> None:
+    model, ids = bank.model, tokens(3, 12)
+    with bank.rows(["attention", None, "everything"]):
+        whole = model(ids).logits
+        step = model(ids[:, :5], use_cache=True)
+        parts = [step.logits]
+        for position in range(5, 12):
+            step = model(
+                ids[:, position : position + 1],
+                past_key_values=step.past_key_values,
+                use_cache=True,
+            )
+            parts.append(step.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_without_a_target_are_left_alone(bank: lr.AdapterBank) -> None:
+    layers = bank.model.model.layers
+    assert layers[0].self_attn.q_proj.names == ("attention", "everything")
+    assert layers[0].mlp.down_proj.names == ("everything",)
+    assert layers[1].mlp.down_proj.names == ("everything", "one layer")
+    assert type(bank.model.lm_head) is nn.Linear
+    only = lr.AdapterBank(llama())
+    assert not any(isinstance(m, MultiLoRALinear) for m in only.model.modules())
+
+
+def test_beams_raise_unless_names_are_repeated(bank: lr.AdapterBank, directory: Path) -> None:
+    ids, names = tokens(2), ["attention", None]
+    with (
+        pytest.raises(ValueError, match=r"must have 2 rows.*\[4, .*num_beams"),
+        bank.rows(names),
+    ):
+        generate(bank.model, ids, num_beams=2)
+    with bank.rows([name for name in names for _ in range(2)]):
+        generated = generate(bank.model, ids, num_beams=2)
+    alone = generate(with_peft(llama(), directory / "attention"), ids[:1], num_beams=2)
+    assert torch.equal(generated[0], alone[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_another_number_of_rows_raises(bank: lr.AdapterBank, num_rows: int) -> None:
+    with pytest.raises(ValueError, match="the batch must have 2 rows"), bank.rows([None, None]):
+        bank.model(tokens(num_rows))
+
+
+def test_ids_are_made_once_per_block(bank: lr.AdapterBank) -> None:
+    """Once for each set of adapters that modules have in common, not for each module or call."""
+    modules = [m for m in bank.model.modules() if isinstance(m, MultiLoRALinear)]
+    with bank.rows(["attention", "everything"]):
+        (block,) = ACTIVE_ROWS.get().values()
+        bank.model(tokens(2))
+        made = dict(block._ids)
+        bank.model(tokens(2))
+        assert len(made) == len({m.names for m in modules}) == 3 < len(modules)
+        assert block._ids.keys() == made.keys()
+        assert all(block._ids[key] is ids for key, ids in made.items())
+
+
+def test_unload_and_close_restore_the_model(model: LlamaForCausalLM, directory: Path) -> None:
+    ids = tokens(2)
+    base, modules, keys = model(ids).logits, list(model.modules()), list(model.state_dict())
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    bank = lr.AdapterBank(model)
+    for _ in range(2):
+        bank.load("a", directory / "attention")
+        bank.load("e", directory / "everything")
+        with bank.rows(["a", "e"]):
+            both = model(ids).logits
+        bank.unload("e")
+        assert bank.names == ("a",)
+        with bank.rows(["a", None]):
+            after = model(ids).logits
+        torch.testing.assert_close(after[0], both[0])
+        assert torch.equal(after[1], base[1])
+        assert set(keys) <= set(model.state_dict()), "the base keeps its keys"
+        bank.close()
+        assert bank.names == ()
+        assert list(model.modules()) == modules
+        assert list(model.state_dict()) == keys
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+        assert torch.equal(model(ids).logits, base)
+
+
+def test_memory(bank: lr.AdapterBank) -> None:
+    """Stacks hold what the figures say, and shrink with the largest rank."""
+
+    def held() -> int:
+        return sum(
+            t.untyped_storage().nbytes()
+            for m in bank.model.modules()
+            if isinstance(m, MultiLoRALinear)
+            for t in (m.lora_a, m.lora_b)
+        )
+
+    memory = bank.memory()
+    # q and v of 2 layers: r = 4, 4-byte elements, q is 32 → 32 and v 32 → 16.
+    assert memory.adapters["attention"] == 2 * 4 * 4 * (64 + 48)
+    assert memory.adapters["one layer"] == 2 * 4 * (48 + 32)
+    assert memory.padding == 2 * (7 - 4) * 4 * (64 + 48) + (7 - 2) * 4 * 80
+    assert memory.total == sum(memory.adapters.values()) + memory.padding == held()
+    bank.unload("everything")
+    assert bank.memory().padding == 0
+    assert bank.memory().total == held() == sum(bank.memory().adapters.values())
+    bank.close()
+    assert bank.memory().total == held() == 0
+
+
+def test_compiled_once_for_all_blocks(bank: lr.AdapterBank) -> None:
+    model = bank.model
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for names in (["attention", None], ["everything"] * 2, [None] * 2, ["one layer", None] * 2):
+        ids = tokens(len(names))
+        with bank.rows(names):
+            got = compiled(input_ids=ids, use_cache=False).logits
+            expected = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(got, expected)
+    assert torch.equal(
+        compiled(input_ids=ids, use_cache=False).logits,
+        model(input_ids=ids, use_cache=False).logits,
+    )
+    assert counter.frame_count == 1
+    with pytest.raises(ValueError, match="must have 3 rows"), bank.rows([None] * 3):
+        compiled(input_ids=ids, use_cache=False)
+
+
+def test_blocks_nest_and_end_with_errors(bank: lr.AdapterBank) -> None:
+    model, ids = bank.model, tokens(1)
+    outputs = {}
+    for name in (None, "attention", "everything"):
+        with bank.rows([name]):
+            outputs[name] = model(ids).logits
+    with bank.rows(["attention"]):
+        with bank.rows(["everything"]):
+            assert torch.equal(model(ids).logits, outputs["everything"])
+        with pytest.raises(KeyError), bank.rows([None]):
+            raise KeyError
+        assert torch.equal(model(ids).logits, outputs["attention"])
+    assert torch.equal(model(ids).logits, outputs[None])
+
+
+def test_two_banks_do_not_mix(directory: Path) -> None:
+    first, second = lr.AdapterBank(llama()), lr.AdapterBank(llama())
+    ids = tokens(1)
+    for bank in (first, second):
+        bank.load("a", directory / "attention")
+    base = first.model(ids).logits
+    with first.rows(["a"]):
+        adapted = first.model(ids).logits
+        assert torch.equal(second.model(ids).logits, base)
+        with second.rows([None]):
+            assert torch.equal(first.model(ids).logits, adapted)
+
+
+def test_threads_and_tasks_have_blocks_of_their_own(bank: lr.AdapterBank) -> None:
+    model, ids = bank.model, tokens(1)
+    names = [None, *CHECKPOINTS]
+    expected = {}
+    for name in names:
+        with bank.rows([name]):
+            expected[name] = model(ids).logits
+    wrong: list[object] = []
+    barrier = threading.Barrier(len(names))
+
+    @torch.no_grad()
+    def work(name: str | None) -> None:
+        with bank.rows([name]):
+            barrier.wait()
+            for _ in range(5):
+                if not torch.allclose(model(ids).logits, expected[name], atol=1e-5):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    with bank.rows(["attention"]):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        inherited: list[Tensor] = []
+        alone = threading.Thread(target=lambda: inherited.append(model(ids).logits.detach()))
+        alone.start()
+        alone.join()
+        assert torch.allclose(inherited[0], expected[None], atol=1e-5), "a thread inherits no block"
+
+    async def task(name: str | None) -> None:
+        with bank.rows([name]):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                if not torch.allclose(model(ids).logits, expected[name], atol=1e-5):
+                    wrong.append(name)
+
+    async def tasks() -> None:
+        await asyncio.gather(*(task(name) for name in names))
+
+    asyncio.run(tasks())
+    assert wrong == []
+
+
+def test_nothing_is_loaded_or_unloaded_inside_a_block(
+    bank: lr.AdapterBank, directory: Path
+) -> None:
+    with bank.rows([None]):
+        for act in (
+            lambda: bank.load("new", directory / "attention"),
+            lambda: bank.unload("attention"),
+            bank.close,
+        ):
+            with pytest.raises(RuntimeError, match="no rows block may be active, got 1"):
+                act()
+    bank.unload("attention")
+
+
+def test_wrong_names(bank: lr.AdapterBank, directory: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows: name must be one of .* got 'atention'; did you"):
+        bank.rows(["atention"]).__enter__()
+    with pytest.raises(TypeError, match="rows: names must be a sequence"):
+        bank.rows("attention").__enter__()
+    with pytest.raises(TypeError, match="rows: names must be a sequence"):
+        bank.rows([1]).__enter__()
+    with pytest.raises(ValueError, match="load: name must be new, got 'attention'"):
+        bank.load("attention", directory / "attention")
+    with pytest.raises(TypeError, match="load: name must be a non-empty string"):
+        bank.load("", directory / "attention")
+    with pytest.raises(ValueError, match="unload: name must be one of"):
+        bank.unload("nobody")
+    bank.close()  # no block is counted as active
+
+
+def edited(source: Path, target: Path, **fields: Any) -> Path:
+    target.mkdir()
+    config = json.loads((source / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(config | fields))
+    save_file(load_file(source / "adapter_model.safetensors"), target / "adapter_model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"init_lora_weights": "pissa"}, "must be a plain LoRA, got a residual base weight"),
+        ({"peft_type": "LOHA"}, "peft_type must be 'LORA' or 'LAMDA', got 'LOHA'"),
+        ({"r": 5}, r"lora_A.weight must be \[5, 32\], got \[4, 32\]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_checkpoints_that_are_refused(
+    bank: lr.AdapterBank, directory: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    path = edited(directory / "attention", tmp_path / "edited", **fields)
+    assert_refused(bank, path, message)
+
+
+def assert_refused(bank: lr.AdapterBank, path: Path, message: str) -> None:
+    """Loading raises, in the bank's name, and changes nothing."""
+    before = bank.names, bank.memory(), list(bank.model.modules())
+    with pytest.raises(ValueError, match=f"^AdapterBank.load: .*{message}"):
+        bank.load("new", path)
+    assert (bank.names, bank.memory(), list(bank.model.modules())) == before
+
+
+def test_adapters_of_other_models_are_refused(bank: lr.AdapterBank, tmp_path: Path) -> None:
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    )
+    other = save_with_peft(gpt2, tmp_path / "gpt2", target_modules=["c_fc"], fan_in_fan_out=True)
+    assert_refused(bank, other, "c_fc.* must belong to a linear module, .* no such module")
+    path = save_with_peft(
+        llama(hidden_size=16), tmp_path / "narrow", r=4, target_modules=["q_proj"]
+    )
+    assert_refused(bank, path, r"q_proj.lora_A.weight must be \[4, 32\], got \[4, 16\]")
+    saved = save_with_peft(
+        llama(), tmp_path / "saved", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    assert_refused(bank, saved, "modules_to_save must match no module, .*lm_head")
+    with pytest.raises(FileNotFoundError, match=r"AdapterBank.load: .*does not exist"):
+        bank.load("new", tmp_path / "nowhere")
+
+
+def test_models_with_adapters_are_refused(bank: lr.AdapterBank, directory: Path) -> None:
+    adapted = lr.adapt(llama(), lr.LoRAConfig(r=2))
+    for model in (bank.model, adapted, with_peft(llama(), directory / "attention")):
+        with pytest.raises(ValueError, match="model must carry no adapters"):
+            lr.AdapterBank(model)
+    with pytest.raises(ValueError, match="must not be adapted yet, got a MultiLoRALinear"):
+        lr.adapt(bank.model, lr.LoRAConfig(r=2))
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+        lr.AdapterBank("model")
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_own_checkpoints(tmp_path: Path, init: str) -> None:
+    """PiSSA as save_adapter writes it is a LoRA of rank 2r over the original base."""
+    model = lr.adapt(llama(), lr.LoRAConfig(r=3, alpha=5, init=init, target_modules=["q_proj"]))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_b.add_(torch.randn_like(module.lora_b), alpha=0.3)
+    lr.save_adapter(model, tmp_path)
+    bank, ids = lr.AdapterBank(llama()), tokens(2)
+    bank.load("own", tmp_path)
+    with bank.rows(["own", None]):
+        logits = bank.model(ids).logits
+    torch.testing.assert_close(logits[0], model(ids).logits[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits[1], llama()(ids).logits[1])
+
+
+def test_lamda_is_refused(bank: lr.AdapterBank, tmp_path: Path) -> None:
+    lr.save_adapter(lr.adapt(llama(), lr.LaMDAConfig(r=3)), tmp_path)
+    assert_refused(bank, tmp_path, "must be a plain LoRA, got LAMDA")
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)).eval()
+
+
+def test_fused_encoder_layers_do_not_bypass_the_adapters(tmp_path: Path) -> None:
+    model, x = encoder(), torch.randn(2, 5, 16)
+    path = save_with_peft(model, tmp_path / "a", r=2, target_modules=["linear1", "linear2"])
+    base, bank = model(x), lr.AdapterBank(model)
+    bank.load("a", path)
+    with bank.rows(["a", "a"]):
+        torch.testing.assert_close(model(x), lr.load_adapter(encoder(), path)(x))
+    bank.close()
+    assert torch.equal(model(x), base)
+
+
+# MultiLoRALinear by itself
+
+
+def adapter(rank: int, num_in: int = 12, num_out: int = 9) -> tuple[Tensor, Tensor]:
+    return torch.randn(rank, num_in), torch.randn(num_out, rank)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: nn.Linear(12, 9),
+        lambda: nn.Linear(12, 9, bias=False),
+        negated_linear,
+        lambda: Conv1D(9, 12),
+        lambda: Int8Linear(12, 9, torch.float32),
+    ],
+    ids=["linear", "no bias", "hooked", "Conv1D", "int8"],
+)
+def test_layer_over_any_base(base: Any) -> None:
+    linear = base()
+    layer = MultiLoRALinear.from_linear(linear)
+    x, ids = torch.randn(4, 12), torch.tensor([1, -1, 0, 1])
+    expected = linear(x)
+    assert torch.equal(layer(x), expected)
+    parts = {"first": adapter(2), "second": adapter(5)}
+    for scaling, (name, (a, b)) in zip((2.0, 0.5), parts.items(), strict=True):
+        layer.add(name, a, b, scaling)
+        rows = ids == layer.names.index(name)
+        expected[rows] += scaling * x[rows] @ a.T @ b.T
+    torch.testing.assert_close(layer(x, ids), expected)
+    assert torch.equal(layer(x, ids)[1], linear(x)[1])
+    layer.remove("first")
+    torch.testing.assert_close(layer(x, ids - 1 + (ids == -1).int())[0], expected[0])
+    assert layer.lora_a.shape == (1, 5, 12) and layer.ranks.tolist() == [5]
+
+
+def test_layer_trains_each_adapter_on_its_rows() -> None:
+    with torch.enable_grad():
+        layer = MultiLoRALinear.from_linear(nn.Linear(12, 9).requires_grad_(False))
+        layer.add("a", *adapter(3), 2.0)
+        layer.lora_a.requires_grad_()
+        layer.lora_b.requires_grad_()
+        layer.add("b", *adapter(2), 1.0)
+        layer.add("idle", *adapter(1), 1.0)
+        assert layer.lora_a.requires_grad and layer.lora_b.requires_grad
+        x, ids = torch.randn(6, 12), torch.tensor([0, 1, 0, -1, 1, 0])
+        layer(x, ids).square().sum().backward()
+        assert torch.count_nonzero(layer.lora_a.grad[2]) == 0
+        assert torch.count_nonzero(layer.lora_a.grad[1, 2:]) == 0
+        for slot, rank in ((0, 3), (1, 2)):
+            alone = LoRALinear.from_linear(nn.Linear(12, 9), r=rank, alpha=rank * (2 - slot))
+            alone.weight, alone.bias = layer.weight, layer.bias
+            alone.lora_a.data = layer.lora_a[slot, :rank].detach().clone()
+            alone.lora_b.data = layer.lora_b[slot, :, :rank].detach().clone()
+            alone(x[ids == slot]).square().sum().backward()
+            torch.testing.assert_close(layer.lora_a.grad[slot, :rank], alone.lora_a.grad)
+            torch.testing.assert_close(layer.lora_b.grad[slot, :, :rank], alone.lora_b.grad)
+
+
+def test_layer_follows_dtypes_and_copies() -> None:
+    layer = MultiLoRALinear.from_linear(nn.Linear(12, 9))
+    layer.add("a", *adapter(3), 1 / 3)
+    x, ids = torch.randn(4, 12), torch.tensor([0, -1, 0, 0])
+    expected = layer(x, ids)
+    assert torch.equal(copy.deepcopy(layer)(x, ids), expected)
+    again = MultiLoRALinear.from_linear(nn.Linear(12, 9))
+    again.add("a", *adapter(3), 1.0)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x, ids), expected)
+    layer.to(torch.bfloat16)
+    assert layer.scaling.item() == 1 / 3 and layer.lora_a.dtype == torch.bfloat16
+    low = layer(x.bfloat16(), ids)
+    torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert again(x, ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", *adapter(3), 1.0), "add: name must be new, got 'a'"),
+        (("b", torch.ones(2, 11), torch.ones(9, 2), 1.0), r"lora_a must be \[r, in_features=12\]"),
+        (("b", torch.ones(2, 12), torch.ones(9, 3), 1.0), r"lora_b must be .*r=2\], got \[9, 3\]"),
+        (("b", *adapter(3), float("nan")), "scaling must be positive and finite, got nan"),
+    ],
+    ids=["name", "lora_a", "lora_b", "scaling"],
+)
+def test_layer_refuses(arguments: tuple, message: str) -> None:
+    layer = MultiLoRALinear.from_linear(nn.Linear(12, 9))
+    layer.add("a", *adapter(3), 1.0)
+    with pytest.raises(ValueError, match=message):
+        layer.add(*arguments)
+    assert layer.names == ("a",) and layer.lora_a.shape == (1, 3, 12)
+    with pytest.raises(ValueError, match="remove: name must be one of"):
+        layer.remove("b")
+    with pytest.raises(TypeError, match=r"base must be nn\.Linear"):
+        MultiLoRALinear.from_linear(nn.ReLU())
