@@ -384,7 +384,7 @@ def edited(source: Path, target: Path, **fields: Any) -> Path:
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"init_lora_weights": "pissa"}, "must be a plain LoRA, got a residual base weight"),
-        ({"peft_type": "LOHA"}, "peft_type must be 'LORA' or 'LAMDA', got 'LOHA'"),
+        ({"peft_type": "LOHA"}, "peft_type must be 'LORA', 'LAMDA' or 'GOAT', got 'LOHA'"),
         ({"r": 5}, r"lora_A.weight must be \[5, 32\], got \[4, 32\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -449,9 +449,12 @@ def test_own_checkpoints(tmp_path: Path, init: str) -> None:
     assert torch.equal(logits[1], llama()(ids).logits[1])
 
 
-def test_lamda_is_refused(bank: lr.AdapterBank, tmp_path: Path) -> None:
-    lr.save_adapter(lr.adapt(llama(), lr.LaMDAConfig(r=3)), tmp_path)
-    assert_refused(bank, tmp_path, "must be a plain LoRA, got LAMDA")
+@pytest.mark.parametrize("config", [lr.LaMDAConfig(r=3), lr.GOATConfig(r=8)])
+def test_other_methods_are_refused(
+    bank: lr.AdapterBank, tmp_path: Path, config: lr.LaMDAConfig | lr.GOATConfig
+) -> None:
+    lr.save_adapter(lr.adapt(llama(), config), tmp_path)
+    assert_refused(bank, tmp_path, f"must be a plain LoRA, got {config.peft_type}")
 
 
 def encoder() -> nn.Module:
