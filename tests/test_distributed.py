@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from distributed_cases import end_worker
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -91,7 +92,7 @@ def worker(rank: int, wrapper: str, directory: str) -> None:
         model = WRAPPERS[wrapper](make_model(dropout, dtype))
         results.append(two_steps(model, [rank], dtype))
     torch.save(results, os.path.join(directory, f"{rank}.pt"))
-    dist.destroy_process_group()
+    end_worker()
 
 
 def two_steps(model: nn.Module, ranks: list[int], dtype: torch.dtype) -> list[Gradients]:

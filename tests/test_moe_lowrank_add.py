@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import DtypePair
+from distributed_cases import end_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank_cases import (
@@ -601,7 +602,7 @@ def worker(process: int, rank: int, directory: str) -> None:
     model(*tokens_of(process)).backward()
     grads = {name: p.grad for name, p in model.module.named_parameters()}
     torch.save(grads, os.path.join(directory, f"{process}.pt"))
-    dist.destroy_process_group()
+    end_worker()
 
 
 @both_forms
