@@ -12,12 +12,6 @@ X_ROWS, X_COLS, X_STRIDE = 32, 64, 80  # floats; a gap of 16 between rows
 Y_SIZE = 1024
 
 
-@pytest.fixture(autouse=True)
-def options(simt: ModuleType):
-    yield
-    simt.set_options()
-
-
 def make_x(cols: int = X_COLS) -> np.ndarray:
     buffer = np.arange(X_ROWS * (cols + X_STRIDE - X_COLS), dtype=np.float32)
     return buffer.reshape(X_ROWS, -1)[:, :cols]

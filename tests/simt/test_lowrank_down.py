@@ -128,7 +128,6 @@ def test_rounding(kind, rows, dropout_p):
     assert_within_rule(kind, h, plain(kind, dropped, kept, lora_a), true(dropped, kept, lora_a))
     _simt.set_options(schedule_seed=1)
     assert torch.equal(lowrank_down(kind, x, lora_a, **options), h)
-    _simt.set_options()
 
 
 # ---- traffic

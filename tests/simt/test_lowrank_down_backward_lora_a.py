@@ -100,7 +100,6 @@ def test_rounding(kind):
     assert_within_rule(kind, dlora_a, plain(kind, formula, dh, x), true(formula, dh, x))
     _simt.set_options(schedule_seed=1)
     assert torch.equal(lowrank_down_backward_lora_a(kind, dh, x, num_sms=8), dlora_a)
-    _simt.set_options()
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

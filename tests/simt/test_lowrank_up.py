@@ -140,7 +140,6 @@ def test_rounding(kind, shape):
     )
     _simt.set_options(schedule_seed=1)
     assert torch.equal(case.run(kind), got)
-    _simt.set_options()
 
 
 def test_zero_branch_leaves_base():

@@ -183,7 +183,6 @@ def test_rounding(kind, shape):
     _simt.set_options(schedule_seed=1)
     again = case.run(num_sms=8)
     assert all(torch.equal(again[name], got[name]) for name in OUTPUTS)
-    _simt.set_options()
 
 
 # ---- traffic
