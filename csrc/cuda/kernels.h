@@ -108,4 +108,16 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
 void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
                              const DropoutArgs& dropout, const Any& dx, const Device& device);
 
+// Slots stably ordered by their group: ids [S], an expert or an adapter each, 0 … n - 1. With
+// extra_groups two more follow: n for the slots with id -1, n + 1 for those with any other id that
+// is not a group's; without, every id must be a group's. One launch where that pays, else three.
+struct SlotOrder {
+  int64_t* sorted_slots;  // [S]
+  int64_t* offsets;       // [groups + 1]: group g's are sorted_slots[offsets[g] … offsets[g + 1]]
+  int64_t* positions;     // [S]: the inverse permutation, or null
+};
+int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int num_sms);
+void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
+                 const SlotOrder& order, void* workspace, const Device& device);
+
 }  // namespace lowrank_ext::cuda
