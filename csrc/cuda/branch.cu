@@ -10,11 +10,6 @@
 namespace lowrank_ext::cuda {
 namespace {
 
-Device device_of_kernels(const Tensor& like) {
-  const int index = like.get_device_index();
-  return {num_sms(index), current_stream(index)};
-}
-
 DropoutArgs dropout_of(const BranchArgs& args) {
   const auto threshold = static_cast<uint32_t>(std::nearbyint(args.dropout_p * 65536));
   if (threshold == 0) return {};

@@ -120,4 +120,21 @@ int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int n
 void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                  const SlotOrder& order, void* workspace, const Device& device);
 
+// Top-k routing of logits [T, E]; token_mask [T] or null. Statistics are fp32, fp64 beside fp64.
+struct Routing {
+  Any topk_weights;        // [T, k]
+  int64_t* topk_ids;       // [T, k]
+  int64_t* expert_counts;  // [E]
+  Any balance_loss;        // one element
+  SlotOrder order;         // of the T k slots, by expert
+};
+int64_t route_workspace_bytes(const Any& logits, int64_t top_k, int num_sms);
+void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
+           void* workspace, const Device& device);
+
+// dlogits [T, E] from dtopk_weights [T, k] and dbalance_loss, of which either may be absent.
+void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const Any& logits,
+                    const int64_t* topk_ids, int64_t top_k, const int64_t* expert_counts,
+                    const bool* token_mask, const Any& dlogits, const Device& device);
+
 }  // namespace lowrank_ext::cuda

@@ -60,6 +60,11 @@ inline Any any(const Tensor& tensor) {
 
 inline Any any(const std::optional<Tensor>& tensor) { return tensor ? any(*tensor) : Any{}; }
 
+inline Device device_of_kernels(const Tensor& like) {
+  const int index = like.get_device_index();
+  return {num_sms(index), current_stream(index)};
+}
+
 // One piece of scratch memory per call, from torch's allocator: first every part is reserved, then
 // the whole is allocated. Torch may reuse it as soon as the call returns, but only behind the
 // call's kernels on their stream.
