@@ -32,6 +32,15 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "Tensor? seed, bool allow_tf32, bool need_dx, bool need_dlora_a, bool need_dlora_b, bool "
       "need_dcore, bool need_drank_scale, bool need_dout_scale) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
+  // Top-k routing; returns topk_weights [..., k], topk_ids [..., k], expert_counts [E],
+  // balance_loss [], sorted_slots [T k], expert_offsets [E + 1], slot_positions [T k]; slot t k + j
+  // is token t's j-th choice.
+  m.def(
+      "moe_route(Tensor router_logits, int top_k, Tensor? token_mask) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_route_backward(Tensor? dtopk_weights, Tensor? dbalance_loss, Tensor router_logits, "
+      "Tensor topk_ids, Tensor expert_counts, Tensor? token_mask) -> Tensor");
   // An adapter per row: lora_a [n, r, K], lora_b [n, N, r], adapter_ids int64 [...] (-1: the row is
   // base_out's), scaling [n], ranks int64 [n]; returns y [..., N], h [..., r].
   m.def(
@@ -47,16 +56,6 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
   // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
   // bank says for modules with these adapters. Implemented in Python, beside the block.
   m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
-  // Top-k routing; returns topk_weights [..., k], topk_ids [..., k], expert_counts [E],
-  // balance_loss
-  // [], sorted_slots [T k], expert_offsets [E + 1], slot_positions [T k]; slot t k + j is token t's
-  // j-th choice.
-  m.def(
-      "moe_route(Tensor router_logits, int top_k, Tensor? token_mask) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "moe_route_backward(Tensor? dtopk_weights, Tensor? dbalance_loss, Tensor router_logits, "
-      "Tensor topk_ids, Tensor expert_counts, Tensor? token_mask) -> Tensor");
   // y = base_out + scaling · Σ_i w_i lora_b[i] lora_a[i] drop_i(x) over the top_k experts i of each
   // row; returns y [..., N], h [..., E r_e], router_probs [..., E], topk_ids [..., k], topk_weights
   // [..., k], balance_loss [], expert_counts [E].

@@ -120,6 +120,23 @@ int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int n
 void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                  const SlotOrder& order, void* workspace, const Device& device);
 
+// Top-k routing of logits [T, E]; token_mask [T] or null. Statistics are fp32, fp64 beside fp64.
+struct Routing {
+  Any topk_weights;        // [T, k]
+  int64_t* topk_ids;       // [T, k]
+  int64_t* expert_counts;  // [E]
+  Any balance_loss;        // one element
+  SlotOrder order;         // of the T k slots, by expert
+};
+int64_t route_workspace_bytes(const Any& logits, int64_t top_k, int num_sms);
+void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
+           void* workspace, const Device& device);
+
+// dlogits [T, E] from dtopk_weights [T, k] and dbalance_loss, of which either may be absent.
+void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const Any& logits,
+                    const int64_t* topk_ids, int64_t top_k, const int64_t* expert_counts,
+                    const bool* token_mask, const Any& dlogits, const Device& device);
+
 // Rows by group, for the kernels whose thin operand differs from row to row: what order_slots makes
 // of M ids with extra_groups. Rows without a group (id -1), and those of a group of rank 0, are
 // copies of the base, or zeros; rows of an invalid id, or of a group whose rank is out of range,

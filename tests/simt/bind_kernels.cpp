@@ -248,6 +248,17 @@ void bound_lowrank_mid_backward(const std::string& kind, uintptr_t g, int num_sp
                        any_of(drank_scale), workspace.data(), {num_sms, {}});
 }
 
+// Addresses of int64 arrays; `positions` may be 0.
+void bound_order_slots(uintptr_t ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
+                       uintptr_t sorted_slots, uintptr_t offsets, uintptr_t positions,
+                       int num_sms) {
+  const auto array = [](uintptr_t address) { return reinterpret_cast<int64_t*>(address); };
+  const Workspace workspace(order_slots_workspace_bytes(num_slots, num_groups, num_sms));
+  order_slots(array(ids), num_slots, num_groups, extra_groups,
+              {array(sorted_slots), array(offsets), array(positions)}, workspace.data(),
+              {num_sms, {}});
+}
+
 void bound_segment_down(const std::string& kind, const py::object& groups, const py::object& x,
                         const py::object& lora_a, const py::object& h, uint32_t threshold,
                         uintptr_t seed, int num_sms) {
@@ -337,6 +348,9 @@ void bind_kernels(py::module_& m) {
         py::arg("num_rows"), py::arg("rank"), py::arg("dh"), py::arg("dcore"),
         py::arg("drank_scale"), py::kw_only(), py::arg("num_sms"),
         "g is the address of [num_splits · num_rows, rank] sums.");
+  m.def("order_slots", &bound_order_slots, py::arg("ids"), py::arg("num_slots"),
+        py::arg("num_groups"), py::kw_only(), py::arg("extra_groups"), py::arg("sorted_slots"),
+        py::arg("offsets"), py::arg("positions"), py::arg("num_sms"));
   m.def("plan_segment_down", &bound_plan_segment_down, py::arg("kind"), py::arg("num_rows"),
         py::arg("num_groups"), py::arg("depth"), py::arg("rank"), py::kw_only(),
         py::arg("num_sms"));

@@ -1,24 +1,18 @@
 """The kernels of csrc/cuda, called one by one with torch tensors, on the executor."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import executor, has_executor
 from torch import Tensor
 
 from lowrank_ext import reference
 
-EXECUTOR_BUILD = Path(__file__).parents[2] / "build" / "simt"
-
-if not any(EXECUTOR_BUILD.glob("_simt*.so")):
+if not has_executor():
     pytest.skip("the executor is not built, run `make simt`", allow_module_level=True)
-if str(EXECUTOR_BUILD) not in sys.path:
-    sys.path.append(str(EXECUTOR_BUILD))
-
-import _simt  # noqa: E402
+_simt = executor()
 
 KINDS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 DTYPES = {
@@ -307,3 +301,34 @@ def lowrank_mid_backward(
         num_sms=num_sms,
     )
     return {name: results[name] for name in need}
+
+
+def order_slots(
+    ids: Tensor,
+    num_groups: int,
+    *,
+    extra_groups: bool = False,
+    need_positions: bool = True,
+    num_sms: int = 4,
+) -> dict[str, Tensor]:
+    """sorted_slots, offsets and, if needed, positions."""
+    num_keys = num_groups + 2 * extra_groups
+    results = {
+        "sorted_slots": torch.full_like(ids, -7),
+        "offsets": torch.full((num_keys + 1,), -7),
+        "positions": torch.full_like(ids, -7),
+    }
+    if not need_positions:
+        del results["positions"]
+    _simt.order_slots(
+        ids.data_ptr(),
+        ids.numel(),
+        num_groups,
+        extra_groups=extra_groups,
+        **{
+            name: results[name].data_ptr() if name in results else 0
+            for name in ("sorted_slots", "offsets", "positions")
+        },
+        num_sms=num_sms,
+    )
+    return results
