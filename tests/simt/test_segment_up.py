@@ -88,7 +88,7 @@ def test_backward(kind, shape):
 
 
 @pytest.mark.parametrize("name", IDS)
-@pytest.mark.parametrize("rows", [40, 150])
+@pytest.mark.parametrize("rows", [40, 90])
 @pytest.mark.parametrize("num_sms", [1, 132])
 def test_ids(name, rows, num_sms):
     groups = Groups.named(name, rows, 9)
