@@ -52,8 +52,8 @@ def multi_lowrank_add(
     and the columns of lora_b[i] from ranks[i] on are padding: never read, their gradients zeros;
     rank 0 is no adapter. Every tensor is on x's device. On a GPU the host waits for none of them,
     and so sees neither ids nor ranks: a row whose id, or whose adapter's rank, is out of range
-    becomes NaN (also in dx), as do the gradients of an adapter of such a rank that has rows. float32
-    products are not rounded to TF32 there, whatever torch is set to.
+    becomes NaN, in y and in dx, and so do the gradients of an adapter that has rows but no valid
+    rank. float32 products are not rounded to TF32 there, whatever torch is set to.
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
