@@ -162,7 +162,7 @@ def test_values_and_gradients(
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out is dout")
 
 
-@pytest.mark.executor(every=17)
+@pytest.mark.executor(every=19)
 @pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @pytest.mark.parametrize("pattern", ["random", "runs", "one"])

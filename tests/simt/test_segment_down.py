@@ -62,8 +62,7 @@ def test_shapes(kind, shape):
 
 
 @pytest.mark.parametrize("name", IDS)
-@pytest.mark.parametrize("rows", [40, 90])
-@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize(("rows", "num_sms"), [(40, 132), (90, 1), (70, 132)])
 def test_ids(name, rows, num_sms):
     """With 132 processors the contraction is split."""
     groups = Groups.named(name, rows, 9)

@@ -62,9 +62,9 @@ def bits(tensor):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scaling_dtype", [torch.float32, torch.float64])
-def test_shapes(kind, shape, scaling_dtype):
+def test_shapes(kind, shape):
     rows, cols, rank = shape
+    scaling_dtype = torch.float32 if rows % 2 else torch.float64
     groups = Groups.named("random", rows, rank)
     base, h = integers(rows, cols, kind=kind), integers(rows, rank, kind=kind)
     lora_b = poison_padding(groups, integers(5, cols, rank, kind=kind), 2)
@@ -88,8 +88,7 @@ def test_backward(kind, shape):
 
 
 @pytest.mark.parametrize("name", IDS)
-@pytest.mark.parametrize("rows", [40, 90])
-@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize(("rows", "num_sms"), [(40, 132), (90, 1), (70, 132)])
 def test_ids(name, rows, num_sms):
     groups = Groups.named(name, rows, 9)
     base, h = integers(rows, 300, kind="bf16"), integers(rows, 9, kind="bf16")
