@@ -395,8 +395,8 @@ __global__ void warp_functions(const Args& a) {
   put(3, __shfl_xor_sync(all, lane, 9, 8));
   put(4, __ballot_sync(all, lane % 8 == 0));
   put(5, __any_sync(all, lane == 40));
-  put(6, __all_sync(0xFFFFu << lane / 16 * 16, lane < 16));
-  put(7, __match_any_sync(all, int(lane / 8 % 2)));
+  put(6, __match_any_sync(all, int(lane / 8 % 2)));
+  put(7, __all_sync(0xFFFFu << lane / 16 * 16, lane < 16));
 }
 
 // The order in which threads take numbers is the schedule's.

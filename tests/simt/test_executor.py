@@ -311,8 +311,8 @@ def test_warp_functions(simt: ModuleType) -> None:
         np.where((lane ^ 9) // 8 <= lane // 8, lane ^ 9, lane),
         np.full(32, np.float32(0x01010101)),
         np.zeros(32),
-        lane < 16,
         np.where(lane // 8 % 2, 0xFF00FF00, 0x00FF00FF),
+        lane < 16,
     ]
     np.testing.assert_array_equal(y.reshape(8, 32), np.array(expected))
     assert report["shuffles"] == 4
