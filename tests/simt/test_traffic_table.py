@@ -83,5 +83,7 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "lowrank_up_backward",
             "lowrank_down_backward_lora_a",
             "lowrank_down_backward_x",
+            "moe_route",
+            "moe_route_backward",
         }
         assert len(re.findall(rf"^all of (?:forward|backward) +{kind} ", done.stdout, re.M)) == 2

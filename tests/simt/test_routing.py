@@ -1,4 +1,4 @@
-"""csrc/cuda/moe_route.cuh: launches, bytes, schedules, and the paths that few tests reach."""
+"""csrc/cuda/moe_route.cuh: launches, bytes, schedules, and what tests of the op do not reach."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -144,7 +144,7 @@ def test_rows_apart(kind: str) -> None:
 @pytest.mark.parametrize("kind", SCALARS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 6), (256, 8)])
 def test_traffic(kind: str, num_experts: int, top_k: int) -> None:
-    """Logits are read once, in whole sectors, ids twice, for the order; outputs are written once."""
+    """Logits once, in whole sectors; ids twice more, for the order; each output once."""
     num_tokens = 64
     logits = normal(num_tokens, num_experts, kind)
     got, [report] = route(logits, top_k)
