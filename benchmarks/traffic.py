@@ -38,11 +38,18 @@ KINDS = {
     "fp64": (torch.float64, False, "Fp64"),
 }
 
+# The kernels behind launches of another name.
+KERNELS_OF = {
+    "segment_up_backward": "segment_down_kernel",
+    "segment_down_backward_x": "segment_up_kernel",
+    "segment_down_backward_lora_a": "segment_outer_kernel",
+    "segment_up_backward_lora_b": "segment_outer_kernel",
+}
 # Partial sums between kernels.
 WORKSPACES = {"g", "p", "partials"}
 # Streams, a byte of which counts each time it is asked for: [M, K] and [M, N] tensors and
 # workspaces. Everything else has at most r rows or columns and stays in L2 once it was read.
-STREAMS = WORKSPACES | {"x", "dout", "large", "base", "out"}
+STREAMS = WORKSPACES | {"x", "dout", "large", "source", "base", "out"}
 NOTE = """\
 moved      bytes that cross device memory. [M, K] and [M, N] tensors and partial sums count each
            time they are asked for; adapter tensors, h and dh, which blocks read again from L2, once
@@ -105,6 +112,25 @@ def run_routing(
     weights, ids, counts, loss, *_ = ops.moe_route(logits, top_k, None)
     upstream = torch.ones_like(weights), torch.ones_like(loss)
     ops.moe_route_backward(*upstream, logits, ids, counts, None)
+    return simt.reports()
+
+
+def run_segments(simt: Any, sizes: Sizes, num_adapters: int, kind: str) -> list[Report]:
+    """The launches of multi_lowrank_add, its rows taking turns at the adapters, and its backward."""
+    torch.manual_seed(0)
+    m, k, n, r, p = sizes
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape).to(KINDS[kind][0])
+
+    x, dout, base = values(m, k), values(m, n), values(m, n)
+    ids, scaling = torch.arange(m) % num_adapters, torch.ones(num_adapters)
+    rest = (values(num_adapters, r, k), values(num_adapters, n, r), ids, scaling, None)
+    options = (p, torch.tensor([1]))
+    ops = torch.ops.lowrank_ext_simt
+    simt.clear_reports()
+    _, h = ops.multi_lowrank_add(base, x, *rest, *options)
+    ops.multi_lowrank_add_backward(dout, x, h, *rest, *options, True, True, True)
     return simt.reports()
 
 
@@ -179,7 +205,8 @@ def compiled_registers() -> dict[tuple[str, str, int], int]:
 def registers(report: Report, number: str, compiled: Mapping[tuple[str, str, int], int]) -> str:
     """A launch is named as its kernel is, or runs the product that several share."""
     threads = report["block"][0]
-    for family in (f"{report['kernel']}_kernel", "thin_product_kernel"):
+    kernel = report["kernel"]
+    for family in (f"{kernel}_kernel", KERNELS_OF.get(kernel, "thin_product_kernel")):
         if (family, number, threads) in compiled:
             return str(compiled[family, number, threads])
     return "-"
@@ -251,6 +278,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--sms", type=int, default=4, help="multiprocessors that plans count on")
     return parser.parse_args()
 
@@ -279,10 +307,16 @@ def main() -> None:
         for report in run_routing(simt, options.rows, options.experts, options.top_k, kind):
             add_launch(table, kind, report, registers(report, statistics, compiled))
         table.add_section()
+        if number == "Tf32":
+            continue  # multi_lowrank_add never takes it
+        for report in run_segments(simt, sizes, options.adapters, kind):
+            add_launch(table, kind, report, registers(report, number, compiled))
+        table.add_section()
     m, k, n, r, p = sizes
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"lowrank_add, M={m} K={k} N={n} r={r} dropout={p}, {options.sms} SMs")
     console.print(f"moe_route, T={m} E={options.experts} k={options.top_k}")
+    console.print(f"multi_lowrank_add, n={options.adapters}, else as lowrank_add")
     console.print(table)
     console.print(NOTE, highlight=False)
     if not compiled:

@@ -85,5 +85,12 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "lowrank_down_backward_x",
             "moe_route",
             "moe_route_backward",
+            "order_slots",
+            "segment_down",
+            "segment_up",
+            "segment_up_backward",
+            "segment_up_backward_lora_b",
+            "segment_down_backward_lora_a",
+            "segment_down_backward_x",
         }
         assert len(re.findall(rf"^all of (?:forward|backward) +{kind} ", done.stdout, re.M)) == 2
