@@ -41,7 +41,6 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
   m.def(
       "moe_route_backward(Tensor? dtopk_weights, Tensor? dbalance_loss, Tensor router_logits, "
       "Tensor topk_ids, Tensor expert_counts, Tensor? token_mask) -> Tensor");
-#ifndef LOWRANK_EXT_SIMT  // no CUDA backend: nothing for the executor to run
   // An adapter per row: lora_a [n, r, K], lora_b [n, N, r], adapter_ids int64 [...] (-1: the row is
   // base_out's), scaling [n], ranks int64 [n]; returns y [..., N], h [..., r].
   m.def(
@@ -53,6 +52,7 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "multi_lowrank_add_backward(Tensor dout, Tensor? x, Tensor? h, Tensor lora_a, Tensor lora_b, "
       "Tensor adapter_ids, Tensor scaling, Tensor? ranks, float dropout_p, Tensor? seed, bool "
       "need_dx, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor)");
+#ifndef LOWRANK_EXT_SIMT  // no CUDA backend: nothing for the executor to run
   // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
   // bank says for modules with these adapters. Implemented in Python, beside the block.
   m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
