@@ -116,7 +116,7 @@ def run_routing(
 
 
 def run_segments(simt: Any, sizes: Sizes, num_adapters: int, kind: str) -> list[Report]:
-    """The launches of multi_lowrank_add, its rows taking turns at the adapters, and its backward."""
+    """The launches of multi_lowrank_add, rows taking turns at the adapters, and its backward."""
     torch.manual_seed(0)
     m, k, n, r, p = sizes
 
