@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "expert_columns.h"
 #include "launch.h"
 
 namespace lowrank_ext::cuda {
@@ -61,6 +62,24 @@ int64_t lowrank_down_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t 
 void lowrank_down(NumberKind kind, const Any& x, const Any& lora_a, const Any& h,
                   const DropoutArgs& dropout, void* workspace, const Device& device);
 
+// The same sums, of W [R, K] in place of lora_a, left as they are split: part s in rows
+// [s M, (s + 1) M) of data [num_splits · M, R], rows row_stride elements apart, in the
+// accumulator's type.
+struct ZPartials {
+  void* data = nullptr;
+  int num_splits = 0;
+  int64_t row_stride = 0;
+};
+struct DownPartialsWorkspace {
+  int num_splits;
+  int64_t row_stride, bytes;
+};
+DownPartialsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                      int64_t in_features, int64_t num_cols,
+                                                      int num_sms);
+void lowrank_down_partials(NumberKind kind, const Any& x, const Any& w, const ZPartials& z,
+                           const Device& device);
+
 // y [M, N] = base + scaling · out_scale ⊙ (mid(h) lora_bᵀ). base is [M, N], with row stride 0 where
 // it is a bias, or absent (zero); it may be y itself.
 void lowrank_up(NumberKind kind, const Any& base, const Any& h, const Mid& mid, const Any& lora_b,
@@ -107,5 +126,19 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
 // dx [M, K] = base + drop'(dh lora_a). base may be absent (zero) or dx itself.
 void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
                              const DropoutArgs& dropout, const Any& dx, const Device& device);
+
+// ---- moe_lowrank_add in the dense form: router and experts as columns of one thin product
+
+// w [R, K] = router_weight [E, K] and lora_a [E r, K] as `columns` says; up [N, E r] = lora_b
+// [E N, r] with the experts side by side. In x's type; either may be absent.
+void stack_experts(NumberKind kind, const ExpertColumns& columns, const Any& router_weight,
+                   const Any& lora_a, const Any& lora_b, const Any& w, const Any& up,
+                   const Device& device);
+
+// The gradients from those of w, partial sums dw [num_partials · R, K], and of up, dup [N, E r],
+// both in the accumulator's type. Gradients that are absent are not asked for.
+void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& dw, int num_partials,
+                     const Any& dup, const Any& drouter_weight, const Any& dlora_a,
+                     const Any& dlora_b, const Device& device);
 
 }  // namespace lowrank_ext::cuda
