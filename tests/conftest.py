@@ -39,7 +39,7 @@ def dtype_id(dtypes: torch.dtype | DtypePair) -> str:
 
 EXECUTOR = "simt"
 EXECUTOR_BUILD = Path(__file__).parents[1] / "build" / "simt"
-OP_NAMES = ("lowrank_linear", "lowrank_add")
+OP_NAMES = ("lowrank_linear", "lowrank_add", "moe_lowrank_add")
 
 
 def has_executor() -> bool:
