@@ -148,7 +148,7 @@ void stack_experts(NumberKind kind, const ExpertColumns& columns, const Any& rou
                    const Device& device);
 
 // What the router decided about M tokens. All of it dense, statistics in the accumulator's type.
-struct Routing {
+struct ExpertRouting {
   Any probs, weights;      // [M, E], [M, k]
   int64_t* ids;            // [M, k]
   int64_t* counts;         // [E]: counted tokens per expert
@@ -159,18 +159,18 @@ struct Routing {
 // is chosen and zeros elsewhere, and gated [M, E r] = weight · h.
 int64_t moe_gate_workspace_bytes(int64_t num_rows, int num_experts);
 void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
-              const Routing& routing, const Any& balance_loss, const Any& h, const Any& gated,
+              const ExpertRouting& routing, const Any& balance_loss, const Any& h, const Any& gated,
               void* workspace, const Device& device);
 
 // gated alone, of a routing that is there.
-void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const Routing& routing, const Any& h,
-                const Any& gated, const Device& device);
+void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const ExpertRouting& routing,
+                const Any& h, const Any& gated, const Device& device);
 
 // dz [M, R] = the gradient of z from G [M, E r] = scaling · dout up and from the balance loss's
 // (absent: none). Without `gates` the router's columns are zero, and h and probs are not read.
 void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPartials& g,
-                       const Routing& routing, const Any& dbalance_loss, const Any& h, bool gates,
-                       const Any& dz, const Device& device);
+                       const ExpertRouting& routing, const Any& dbalance_loss, const Any& h,
+                       bool gates, const Any& dz, const Device& device);
 
 // The gradients from those of w, partial sums dw [num_partials · R, K], and of up, dup [N, E r],
 // both in the accumulator's type. Gradients that are absent are not asked for.
@@ -189,5 +189,22 @@ struct SlotOrder {
 int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int num_sms);
 void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                  const SlotOrder& order, void* workspace, const Device& device);
+
+// Top-k routing of logits [T, E]; token_mask [T] or null. Statistics are fp32, fp64 beside fp64.
+struct Routing {
+  Any topk_weights;        // [T, k]
+  int64_t* topk_ids;       // [T, k]
+  int64_t* expert_counts;  // [E]
+  Any balance_loss;        // one element
+  SlotOrder order;         // of the T k slots, by expert
+};
+int64_t route_workspace_bytes(const Any& logits, int64_t top_k, int num_sms);
+void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
+           void* workspace, const Device& device);
+
+// dlogits [T, E] from dtopk_weights [T, k] and dbalance_loss, of which either may be absent.
+void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const Any& logits,
+                    const int64_t* topk_ids, int64_t top_k, const int64_t* expert_counts,
+                    const bool* token_mask, const Any& dlogits, const Device& device);
 
 }  // namespace lowrank_ext::cuda

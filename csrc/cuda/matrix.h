@@ -61,6 +61,11 @@ inline Any any(const Tensor& tensor) {
 
 inline Any any(const std::optional<Tensor>& tensor) { return tensor ? any(*tensor) : Any{}; }
 
+inline Device device_of_kernels(const Tensor& like) {
+  const int index = like.get_device_index();
+  return {num_sms(index), current_stream(index)};
+}
+
 // One piece of scratch memory per call, from torch's allocator: first every part is reserved, then
 // the whole is allocated. Torch may reuse it as soon as the call returns, but only behind the
 // call's kernels on their stream.
@@ -84,11 +89,6 @@ class Workspace {
   int64_t num_bytes_ = 0;
   std::optional<Tensor> buffer_;
 };
-
-inline Device device_of_kernels(const Tensor& like) {
-  const int index = like.get_device_index();
-  return {num_sms(index), current_stream(index)};
-}
 
 inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
   const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));

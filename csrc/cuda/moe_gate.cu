@@ -8,13 +8,13 @@ Matrix<T> dense(T* data, int64_t num_rows, int64_t num_cols) {
   return {data, num_rows, num_cols, num_cols, false};
 }
 
-Matrix<const bool> mask_of(const Routing& routing) {
+Matrix<const bool> mask_of(const ExpertRouting& routing) {
   if (!routing.token_mask) return {};
   return dense(routing.token_mask, 1, routing.probs.num_rows);
 }
 
 template <class acc_t>
-ChoiceTensors<acc_t> choices_of(const Routing& routing) {
+ChoiceTensors<acc_t> choices_of(const ExpertRouting& routing) {
   const Any& weights = routing.weights;
   return {dense<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
           matrix_of<const acc_t>(weights)};
@@ -39,7 +39,7 @@ int64_t moe_gate_workspace_bytes(int64_t num_rows, int num_experts) {
 }
 
 void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
-              const Routing& routing, const Any& balance_loss, const Any& h, const Any& gated,
+              const ExpertRouting& routing, const Any& balance_loss, const Any& h, const Any& gated,
               void* workspace, const Device& device) {
   const int64_t num_rows = routing.probs.num_rows, num_experts = columns.num_experts;
   const int64_t top_k = routing.weights.num_cols;
@@ -71,8 +71,8 @@ void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
   });
 }
 
-void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const Routing& routing, const Any& h,
-                const Any& gated, const Device& device) {
+void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const ExpertRouting& routing,
+                const Any& h, const Any& gated, const Device& device) {
   dispatch(kind, [&](auto number) {
     using Number = decltype(number);
     using scalar_t = typename Number::scalar_t;
@@ -84,8 +84,8 @@ void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const Routing& ro
 }
 
 void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPartials& g,
-                       const Routing& routing, const Any& dbalance_loss, const Any& h, bool gates,
-                       const Any& dz, const Device& device) {
+                       const ExpertRouting& routing, const Any& dbalance_loss, const Any& h,
+                       bool gates, const Any& dz, const Device& device) {
   const int64_t num_rows = dz.num_rows, num_experts = columns.num_experts;
   dispatch(kind, [&](auto number) {
     using Number = decltype(number);

@@ -62,8 +62,8 @@ struct Experts {
   int64_t out_features() const { return lora_b.size(1); }
   int64_t num_h_cols() const { return int64_t{columns.num_experts} * columns.rank; }
 
-  Routing routing(const Tensor& probs, const Tensor& ids, const Tensor& weights,
-                  const Tensor& counts) const {
+  ExpertRouting routing(const Tensor& probs, const Tensor& ids, const Tensor& weights,
+                        const Tensor& counts) const {
     return {rows_of(probs), rows_of(weights), static_cast<int64_t*>(ids.data_ptr()),
             static_cast<int64_t*>(counts.data_ptr()),
             token_mask ? static_cast<const bool*>(token_mask->data_ptr()) : nullptr};
@@ -82,7 +82,7 @@ Any placed(const ScratchMatrix& scratch, const Workspace& workspace) {
 }
 
 void forward(const Experts& experts, const Any& x, const Any& base, double scaling,
-             const Routing& routing, const Any& balance_loss, const Any& y, const Any& h,
+             const ExpertRouting& routing, const Any& balance_loss, const Any& y, const Any& h,
              const Tensor& like) {
   const auto& [input, kind, columns, router_weight, lora_a, lora_b, mask, device] = experts;
   const int64_t num_rows = x.num_rows, in_features = experts.in_features();
@@ -115,7 +115,7 @@ struct Gradients {
 };
 
 void backward(const Experts& experts, const ExpertNeeds& needs, const Any& dout, const Any& x,
-              const Any& h, double scaling, const Routing& routing, const Any& dbalance_loss,
+              const Any& h, double scaling, const ExpertRouting& routing, const Any& dbalance_loss,
               const Gradients& gradients, const Tensor& like) {
   const auto& [input, kind, columns, router_weight, lora_a, lora_b, mask, device] = experts;
   const int64_t num_rows = dout.num_rows, in_features = experts.in_features();

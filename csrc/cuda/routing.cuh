@@ -101,7 +101,7 @@ struct RoutedRow {
 #pragma unroll
     for (int slot = 0; slot < kExpertsPerLane; ++slot) ranks[slot] = -1;
     Choice<acc_t> choice = Choice<acc_t>::first();
-    chosen_sum = 0;
+    max = chosen_sum = 0;
     for (int j = 0; j < top_k; ++j) {
       choice = next_choice(*this, group, choice);
       if (j == 0) max = choice.logit;
