@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "expert_columns.h"
 #include "launch.h"
 
 namespace lowrank_ext::cuda {
@@ -107,5 +108,29 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
 // dx [M, K] = base + drop'(dh lora_a). base may be absent (zero) or dx itself.
 void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
                              const DropoutArgs& dropout, const Any& dx, const Device& device);
+
+// ---- The dense form of moe_lowrank_add under dropout: each group of columns sees x through a mask
+// of its own, the router's through none. columns is ExpertColumns::grouped with the same
+// shared_dropout, dropout.threshold at least 1. w [R, K] and dz [M, R] hold x's type, and zero in
+// columns that are nobody's.
+
+// z [M, R] = drop_g(x) w_gᵀ as partial sums: split s holds rows [s M, (s + 1) M) of z
+// [num_splits · M, R], dense, in the accumulator's type, on 16 bytes.
+int moe_down_num_splits(NumberKind kind, int64_t num_rows, int64_t in_features,
+                        const ExpertColumns& columns, int num_sms);
+void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& columns,
+              bool shared_dropout, const DropoutArgs& dropout, void* z, const Device& device);
+
+// dw [R, K] = dz_gᵀ drop_g(x), one pass over x [M, K]; dw is of x's type or the accumulator's.
+int64_t moe_outer_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                  const ExpertColumns& columns, int num_sms);
+void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,
+               bool shared_dropout, const DropoutArgs& dropout, const Any& dw, void* workspace,
+               const Device& device);
+
+// dx [M, K] = Σ_g drop'_g(dz_g w_g).
+void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumns& columns,
+                bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
+                const Device& device);
 
 }  // namespace lowrank_ext::cuda

@@ -208,6 +208,51 @@ void bound_lowrank_mid_backward(const std::string& kind, uintptr_t g, int num_sp
                        any_of(drank_scale), workspace.data(), {num_sms, {}});
 }
 
+// {num_experts, rank}: columns in groups, as the kernels under dropout take them.
+using ExpertSizes = std::pair<int, int>;
+
+ExpertColumns grouped_columns(const ExpertSizes& experts, bool shared_dropout) {
+  return ExpertColumns::grouped(experts.first, experts.second, shared_dropout);
+}
+
+py::dict bound_grouped_columns(const ExpertSizes& experts, bool shared_dropout) {
+  using py::literals::operator""_a;
+  const ExpertColumns columns = grouped_columns(experts, shared_dropout);
+  return py::dict("first_expert"_a = columns.first_expert,
+                  "expert_stride"_a = columns.expert_stride, "num_cols"_a = columns.num_cols);
+}
+
+int bound_moe_down_num_splits(const std::string& kind, int64_t num_rows, int64_t in_features,
+                              const ExpertSizes& experts, bool shared_dropout, int num_sms) {
+  return moe_down_num_splits(kind_of(kind), num_rows, in_features,
+                             grouped_columns(experts, shared_dropout), num_sms);
+}
+
+void bound_moe_down(const std::string& kind, const py::object& x, const py::object& w,
+                    const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                    uintptr_t seed, uintptr_t z, int num_sms) {
+  moe_down(kind_of(kind), any_of(x), any_of(w), grouped_columns(experts, shared_dropout),
+           shared_dropout, dropout_of(threshold, seed), reinterpret_cast<void*>(z), {num_sms, {}});
+}
+
+void bound_moe_outer(const std::string& kind, const py::object& dz, const py::object& x,
+                     const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                     uintptr_t seed, const py::object& dw, int num_sms) {
+  const Any x_ = any_of(x);
+  const ExpertColumns columns = grouped_columns(experts, shared_dropout);
+  const Workspace workspace(
+      moe_outer_workspace_bytes(kind_of(kind), x_.num_rows, x_.num_cols, columns, num_sms));
+  moe_outer(kind_of(kind), any_of(dz), x_, columns, shared_dropout, dropout_of(threshold, seed),
+            any_of(dw), workspace.data(), {num_sms, {}});
+}
+
+void bound_moe_expand(const std::string& kind, const py::object& dz, const py::object& w,
+                      const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                      uintptr_t seed, const py::object& dx, int num_sms) {
+  moe_expand(kind_of(kind), any_of(dz), any_of(w), grouped_columns(experts, shared_dropout),
+             shared_dropout, dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -245,4 +290,18 @@ void bind_kernels(py::module_& m) {
         py::arg("num_rows"), py::arg("rank"), py::arg("dh"), py::arg("dcore"),
         py::arg("drank_scale"), py::kw_only(), py::arg("num_sms"),
         "g is the address of [num_splits · num_rows, rank] sums.");
+  m.def("grouped_columns", &bound_grouped_columns, py::arg("experts"), py::arg("shared_dropout"));
+  m.def("moe_down_num_splits", &bound_moe_down_num_splits, py::arg("kind"), py::arg("num_rows"),
+        py::arg("in_features"), py::arg("experts"), py::kw_only(), py::arg("shared_dropout"),
+        py::arg("num_sms"));
+  m.def("moe_down", &bound_moe_down, py::arg("kind"), py::arg("x"), py::arg("w"),
+        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("z"), py::arg("num_sms"),
+        "z is the address of [num_splits · num_rows, num_cols] sums.");
+  m.def("moe_outer", &bound_moe_outer, py::arg("kind"), py::arg("dz"), py::arg("x"),
+        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("dw"), py::arg("num_sms"));
+  m.def("moe_expand", &bound_moe_expand, py::arg("kind"), py::arg("dz"), py::arg("w"),
+        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("dx"), py::arg("num_sms"));
 }
