@@ -307,3 +307,113 @@ def lowrank_mid_backward(
         num_sms=num_sms,
     )
     return {name: results[name] for name in need}
+
+
+# ---- columns in groups, each under a dropout mask of its own
+
+Experts = tuple[int, int]  # number of experts, rank of each
+
+
+def column_groups(experts: Experts, shared_dropout: bool) -> list[tuple[slice, int | None]]:
+    """The columns of the router and of each expert, and the mask that they see."""
+    num_experts, rank = experts
+    layout = _simt.grouped_columns(experts, shared_dropout)
+    first, stride = layout["first_expert"], layout["expert_stride"]
+    groups: list[tuple[slice, int | None]] = [(slice(0, num_experts), None)]
+    for expert in range(num_experts):
+        start = first + expert * stride
+        groups.append((slice(start, start + rank), 0 if shared_dropout else expert))
+    return groups
+
+
+def zero_between_groups(tensor: Tensor, experts: Experts, shared_dropout: bool) -> Tensor:
+    """The tensor, whose last dim is the columns, with zeros in those that are nobody's."""
+    result = torch.zeros_like(tensor)
+    for columns, _ in column_groups(experts, shared_dropout):
+        result[..., columns] = tensor[..., columns]
+    return result
+
+
+def num_group_columns(experts: Experts, shared_dropout: bool) -> int:
+    return _simt.grouped_columns(experts, shared_dropout)["num_cols"]
+
+
+def moe_down(
+    kind: str,
+    x: Tensor,
+    w: Tensor,
+    experts: Experts,
+    *,
+    shared_dropout: bool,
+    dropout_p: float,
+    seed: Tensor,
+    num_sms: int = 4,
+) -> Tensor:
+    """z [splits, M, R], in the accumulator's type."""
+    options = {"shared_dropout": shared_dropout, "num_sms": num_sms}
+    splits = _simt.moe_down_num_splits(kind, *x.shape, experts, **options)
+    z = torch.full((splits, x.shape[0], w.shape[0]), float("nan"), dtype=acc_dtype(kind))
+    _simt.moe_down(
+        kind,
+        matrix(x),
+        matrix(w),
+        experts,
+        **threshold_and_seed(dropout_p, seed),
+        z=z.data_ptr(),
+        **options,
+    )
+    return z
+
+
+def moe_outer(
+    kind: str,
+    dz: Tensor,
+    x: Tensor,
+    experts: Experts,
+    *,
+    shared_dropout: bool,
+    dropout_p: float,
+    seed: Tensor,
+    gradient_dtype: torch.dtype | None = None,
+    num_sms: int = 4,
+) -> Tensor:
+    shape = (dz.shape[1], x.shape[1])
+    dw = torch.full(shape, float("nan"), dtype=gradient_dtype or x.dtype)
+    _simt.moe_outer(
+        kind,
+        matrix(dz),
+        matrix(x),
+        experts,
+        shared_dropout=shared_dropout,
+        **threshold_and_seed(dropout_p, seed),
+        dw=matrix(dw),
+        num_sms=num_sms,
+    )
+    return dw
+
+
+def moe_expand(
+    kind: str,
+    dz: Tensor,
+    w: Tensor,
+    experts: Experts,
+    *,
+    shared_dropout: bool,
+    dropout_p: float,
+    seed: Tensor,
+    dx: Tensor | None = None,
+    num_sms: int = 4,
+) -> Tensor:
+    if dx is None:
+        dx = torch.full((dz.shape[0], w.shape[1]), float("nan"), dtype=dz.dtype)
+    _simt.moe_expand(
+        kind,
+        matrix(dz),
+        matrix(w),
+        experts,
+        shared_dropout=shared_dropout,
+        **threshold_and_seed(dropout_p, seed),
+        dx=matrix(dx),
+        num_sms=num_sms,
+    )
+    return dx
