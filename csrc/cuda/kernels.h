@@ -62,6 +62,24 @@ int64_t lowrank_down_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t 
 void lowrank_down(NumberKind kind, const Any& x, const Any& lora_a, const Any& h,
                   const DropoutArgs& dropout, void* workspace, const Device& device);
 
+// The same sums, of W [R, K] in place of lora_a, left as they are split: part s in rows
+// [s M, (s + 1) M) of data [num_splits · M, R], rows row_stride elements apart, in the
+// accumulator's type.
+struct ZPartials {
+  void* data = nullptr;
+  int num_splits = 0;
+  int64_t row_stride = 0;
+};
+struct DownPartialsWorkspace {
+  int num_splits;
+  int64_t row_stride, bytes;
+};
+DownPartialsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                      int64_t in_features, int64_t num_cols,
+                                                      int num_sms);
+void lowrank_down_partials(NumberKind kind, const Any& x, const Any& w, const ZPartials& z,
+                           const Device& device);
+
 // y [M, N] = base + scaling · out_scale ⊙ (mid(h) lora_bᵀ). base is [M, N], with row stride 0 where
 // it is a bias, or absent (zero); it may be y itself.
 void lowrank_up(NumberKind kind, const Any& base, const Any& h, const Mid& mid, const Any& lora_b,
@@ -109,24 +127,38 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
 void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
                              const DropoutArgs& dropout, const Any& dx, const Device& device);
 
-// ---- The dense form of moe_lowrank_add under dropout: each group of columns sees x through a mask
-// of its own, the router's through none. columns is ExpertColumns::grouped with the same
-// shared_dropout, dropout.threshold at least 1. w [R, K] and dz [M, R] hold x's type, and zero in
-// columns that are nobody's.
+// ---- moe_lowrank_add in the dense form: router and experts as columns of one thin product
 
-// z [M, R] = drop_g(x) w_gᵀ as partial sums: split s holds rows [s M, (s + 1) M) of z
-// [num_splits · M, R], dense, in the accumulator's type, on 16 bytes.
-int moe_down_num_splits(NumberKind kind, int64_t num_rows, int64_t in_features,
-                        const ExpertColumns& columns, int num_sms);
+// w [R, K] = router_weight [E, K] and lora_a [E r, K] as `columns` says; up [N, E r] = lora_b
+// [E N, r] with the experts side by side. In x's type; either may be absent.
+void stack_experts(NumberKind kind, const ExpertColumns& columns, const Any& router_weight,
+                   const Any& lora_a, const Any& lora_b, const Any& w, const Any& up,
+                   const Device& device);
+
+// The gradients from those of w, partial sums dw [num_partials · R, K], and of up, dup [N, E r],
+// both in the accumulator's type. Gradients that are absent are not asked for.
+void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& dw, int num_partials,
+                     const Any& dup, const Any& drouter_weight, const Any& dlora_a,
+                     const Any& dlora_b, const Device& device);
+
+// The three products of the dense form under dropout: each group of columns sees x through a mask of
+// its own, the router's through none. columns is ExpertColumns::grouped of the same shared_dropout,
+// the threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in columns that are
+// nobody's.
+
+// z [M, R] = drop_g(x) w_gᵀ, left as it is split.
+DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                         int64_t num_cols, int num_sms);
 void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& columns,
-              bool shared_dropout, const DropoutArgs& dropout, void* z, const Device& device);
+              bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z,
+              const Device& device);
 
-// dw [R, K] = dz_gᵀ drop_g(x), one pass over x [M, K]; dw is of x's type or the accumulator's.
-int64_t moe_outer_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t in_features,
-                                  const ExpertColumns& columns, int num_sms);
+// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. To the
+// experts' rows, what is not finite in x counts as zero (a token's own experts have NaN in dz then).
+DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                          int64_t num_cols, int num_sms);
 void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,
-               bool shared_dropout, const DropoutArgs& dropout, const Any& dw, void* workspace,
-               const Device& device);
+               bool shared_dropout, const DropoutArgs& dropout, void* dw, const Device& device);
 
 // dx [M, K] = Σ_g drop'_g(dz_g w_g).
 void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumns& columns,

@@ -12,8 +12,9 @@
 // memory and draws one Philox call per eight elements and mask. Masks that differ by expert make
 // that E draws per element of x: on a GPU the integer units bound these kernels, not memory. In
 // moe_outer, a row of x is neither drawn nor copied for a group whose dz is zero in that row, as it
-// is wherever the expert was not chosen; it counts as zero, whatever x holds. A warp is spared the
-// draws where that is so for all rows of its 512 bytes.
+// is wherever the expert was not chosen. A warp is spared the draws where that is so for all rows of
+// its 512 bytes. Elements of x that are not finite are zero in moe_outer's copies: only their own
+// token's experts may become NaN by them, and those have NaN in dz.
 //
 // Shared memory: 3 · 16 KiB of stages and 4 · 8 KiB of copies, 80 KiB. Sums are kept in acc_t,
 // scaled where masked, and leave through shared memory as a split's partial sums. What lies outside
@@ -34,7 +35,7 @@ struct MoeDownOp {  // x [M, K], w [R, K]
 struct MoeOuterOp {  // x [M, K], dz [M, R]; sums are transposed
   static constexpr Contraction kLarge = Contraction::kAlongRows;
   static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kSkipsZeros = true;  // rows of thin
+  static constexpr bool kSkipsZeros = true;  // of thin's rows, and what is not finite in large
   static constexpr const char* kThinName = "dz";
 };
 
@@ -194,6 +195,15 @@ __device__ __forceinline__ uint32_t nonzero_chunks(const TileT& tile, int row, i
   return lanes >> (thread % kWarpSize - chunk) & ~0u >> (32 - TileT::kChunksPerRow);
 }
 
+template <class acc_t, class scalar_t>
+__device__ __forceinline__ void clear_nonfinite(Chunk<scalar_t>& chunk) {
+#pragma unroll
+  for (scalar_t& element : chunk.elements) {
+    const acc_t value = convert<acc_t>(element);
+    if (!(value - value == acc_t(0))) element = scalar_t(0.0f);
+  }
+}
+
 // This thread's chunks of a step's tile of L, masked, into every copy.
 template <class Traits>
 __device__ __forceinline__ void fill_copies(const MaskedCopies<Traits>& copies,
@@ -212,7 +222,9 @@ __device__ __forceinline__ void fill_copies(const MaskedCopies<Traits>& copies,
       static_assert(std::is_same_v<LargeTile, typename Traits::ThinTile>, "rows of both");
       needed[i] = nonzero_chunks(thin, row, chunk, thread);
     }
-    own[i++] = read_chunk(large, row, chunk);
+    own[i] = read_chunk(large, row, chunk);
+    if constexpr (Traits::Op::kSkipsZeros) clear_nonfinite<typename Traits::acc_t>(own[i]);
+    ++i;
   });
 #pragma unroll 1  // draws are long
   for (int copy = 0; copy < copies.num_masks; ++copy) {

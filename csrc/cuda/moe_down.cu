@@ -3,16 +3,20 @@
 
 namespace lowrank_ext::cuda {
 
-int moe_down_num_splits(NumberKind kind, int64_t num_rows, int64_t in_features,
-                        const ExpertColumns& columns, int num_sms) {
-  return dispatch(kind, [&](auto number) {
-    return plan_masked_product<decltype(number)>(num_rows, in_features, columns.num_cols, num_sms)
-        .num_splits;
+DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                         int64_t num_cols, int num_sms) {
+  return dispatch(kind, [&](auto number) -> DownPartialsWorkspace {
+    using Number = decltype(number);
+    const int num_splits =
+        plan_masked_product<Number>(num_rows, in_features, num_cols, num_sms).num_splits;
+    const int64_t stride = padded_to_sector(num_cols);
+    return {num_splits, stride,
+            num_splits * num_rows * stride * number_traits<Number>().acc_bytes};
   });
 }
 
 void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& columns,
-              bool shared_dropout, const DropoutArgs& dropout, void* z, const Device& device) {
+              bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z, const Device& device) {
   dispatch(kind, [&](auto number) {
     using Number = decltype(number);
     using scalar_t = typename Number::scalar_t;
@@ -22,8 +26,7 @@ void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& 
     MaskedProductParams<Number, MoeDownOp> params{};
     params.large = matrix_of<const scalar_t>(x);
     params.thin = matrix_of<const scalar_t>(w);
-    params.partials = {static_cast<acc_t*>(z), plan.num_splits * x.num_rows, columns.num_cols,
-                       columns.num_cols, true};
+    params.partials = {static_cast<acc_t*>(z.data), z.num_splits * x.num_rows, z.row_stride, z.row_stride, true};
     params.rows_per_split = x.num_rows;
     params.groups = MaskGroups::of(columns, shared_dropout);
     params.scale = static_cast<acc_t>(dropout.scale);

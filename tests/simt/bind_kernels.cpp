@@ -222,28 +222,39 @@ py::dict bound_grouped_columns(const ExpertSizes& experts, bool shared_dropout) 
                   "expert_stride"_a = columns.expert_stride, "num_cols"_a = columns.num_cols);
 }
 
-int bound_moe_down_num_splits(const std::string& kind, int64_t num_rows, int64_t in_features,
-                              const ExpertSizes& experts, bool shared_dropout, int num_sms) {
-  return moe_down_num_splits(kind_of(kind), num_rows, in_features,
-                             grouped_columns(experts, shared_dropout), num_sms);
+py::dict as_dict(const DownPartialsWorkspace& workspace) {
+  using py::literals::operator""_a;
+  return py::dict("num_splits"_a = workspace.num_splits, "row_stride"_a = workspace.row_stride,
+                  "bytes"_a = workspace.bytes);
+}
+
+py::dict bound_moe_down_workspace(const std::string& kind, int64_t num_rows, int64_t in_features,
+                                  int64_t num_cols, int num_sms) {
+  return as_dict(moe_down_workspace(kind_of(kind), num_rows, in_features, num_cols, num_sms));
 }
 
 void bound_moe_down(const std::string& kind, const py::object& x, const py::object& w,
                     const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
                     uintptr_t seed, uintptr_t z, int num_sms) {
-  moe_down(kind_of(kind), any_of(x), any_of(w), grouped_columns(experts, shared_dropout),
-           shared_dropout, dropout_of(threshold, seed), reinterpret_cast<void*>(z), {num_sms, {}});
+  const Any x_ = any_of(x), w_ = any_of(w);
+  const auto sizes =
+      moe_down_workspace(kind_of(kind), x_.num_rows, x_.num_cols, w_.num_rows, num_sms);
+  moe_down(kind_of(kind), x_, w_, grouped_columns(experts, shared_dropout), shared_dropout,
+           dropout_of(threshold, seed),
+           {reinterpret_cast<void*>(z), sizes.num_splits, sizes.row_stride}, {num_sms, {}});
+}
+
+py::dict bound_moe_outer_workspace(const std::string& kind, int64_t num_rows, int64_t in_features,
+                                   int64_t num_cols, int num_sms) {
+  return as_dict(moe_outer_workspace(kind_of(kind), num_rows, in_features, num_cols, num_sms));
 }
 
 void bound_moe_outer(const std::string& kind, const py::object& dz, const py::object& x,
                      const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
-                     uintptr_t seed, const py::object& dw, int num_sms) {
-  const Any x_ = any_of(x);
-  const ExpertColumns columns = grouped_columns(experts, shared_dropout);
-  const Workspace workspace(
-      moe_outer_workspace_bytes(kind_of(kind), x_.num_rows, x_.num_cols, columns, num_sms));
-  moe_outer(kind_of(kind), any_of(dz), x_, columns, shared_dropout, dropout_of(threshold, seed),
-            any_of(dw), workspace.data(), {num_sms, {}});
+                     uintptr_t seed, uintptr_t dw, int num_sms) {
+  moe_outer(kind_of(kind), any_of(dz), any_of(x), grouped_columns(experts, shared_dropout),
+            shared_dropout, dropout_of(threshold, seed), reinterpret_cast<void*>(dw),
+            {num_sms, {}});
 }
 
 void bound_moe_expand(const std::string& kind, const py::object& dz, const py::object& w,
@@ -291,16 +302,19 @@ void bind_kernels(py::module_& m) {
         py::arg("drank_scale"), py::kw_only(), py::arg("num_sms"),
         "g is the address of [num_splits · num_rows, rank] sums.");
   m.def("grouped_columns", &bound_grouped_columns, py::arg("experts"), py::arg("shared_dropout"));
-  m.def("moe_down_num_splits", &bound_moe_down_num_splits, py::arg("kind"), py::arg("num_rows"),
-        py::arg("in_features"), py::arg("experts"), py::kw_only(), py::arg("shared_dropout"),
-        py::arg("num_sms"));
+  for (const auto& [name, workspace] :
+       {std::pair{"moe_down_workspace", &bound_moe_down_workspace},
+        std::pair{"moe_outer_workspace", &bound_moe_outer_workspace}})
+    m.def(name, workspace, py::arg("kind"), py::arg("num_rows"), py::arg("in_features"),
+          py::arg("num_cols"), py::kw_only(), py::arg("num_sms"));
   m.def("moe_down", &bound_moe_down, py::arg("kind"), py::arg("x"), py::arg("w"),
         py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
         py::arg("seed"), py::arg("z"), py::arg("num_sms"),
-        "z is the address of [num_splits · num_rows, num_cols] sums.");
+        "z is the address of [num_splits · num_rows, row_stride] sums.");
   m.def("moe_outer", &bound_moe_outer, py::arg("kind"), py::arg("dz"), py::arg("x"),
         py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
-        py::arg("seed"), py::arg("dw"), py::arg("num_sms"));
+        py::arg("seed"), py::arg("dw"), py::arg("num_sms"),
+        "dw is the address of [num_splits · num_cols, row_stride] sums.");
   m.def("moe_expand", &bound_moe_expand, py::arg("kind"), py::arg("dz"), py::arg("w"),
         py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
         py::arg("seed"), py::arg("dx"), py::arg("num_sms"));

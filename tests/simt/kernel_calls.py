@@ -338,6 +338,14 @@ def num_group_columns(experts: Experts, shared_dropout: bool) -> int:
     return _simt.grouped_columns(experts, shared_dropout)["num_cols"]
 
 
+def partial_sums(kind: str, sizes: dict[str, int], num_rows: int) -> Tensor:
+    """[splits, rows, row_stride], exactly as large as the workspace, of NaN."""
+    shape = (sizes["num_splits"], num_rows, sizes["row_stride"])
+    sums = torch.full(shape, float("nan"), dtype=acc_dtype(kind))
+    assert sums.numel() * sums.itemsize == sizes["bytes"]
+    return sums
+
+
 def moe_down(
     kind: str,
     x: Tensor,
@@ -350,19 +358,19 @@ def moe_down(
     num_sms: int = 4,
 ) -> Tensor:
     """z [splits, M, R], in the accumulator's type."""
-    options = {"shared_dropout": shared_dropout, "num_sms": num_sms}
-    splits = _simt.moe_down_num_splits(kind, *x.shape, experts, **options)
-    z = torch.full((splits, x.shape[0], w.shape[0]), float("nan"), dtype=acc_dtype(kind))
+    sizes = _simt.moe_down_workspace(kind, *x.shape, w.shape[0], num_sms=num_sms)
+    z = partial_sums(kind, sizes, x.shape[0])
     _simt.moe_down(
         kind,
         matrix(x),
         matrix(w),
         experts,
+        shared_dropout=shared_dropout,
         **threshold_and_seed(dropout_p, seed),
         z=z.data_ptr(),
-        **options,
+        num_sms=num_sms,
     )
-    return z
+    return z[..., : w.shape[0]]
 
 
 def moe_outer(
@@ -374,11 +382,11 @@ def moe_outer(
     shared_dropout: bool,
     dropout_p: float,
     seed: Tensor,
-    gradient_dtype: torch.dtype | None = None,
     num_sms: int = 4,
 ) -> Tensor:
-    shape = (dz.shape[1], x.shape[1])
-    dw = torch.full(shape, float("nan"), dtype=gradient_dtype or x.dtype)
+    """dw [splits, R, K], in the accumulator's type."""
+    sizes = _simt.moe_outer_workspace(kind, *x.shape, dz.shape[1], num_sms=num_sms)
+    dw = partial_sums(kind, sizes, dz.shape[1])
     _simt.moe_outer(
         kind,
         matrix(dz),
@@ -386,10 +394,10 @@ def moe_outer(
         experts,
         shared_dropout=shared_dropout,
         **threshold_and_seed(dropout_p, seed),
-        dw=matrix(dw),
+        dw=dw.data_ptr(),
         num_sms=num_sms,
     )
-    return dw
+    return dw[..., : x.shape[1]]
 
 
 def moe_expand(
