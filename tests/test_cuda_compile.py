@@ -70,6 +70,8 @@ FAMILIES = {
     "lowrank_mid_backward_kernel": Family(8, True),
     "mid_rows_kernel": Family(8, True, wide_loads=1, wide_stores=1),
     "lora_b_gradients_kernel": Family(16),
+    "masked_product_kernel": Family(8, True, True, wide_stores=1),
+    "moe_expand_kernel": Family(8, True, True, wide_stores=1),
     "partial_sums_kernel": Family(16),
     "round_adapters_kernel": Family(16),
 }

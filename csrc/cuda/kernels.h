@@ -126,12 +126,9 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
 // dw [R, K] = dzᵀ x, left as it is split: part s in rows [s R, (s + 1) R) of the workspace, rows
 // row_stride elements apart. Elements of x that are not finite count as zero: the token's own
 // experts have NaN in dz, and its others zeros, which the product would make NaN.
-struct DwPartials {
-  int num_splits;
-  int64_t row_stride, bytes;
-};
-DwPartials moe_down_backward_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
-                                       int64_t num_cols, int num_sms);
+DownPartialsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
+                                                  int64_t in_features, int64_t num_cols,
+                                                  int num_sms);
 void moe_down_backward_w(NumberKind kind, const Any& dz, const Any& x, void* workspace,
                          const Device& device);
 
@@ -177,6 +174,31 @@ void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPar
 void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& dw, int num_partials,
                      const Any& dup, const Any& drouter_weight, const Any& dlora_a,
                      const Any& dlora_b, const Device& device);
+
+// The three products of the dense form under dropout: each group of columns sees x through a mask
+// of its own, the router's through none. columns is ExpertColumns::grouped of the same
+// shared_dropout, the threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in
+// columns that are nobody's.
+
+// z [M, R] = drop_g(x) w_gᵀ, left as it is split.
+DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                         int64_t num_cols, int num_sms);
+void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& columns,
+              bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z,
+              const Device& device);
+
+// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. To the
+// experts' rows, what is not finite in x counts as zero (a token's own experts have NaN in dz
+// then).
+DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                          int64_t num_cols, int num_sms);
+void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,
+               bool shared_dropout, const DropoutArgs& dropout, void* dw, const Device& device);
+
+// dx [M, K] = Σ_g drop'_g(dz_g w_g).
+void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumns& columns,
+                bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
+                const Device& device);
 
 // Slots stably ordered by their group: ids [S], an expert or an adapter each, 0 … n - 1. With
 // extra_groups two more follow: n for the slots with id -1, n + 1 for those with any other id that

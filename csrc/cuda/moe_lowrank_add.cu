@@ -5,6 +5,9 @@
 // size; beyond about 256 columns its arithmetic costs more than its traffic, and a form that
 // groups tokens by expert is still to come.
 //
+// Under dropout the columns are padded to groups that see the same mask, and three kernels draw the
+// masks anew from the seed: moe_down, moe_outer and moe_expand in place of the products of rank R.
+//
 // Forward: stack, down, gate, balance, up. Backward: stack, gate h, up backward, gate backward, dw,
 // unstack, dx.
 #include <tuple>
@@ -41,6 +44,8 @@ Any scalar_of(const Tensor& tensor) {
 struct Experts {
   ScalarType input;
   NumberKind kind;
+  DropoutArgs dropout;
+  bool shared_dropout;
   ExpertColumns columns;
   Tensor router_weight, lora_a, lora_b;  // dense
   std::optional<Tensor> token_mask;      // dense
@@ -50,14 +55,22 @@ struct Experts {
       : input(like.scalar_type()),
         // Products of fp32 decide the routing: never in TF32.
         kind(number_kind(input, /*allow_tf32=*/false)),
-        columns(ExpertColumns::packed(static_cast<int>(args.num_experts()),
-                                      static_cast<int>(args.rank()))),
+        dropout(dropout_of(args.dropout_p, args.seed)),
+        shared_dropout(args.shared_dropout),
+        columns(columns_of(args, drops())),
         router_weight(dense(args.router_weight)),
         lora_a(dense(args.lora_a)),
         lora_b(dense(args.lora_b)),
         token_mask(dense(args.token_mask)),
         device(device_of_kernels(like)) {}
 
+  static ExpertColumns columns_of(const ExpertArgs& args, bool drops) {
+    const int num_experts = static_cast<int>(args.num_experts());
+    const int rank = static_cast<int>(args.rank());
+    return drops ? ExpertColumns::grouped(num_experts, rank, args.shared_dropout)
+                 : ExpertColumns::packed(num_experts, rank);
+  }
+  bool drops() const { return dropout.threshold != 0; }
   int64_t in_features() const { return lora_a.size(2); }
   int64_t out_features() const { return lora_b.size(1); }
   int64_t num_h_cols() const { return int64_t{columns.num_experts} * columns.rank; }
@@ -67,6 +80,29 @@ struct Experts {
     return {rows_of(probs), rows_of(weights), static_cast<int64_t*>(ids.data_ptr()),
             static_cast<int64_t*>(counts.data_ptr()),
             token_mask ? static_cast<const bool*>(token_mask->data_ptr()) : nullptr};
+  }
+  DownPartialsWorkspace down_workspace(int64_t num_rows) const {
+    const auto size = drops() ? moe_down_workspace : lowrank_down_partials_workspace;
+    return size(kind, num_rows, in_features(), columns.num_cols, device.num_sms);
+  }
+  DownPartialsWorkspace outer_workspace(int64_t num_rows) const {
+    const auto size = drops() ? moe_outer_workspace : moe_down_backward_workspace;
+    return size(kind, num_rows, in_features(), columns.num_cols, device.num_sms);
+  }
+  // z = drop(x) wᵀ
+  void down(const Any& x, const Any& w, const ZPartials& z) const {
+    if (!drops()) return lowrank_down_partials(kind, x, w, z, device);
+    moe_down(kind, x, w, columns, shared_dropout, dropout, z, device);
+  }
+  // dw = dzᵀ drop(x)
+  void outer(const Any& dz, const Any& x, void* dw) const {
+    if (!drops()) return moe_down_backward_w(kind, dz, x, dw, device);
+    moe_outer(kind, dz, x, columns, shared_dropout, dropout, dw, device);
+  }
+  // dx = drop'(dz w)
+  void expand(const Any& dz, const Any& w, const Any& dx) const {
+    if (!drops()) return lowrank_down_backward_x(kind, Any{}, dz, w, DropoutArgs{}, dx, device);
+    moe_expand(kind, dz, w, columns, shared_dropout, dropout, dx, device);
   }
   void stack(const Any& w, const Any& up) const {
     stack_experts(kind, columns, rows_of(router_weight), rows_of(lora_a), rows_of(lora_b), w, up,
@@ -84,10 +120,10 @@ Any placed(const ScratchMatrix& scratch, const Workspace& workspace) {
 void forward(const Experts& experts, const Any& x, const Any& base, double scaling,
              const ExpertRouting& routing, const Any& balance_loss, const Any& y, const Any& h,
              const Tensor& like) {
-  const auto& [input, kind, columns, router_weight, lora_a, lora_b, mask, device] = experts;
+  const auto& [input, kind, columns, device] =
+      std::tie(experts.input, experts.kind, experts.columns, experts.device);
   const int64_t num_rows = x.num_rows, in_features = experts.in_features();
-  const DownPartialsWorkspace down = lowrank_down_partials_workspace(
-      kind, num_rows, in_features, columns.num_cols, device.num_sms);
+  const DownPartialsWorkspace down = experts.down_workspace(num_rows);
   Workspace workspace;
   const ScratchMatrix w = reserve_matrix(workspace, input, columns.num_cols, in_features);
   const ScratchMatrix up =
@@ -101,7 +137,7 @@ void forward(const Experts& experts, const Any& x, const Any& base, double scali
   const ZPartials z{workspace.at(z_offset), down.num_splits, down.row_stride};
   if (num_rows > 0) {
     experts.stack(placed(w, workspace), placed(up, workspace));
-    lowrank_down_partials(kind, x, placed(w, workspace), z, device);
+    experts.down(x, placed(w, workspace), z);
   }
   // Without rows too: then counts and loss are zero.
   moe_gate(kind, columns, z, routing, balance_loss, h, placed(gated, workspace),
@@ -117,15 +153,15 @@ struct Gradients {
 void backward(const Experts& experts, const ExpertNeeds& needs, const Any& dout, const Any& x,
               const Any& h, double scaling, const ExpertRouting& routing, const Any& dbalance_loss,
               const Gradients& gradients, const Tensor& like) {
-  const auto& [input, kind, columns, router_weight, lora_a, lora_b, mask, device] = experts;
+  const auto& [input, kind, columns, device] =
+      std::tie(experts.input, experts.kind, experts.columns, experts.device);
   const int64_t num_rows = dout.num_rows, in_features = experts.in_features();
   const int64_t out_features = experts.out_features(), num_h_cols = experts.num_h_cols();
   const ScalarType accumulator = statistics_dtype(input);
   const bool need_g = needs.gates() || needs.dlora_a, need_p = needs.dlora_b;
   const UpBackwardWorkspace up_sizes = lowrank_up_backward_workspace(
       kind, num_rows, out_features, num_h_cols, need_g, need_p, device.num_sms);
-  const DwPartials dw_sizes =
-      moe_down_backward_workspace(kind, num_rows, in_features, columns.num_cols, device.num_sms);
+  const DownPartialsWorkspace dw_sizes = experts.outer_workspace(num_rows);
   const auto if_needed = [](bool is_needed, int64_t size) { return is_needed ? size : 0; };
 
   Workspace workspace;
@@ -160,15 +196,13 @@ void backward(const Experts& experts, const ExpertNeeds& needs, const Any& dout,
     if (needs.x()) {
       dw = {workspace.at(dw_offset), element_type(accumulator),
             dw_sizes.num_splits * columns.num_cols, in_features, dw_sizes.row_stride};
-      moe_down_backward_w(kind, placed(dz, workspace), x, dw.data, device);
+      experts.outer(placed(dz, workspace), x, dw.data);
     }
   }
   if (needs.x() || need_p)
     unstack_experts(kind, columns, dw, dw_sizes.num_splits, at(need_p, dup),
                     gradients.drouter_weight, gradients.dlora_a, gradients.dlora_b, device);
-  if (needs.dx)
-    lowrank_down_backward_x(kind, Any{}, placed(dz, workspace), placed(w, workspace), DropoutArgs{},
-                            gradients.dx, device);
+  if (needs.dx) experts.expand(placed(dz, workspace), placed(w, workspace), gradients.dx);
 }
 
 }  // namespace

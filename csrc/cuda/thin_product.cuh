@@ -85,29 +85,35 @@ constexpr int64_t padded_to_sector(int64_t size) { return (size + 7) / 8 * 8; }
 // Little's law with 700 ns and 3 TB/s: 2.1 MB on 132 SMs). Reasoned, not measured.
 constexpr int64_t blocks_to_fill(int num_sms) { return (3 * int64_t{num_sms} + 3) / 4; }
 
-// Splits cost: each writes and rereads a C of partial sums. So there are as few as fill the GPU,
-// and none with less than four steps, which the pipeline needs to get going. Few rows (decoding)
-// take small blocks: two per SM, of 16 ranks each, as R is then what is streamed. Rank tiles of 128
-// fit into the registers with elements of 2 bytes.
+// The splits of a plan that knows its tiles. They cost: each writes and rereads a C of partial
+// sums. So there are as few as make the `wanted` blocks that fill the GPU, and none with less than
+// four steps, which the pipeline needs to get going.
+inline void plan_splits(ThinProductPlan& plan, int64_t outer, int64_t depth, int64_t rank,
+                        const NumberTraits& number, int64_t wanted) {
+  constexpr int64_t kMinSteps = 4;
+  const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
+  plan.num_outer_tiles = tiles(outer, plan.block_outer);
+  plan.num_rank_tiles = static_cast<int>(tiles(rank, plan.rank_tile));
+  const int64_t num_steps = tiles(depth, kThinProductStepBytes / number.element_bytes);
+  const int64_t num_tiles = std::max(int64_t{1}, plan.num_outer_tiles * plan.num_rank_tiles);
+  const int64_t most_splits = std::max(int64_t{1}, num_steps / kMinSteps);
+  plan.steps_per_split = tiles(num_steps, std::min(tiles(wanted, num_tiles), most_splits));
+  plan.num_splits = static_cast<int>(
+      std::max(int64_t{1}, tiles(num_steps, std::max(int64_t{1}, plan.steps_per_split))));
+}
+
+// Few rows (decoding) take small blocks: two per SM, of 16 ranks each, as R is then what is
+// streamed. Rank tiles of 128 fit into the registers with elements of 2 bytes.
 inline ThinProductPlan plan_thin_product(int64_t outer, int64_t depth, int64_t rank,
                                          const NumberTraits& number, bool small_blocks,
                                          int num_sms) {
-  constexpr int64_t kMinSteps = 4;
-  const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   ThinProductPlan plan;
   plan.block_outer = small_blocks ? 16 : 64;
   plan.rank_tile = 16;
   const int max_rank_tile = small_blocks ? 16 : number.element_bytes == 2 ? 128 : 64;
   while (plan.rank_tile < rank && plan.rank_tile < max_rank_tile) plan.rank_tile *= 2;
-  plan.num_outer_tiles = tiles(outer, plan.block_outer);
-  plan.num_rank_tiles = static_cast<int>(tiles(rank, plan.rank_tile));
-  const int64_t num_steps = tiles(depth, kThinProductStepBytes / number.element_bytes);
-  const int64_t num_tiles = std::max(int64_t{1}, plan.num_outer_tiles * plan.num_rank_tiles);
-  const int64_t wanted = small_blocks ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms);
-  const int64_t most_splits = std::max(int64_t{1}, num_steps / kMinSteps);
-  plan.steps_per_split = tiles(num_steps, std::min(tiles(wanted, num_tiles), most_splits));
-  plan.num_splits = static_cast<int>(
-      std::max(int64_t{1}, tiles(num_steps, std::max(int64_t{1}, plan.steps_per_split))));
+  plan_splits(plan, outer, depth, rank, number,
+              small_blocks ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms));
   return plan;
 }
 
