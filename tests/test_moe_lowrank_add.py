@@ -58,7 +58,7 @@ both_forms = pytest.mark.parametrize("rank", [BY_ROW, BY_GROUP], ids=["by row", 
 two_dtypes = pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.executor(every=11)
 @both_forms
 @pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
@@ -80,7 +80,7 @@ def test_values_and_gradients(
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out is dout")
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.executor(every=11)
 @pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_in", "num_out", "num_experts", "top_k", "rank"),

@@ -9,8 +9,8 @@
 //
 // Row y of the grid is one part (w, up; drouter_weight, dlora_a, dlora_b), its blocks of 256
 // threads stride over the part's elements, neighbouring threads over neighbouring columns of the
-// stacked matrix. No shared memory; an element is one thread's, so there are no tails. Runs of r
-// elements are neighbours in lora_b: for r of 8 and more they are whole sectors.
+// stacked matrix. No shared memory; an element is one thread's, so there are no tails. What is next
+// to each other in lora_b are runs of r elements: whole sectors from 32 bytes on.
 #pragma once
 
 #include <algorithm>

@@ -102,7 +102,7 @@ def chosen_of(ids: Tensor, num_experts: int) -> Tensor:
 
 def assert_gate(kind: str, columns, z: Tensor, gate: Gate) -> None:
     """ids, counts and h exactly; statistics up to their rounding."""
-    num_experts, rank = columns[:2]
+    num_experts = columns[0]
     logits, h = split_z(columns, z)
     top_k = gate.ids.shape[1]
     _, order = logits.sort(dim=1, descending=True, stable=True)

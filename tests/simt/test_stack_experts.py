@@ -1,4 +1,4 @@
-"""csrc/cuda/stack_experts.cuh: router and experts as one matrix, and their gradients taken apart."""
+"""csrc/cuda/stack_experts.cuh: router and experts in one matrix, and their gradients apart."""
 
 import pytest
 import torch
@@ -94,9 +94,9 @@ def test_unstack(kind, sizes, layout):
 
 
 def test_traffic():
-    """Everything once, in whole sectors."""
-    columns = _simt.expert_columns(8, 8)
-    tensors = adapters("bf16", (8, 8, 256, 128))
+    """Everything once; in whole sectors, as 16 ranks of two bytes fill one."""
+    columns = _simt.expert_columns(8, 16)
+    tensors = adapters("bf16", (8, 16, 256, 128))
     w, up = (torch.empty_like(tensor) for tensor in stacked(columns, *tensors))
     call = map(matrix, (*tensors, w, up))
     [report] = reports_of(lambda: _simt.stack_experts("bf16", columns, *call))
