@@ -141,10 +141,10 @@ void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& d
                      const Any& dup, const Any& drouter_weight, const Any& dlora_a,
                      const Any& dlora_b, const Device& device);
 
-// The three products of the dense form under dropout: each group of columns sees x through a mask of
-// its own, the router's through none. columns is ExpertColumns::grouped of the same shared_dropout,
-// the threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in columns that are
-// nobody's.
+// The three products of the dense form under dropout: each group of columns sees x through a mask
+// of its own, the router's through none. columns is ExpertColumns::grouped of the same
+// shared_dropout, the threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in
+// columns that are nobody's.
 
 // z [M, R] = drop_g(x) w_gᵀ, left as it is split.
 DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
@@ -153,8 +153,8 @@ void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& 
               bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z,
               const Device& device);
 
-// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. To the
-// experts' rows, what is not finite in x counts as zero (a token's own experts have NaN in dz then).
+// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. In the
+// experts' rows, what is not finite in x counts as zero; the token's own experts have NaN in dz.
 DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
                                           int64_t num_cols, int num_sms);
 void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,

@@ -10,14 +10,12 @@ DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int
     const int num_splits =
         plan_masked_product<Number>(in_features, num_rows, num_cols, num_sms).num_splits;
     const int64_t stride = padded_to_sector(in_features);
-    return {num_splits, stride,
-            num_splits * num_cols * stride * number_traits<Number>().acc_bytes};
+    return {num_splits, stride, num_splits * num_cols * stride * number_traits<Number>().acc_bytes};
   });
 }
 
 void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,
-               bool shared_dropout, const DropoutArgs& dropout, void* dw,
-               const Device& device) {
+               bool shared_dropout, const DropoutArgs& dropout, void* dw, const Device& device) {
   dispatch(kind, [&](auto number) {
     using Number = decltype(number);
     using scalar_t = typename Number::scalar_t;
@@ -28,8 +26,7 @@ void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns
     MaskedProductParams<Number, MoeOuterOp> params{};
     params.large = matrix_of<const scalar_t>(x);
     params.thin = matrix_of<const scalar_t>(dz);
-    params.partials = {static_cast<acc_t*>(dw), plan.num_splits * num_cols, stride, stride,
-                       true};
+    params.partials = {static_cast<acc_t*>(dw), plan.num_splits * num_cols, stride, stride, true};
     params.rows_per_split = num_cols;
     params.groups = MaskGroups::of(columns, shared_dropout);
     params.scale = static_cast<acc_t>(dropout.scale);
