@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import datetime
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -27,11 +28,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-check"
-SECTIONS = ("build", "tests", "sanitizer", "target", "kernels", "grid")
+SECTIONS = ("build", "tests", "sanitizer", "target", "kernels", "experts", "grid")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
 # Shares of the whole time; what a section leaves is the grid's, which comes last.
-BUILD_SHARE, TESTS_SHARE, SANITIZER_SHARE = 0.5, 0.3, 0.15
+BUILD_SHARE, TESTS_SHARE, SANITIZER_SHARE, EXPERTS_SHARE = 0.5, 0.3, 0.15, 0.1
 LAST_SECONDS = 5.0  # for printing and writing
 
 # Stated for an H100, M=8192, K=N=4096, r=16, bf16, dropout 0.05.
@@ -323,6 +324,34 @@ def measure_kernels(check: Check) -> str:
     return f"{len(rows)} kernels, {min(shares):.0%} to {max(shares):.0%} of a copy's speed"
 
 
+EXPERT_BENCHES = {
+    "bench_moe": ("--quick", "--seconds", "1"),
+    "bench_multi": ("--quick", "--seconds", "1"),
+}
+
+
+def measure_experts(check: Check) -> str:
+    """Mixtures of experts and batches of many adapters, by the scripts that also run on a CPU."""
+    if importlib.util.find_spec("peft") is None:
+        raise SectionSkipped(f"peft, bench_multi's baseline, is not installed for {sys.executable}")
+    tables = check.report["experts"] = {}
+    for name in EXPERT_BENCHES:
+        tables[name] = run_bench(name, "cuda", check.share(EXPERTS_SHARE / len(EXPERT_BENCHES)))
+    return ", ".join(f"{name}: {len(rows)} rows" for name, rows in tables.items())
+
+
+def run_bench(name: str, device: str, seconds: float) -> list[dict[str, Any]]:
+    """The rows of a benchmark; its table is in its log."""
+    log, rows = LOGS / f"{name}.log", LOGS / f"{name}.json"
+    rows.unlink(missing_ok=True)
+    command = [sys.executable, f"benchmarks/{name}.py", "--device", device, "--json", str(rows)]
+    status = finish(start([*command, *EXPERT_BENCHES[name]], log, child_environment()), seconds)
+    if status != 0:
+        why = "out of time" if status is None else last_line(log)
+        raise SectionFailed(f"{name}: {why} (log: {log.relative_to(ROOT)})")
+    return json.loads(rows.read_text())["rows"]
+
+
 def measure_grid(check: Check) -> str:
     """Case by case while there is time; a case that fails does not take the others with it."""
     import gpu_measure
@@ -408,6 +437,9 @@ def print_tables(report: Mapping[str, Any]) -> None:
             table.add_row(name, str(row["calls"]), f"{row['microseconds']:.1f}", share)
         console.print(table)
 
+    for name in report.get("experts", {}):
+        print((LOGS / f"{name}.log").read_text())
+
     if report.get("grid"):
         print_grid(console, report["grid"], report["peft"])
     left_out = report.get("grid_left_out", [])
@@ -470,7 +502,8 @@ def main() -> int:
 
     sys.path.insert(0, str(ROOT))
     check = Check(options.minutes, options.out, options.only or ())
-    sections = [build, tests, sanitizer, measure_target, measure_kernels, measure_grid]
+    measures = [measure_target, measure_kernels, measure_experts, measure_grid]
+    sections = [build, tests, sanitizer, *measures]
     outcomes = {}
     for name, section in zip(SECTIONS, sections, strict=True):
         if options.only and name not in options.only:

@@ -90,6 +90,27 @@ inline void check_router_logits(const char* op, const Tensor& logits) {
               "[..., E] with at least one expert");
 }
 
+inline void check_moe_route_backward(const std::optional<Tensor>& dtopk_weights,
+                                     const std::optional<Tensor>& dbalance_loss,
+                                     const Tensor& router_logits, const Tensor& topk_ids,
+                                     const Tensor& expert_counts,
+                                     const std::optional<Tensor>& token_mask) {
+  constexpr const char* kOp = "moe_route_backward";
+  constexpr const char* kLike = "router_logits";
+  check_router_logits(kOp, router_logits);
+  const ScalarType statistics = statistics_dtype(router_logits.scalar_type());
+  const int64_t num_experts = router_logits.size(router_logits.dim() - 1);
+  check(topk_ids.dim() >= 1, kOp, ": topk_ids must be [..., k], got []");
+  const int64_t top_k = topk_ids.size(topk_ids.dim() - 1);
+  check_top_k(kOp, top_k, num_experts);
+  check_per_token(kOp, "topk_ids", topk_ids, router_logits, kLike, top_k, ScalarType::Long);
+  if (dtopk_weights)
+    check_per_token(kOp, "dtopk_weights", *dtopk_weights, router_logits, kLike, top_k, statistics);
+  check_expert_counts(kOp, expert_counts, num_experts, router_logits, kLike);
+  check_scalar(kOp, "dbalance_loss", dbalance_loss, statistics, router_logits, kLike);
+  check_token_mask(kOp, token_mask, router_logits, kLike);
+}
+
 // Checks the experts against `like` (x in the forward, dout in the backward: device and dtype).
 inline void check_experts(const char* op, const ExpertArgs& args, const Tensor& like,
                           const char* like_name, int64_t in_features, int64_t out_features) {

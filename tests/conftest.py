@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,7 @@ def dtype_id(dtypes: torch.dtype | DtypePair) -> str:
 
 EXECUTOR = "simt"
 EXECUTOR_BUILD = Path(__file__).parents[1] / "build" / "simt"
-OP_NAMES = ("lowrank_linear", "lowrank_add")
+OP_NAMES = ("lowrank_linear", "lowrank_add", "moe_route", "moe_lowrank_add")
 
 
 def has_executor() -> bool:
@@ -130,6 +131,14 @@ def simt() -> ModuleType:
     if not has_executor():
         pytest.skip("the executor is not built, run `make simt`")
     return executor()
+
+
+@pytest.fixture(autouse=True)
+def executor_options() -> Iterator[None]:
+    """What a test sets (schedule_seed, record) ends with it: the next one may count bytes."""
+    yield
+    if "_simt" in sys.modules:
+        executor().set_options()
 
 
 @pytest.fixture(scope="session", params=DTYPES, ids=dtype_id)

@@ -583,7 +583,7 @@ def test_doctor_passes_and_shows_the_machine() -> None:
     assert torch.ops.lowrank_ext.cpu_features().split()[0] in result.stdout
 
 
-def test_doctor_json_covers_both_ops_all_dtypes_and_dropout() -> None:
+def test_doctor_json_covers_every_op_all_dtypes_and_dropout() -> None:
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
     found = json.loads(result.stdout)
@@ -592,19 +592,22 @@ def test_doctor_json_covers_both_ops_all_dtypes_and_dropout() -> None:
         (row["op"], row["dtype"], row["adapter_dtype"], row["dropout"] > 0)
         for row in found["checks"]
     }
-    assert len(cases) == 2 * 6 * 2
+    assert {case[0] for case in cases} == set(ops.__all__)
+    assert len(cases) == 4 * 6 * 2 + 4  # the router has one dtype and no dropout
     assert {"float64", "float32", "bfloat16", "float16"} == {case[1] for case in cases}
     assert "cuda_architectures" in found["environment"]
 
 
-@pytest.mark.parametrize("fault", [1.01, float("nan")])
-def test_doctor_fails_when_an_op_is_wrong(monkeypatch, fault) -> None:
-    right = ops.lowrank_add
+@pytest.mark.parametrize("fault", [1.1, float("nan")])
+@pytest.mark.parametrize("op", doctor.OPS)
+def test_doctor_fails_when_an_op_is_wrong(monkeypatch, op, fault) -> None:
+    right = getattr(ops, op)
+    broken = "router_logits" if op == "moe_route" else "lora_b"
 
-    def wrong(base_out, x, lora_a, lora_b, **options):  # type: ignore[no-untyped-def]
-        return right(base_out, x, lora_a, lora_b * fault, **options)
+    def wrong(**inputs):  # type: ignore[no-untyped-def]
+        return right(**inputs | {broken: inputs[broken] * fault})
 
-    monkeypatch.setattr(doctor.ops, "lowrank_add", wrong)
+    monkeypatch.setattr(doctor.ops, op, wrong)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "FAILED" in result.stdout

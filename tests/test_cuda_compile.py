@@ -74,6 +74,12 @@ FAMILIES = {
     "moe_expand_kernel": Family(8, True, True, wide_stores=1),
     "partial_sums_kernel": Family(16),
     "round_adapters_kernel": Family(16),
+    "stack_experts_kernel": Family(16),
+    "unstack_experts_kernel": Family(16),
+    "moe_gate_kernel": Family(16),
+    "moe_balance_kernel": Family(16),
+    "moe_gate_h_kernel": Family(16),
+    "moe_gate_backward_kernel": Family(16),
 }
 
 HMMA = {"Bf16": "HMMA.16816.F32.BF16", "Fp16": "HMMA.16816.F32", "Tf32": "HMMA.1688.F32.TF32"}

@@ -269,3 +269,28 @@ def test_a_case_is_measured(gpu_measure: ModuleType, monkeypatch: pytest.MonkeyP
     found = gpu_measure.run_case(case, 0.05, 1e10)
     assert "compile" not in found["both"]["ratios"]
     assert "RuntimeError" in found["compile_error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "rows"),
+    [
+        ("bench_moe", "5,24,16,4,2,3,0.1,float32", 2),
+        ("bench_multi", "2,3,2,24,16,4,float32", 1),
+    ],
+)
+def test_benches_of_experts_leave_their_rows(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name, case, rows
+) -> None:
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+    arguments = ("--case", case, "--seconds", "0.01")
+    monkeypatch.setitem(gpu_check.EXPERT_BENCHES, name, arguments)
+    assert len(gpu_check.run_bench(name, "cpu", 300)) == rows
+    assert case.split(",")[-1] in (tmp_path / f"{name}.log").read_text()
+
+
+def test_a_bench_that_fails_says_why(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu_check.EXPERT_BENCHES, "bench_moe", ("--case", "0,1,1,1,1,1,0,float32"))
+    with pytest.raises(gpu_check.SectionFailed, match=r"bench_moe: .*sizes must be positive"):
+        gpu_check.run_bench("bench_moe", "cpu", 300)

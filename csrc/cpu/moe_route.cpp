@@ -63,20 +63,11 @@ Tensor moe_route_backward_cpu(const std::optional<Tensor>& dtopk_weights,
                               const Tensor& router_logits, const Tensor& topk_ids,
                               const Tensor& expert_counts,
                               const std::optional<Tensor>& token_mask) {
-  check_router_logits(kBackwardOp, router_logits);
+  check_moe_route_backward(dtopk_weights, dbalance_loss, router_logits, topk_ids, expert_counts,
+                           token_mask);
   const ScalarType statistics = statistics_dtype(router_logits.scalar_type());
   const int64_t num_experts = router_logits.size(router_logits.dim() - 1);
-  check(topk_ids.dim() >= 1, kBackwardOp, ": topk_ids must be [..., k], got []");
   const int64_t top_k = topk_ids.size(topk_ids.dim() - 1);
-  check_top_k(kBackwardOp, top_k, num_experts);
-  const char* like = "router_logits";
-  check_per_token(kBackwardOp, "topk_ids", topk_ids, router_logits, like, top_k, ScalarType::Long);
-  if (dtopk_weights)
-    check_per_token(kBackwardOp, "dtopk_weights", *dtopk_weights, router_logits, like, top_k,
-                    statistics);
-  check_expert_counts(kBackwardOp, expert_counts, num_experts, router_logits, like);
-  check_scalar(kBackwardOp, "dbalance_loss", dbalance_loss, statistics, router_logits, like);
-  check_token_mask(kBackwardOp, token_mask, router_logits, like);
 
   const Tensor exact = converted(as_matrix(dense(router_logits)), statistics);
   const Tensor ids = dense(topk_ids);

@@ -2,41 +2,12 @@
 // current stream, without a wait on the host, so a CUDA graph can capture a call.
 #include "branch.h"
 
-#include <cmath>
 #include <vector>
 
 #include "matrix.h"
 
 namespace lowrank_ext::cuda {
 namespace {
-
-Device device_of_kernels(const Tensor& like) {
-  const int index = like.get_device_index();
-  return {num_sms(index), current_stream(index)};
-}
-
-DropoutArgs dropout_of(const BranchArgs& args) {
-  const auto threshold = static_cast<uint32_t>(std::nearbyint(args.dropout_p * 65536));
-  if (threshold == 0) return {};
-  // Of 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will
-  // do.
-  const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
-  return {threshold, scale, static_cast<const int64_t*>(args.seed->data_ptr())};
-}
-
-// A matrix in scratch memory whose rows start on 16 bytes, as the kernels' fast path wants them.
-struct ScratchMatrix {
-  Any matrix;  // no data before the workspace is allocated
-  int64_t offset;
-};
-
-ScratchMatrix reserve_matrix(Workspace& workspace, ScalarType dtype, int64_t num_rows,
-                             int64_t num_cols) {
-  const int64_t chunk = 16 / element_size(dtype);
-  const int64_t row_stride = (num_cols + chunk - 1) / chunk * chunk;
-  const int64_t offset = workspace.reserve(num_rows * row_stride * element_size(dtype));
-  return {{nullptr, element_type(dtype), num_rows, num_cols, row_stride}, offset};
-}
 
 // The adapter tensors as the kernels read them: in x's dtype, with dense rows. Those that are not
 // so are copied into scratch memory.
@@ -139,7 +110,8 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const std::optional
   workspace.allocate(x);
 
   adapters.round(device);
-  lowrank_down(kind, any(x), adapters.lora_a, any(h), dropout_of(args), workspace.at(down), device);
+  lowrank_down(kind, any(x), adapters.lora_a, any(h), dropout_of(args.dropout_p, args.seed),
+               workspace.at(down), device);
   const std::optional<Tensor> rows = with_dense_bias(base);
   lowrank_up(kind, base_rows(rows, num_rows), any(h), adapters.mid, adapters.lora_b,
              adapters.out_scale, args.scaling, any(y), device);
@@ -157,7 +129,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
   const Device device = device_of_kernels(dout);
   const ScalarType input = dout.scalar_type();
   const NumberKind kind = number_kind(input, args.allow_tf32);
-  const DropoutArgs dropout = dropout_of(args);
+  const DropoutArgs dropout = dropout_of(args.dropout_p, args.seed);
 
   Workspace workspace;
   Adapters adapters(args, input, /*with_lora_a=*/needs.dx, workspace);

@@ -123,6 +123,15 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
                                   const DropoutArgs& dropout, const Any& dlora_a, void* workspace,
                                   const Device& device);
 
+// dw [R, K] = dzᵀ x, left as it is split: part s in rows [s R, (s + 1) R) of the workspace, rows
+// row_stride elements apart. Elements of x that are not finite count as zero: the token's own
+// experts have NaN in dz, and its others zeros, which the product would make NaN.
+DownPartialsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
+                                                  int64_t in_features, int64_t num_cols,
+                                                  int num_sms);
+void moe_down_backward_w(NumberKind kind, const Any& dz, const Any& x, void* workspace,
+                         const Device& device);
+
 // dx [M, K] = base + drop'(dh lora_a). base may be absent (zero) or dx itself.
 void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
                              const DropoutArgs& dropout, const Any& dx, const Device& device);
@@ -134,6 +143,31 @@ void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, co
 void stack_experts(NumberKind kind, const ExpertColumns& columns, const Any& router_weight,
                    const Any& lora_a, const Any& lora_b, const Any& w, const Any& up,
                    const Device& device);
+
+// What the router decided about M tokens. All of it dense, statistics in the accumulator's type.
+struct ExpertRouting {
+  Any probs, weights;      // [M, E], [M, k]
+  int64_t* ids;            // [M, k]
+  int64_t* counts;         // [E]: counted tokens per expert
+  const bool* token_mask;  // [M]: which tokens count, or null: all
+};
+
+// From z [M, R]: the routing and its balance loss, h [M, E r] = z where the expert
+// is chosen and zeros elsewhere, and gated [M, E r] = weight · h.
+int64_t moe_gate_workspace_bytes(int64_t num_rows, int num_experts);
+void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
+              const ExpertRouting& routing, const Any& balance_loss, const Any& h, const Any& gated,
+              void* workspace, const Device& device);
+
+// gated alone, of a routing that is there.
+void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const ExpertRouting& routing,
+                const Any& h, const Any& gated, const Device& device);
+
+// dz [M, R] = the gradient of z from G [M, E r] = scaling · dout up and from the balance loss's
+// (absent: none). Without `gates` the router's columns are zero, and h and probs are not read.
+void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPartials& g,
+                       const ExpertRouting& routing, const Any& dbalance_loss, const Any& h,
+                       bool gates, const Any& dz, const Device& device);
 
 // The gradients from those of w, partial sums dw [num_partials · R, K], and of up, dup [N, E r],
 // both in the accumulator's type. Gradients that are absent are not asked for.
@@ -164,5 +198,34 @@ void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns
 void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumns& columns,
                 bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
                 const Device& device);
+
+// Slots stably ordered by their group: ids [S], an expert or an adapter each, 0 … n - 1. With
+// extra_groups two more follow: n for the slots with id -1, n + 1 for those with any other id that
+// is not a group's; without, every id must be a group's. One launch where that pays, else three.
+struct SlotOrder {
+  int64_t* sorted_slots;  // [S]
+  int64_t* offsets;       // [groups + 1]: group g's are sorted_slots[offsets[g] … offsets[g + 1]]
+  int64_t* positions;     // [S]: the inverse permutation, or null
+};
+int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int num_sms);
+void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
+                 const SlotOrder& order, void* workspace, const Device& device);
+
+// Top-k routing of logits [T, E]; token_mask [T] or null. Statistics are fp32, fp64 beside fp64.
+struct Routing {
+  Any topk_weights;        // [T, k]
+  int64_t* topk_ids;       // [T, k]
+  int64_t* expert_counts;  // [E]
+  Any balance_loss;        // one element
+  SlotOrder order;         // of the T k slots, by expert
+};
+int64_t route_workspace_bytes(const Any& logits, int64_t top_k, int num_sms);
+void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
+           void* workspace, const Device& device);
+
+// dlogits [T, E] from dtopk_weights [T, k] and dbalance_loss, of which either may be absent.
+void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const Any& logits,
+                    const int64_t* topk_ids, int64_t top_k, const int64_t* expert_counts,
+                    const bool* token_mask, const Any& dlogits, const Device& device);
 
 }  // namespace lowrank_ext::cuda

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 
 #include "../checks.h"
@@ -60,6 +61,11 @@ inline Any any(const Tensor& tensor) {
 
 inline Any any(const std::optional<Tensor>& tensor) { return tensor ? any(*tensor) : Any{}; }
 
+inline Device device_of_kernels(const Tensor& like) {
+  const int index = like.get_device_index();
+  return {num_sms(index), current_stream(index)};
+}
+
 // One piece of scratch memory per call, from torch's allocator: first every part is reserved, then
 // the whole is allocated. Torch may reuse it as soon as the call returns, but only behind the
 // call's kernels on their stream.
@@ -83,6 +89,29 @@ class Workspace {
   int64_t num_bytes_ = 0;
   std::optional<Tensor> buffer_;
 };
+
+inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
+  const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
+  if (threshold == 0) return {};
+  // Of 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will
+  // do.
+  const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
+  return {threshold, scale, static_cast<const int64_t*>(seed->data_ptr())};
+}
+
+// A matrix in scratch memory whose rows start on 16 bytes, as the kernels' fast path wants them.
+struct ScratchMatrix {
+  Any matrix;  // no data before the workspace is allocated
+  int64_t offset;
+};
+
+inline ScratchMatrix reserve_matrix(Workspace& workspace, ScalarType dtype, int64_t num_rows,
+                                    int64_t num_cols) {
+  const int64_t chunk = 16 / element_size(dtype);
+  const int64_t row_stride = (num_cols + chunk - 1) / chunk * chunk;
+  const int64_t offset = workspace.reserve(num_rows * row_stride * element_size(dtype));
+  return {{nullptr, element_type(dtype), num_rows, num_cols, row_stride}, offset};
+}
 
 // ---- the vendor's products
 

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 namespace lowrank_ext::cuda {
 
 // scalar_t is the element in memory, acc_t the accumulator. kTensorCores: products run on
@@ -57,5 +59,9 @@ template <>
 __host__ __device__ __forceinline__ __half convert(float value) {
   return __float2half(value);
 }
+
+// e^value, to the last bit or two: the fast instruction is not.
+__device__ __forceinline__ float exponential(float value) { return expf(value); }
+__device__ __forceinline__ double exponential(double value) { return exp(value); }
 
 }  // namespace lowrank_ext::cuda

@@ -31,21 +31,24 @@ namespace lowrank_ext::cuda {
 struct DownOp {  // x [M, K], lora_a [r, K]
   static constexpr Contraction kLarge = Contraction::kAlongColumns;
   static constexpr Contraction kThin = Contraction::kAlongColumns;
-  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = false;
+  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = false,
+                        kMayBeFiniteOnly = false;
   static constexpr const char *kLargeName = "x", *kThinName = "lora_a";
   static constexpr bool kMayBeSmall = true;  // blocks, where rows are few (decoding)
 };
 struct UpBackwardOp {  // dout [M, N], lora_b [N, r]
   static constexpr Contraction kLarge = Contraction::kAlongColumns;
   static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kHasDropout = false, kHasThinScale = true, kHasTransposedSums = false;
+  static constexpr bool kHasDropout = false, kHasThinScale = true, kHasTransposedSums = false,
+                        kMayBeFiniteOnly = false;
   static constexpr const char *kLargeName = "dout", *kThinName = "lora_b";
   static constexpr bool kMayBeSmall = false;
 };
 struct OuterSumOp {  // dout [M, N], mid(h) [M, r]; x [M, K], dh [M, r]
   static constexpr Contraction kLarge = Contraction::kAlongRows;
   static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = true;
+  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = true,
+                        kMayBeFiniteOnly = true;
   static constexpr const char *kLargeName = "source", *kThinName = "left";
   static constexpr bool kMayBeSmall = false;
 };
@@ -129,7 +132,8 @@ struct ThinProductParams {
   bool transposed_sums;               // [num_splits · r, outer]; columns may be padded
   int64_t rows_per_split;             // of partials: outer or r
   acc_t scale;
-  Dropout dropout;  // of large
+  Dropout dropout;   // of large
+  bool finite_only;  // of large: NaN and infinities count as zero
   int num_rank_tiles;
   int64_t steps_per_split;
 
@@ -241,6 +245,21 @@ __device__ __forceinline__ void drop_own_chunks(const typename Traits::LargeTile
   });
 }
 
+template <class Traits>
+__device__ __forceinline__ void clear_own_nonfinite(const typename Traits::LargeTile& tile,
+                                                    int thread) {
+  using LargeTile = typename Traits::LargeTile;
+  using scalar_t = typename Traits::scalar_t;
+  for_each_own_chunk<LargeTile, Traits::kThreads>(thread, [&](int row, int chunk) {
+    auto values = read_chunk(tile, row, chunk);
+    for (scalar_t& element : values.elements) {
+      const auto value = convert<typename Traits::acc_t>(element);
+      if (!(value - value == 0)) element = scalar_t(0.0f);
+    }
+    write_chunk(tile, row, chunk, values);
+  });
+}
+
 // scale · sum, as a tile at (first_row, first_col) of out, by way of shared memory that nobody uses
 // any more.
 template <class Traits, class T>
@@ -316,6 +335,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       if (drops)
         detail::drop_own_chunks<Traits>(stages.large(slot), params.dropout, seed,
                                         block.large_row(step), block.large_col(step), thread);
+    }
+    if constexpr (Op::kMayBeFiniteOnly) {
+      if (params.finite_only) detail::clear_own_nonfinite<Traits>(stages.large(slot), thread);
     }
     if constexpr (Op::kHasThinScale) {
       if (params.thin_scale) thin_scale.apply(stages.thin(slot), thread);

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ DTYPES = (
 )
 DROPOUTS = (0.0, 0.25)
 NUM_ROWS, IN_FEATURES, OUT_FEATURES, RANK = 37, 96, 80, 9
+NUM_EXPERTS, TOP_K, NUM_ADAPTERS = 5, 2, 4
 SCALING = 0.7
+OPS = ("lowrank_linear", "lowrank_add", "multi_lowrank_add", "moe_route", "moe_lowrank_add")
+
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ def run(as_json: bool) -> bool:
     """Prints the report; True when every op passed."""
     checks = [
         check_op(op, base, adapter, dropout)
-        for op in ("lowrank_linear", "lowrank_add")
+        for op in OPS
         for base, adapter in DTYPES
         for dropout in DROPOUTS
+        # The router has neither.
+        if op != "moe_route" or (base == adapter and dropout == 0)
     ]
     passed = all(check.passed for check in checks)
     if as_json:
@@ -66,19 +72,22 @@ def run(as_json: bool) -> bool:
 
 
 def check_op(op: str, base: torch.dtype, adapter: torch.dtype, dropout: float) -> Check:
-    """The op's output and all gradients against the reference in fp64 on the same, already
+    """The op's outputs and all gradients against the reference in fp64 on the same, already
     rounded, inputs."""
     inputs = make_inputs(op, base, adapter)
     exact_inputs = {name: tensor.double() for name, tensor in inputs.items()}
-    dout = torch.randn(NUM_ROWS, OUT_FEATURES, generator=torch.Generator().manual_seed(1)).to(base)
-    got = forward_and_gradients(getattr(ops, op), inputs, dout, dropout)
-    exact = forward_and_gradients(getattr(reference, op), exact_inputs, dout.double(), dropout)
+    got = forward_and_gradients(ops, op, inputs, dropout)
+    exact = forward_and_gradients(reference, op, exact_inputs, dropout)
     errors = {name: relative_error(got[name], exact[name]) for name in exact}
-    forward = errors.pop("output")
-    # max() passes over NaN depending on the order, so NaN counts as infinite here.
-    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    forward = worst_of([error for name, error in errors.items() if name not in inputs])
+    worst = max(inputs, key=lambda name: worst_of([errors[name]]))
     names = (op, _name(base), _name(adapter))
     return Check(*names, dropout, forward, errors[worst], worst, error_limit(base))
+
+
+def worst_of(errors: list[float]) -> float:
+    """max() passes over NaN depending on the order, so NaN counts as infinite here."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def error_limit(dtype: torch.dtype) -> float:
@@ -91,37 +100,63 @@ def error_limit(dtype: torch.dtype) -> float:
     return units * torch.finfo(dtype).eps
 
 
-def make_inputs(op: str, base: torch.dtype, adapter: torch.dtype) -> dict[str, Tensor]:
+def make_inputs(op: str, base: torch.dtype, adapter: torch.dtype) -> Inputs:
     """Every differentiable argument of the op, the optional ones included."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).div(math.sqrt(shape[-1])).to(dtype)
 
-    first: dict[str, Tensor] = {"x": draw(base, NUM_ROWS, IN_FEATURES)}
+    if op == "moe_route":
+        return {"router_logits": draw(base, NUM_ROWS, NUM_EXPERTS)}
+    inputs = {"x": draw(base, NUM_ROWS, IN_FEATURES)}
     if op == "lowrank_linear":
-        first["weight"] = draw(base, OUT_FEATURES, IN_FEATURES)
-        first["bias"] = draw(base, OUT_FEATURES)
+        inputs["weight"] = draw(base, OUT_FEATURES, IN_FEATURES)
+        inputs["bias"] = draw(base, OUT_FEATURES)
     else:
-        first = {"base_out": draw(base, NUM_ROWS, OUT_FEATURES), **first}
-    return first | {
-        "lora_a": draw(adapter, RANK, IN_FEATURES),
-        "lora_b": draw(adapter, OUT_FEATURES, RANK),
-        "core": draw(adapter, RANK, RANK),
-        "rank_scale": draw(adapter, RANK),
-        "out_scale": draw(adapter, OUT_FEATURES),
-    }
+        inputs = {"base_out": draw(base, NUM_ROWS, OUT_FEATURES), **inputs}
+    stack = {"multi_lowrank_add": (NUM_ADAPTERS,), "moe_lowrank_add": (NUM_EXPERTS,)}.get(op, ())
+    inputs["lora_a"] = draw(adapter, *stack, RANK, IN_FEATURES)
+    inputs["lora_b"] = draw(adapter, *stack, OUT_FEATURES, RANK)
+    if op == "moe_lowrank_add":
+        inputs["router_weight"] = draw(adapter, NUM_EXPERTS, IN_FEATURES)
+    elif op != "multi_lowrank_add":
+        inputs["core"] = draw(adapter, RANK, RANK)
+        inputs["rank_scale"] = draw(adapter, RANK)
+        inputs["out_scale"] = draw(adapter, OUT_FEATURES)
+    return inputs
 
 
-def forward_and_gradients(
-    op: Callable[..., Tensor], inputs: dict[str, Tensor], dout: Tensor, dropout: float
-) -> dict[str, Tensor]:
-    """The output and the gradient of every input, by name."""
+def call_op(namespace: ModuleType, op: str, inputs: Inputs, dropout: float) -> Inputs:
+    """The differentiable outputs of the op in lowrank_ext.ops or lowrank_ext.reference."""
+    function = getattr(namespace, op)
+    drawn = {"dropout_p": dropout, "seed": torch.tensor([1234567], dtype=torch.int64)}
+    if op == "moe_route":
+        weights, _, _, balance_loss, *_ = function(**inputs, top_k=TOP_K)
+        return {"weights": weights, "balance_loss": balance_loss}
+    if op == "moe_lowrank_add":
+        y, balance_loss, *_ = function(**inputs, top_k=TOP_K, scaling=SCALING, **drawn)
+        return {"y": y, "balance_loss": balance_loss}
+    if op == "multi_lowrank_add":
+        ids = torch.arange(NUM_ROWS) % (NUM_ADAPTERS + 1) - 1
+        scaling = torch.linspace(0.5, 2, NUM_ADAPTERS)
+        ranks = torch.arange(NUM_ADAPTERS) * RANK // (NUM_ADAPTERS - 1)
+        return {"y": function(**inputs, adapter_ids=ids, scaling=scaling, ranks=ranks, **drawn)}
+    return {"y": function(**inputs, scaling=SCALING, **drawn)}
+
+
+def forward_and_gradients(namespace: ModuleType, op: str, inputs: Inputs, dropout: float) -> Inputs:
+    """The outputs and the gradient of every input, by name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    seed = torch.tensor([1234567], dtype=torch.int64)
-    output = op(**leaves, scaling=SCALING, dropout_p=dropout, seed=seed)
-    gradients = torch.autograd.grad(output, list(leaves.values()), dout)
-    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+    outputs = call_op(namespace, op, leaves, dropout)
+    generator = torch.Generator().manual_seed(1)
+    douts = [
+        torch.randn(y.shape, generator=generator).to(next(iter(inputs.values())).dtype).to(y.dtype)
+        for y in outputs.values()
+    ]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), douts)
+    named = {name: output.detach() for name, output in outputs.items()}
+    return named | dict(zip(leaves, gradients, strict=True))
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

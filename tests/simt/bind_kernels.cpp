@@ -208,6 +208,74 @@ void bound_lowrank_mid_backward(const std::string& kind, uintptr_t g, int num_sp
                        any_of(drank_scale), workspace.data(), {num_sms, {}});
 }
 
+// ---- the dense form of moe_lowrank_add; `columns` is (E, r, first_expert, expert_stride, R)
+
+ExpertColumns columns_of(const py::tuple& columns) {
+  const auto at = [&](size_t i) { return columns[i].cast<int>(); };
+  return {at(0), at(1), at(2), at(3), at(4)};
+}
+
+py::tuple bound_expert_columns(int num_experts, int rank, bool padded, bool shared_dropout) {
+  const ExpertColumns columns = padded ? ExpertColumns::grouped(num_experts, rank, shared_dropout)
+                                       : ExpertColumns::packed(num_experts, rank);
+  return py::make_tuple(columns.num_experts, columns.rank, columns.first_expert,
+                        columns.expert_stride, columns.num_cols);
+}
+
+template <class T>
+T* address_of(const py::object& address) {
+  return address.is_none() ? nullptr : reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+// `routing` is (probs, weights, addresses of ids, counts and token_mask).
+ExpertRouting routing_of(const py::tuple& routing) {
+  return {any_of(routing[0]), any_of(routing[1]), address_of<int64_t>(routing[2]),
+          address_of<int64_t>(routing[3]), address_of<const bool>(routing[4])};
+}
+
+void bound_stack_experts(const std::string& kind, const py::tuple& columns,
+                         const py::object& router_weight, const py::object& lora_a,
+                         const py::object& lora_b, const py::object& w, const py::object& up) {
+  stack_experts(kind_of(kind), columns_of(columns), any_of(router_weight), any_of(lora_a),
+                any_of(lora_b), any_of(w), any_of(up), {4, {}});
+}
+
+void bound_unstack_experts(const std::string& kind, const py::tuple& columns, const py::object& dw,
+                           int num_partials, const py::object& dup,
+                           const py::object& drouter_weight, const py::object& dlora_a,
+                           const py::object& dlora_b) {
+  unstack_experts(kind_of(kind), columns_of(columns), any_of(dw), num_partials, any_of(dup),
+                  any_of(drouter_weight), any_of(dlora_a), any_of(dlora_b), {4, {}});
+}
+
+// z: [num_splits · M, R] with any row stride.
+void bound_moe_gate(const std::string& kind, const py::tuple& columns, const py::object& z,
+                    int num_splits, const py::tuple& routing, const py::object& balance_loss,
+                    const py::object& h, const py::object& gated) {
+  const Any z_ = any_of(z);
+  const ExpertRouting routing_ = routing_of(routing);
+  const ExpertColumns columns_ = columns_of(columns);
+  const Workspace workspace(
+      moe_gate_workspace_bytes(routing_.probs.num_rows, columns_.num_experts));
+  moe_gate(kind_of(kind), columns_, {z_.data, num_splits, z_.row_stride}, routing_,
+           any_of(balance_loss), any_of(h), any_of(gated), workspace.data(), {4, {}});
+}
+
+void bound_moe_gate_h(const std::string& kind, const py::tuple& columns, const py::tuple& routing,
+                      const py::object& h, const py::object& gated) {
+  moe_gate_h(kind_of(kind), columns_of(columns), routing_of(routing), any_of(h), any_of(gated),
+             {4, {}});
+}
+
+void bound_moe_gate_backward(const std::string& kind, const py::tuple& columns, uintptr_t g,
+                             int num_splits, const py::tuple& routing,
+                             const py::object& dbalance_loss, const py::object& h, bool gates,
+                             const py::object& dz) {
+  moe_gate_backward(kind_of(kind), columns_of(columns), {reinterpret_cast<void*>(g), num_splits},
+                    routing_of(routing), any_of(dbalance_loss), any_of(h), gates, any_of(dz),
+                    {4, {}});
+}
+
 // {num_experts, rank}: columns in groups, as the kernels under dropout take them.
 using ExpertSizes = std::pair<int, int>;
 
@@ -301,6 +369,23 @@ void bind_kernels(py::module_& m) {
         py::arg("num_rows"), py::arg("rank"), py::arg("dh"), py::arg("dcore"),
         py::arg("drank_scale"), py::kw_only(), py::arg("num_sms"),
         "g is the address of [num_splits · num_rows, rank] sums.");
+  m.def("expert_columns", &bound_expert_columns, py::arg("num_experts"), py::arg("rank"),
+        py::kw_only(), py::arg("padded") = false, py::arg("shared_dropout") = false);
+  m.def("stack_experts", &bound_stack_experts, py::arg("kind"), py::arg("columns"),
+        py::arg("router_weight"), py::arg("lora_a"), py::arg("lora_b"), py::arg("w"),
+        py::arg("up"));
+  m.def("unstack_experts", &bound_unstack_experts, py::arg("kind"), py::arg("columns"),
+        py::arg("dw"), py::arg("num_partials"), py::arg("dup"), py::arg("drouter_weight"),
+        py::arg("dlora_a"), py::arg("dlora_b"));
+  m.def("moe_gate", &bound_moe_gate, py::arg("kind"), py::arg("columns"), py::arg("z"),
+        py::arg("num_splits"), py::arg("routing"), py::arg("balance_loss"), py::arg("h"),
+        py::arg("gated"));
+  m.def("moe_gate_h", &bound_moe_gate_h, py::arg("kind"), py::arg("columns"), py::arg("routing"),
+        py::arg("h"), py::arg("gated"));
+  m.def("moe_gate_backward", &bound_moe_gate_backward, py::arg("kind"), py::arg("columns"),
+        py::arg("g"), py::arg("num_splits"), py::arg("routing"), py::arg("dbalance_loss"),
+        py::arg("h"), py::arg("gates"), py::arg("dz"), "g is the address of the sums.");
+
   m.def("grouped_columns", &bound_grouped_columns, py::arg("experts"), py::arg("shared_dropout"));
   for (const auto& [name, workspace] :
        {std::pair{"moe_down_workspace", &bound_moe_down_workspace},

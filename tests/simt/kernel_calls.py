@@ -1,24 +1,18 @@
 """The kernels of csrc/cuda, called one by one with torch tensors, on the executor."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import executor, has_executor
 from torch import Tensor
 
 from lowrank_ext import reference
 
-EXECUTOR_BUILD = Path(__file__).parents[2] / "build" / "simt"
-
-if not any(EXECUTOR_BUILD.glob("_simt*.so")):
+if not has_executor():
     pytest.skip("the executor is not built, run `make simt`", allow_module_level=True)
-if str(EXECUTOR_BUILD) not in sys.path:
-    sys.path.append(str(EXECUTOR_BUILD))
-
-import _simt  # noqa: E402
+_simt = executor()
 
 KINDS = ("bf16", "fp16", "tf32", "fp32", "fp64")
 DTYPES = {

@@ -131,6 +131,18 @@ __forceinline__ bool __any_sync(unsigned mask, bool predicate) {
 __forceinline__ bool __all_sync(unsigned mask, bool predicate) {
   return simt::detail::vote("all_sync", mask, !predicate) == 0;
 }
+// The lanes of `mask` with this lane's value.
+__forceinline__ unsigned __match_any_sync(unsigned mask, int value) {
+  return simt::masked_collective<int, unsigned>(
+      "match_any_sync", mask, value,
+      [mask](const int (&all)[simt::kWarpSize], unsigned (&out)[simt::kWarpSize]) {
+        for (int lane = 0; lane < simt::kWarpSize; ++lane) {
+          out[lane] = 0;
+          for (int other = 0; other < simt::kWarpSize; ++other)
+            if (mask >> other & 1 && all[other] == all[lane]) out[lane] |= 1u << other;
+        }
+      });
+}
 
 // ---- atomics ------------------------------------------------------------------------------------
 

@@ -1,0 +1,111 @@
+#include "order_slots.cuh"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace lowrank_ext::cuda {
+
+struct OrderSlotsParams {
+  SlotGroups groups;
+  SlotCounts counts;  // of the workspace; no data in one block
+  SlotOrder order;
+
+  template <class F>
+  void each_tensor(F&& f) const {
+    const int64_t num_slots = groups.num_slots, num_keys = groups.num_keys();
+    const auto row = [](auto* data, int64_t size) {
+      return Matrix<std::remove_pointer_t<decltype(data)>>{data, 1, size, 0, false};
+    };
+    f("ids", row(groups.ids, num_slots));
+    f("counts", row(counts.data, num_keys * counts.key_stride));
+    f("sorted_slots", row(order.sorted_slots, num_slots));
+    f("offsets", row(order.offsets, num_keys + 1));
+    f("positions", row(order.positions, num_slots));
+  }
+};
+
+constexpr int kMaxThreads = 1024;  // of one block that does all, and of the prefix sum
+
+__global__ void __launch_bounds__(kMaxThreads) order_slots_kernel(OrderSlotsParams params) {
+  order_in_block(params.groups, params.order, reinterpret_cast<int*>(dynamic_shared_memory()));
+}
+
+// A block is one warp, a range's.
+__global__ void __launch_bounds__(kWarpSize) count_slots_kernel(OrderSlotsParams params) {
+  const int lane = threadIdx.x, range = blockIdx.x;
+  for (int key = lane; key < params.groups.num_keys(); key += kWarpSize)
+    params.counts.data[int64_t{key} * params.counts.key_stride + range] = 0;
+  __syncwarp();
+  count_range(params.groups, params.counts, range, lane);
+}
+
+__global__ void __launch_bounds__(kMaxThreads) scan_slot_counts_kernel(OrderSlotsParams params) {
+  scan_counts(params.groups, params.counts, params.order.offsets,
+              reinterpret_cast<int*>(dynamic_shared_memory()));
+}
+
+__global__ void __launch_bounds__(kWarpSize) scatter_slots_kernel(OrderSlotsParams params) {
+  scatter_range(params.groups, params.counts, params.order, blockIdx.x, threadIdx.x);
+}
+
+namespace {
+
+// One block as long as its passes take about as long as the two launches that it saves. Many
+// ranges fill the GPU, few keep the prefix sum short. Reasoned, not measured.
+struct OrderSlotsPlan {
+  bool one_block;
+  int num_ranges;
+
+  OrderSlotsPlan(int64_t num_slots, int64_t num_keys, int num_sms) {
+    constexpr int64_t kMaxBlockSlots = 16384, kMinSlotsPerWarp = 128, kMinSlotsPerRange = 256;
+    constexpr int64_t kMaxSharedBytes = 48 * 1024;
+    const auto ranges = [&](int64_t slots, int64_t most) {
+      return static_cast<int>(std::clamp<int64_t>((num_slots + slots - 1) / slots, 1, most));
+    };
+    num_ranges = ranges(kMinSlotsPerWarp, kMaxThreads / kWarpSize);
+    const int64_t shared_bytes = order_in_block_ints(num_keys, num_ranges) * 4;
+    one_block = num_slots <= kMaxBlockSlots && shared_bytes <= kMaxSharedBytes;
+    if (!one_block) num_ranges = ranges(kMinSlotsPerRange, 2 * num_sms);
+  }
+};
+
+}  // namespace
+
+int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int num_sms) {
+  const int64_t num_keys = num_groups + 2;  // as with extra groups
+  const OrderSlotsPlan plan(num_slots, num_keys, num_sms);
+  return num_keys * plan.num_ranges * static_cast<int64_t>(sizeof(int));
+}
+
+void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
+                 const SlotOrder& order, void* workspace, const Device& device) {
+  constexpr int64_t kMaxSlots = 0x7FFFFFFF;  // counts are ints
+  if (num_slots > kMaxSlots)
+    throw std::runtime_error("order_slots: at most 2^31 - 1 slots, got " +
+                             std::to_string(num_slots));
+  OrderSlotsParams params{{ids, num_slots, static_cast<int>(num_groups), extra_groups}, {}, order};
+  const int64_t num_keys = params.groups.num_keys();
+  const OrderSlotsPlan plan(num_slots, num_keys, device.num_sms);
+  const unsigned num_ranges = plan.num_ranges;
+  if (plan.one_block) {
+    const int64_t shared_bytes = order_in_block_ints(num_keys, plan.num_ranges) * 4;
+    launch_kernel("order_slots", &order_slots_kernel,
+                  {1, 1, 1, num_ranges * kWarpSize, static_cast<size_t>(shared_bytes)}, params,
+                  device.stream);
+    return;
+  }
+  const int64_t per_range = (num_slots + num_ranges - 1) / num_ranges;
+  params.counts = {static_cast<int*>(workspace), plan.num_ranges, plan.num_ranges,
+                   (per_range + kWarpSize - 1) / kWarpSize * kWarpSize};
+  launch_kernel("count_slots", &count_slots_kernel, {num_ranges, 1, 1, kWarpSize, 0}, params,
+                device.stream);
+  launch_kernel("scan_slot_counts", &scan_slot_counts_kernel,
+                {1, 1, 1, kMaxThreads, kScanInts * sizeof(int)}, params, device.stream);
+  launch_kernel("scatter_slots", &scatter_slots_kernel, {num_ranges, 1, 1, kWarpSize, 0}, params,
+                device.stream);
+}
+
+}  // namespace lowrank_ext::cuda
