@@ -187,9 +187,8 @@ void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& 
               bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z,
               const Device& device);
 
-// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. To the
-// experts' rows, what is not finite in x counts as zero (a token's own experts have NaN in dz
-// then).
+// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. In the
+// experts' rows, what is not finite in x counts as zero; the token's own experts have NaN in dz.
 DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
                                           int64_t num_cols, int num_sms);
 void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,

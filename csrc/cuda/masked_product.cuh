@@ -12,9 +12,9 @@
 // memory and draws one Philox call per eight elements and mask. Masks that differ by expert make
 // that E draws per element of x: on a GPU the integer units bound these kernels, not memory. In
 // moe_outer, a row of x is neither drawn nor copied for a group whose dz is zero in that row, as it
-// is wherever the expert was not chosen. A warp is spared the draws where that is so for all rows of
-// its 512 bytes. Elements of x that are not finite are zero in moe_outer's copies: only their own
-// token's experts may become NaN by them, and those have NaN in dz.
+// is wherever the expert was not chosen. A warp is spared the draws where that is so for all rows
+// of its 512 bytes. Elements of x that are not finite are zero in moe_outer's copies: only their
+// own token's experts may become NaN by them, and those have NaN in dz.
 //
 // Shared memory: 3 · 16 KiB of stages and 4 · 8 KiB of copies, 80 KiB. Sums are kept in acc_t,
 // scaled where masked, and leave through shared memory as a split's partial sums. What lies outside
