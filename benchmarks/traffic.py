@@ -119,6 +119,20 @@ def run_moe_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list
     return forward, simt.reports()
 
 
+def run_routing(
+    simt: Any, num_tokens: int, num_experts: int, top_k: int, kind: str
+) -> list[Report]:
+    """The launches of moe_route and its backward."""
+    torch.manual_seed(0)
+    logits = torch.randn(num_tokens, num_experts).to(KINDS[kind][0])
+    ops = torch.ops.lowrank_ext_simt
+    simt.clear_reports()
+    weights, ids, counts, loss, *_ = ops.moe_route(logits, top_k, None)
+    upstream = torch.ones_like(weights), torch.ones_like(loss)
+    ops.moe_route_backward(*upstream, logits, ids, counts, None)
+    return simt.reports()
+
+
 # What a report says
 
 
@@ -265,6 +279,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out-features", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--sms", type=int, default=4, help="multiprocessors that plans count on")
     return parser.parse_args()
 
@@ -289,10 +305,15 @@ def main() -> None:
             for report in reports:
                 add_launch(table, kind, report, registers(report, number, compiled))
             add_pass(table, name, kind, reports, wanted)
+        statistics = "Fp32" if number == "Tf32" else number  # no products
+        for report in run_routing(simt, options.rows, options.experts, options.top_k, kind):
+            add_launch(table, kind, report, registers(report, statistics, compiled))
+        table.add_section()
     m, k, n, r, p = sizes
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"lowrank_add, M={m} K={k} N={n} r={r} dropout={p}, {options.sms} SMs")
     console.print(f"moe_lowrank_add, {NUM_EXPERTS} experts of rank {max(1, r // NUM_EXPERTS)}")
+    console.print(f"moe_route, T={m} E={options.experts} k={options.top_k}")
     console.print(table)
     console.print(NOTE, highlight=False)
     if not compiled:

@@ -68,9 +68,21 @@ inline void check_multi_branch(const char* op, const MultiBranchArgs& args, cons
   check_dropout(op, args.dropout_p, args.seed, like, like_name);
 }
 
+inline void check_multi_forward(const char* op, const MultiBranchArgs& args, const Tensor& base_out,
+                                const Tensor& x) {
+  check_input_dtype(op, "x", x);
+  check_shape(op, "x", x, x.dim() >= 1, "[..., in_features]");
+  check_shape(op, "base_out", base_out, leading_dims_match(base_out, x),
+              "x's leading dimensions and out_features");
+  check_same_dtype(op, "base_out", base_out, x, "x");
+  check_same_device(op, "base_out", base_out, x, "x");
+  check_multi_branch(op, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
+}
+
 inline void check_multi_backward(const char* op, const MultiBranchArgs& args,
                                  const MultiBranchNeeds& needs, const Tensor& dout,
                                  const std::optional<Tensor>& x, const std::optional<Tensor>& h) {
+  check_input_dtype(op, "dout", dout);
   check_shape(op, "lora_a", args.lora_a, args.lora_a.dim() == 3, "[n, r, in_features]");
   check_shape(op, "lora_b", args.lora_b, args.lora_b.dim() == 3, "[n, out_features, r]");
   check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == args.out_features(),

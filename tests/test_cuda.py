@@ -15,6 +15,7 @@ from lowrank_cases import (
     OPTIONAL,
     Tensors,
     assert_exact,
+    assert_same_bits,
     assert_same_values,
     call,
     evaluate,
@@ -231,6 +232,26 @@ def test_graph_draws_a_new_mask_at_every_replay(op: str) -> None:
     torch.cuda.manual_seed(9)
     assert_same_values(graph.replay(), first)
     assert_same_values(graph.replay(), second)
+
+
+def test_adapter_ids_may_change_between_replays() -> None:
+    """multi_lowrank_add: only the GPU looks at them, at those out of range too."""
+    n, num_rows, num_in, num_out, rank = 3, 70, 72, 40, 8
+    base_out, x = integers(num_rows, num_out), integers(num_rows, num_in)
+    lora_a, lora_b = integers(n, rank, num_in), integers(n, num_out, rank)
+    ids = torch.zeros(num_rows, dtype=torch.int64, device="cuda")
+    arguments = (base_out, x, lora_a, lora_b, ids, torch.ones(n, device="cuda"))
+    ops.multi_lowrank_add(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.multi_lowrank_add(*arguments)
+    for offset in (-1, 0):
+        ids.copy_(torch.arange(num_rows) % 5 + offset)
+        graph.replay()
+        assert_same_bits(y.clone(), ops.multi_lowrank_add(*arguments), "y")
+        assert torch.equal(y.isnan().any(1), ids >= n)
+        assert_same_bits(y[ids == -1], base_out[ids == -1], "rows without an adapter")
 
 
 # TF32 is used where torch allows it

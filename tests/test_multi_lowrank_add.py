@@ -1,5 +1,6 @@
 """multi_lowrank_add: an adapter per row."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -148,6 +149,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(whole)
 
 
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_values_and_gradients(
@@ -160,6 +162,7 @@ def test_values_and_gradients(
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out is dout")
 
 
+@pytest.mark.executor(every=17)
 @pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @pytest.mark.parametrize("pattern", ["random", "runs", "one"])
@@ -183,6 +186,7 @@ def test_sizes_that_need_several_blocks(
     assert_within_rule(tensors, dout, dropout_p=dropout_p, seed=seed_tensor(3, device))
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("pattern", ["random", "none", "one and none"])
 def test_rows_without_an_adapter_have_the_bits_of_base_out(
     device: str, dtypes: DtypePair, pattern: str
@@ -203,6 +207,7 @@ def test_rows_without_an_adapter_have_the_bits_of_base_out(
     assert torch.equal(base_out[:, 3], torch.full_like(base_out[:, 3], -0.0)), "y shares memory"
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("num_rows", [200, 40])
 def test_one_adapter_is_lowrank_add(device: str, dtypes: DtypePair, num_rows: int) -> None:
     ids = torch.full((num_rows,), 1, device=device)
@@ -220,6 +225,7 @@ def test_one_adapter_is_lowrank_add(device: str, dtypes: DtypePair, num_rows: in
         assert_same_bits(mine, other.detach(), name)
 
 
+@pytest.mark.executor
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(
     data=st.data(),
@@ -260,6 +266,7 @@ def test_any_ids_shape_and_layout(
     assert_exact(tensors, dout, dropout_p=dropout_p, seed=seed_tensor(9, device))
 
 
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 128, 129, 300])
 @pytest.mark.parametrize(("num_in", "num_out"), [(1, 1), (31, 15), (32, 16), (33, 17), (95, 97)])
@@ -276,6 +283,7 @@ def test_every_rank_and_ragged_sizes(
     assert_exact(tensors, make_dout(tensors, integers=True))
 
 
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 64, 65, 127, 128, 129, 130])
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -289,6 +297,7 @@ def test_every_number_of_rows(
     assert_exact(tensors, make_dout(tensors, integers=True), **options)
 
 
+@pytest.mark.executor(every=5)
 def test_padding_and_idle_adapters_are_not_read(device: str, dtypes: DtypePair) -> None:
     """NaN there changes nothing, and their gradients are zeros in memory that held NaN."""
     for num_rows in (9, 300):
@@ -318,6 +327,7 @@ def test_padding_and_idle_adapters_are_not_read(device: str, dtypes: DtypePair) 
             assert torch.equal(bits(idle), torch.zeros_like(bits(idle)))
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3), (2, 0, 3)])
 def test_leading_dimensions_and_gradient_of_a_sum(
     device: str, dtypes: DtypePair, lead: tuple[int, ...]
@@ -326,12 +336,14 @@ def test_leading_dimensions_and_gradient_of_a_sum(
     assert_exact(tensors, None)
 
 
+@pytest.mark.executor
 def test_ids_of_sequences_may_be_expanded(device: str) -> None:
     ids = torch.tensor([1, -1, 0], device=device)[:, None].expand(3, 5)
     tensors = make_tensors(ids, 12, 10, 2, 3, FP32, integers=True)
     assert_exact(tensors, make_dout(tensors, integers=True))
 
 
+@pytest.mark.executor
 def test_each_adapter_as_if_alone(device: str) -> None:
     """Gradients of an adapter are those of its rows in a call of their own."""
     ids = make_ids("random", (50,), 3, device)
@@ -355,6 +367,7 @@ def test_each_adapter_as_if_alone(device: str) -> None:
             torch.testing.assert_close(ours, alone)
 
 
+@pytest.mark.executor(every=5)
 def test_two_runs_and_any_thread_count_give_the_same_bits(device: str, dtypes: DtypePair) -> None:
     ids = make_ids("random", (300,), 3, device)
     tensors = make_tensors(ids, 129, 65, 3, 8, dtypes)
@@ -382,6 +395,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(op, leaves)
 
 
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("needs", [("x",), ("base_out",), ("lora_a",), ("lora_b",)], ids="+".join)
 @pytest.mark.parametrize("pattern", ["random", "one"])
 def test_some_gradients_equal_those_of_all(
@@ -394,6 +408,7 @@ def test_some_gradients_equal_those_of_all(
     assert_same_values(some, {name: every[name] for name in some})
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("needed", [0, 1, 2], ids=["dx", "dlora_a", "dlora_b"])
 @pytest.mark.parametrize("pattern", ["random", "one"])
 def test_backward_op_computes_only_what_is_asked(device: str, needed: int, pattern: str) -> None:
@@ -414,6 +429,7 @@ def test_backward_op_computes_only_what_is_asked(device: str, needed: int, patte
             backward(dout, None, None, *rest, *(i == needed for i in range(3)))
 
 
+@pytest.mark.executor(every=5)
 @pytest.mark.parametrize("layout", [torch.clone, transposed, padded_rows])
 @pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
 @pytest.mark.parametrize("ranks", [None, [3, 0, 2]], ids=["whole", "ranks"])
@@ -431,6 +447,7 @@ def test_opcheck(device: str, dtypes: DtypePair, ranks: list[int] | None, layout
     torch.library.opcheck(op, raw_args(tensors, *options))
 
 
+@pytest.mark.executor
 def test_second_derivatives_raise(device: str) -> None:
     tensors = make_tensors(make_ids("random", (4,), 2, device), 5, 4, 2, 2)
     x = tensors["x"].requires_grad_()
@@ -458,6 +475,7 @@ def test_compile_with_any_number_of_rows(device: str, dtypes: DtypePair) -> None
         assert_same_values(got, evaluate(ops, tensors, dout))
 
 
+@pytest.mark.executor
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(device: str, low: torch.dtype) -> None:
     """RF-14: y in autocast's dtype, adapters and their gradients stay in fp32."""
@@ -495,31 +513,44 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "too few ids": ({"adapter_ids": torch.zeros(2).long()}, r"adapter_ids must .*got \[2\]"),
     "ids per column": ({"adapter_ids": torch.zeros(3, 8).long()}, r"adapter_ids must .*\[3, 8\]"),
     "ids dtype": ({"adapter_ids": torch.zeros(3)}, "adapter_ids must be int64, got float32"),
-    "id too large": (
-        {"adapter_ids": torch.tensor([0, 1, 2])},
-        "adapter_ids must be between -1 and n - 1 = 1, got 2 for row 2",
-    ),
-    "id too small": ({"adapter_ids": torch.tensor([0, -2, 0])}, "adapter_ids must .*-2 for row 1"),
     "too few scalings": ({"scaling": torch.ones(1)}, r"scaling must be \[n=2\], got \[1\]"),
     "scaling dtype": ({"scaling": torch.ones(2).bfloat16()}, "scaling must .*float32.*bfloat16"),
     "too many ranks": ({"ranks": torch.ones(3).long()}, r"ranks must be \[n=2\], got \[3\]"),
     "ranks dtype": ({"ranks": torch.ones(2)}, "ranks must be int64, got float32"),
-    "rank too large": (
-        {"ranks": torch.tensor([4, 5])},
-        "ranks must be between 0 and r=4, got 5 for adapter 1",
-    ),
-    "rank negative": ({"ranks": torch.tensor([-1, 4])}, "ranks must .*got -1 for adapter 0"),
     "dropout_p above one": ({"dropout_p": 1.5}, r"dropout_p must .*1\.5"),
     "seed dtype": ({"dropout_p": 0.5, "seed": torch.zeros(1)}, "seed must .*float32"),
 }
 
 
+# On a GPU these values are not looked at: their rows become NaN.
+WRONG_VALUES: dict[str, tuple[dict[str, object], str]] = {
+    "id too large": (
+        {"adapter_ids": torch.tensor([0, 1, 2])},
+        "adapter_ids must be between -1 and n - 1 = 1, got 2 for row 2",
+    ),
+    "id too small": ({"adapter_ids": torch.tensor([0, -2, 0])}, "adapter_ids must .*-2 for row 1"),
+    "rank too large": (
+        {"ranks": torch.tensor([4, 5])},
+        "ranks must be between 0 and r=4, got 5 for adapter 1",
+    ),
+    "rank negative": ({"ranks": torch.tensor([-1, 4])}, "ranks must .*got -1 for adapter 0"),
+}
+
+
+@pytest.mark.executor
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
     assert_raises_alike(OP, right_tensors(device), changes, message)
 
 
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_wrong_value_on_the_cpu(case: str) -> None:
+    changes, message = WRONG_VALUES[case]
+    assert_raises_alike(OP, right_tensors("cpu"), changes, message)
+
+
+@pytest.mark.executor
 def test_scaling_that_requires_a_gradient_raises(device: str) -> None:
     tensors = right_tensors(device)
     tensors["scaling"].requires_grad_()
@@ -529,6 +560,7 @@ def test_scaling_that_requires_a_gradient_raises(device: str) -> None:
         ops.multi_lowrank_add(**tensors)
 
 
+@pytest.mark.executor
 def test_dropout_draws_from_torchs_generator(device: str) -> None:
     tensors = right_tensors(device)
     torch.manual_seed(3)
@@ -537,3 +569,118 @@ def test_dropout_draws_from_torchs_generator(device: str) -> None:
     assert torch.equal(first, ops.multi_lowrank_add(**tensors, dropout_p=0.5))
     with pytest.raises(RuntimeError, match=f"{OP}: seed must"):
         torch.ops.lowrank_ext.multi_lowrank_add(*raw_args(tensors, 0.5))
+
+
+# What the CUDA kernels do beside the values
+
+
+def kernel_reports(simt: ModuleType, run: Callable[[], object]) -> list[dict[str, Any]]:
+    simt.clear_reports()
+    run()
+    return simt.reports()
+
+
+@pytest.mark.executor(only=True)
+@pytest.mark.parametrize("num_rows", [9, 70])
+def test_values_out_of_range_give_nan_rows(device: str, dtypes: DtypePair, num_rows: int) -> None:
+    """Of ids and of ranks; the other rows, and the other adapters' gradients, are as without."""
+    ids = make_ids("random", (num_rows,), 4, device)
+    tensors = make_tensors(ids, 33, 21, 4, 5, dtypes, ranks=[5, 2, 3, 4])
+    dout = make_dout(tensors)
+    wrong = ids.clone()
+    wrong[::3] = torch.tensor([-2, 4, 2**40, -(2**63)]).repeat(num_rows)[: len(wrong[::3])]
+    right = torch.where(wrong == ids, ids, -1)
+    assert (right >= 0).any()
+    expected = evaluate(ops, tensors | {"adapter_ids": right}, dout)
+    got = evaluate(ops, tensors | {"adapter_ids": wrong}, dout)
+    bad = wrong != right
+    for name in ("y", "dx"):
+        assert got[name][bad].isnan().all()
+        assert_same_bits(got[name][~bad], expected[name][~bad], name)
+    for name in ("dlora_a", "dlora_b"):
+        assert_same_bits(got[name], expected[name], name)
+
+    ranks = torch.tensor([5, 6, 3, -1])
+    got = evaluate(ops, tensors | {"ranks": ranks}, dout)
+    expected = evaluate(ops, tensors, dout)
+    bad = (ids == 1) | (ids == 3)
+    for name in ("y", "dx"):
+        assert got[name][bad].isnan().all()
+        assert_same_bits(got[name][~bad], expected[name][~bad], name)
+    for name in ("dlora_a", "dlora_b"):
+        for i in range(4):
+            used = bool((ids == i).any())
+            assert got[name][i].isnan().all() == (used and i in (1, 3)), (name, i)
+
+
+@pytest.mark.executor(only=True)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("num_rows", [64, 130])
+def test_one_launch_for_all_adapters(
+    device: str, simt: ModuleType, pattern: str, num_rows: int
+) -> None:
+    tensors = make_tensors(make_ids(pattern, (num_rows,), 5, device), 64, 48, 5, 8, BF16)
+    forward = torch.ops.lowrank_ext.multi_lowrank_add
+    _, h = forward(*raw_args(tensors))
+    reports = kernel_reports(simt, lambda: forward(*raw_args(tensors)))
+    assert [r["kernel"] for r in reports] == ["order_slots", "segment_down", "segment_up"]
+    args = (make_dout(tensors), tensors["x"], h, *list(tensors.values())[2:], 0.0, None)
+    backward = torch.ops.lowrank_ext.multi_lowrank_add_backward
+    reports = kernel_reports(simt, lambda: backward(*args, True, True, True))
+    assert [r["kernel"] for r in reports] == [
+        "order_slots",
+        "segment_up_backward_lora_b",
+        "segment_up_backward",
+        "segment_down_backward_lora_a",
+        "segment_down_backward_x",
+    ]
+
+
+@pytest.mark.executor(only=True)
+def test_only_stacks_of_another_dtype_or_layout_are_copied(device: str, simt: ModuleType) -> None:
+    ids = make_ids("random", (20,), 3, device)
+    forward = torch.ops.lowrank_ext.multi_lowrank_add
+
+    def rounded_bytes(tensors: Tensors) -> int:
+        reports = kernel_reports(simt, lambda: forward(*raw_args(tensors)))
+        copies = [r for r in reports if r["kernel"] == "round_adapters"]
+        return sum(t["bytes_written"] for r in copies for t in r["tensors"])
+
+    mixed = make_tensors(ids, 24, 18, 3, 4, MIXED)
+    assert rounded_bytes(mixed) == 2 * 3 * 4 * (24 + 18)
+    same = make_tensors(ids, 24, 18, 3, 4, BF16)
+    assert rounded_bytes(same) == 0
+    wide = torch.zeros(3, 6, 40, dtype=torch.bfloat16)
+    wide[:, :4, :24] = same["lora_a"]
+    assert rounded_bytes(same | {"lora_a": wide[:, :4, :24]}) == 0
+    columns_first = same["lora_b"].mT.contiguous().mT
+    y, _ = forward(*raw_args(same | {"lora_b": columns_first}))
+    assert_same_bits(y, forward(*raw_args(same))[0], "y")
+    ragged = same["lora_b"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    y, _ = forward(*raw_args(same | {"lora_b": ragged}))
+    assert_same_bits(y, forward(*raw_args(same))[0], "y")
+
+
+@pytest.mark.executor(only=True)
+@pytest.mark.parametrize("num_rows", [8, 128])
+def test_traffic_of_a_call(device: str, simt: ModuleType, num_rows: int) -> None:
+    """Forward: of the adapters only what is in use, x, base_out and y once. Idle: 30 of 34."""
+    n, rank, num_in, num_out = 34, 8, 512, 256
+    ids = torch.tensor([3, -1, 17, 33, 3, 20, -1, 17], device=device).repeat(num_rows // 8)
+    ranks = [8, 4] * (n // 2)
+    tensors = make_tensors(ids, num_in, num_out, n, rank, BF16, ranks=ranks)
+    forward = torch.ops.lowrank_ext.multi_lowrank_add
+    reports = kernel_reports(simt, lambda: forward(*raw_args(tensors)))
+    (down,) = (r for r in reports if r["kernel"] == "segment_down")
+    (up,) = (r for r in reports if r["kernel"] == "segment_up")
+
+    def traffic(report: dict[str, Any], name: str, what: str = "unique_bytes_read") -> int:
+        return next(t[what] for t in report["tensors"] if t["name"] == name)
+
+    used_ranks = sum(ranks[i] for i in (3, 17, 20, 33))
+    assert traffic(down, "lora_a") == 2 * used_ranks * num_in
+    assert traffic(up, "right") == 2 * used_ranks * num_out
+    adapted = num_rows * 6 // 8
+    assert traffic(down, "x", "bytes_read") == 2 * adapted * num_in
+    assert traffic(up, "base", "bytes_read") == 2 * num_rows * num_out
+    assert traffic(up, "out", "bytes_written") == 2 * num_rows * num_out

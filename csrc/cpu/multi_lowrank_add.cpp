@@ -483,13 +483,7 @@ std::tuple<Tensor, Tensor> multi_lowrank_add_cpu(const Tensor& base_out, const T
                                                  double dropout_p,
                                                  const std::optional<Tensor>& seed) {
   const MultiBranchArgs args{lora_a, lora_b, adapter_ids, scaling, ranks, dropout_p, seed};
-  check_input_dtype(kOp, "x", x);
-  check_shape(kOp, "x", x, x.dim() >= 1, "[..., in_features]");
-  check_shape(kOp, "base_out", base_out, leading_dims_match(base_out, x),
-              "x's leading dimensions and out_features");
-  check_same_dtype(kOp, "base_out", base_out, x, "x");
-  check_same_device(kOp, "base_out", base_out, x, "x");
-  check_multi_branch(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
+  check_multi_forward(kOp, args, base_out, x);
   const Segments segments = segments_of(kOp, args);
 
   const Tensor rows = as_matrix(x);
@@ -509,7 +503,6 @@ std::tuple<Tensor, Tensor, Tensor> multi_lowrank_add_backward_cpu(
     bool need_dx, bool need_dlora_a, bool need_dlora_b) {
   const MultiBranchArgs args{lora_a, lora_b, adapter_ids, scaling, ranks, dropout_p, seed};
   const MultiBranchNeeds needs{need_dx, need_dlora_a, need_dlora_b};
-  check_input_dtype(kBackwardOp, "dout", dout);
   check_multi_backward(kBackwardOp, args, needs, dout, x, h);
   const Segments segments = segments_of(kBackwardOp, args);
 

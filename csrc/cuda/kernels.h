@@ -228,4 +228,53 @@ void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const An
                     const int64_t* topk_ids, int64_t top_k, const int64_t* expert_counts,
                     const bool* token_mask, const Any& dlogits, const Device& device);
 
+// Rows by group, for the kernels whose thin operand differs from row to row: what order_slots makes
+// of M ids with extra_groups. Rows without a group (id -1), and those of a group of rank 0, are
+// copies of the base, or zeros; rows of an invalid id, or of a group whose rank is out of range,
+// are NaN. Nothing of a group without rows is read, nor what is beyond a group's rank.
+struct RowGroups {
+  const int64_t* rows;     // [M], sorted by group
+  const int64_t* offsets;  // [n + 3]
+  const int64_t* ranks;    // [n], or null: the whole rank for all
+  int64_t num_rows, num_groups;
+};
+
+// A matrix for each group.
+struct AnyStack {
+  Any first;  // group 0's
+  int64_t num_groups = 0;
+  int64_t group_stride = 0;  // in elements
+};
+
+// h [M, r]: h[m] = drop(x[m]) lora_a[i]ᵀ for row m of group i, x [M, K], lora_a [n, r, K].
+int64_t segment_down_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t num_groups,
+                                     int64_t depth, int64_t rank, int num_sms);
+void segment_down(NumberKind kind, const RowGroups& groups, const Any& x, const AnyStack& lora_a,
+                  const Any& h, const DropoutArgs& dropout, void* workspace, const Device& device);
+
+// y [M, N]: y[m] = base[m] + scaling[i] · h[m] lora_b[i]ᵀ, lora_b [n, N, r], scaling [1, n] in fp32
+// or fp64.
+void segment_up(NumberKind kind, const RowGroups& groups, const Any& base, const Any& h,
+                const AnyStack& lora_b, const Any& scaling, const Any& y, const Device& device);
+
+// dh [M, r]: dh[m] = scaling[i] · dout[m] lora_b[i]. Workspace as of segment_down at depth N.
+void segment_up_backward(NumberKind kind, const RowGroups& groups, const Any& dout,
+                         const AnyStack& lora_b, const Any& scaling, const Any& dh, void* workspace,
+                         const Device& device);
+
+// dlora_b[i] [N, r] = scaling[i] · Σ dout[m]ᵀ h[m] over the rows of group i.
+void segment_up_backward_lora_b(NumberKind kind, const RowGroups& groups, const Any& dout,
+                                const Any& h, const Any& scaling, const AnyStack& dlora_b,
+                                const Device& device);
+
+// dlora_a[i] [r, K] = Σ dh[m]ᵀ drop(x[m]) over the rows of group i.
+void segment_down_backward_lora_a(NumberKind kind, const RowGroups& groups, const Any& dh,
+                                  const Any& x, const DropoutArgs& dropout, const AnyStack& dlora_a,
+                                  const Device& device);
+
+// dx [M, K]: dx[m] = drop'(dh[m] lora_a[i]).
+void segment_down_backward_x(NumberKind kind, const RowGroups& groups, const Any& dh,
+                             const AnyStack& lora_a, const DropoutArgs& dropout, const Any& dx,
+                             const Device& device);
+
 }  // namespace lowrank_ext::cuda

@@ -90,15 +90,6 @@ class Workspace {
   std::optional<Tensor> buffer_;
 };
 
-inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
-  const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
-  if (threshold == 0) return {};
-  // Of 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will
-  // do.
-  const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
-  return {threshold, scale, static_cast<const int64_t*>(seed->data_ptr())};
-}
-
 // A matrix in scratch memory whose rows start on 16 bytes, as the kernels' fast path wants them.
 struct ScratchMatrix {
   Any matrix;  // no data before the workspace is allocated
@@ -111,6 +102,15 @@ inline ScratchMatrix reserve_matrix(Workspace& workspace, ScalarType dtype, int6
   const int64_t row_stride = (num_cols + chunk - 1) / chunk * chunk;
   const int64_t offset = workspace.reserve(num_rows * row_stride * element_size(dtype));
   return {{nullptr, element_type(dtype), num_rows, num_cols, row_stride}, offset};
+}
+
+inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
+  const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
+  if (threshold == 0) return {};
+  // Of 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will
+  // do.
+  const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
+  return {threshold, scale, static_cast<const int64_t*>(seed->data_ptr())};
 }
 
 // ---- the vendor's products

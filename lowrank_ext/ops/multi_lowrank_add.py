@@ -50,7 +50,10 @@ def multi_lowrank_add(
     Where i is -1, y[m] has the bits of base_out[m]: nothing is added, not even a zero. Adapters
     without a row are not read, and their gradients are zeros. With ``ranks`` the rows of lora_a[i]
     and the columns of lora_b[i] from ranks[i] on are padding: never read, their gradients zeros;
-    rank 0 is no adapter. Every tensor is on x's device; the host waits for none of them on a GPU.
+    rank 0 is no adapter. Every tensor is on x's device. On a GPU the host waits for none of them,
+    and so sees neither ids nor ranks: a row whose id, or whose adapter's rank, is out of range
+    becomes NaN, in y and in dx, and so do the gradients of an adapter that has rows but no valid
+    rank. float32 products are not rounded to TF32 there, whatever torch is set to.
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
@@ -67,8 +70,8 @@ def multi_lowrank_add(
         y, [..., out_features], dtype of x, contiguous.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype or device, an id or a rank is out of
-            range, or scaling requires a gradient; nothing has been computed then.
+        RuntimeError: an argument has the wrong shape, dtype or device, on a CPU an id or a rank is
+            out of range, or scaling requires a gradient; nothing has been computed then.
 
     Example:
         >>> ids = torch.tensor([0, -1, 2])  # a sequence each; x [3, T, K]

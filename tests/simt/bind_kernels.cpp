@@ -18,6 +18,8 @@
 #include "lowrank_mid_backward.cuh"
 #include "lowrank_up_backward.cuh"
 #include "outer_sum.h"
+#include "segment_down.cuh"
+#include "segment_up.cuh"
 
 namespace py = pybind11;
 using namespace lowrank_ext::cuda;
@@ -105,6 +107,19 @@ py::dict as_dict(const ExpandPlan& plan) {
                   "num_col_blocks"_a = plan.num_col_blocks, "shared_bytes"_a = plan.shared_bytes);
 }
 
+RowGroups row_groups_of(const py::object& groups) {
+  const auto pointer = [&](const char* name) {
+    return reinterpret_cast<const int64_t*>(groups[name].cast<uintptr_t>());
+  };
+  return {pointer("rows"), pointer("offsets"), pointer("ranks"), groups["num_rows"].cast<int64_t>(),
+          groups["num_groups"].cast<int64_t>()};
+}
+
+AnyStack stack_of(const py::object& stack) {
+  return {any_of(stack), stack["num_groups"].cast<int64_t>(),
+          stack["group_stride"].cast<int64_t>()};
+}
+
 // ---- plans
 
 py::dict bound_plan_thin_product(const std::string& kind, int64_t outer, int64_t depth,
@@ -134,6 +149,31 @@ py::dict bound_plan_mid_backward(const std::string& kind, int64_t num_rows, bool
     const auto plan = plan_mid_backward<decltype(number)>(num_rows, need_sums, num_sms);
     return py::dict("num_row_groups"_a = plan.num_row_groups,
                     "row_tiles_per_group"_a = plan.row_tiles_per_group);
+  });
+}
+
+py::dict bound_plan_segment_down(const std::string& kind, int64_t num_rows, int64_t num_groups,
+                                 int64_t depth, int64_t rank, int num_sms) {
+  using py::literals::operator""_a;
+  return dispatch(kind_of(kind), [&](auto number) {
+    const auto plan =
+        plan_segment_down<decltype(number)>(num_rows, num_groups, depth, rank, num_sms);
+    return py::dict("block_rows"_a = plan.block_rows, "rank_tile"_a = plan.rank_tile,
+                    "max_tiles"_a = plan.max_tiles, "num_rank_tiles"_a = plan.num_rank_tiles,
+                    "num_splits"_a = plan.num_splits, "steps_per_split"_a = plan.steps_per_split);
+  });
+}
+
+py::dict bound_plan_segment_up(const std::string& kind, int64_t num_rows, int64_t num_groups,
+                               int64_t num_cols, int64_t rank, int num_sms) {
+  using py::literals::operator""_a;
+  return dispatch(kind_of(kind), [&](auto number) {
+    const auto plan =
+        plan_segment_up<decltype(number), UpOp>(num_rows, num_groups, num_cols, rank, num_sms);
+    return py::dict("block_rows"_a = plan.block_rows,
+                    "col_tiles_per_block"_a = plan.col_tiles_per_block,
+                    "max_tiles"_a = plan.max_tiles, "num_col_blocks"_a = plan.num_col_blocks,
+                    "shared_bytes"_a = plan.shared_bytes);
   });
 }
 
@@ -332,6 +372,69 @@ void bound_moe_expand(const std::string& kind, const py::object& dz, const py::o
              shared_dropout, dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
 }
 
+// Addresses of int64 arrays; `positions` may be 0.
+void bound_order_slots(uintptr_t ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
+                       uintptr_t sorted_slots, uintptr_t offsets, uintptr_t positions,
+                       int num_sms) {
+  const auto array = [](uintptr_t address) { return reinterpret_cast<int64_t*>(address); };
+  const Workspace workspace(order_slots_workspace_bytes(num_slots, num_groups, num_sms));
+  order_slots(array(ids), num_slots, num_groups, extra_groups,
+              {array(sorted_slots), array(offsets), array(positions)}, workspace.data(),
+              {num_sms, {}});
+}
+
+void bound_segment_down(const std::string& kind, const py::object& groups, const py::object& x,
+                        const py::object& lora_a, const py::object& h, uint32_t threshold,
+                        uintptr_t seed, int num_sms) {
+  const RowGroups groups_ = row_groups_of(groups);
+  const Any x_ = any_of(x), h_ = any_of(h);
+  const Workspace workspace(segment_down_workspace_bytes(
+      kind_of(kind), groups_.num_rows, groups_.num_groups, x_.num_cols, h_.num_cols, num_sms));
+  segment_down(kind_of(kind), groups_, x_, stack_of(lora_a), h_, dropout_of(threshold, seed),
+               workspace.data(), {num_sms, {}});
+}
+
+void bound_segment_up_backward(const std::string& kind, const py::object& groups,
+                               const py::object& dout, const py::object& lora_b,
+                               const py::object& scaling, const py::object& dh, int num_sms) {
+  const RowGroups groups_ = row_groups_of(groups);
+  const Any dout_ = any_of(dout), dh_ = any_of(dh);
+  const Workspace workspace(segment_down_workspace_bytes(
+      kind_of(kind), groups_.num_rows, groups_.num_groups, dout_.num_cols, dh_.num_cols, num_sms));
+  segment_up_backward(kind_of(kind), groups_, dout_, stack_of(lora_b), any_of(scaling), dh_,
+                      workspace.data(), {num_sms, {}});
+}
+
+void bound_segment_up(const std::string& kind, const py::object& groups, const py::object& base,
+                      const py::object& h, const py::object& lora_b, const py::object& scaling,
+                      const py::object& y, int num_sms) {
+  segment_up(kind_of(kind), row_groups_of(groups), any_of(base), any_of(h), stack_of(lora_b),
+             any_of(scaling), any_of(y), {num_sms, {}});
+}
+
+void bound_segment_down_backward_x(const std::string& kind, const py::object& groups,
+                                   const py::object& dh, const py::object& lora_a,
+                                   uint32_t threshold, uintptr_t seed, const py::object& dx,
+                                   int num_sms) {
+  segment_down_backward_x(kind_of(kind), row_groups_of(groups), any_of(dh), stack_of(lora_a),
+                          dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
+}
+
+void bound_segment_up_backward_lora_b(const std::string& kind, const py::object& groups,
+                                      const py::object& dout, const py::object& h,
+                                      const py::object& scaling, const py::object& dlora_b) {
+  segment_up_backward_lora_b(kind_of(kind), row_groups_of(groups), any_of(dout), any_of(h),
+                             any_of(scaling), stack_of(dlora_b), {});
+}
+
+void bound_segment_down_backward_lora_a(const std::string& kind, const py::object& groups,
+                                        const py::object& dh, const py::object& x,
+                                        uint32_t threshold, uintptr_t seed,
+                                        const py::object& dlora_a) {
+  segment_down_backward_lora_a(kind_of(kind), row_groups_of(groups), any_of(dh), any_of(x),
+                               dropout_of(threshold, seed), stack_of(dlora_a), {});
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -403,4 +506,30 @@ void bind_kernels(py::module_& m) {
   m.def("moe_expand", &bound_moe_expand, py::arg("kind"), py::arg("dz"), py::arg("w"),
         py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
         py::arg("seed"), py::arg("dx"), py::arg("num_sms"));
+  m.def("order_slots", &bound_order_slots, py::arg("ids"), py::arg("num_slots"),
+        py::arg("num_groups"), py::kw_only(), py::arg("extra_groups"), py::arg("sorted_slots"),
+        py::arg("offsets"), py::arg("positions"), py::arg("num_sms"));
+  m.def("plan_segment_down", &bound_plan_segment_down, py::arg("kind"), py::arg("num_rows"),
+        py::arg("num_groups"), py::arg("depth"), py::arg("rank"), py::kw_only(),
+        py::arg("num_sms"));
+  m.def("plan_segment_up", &bound_plan_segment_up, py::arg("kind"), py::arg("num_rows"),
+        py::arg("num_groups"), py::arg("num_cols"), py::arg("rank"), py::kw_only(),
+        py::arg("num_sms"));
+  m.def("segment_down", &bound_segment_down, py::arg("kind"), py::arg("groups"), py::arg("x"),
+        py::arg("lora_a"), py::arg("h"), py::kw_only(), py::arg("threshold"), py::arg("seed"),
+        py::arg("num_sms"));
+  m.def("segment_up_backward", &bound_segment_up_backward, py::arg("kind"), py::arg("groups"),
+        py::arg("dout"), py::arg("lora_b"), py::arg("scaling"), py::arg("dh"), py::kw_only(),
+        py::arg("num_sms"));
+  m.def("segment_up", &bound_segment_up, py::arg("kind"), py::arg("groups"), py::arg("base"),
+        py::arg("h"), py::arg("lora_b"), py::arg("scaling"), py::arg("y"), py::kw_only(),
+        py::arg("num_sms"));
+  m.def("segment_down_backward_x", &bound_segment_down_backward_x, py::arg("kind"),
+        py::arg("groups"), py::arg("dh"), py::arg("lora_a"), py::kw_only(), py::arg("threshold"),
+        py::arg("seed"), py::arg("dx"), py::arg("num_sms"));
+  m.def("segment_up_backward_lora_b", &bound_segment_up_backward_lora_b, py::arg("kind"),
+        py::arg("groups"), py::arg("dout"), py::arg("h"), py::arg("scaling"), py::arg("dlora_b"));
+  m.def("segment_down_backward_lora_a", &bound_segment_down_backward_lora_a, py::arg("kind"),
+        py::arg("groups"), py::arg("dh"), py::arg("x"), py::kw_only(), py::arg("threshold"),
+        py::arg("seed"), py::arg("dlora_a"));
 }

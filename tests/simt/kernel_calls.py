@@ -419,3 +419,34 @@ def moe_expand(
         num_sms=num_sms,
     )
     return dx
+
+
+def order_slots(
+    ids: Tensor,
+    num_groups: int,
+    *,
+    extra_groups: bool = False,
+    need_positions: bool = True,
+    num_sms: int = 4,
+) -> dict[str, Tensor]:
+    """sorted_slots, offsets and, if needed, positions."""
+    num_keys = num_groups + 2 * extra_groups
+    results = {
+        "sorted_slots": torch.full_like(ids, -7),
+        "offsets": torch.full((num_keys + 1,), -7),
+        "positions": torch.full_like(ids, -7),
+    }
+    if not need_positions:
+        del results["positions"]
+    _simt.order_slots(
+        ids.data_ptr(),
+        ids.numel(),
+        num_groups,
+        extra_groups=extra_groups,
+        **{
+            name: results[name].data_ptr() if name in results else 0
+            for name in ("sorted_slots", "offsets", "positions")
+        },
+        num_sms=num_sms,
+    )
+    return results

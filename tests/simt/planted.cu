@@ -384,7 +384,7 @@ __global__ void block_sum(const Args& a) {
   a.y[blockIdx.x] = total;
 }
 
-// y = four shuffles and three votes of lane numbers, 32 values each.
+// y = four shuffles and four votes of lane numbers, 32 values each.
 template <bool kFixed>
 __global__ void warp_functions(const Args& a) {
   const unsigned lane = threadIdx.x, all = 0xFFFFFFFFu;
@@ -395,7 +395,8 @@ __global__ void warp_functions(const Args& a) {
   put(3, __shfl_xor_sync(all, lane, 9, 8));
   put(4, __ballot_sync(all, lane % 8 == 0));
   put(5, __any_sync(all, lane == 40));
-  put(6, __all_sync(0xFFFFu << lane / 16 * 16, lane < 16));
+  put(6, __match_any_sync(all, int(lane / 8 % 2)));
+  put(7, __all_sync(0xFFFFu << lane / 16 * 16, lane < 16));
 }
 
 // The order in which threads take numbers is the schedule's.

@@ -302,7 +302,7 @@ def test_known_kernel_and_its_report(simt: ModuleType) -> None:
 
 
 def test_warp_functions(simt: ModuleType) -> None:
-    y, report = run(simt, "warp_functions")
+    y, report = run(simt, "warp_functions", y_size=8 * 32)
     lane = np.arange(32)
     expected = [
         lane // 8 * 8 + 5,
@@ -311,9 +311,10 @@ def test_warp_functions(simt: ModuleType) -> None:
         np.where((lane ^ 9) // 8 <= lane // 8, lane ^ 9, lane),
         np.full(32, np.float32(0x01010101)),
         np.zeros(32),
+        np.where(lane // 8 % 2, 0xFF00FF00, 0x00FF00FF),
         lane < 16,
     ]
-    np.testing.assert_array_equal(y[: 7 * 32].reshape(7, 32), np.array(expected))
+    np.testing.assert_array_equal(y.reshape(8, 32), np.array(expected))
     assert report["shuffles"] == 4
 
 

@@ -110,5 +110,7 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "moe_outer",
             "moe_expand",
             "unstack_experts",
+            "moe_route",
+            "moe_route_backward",
         }
         assert len(re.findall(rf"^all of [a-z ]+ward +{kind} ", done.stdout, re.M)) == 4

@@ -1,0 +1,220 @@
+// Sums over the rows of each group i's segment:
+//     dlora_b[i] [N, r] = scaling[i] · Σ dout[m]ᵀ h[m],   dlora_a[i] [r, K] = Σ dh[m]ᵀ drop(x[m]).
+// A block owns 64 columns of the large matrix (dout or x) and kRankTile ranks of one group, and
+// walks over the segment's rows in their order, kDepth (128 bytes of them) a step: tiles
+// [kDepth, 64] and [kDepth, kRankTile], gathered by cp.async, in kStages stages; one barrier a
+// step, sums in acc_t, a thread drops the chunks that it copied itself, as in thin_product.cuh. The
+// numbers of a step's rows pass through shared memory, loaded two steps before they are used.
+// Nothing is split, so each sum has one order, and the result leaves in the gradient's own type, by
+// whole chunks.
+//
+// A group without rows gets zeros, as do columns of padding ranks, whose operands are not read; one
+// whose rank is invalid gets NaN, as its rows do. Shared memory: the stages of thin_product.cuh (40
+// KiB at rank tile 16, 64 KiB at 64) and 8 kDepth kStages bytes of row numbers (2 KiB or less).
+#pragma once
+
+#include "partial_sums.cuh"
+#include "segments.cuh"
+#include "thin_product.cuh"
+
+namespace lowrank_ext::cuda {
+
+template <class Number>
+struct SegmentOuterParams {
+  using scalar_t = typename Number::scalar_t;
+  using acc_t = typename Number::acc_t;
+
+  Segments segments;
+  Matrix<const scalar_t> large;  // [M, C]
+  Matrix<const scalar_t> thin;   // [M, r]
+  GroupScaling<acc_t> scaling;
+  Stack<scalar_t> narrow;  // [n, C, r] or, transposed, [n, r, C]; one of the two
+  Stack<acc_t> wide;
+  bool transposed;
+  acc_t scale;
+  Dropout dropout;  // of large
+  int64_t num_col_tiles;
+  int num_rank_tiles;
+
+  template <class F>
+  void each_tensor(F&& f) const {
+    segments.each_tensor(f);
+    f("source", large);
+    f("left", thin);
+    scaling.each_tensor(f);
+    f("out", narrow.span());
+    f("out", wide.span());
+    f("seed", Matrix<const int64_t>{dropout.seed, 1, 1, 1});
+  }
+};
+
+template <class Number, int kRankTile>
+struct SegmentOuterTraits : ThinProductTraits<Number, OuterSumOp, 64, kRankTile> {
+  using Base = ThinProductTraits<Number, OuterSumOp, 64, kRankTile>;
+  using Params = SegmentOuterParams<Number>;
+  static constexpr int kRowsBytes = Base::kStages * Base::kDepth * 8;
+  static constexpr int kSharedBytes = Base::kSharedBytes + kRowsBytes;
+  static_assert(Base::kDepth <= Base::kThreads, "a thread loads one row number");
+  static_assert(kRowsBytes <= 2048 && kSharedBytes <= 99 * 1024);
+};
+
+namespace detail {
+
+template <class Traits>
+__device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
+                                                  const ThinProductStages<Traits>& stages,
+                                                  const typename Traits::Params& params,
+                                                  int64_t first, int64_t num_rows, int rank,
+                                                  int64_t first_col, int first_rank, int thread) {
+  constexpr int kStages = Traits::kStages, kThreads = Traits::kThreads, kDepth = Traits::kDepth;
+  int64_t* const ring = reinterpret_cast<int64_t*>(stages.bytes + kStages * Traits::kStageBytes);
+  auto thin = params.thin;
+  thin.num_cols = rank;
+  const bool drops = params.dropout.threshold != 0;
+  const uint64_t seed = drops ? static_cast<uint64_t>(*params.dropout.seed) : 0;
+  const int64_t num_steps = (num_rows + kDepth - 1) / kDepth;
+  const auto fetch_row = [&](int64_t step) -> int64_t {
+    const int64_t place = step * kDepth + thread;
+    return thread < kDepth && place < num_rows ? params.segments.row(first + place) : -1;
+  };
+  const auto publish_row = [&](int slot, int64_t row) {
+    if (thread < kDepth) ring[slot * kDepth + thread] = row;
+  };
+  const auto rows_of = [&](int slot) {
+    return [=](int tile_row, int) { return ring[slot * kDepth + tile_row]; };
+  };
+  // The group is closed even when nothing is left: the waits count groups.
+  const auto issue = [&](int64_t step, int slot) {
+    if (step < num_steps) {
+      copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, rows_of(slot), first_col,
+                                         thread);
+      copy_gathered_tile_async<kThreads>(stages.thin(slot), thin, rows_of(slot), first_rank,
+                                         thread);
+    }
+    copy_async_commit();
+  };
+
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) publish_row(step, fetch_row(step));
+  int64_t next_row = fetch_row(kStages - 1);
+  __syncthreads();
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) issue(step, step);
+  int slot = 0;
+#pragma unroll 1  // the products of a step are code enough
+  for (int64_t step = 0; step < num_steps; ++step) {
+    const int freed = slot == 0 ? kStages - 1 : slot - 1;
+    copy_async_wait<kStages - 2>();
+    if (drops)
+      drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, rows_of(slot),
+                                     first_col, thread);
+    publish_row(freed, next_row);
+    next_row = fetch_row(step + kStages);
+    __syncthreads();  // this step's stage is complete, and the one before it has been read
+    issue(step + kStages - 1, freed);
+    multiply_add<Contraction::kAlongRows, Contraction::kAlongRows, kDepth>(
+        sum, stages.large(slot), stages.thin(slot), thread);
+    slot = slot == kStages - 1 ? 0 : slot + 1;
+  }
+  __syncthreads();  // the stages have been read
+}
+
+// f(rank, value) scales, or says what a padding rank has instead.
+template <class Traits, class T, class F>
+__device__ __forceinline__ void store_outer_sum(typename Traits::Sum& sum, unsigned char* shared,
+                                                const Matrix<T>& out, bool transposed,
+                                                int64_t first_col, int first_rank, F f,
+                                                int thread) {
+  if (transposed) {
+    using OutTile = typename Traits::template TransposedTile<T>;
+    const OutTile tile{reinterpret_cast<T*>(shared)};
+    const int first = thread % 4 / 2;  // the banks: see store_transposed_sum
+    sum.for_each_pair(thread, [&](int row, int rank, auto& left, auto& right) {
+      *tile.at(rank + first, row) = convert<T>(f(rank + first, first == 0 ? left : right));
+      *tile.at(rank + 1 - first, row) = convert<T>(f(rank + 1 - first, first == 0 ? right : left));
+    });
+    __syncthreads();
+    for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
+      store_chunk(out, first_rank + row, first_col + chunk * OutTile::kPerChunk,
+                  read_chunk(tile, row, chunk));
+    });
+  } else {
+    using OutTile = typename Traits::template OutTile<T>;
+    const OutTile tile{reinterpret_cast<T*>(shared)};
+    sum.for_each_pair(thread, [&](int row, int rank, auto& left, auto& right) {
+      write_pair(tile, row, rank, f(rank, left), f(rank + 1, right));
+    });
+    __syncthreads();
+    for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
+      store_chunk(out, first_col + row, first_rank + chunk * OutTile::kPerChunk,
+                  read_chunk(tile, row, chunk));
+    });
+  }
+}
+
+}  // namespace detail
+
+// Block x: group x / (num_col_tiles · num_rank_tiles), column tile, rank tile.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_outer_kernel(const typename Traits::Params params) {
+  using scalar_t = typename Traits::scalar_t;
+  using acc_t = typename Traits::acc_t;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t tile = blockIdx.x / params.num_rank_tiles;
+  const int64_t group = tile / params.num_col_tiles;
+  const int64_t first_col = tile % params.num_col_tiles * Traits::kBlockOuter;
+  const int first_rank = static_cast<int>(blockIdx.x % params.num_rank_tiles) * Traits::kRankTile;
+  const int64_t first = *params.segments.offsets.at(0, group);
+  const int64_t num_rows = *params.segments.offsets.at(0, group + 1) - first;
+  const int rank = num_rows == 0 ? 0 : params.segments.rank(group);
+
+  const detail::ThinProductStages<Traits> stages{dynamic_shared_memory()};
+  typename Traits::Sum sum;
+  sum.clear();
+  if (first_rank < rank)
+    detail::segment_outer_sum<Traits>(sum, stages, params, first, num_rows, rank, first_col,
+                                      first_rank, thread);
+  const acc_t scale = rank > 0 ? params.scale * params.scaling.at(group) : acc_t(0);
+  const acc_t padding = rank < 0 ? not_a_number<acc_t>() : acc_t(0);
+  const auto finished = [&](int col, acc_t value) {
+    return first_rank + col < rank ? value * scale : padding;
+  };
+  if constexpr (!std::is_same_v<scalar_t, acc_t>) {
+    if (params.wide.data) {
+      detail::store_outer_sum<Traits>(sum, stages.bytes, params.wide.at(group), params.transposed,
+                                      first_col, first_rank, finished, thread);
+      return;
+    }
+  }
+  detail::store_outer_sum<Traits>(sum, stages.bytes, params.narrow.at(group), params.transposed,
+                                  first_col, first_rank, finished, thread);
+}
+
+// ---- launch
+
+template <class Number, int kRankTile>
+void launch_segment_outer_as(const char* name, SegmentOuterParams<Number> params, Stream stream) {
+  using Traits = SegmentOuterTraits<Number, kRankTile>;
+  params.num_col_tiles = (params.large.num_cols + Traits::kBlockOuter - 1) / Traits::kBlockOuter;
+  params.num_rank_tiles = (params.segments.max_rank + kRankTile - 1) / kRankTile;
+  const int64_t num_blocks =
+      params.segments.num_groups * params.num_col_tiles * params.num_rank_tiles;
+  launch_kernel(name, segment_outer_kernel<Traits>,
+                {static_cast<unsigned>(num_blocks), 1, 1, Traits::kThreads, Traits::kSharedBytes},
+                params, stream);
+}
+
+template <class Number>
+void launch_segment_outer(const char* name, const SegmentOuterParams<Number>& params,
+                          Stream stream) {
+  if constexpr (Number::kTensorCores) {
+    if (params.segments.max_rank <= 16)
+      return launch_segment_outer_as<Number, 16>(name, params, stream);
+    launch_segment_outer_as<Number, 64>(name, params, stream);
+  } else {
+    launch_segment_outer_as<Number, 32>(name, params, stream);
+  }
+}
+
+}  // namespace lowrank_ext::cuda
