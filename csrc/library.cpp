@@ -67,20 +67,6 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "Tensor? seed, bool shared_dropout, Tensor? token_mask, bool need_dx, bool "
       "need_drouter_weight, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
-  // An adapter per row: lora_a [n, r, K], lora_b [n, N, r], adapter_ids int64 [...] (-1: the row is
-  // base_out's), scaling [n], ranks int64 [n]; returns y [..., N], h [..., r].
-  m.def(
-      "multi_lowrank_add(Tensor base_out, Tensor x, Tensor lora_a, Tensor lora_b, Tensor "
-      "adapter_ids, Tensor scaling, Tensor? ranks, float dropout_p, Tensor? seed) -> (Tensor, "
-      "Tensor)");
-  // Returns dx, dlora_a, dlora_b; an empty tensor where not needed.
-  m.def(
-      "multi_lowrank_add_backward(Tensor dout, Tensor? x, Tensor? h, Tensor lora_a, Tensor lora_b, "
-      "Tensor adapter_ids, Tensor scaling, Tensor? ranks, float dropout_p, Tensor? seed, bool "
-      "need_dx, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor)");
-  // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
-  // bank says for modules with these adapters. Implemented in Python, beside the block.
-  m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
 #ifndef LOWRANK_EXT_SIMT  // no CUDA backend: nothing for the executor to run
   // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
   // bank says for modules with these adapters. Implemented in Python, beside the block.
