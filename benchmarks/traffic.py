@@ -46,10 +46,11 @@ KERNELS_OF = {
     "segment_up_backward_lora_b": "segment_outer_kernel",
 }
 # Partial sums between kernels.
-WORKSPACES = {"g", "p", "partials"}
+WORKSPACES = {"g", "p", "partials", "z", "dw"}
 # Streams, a byte of which counts each time it is asked for: [M, K] and [M, N] tensors and
 # workspaces. Everything else has at most r rows or columns and stays in L2 once it was read.
 STREAMS = WORKSPACES | {"x", "dout", "large", "source", "base", "out"}
+NUM_EXPERTS = 8  # of moe_lowrank_add, two for each token
 NOTE = """\
 moved      bytes that cross device memory. [M, K] and [M, N] tensors and partial sums count each
            time they are asked for; adapter tensors, h and dh, which blocks read again from L2, once
@@ -98,6 +99,30 @@ def run_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Rep
     simt.clear_reports()
     needs = (True, True, True, False, False, False)
     ops.lowrank_add_backward(dout, x, h, *adapter, *options, *needs)
+    return forward, simt.reports()
+
+
+def run_moe_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Report]]:
+    """The same through moe_lowrank_add, with NUM_EXPERTS experts of rank r / NUM_EXPERTS."""
+    torch.manual_seed(0)
+    dtype = KINDS[kind][0]
+    m, k, n, r, p = sizes
+    rank = max(1, r // NUM_EXPERTS)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, dout, base = values(m, k), values(m, n), values(m, n)
+    shapes = (NUM_EXPERTS, k), (NUM_EXPERTS, rank, k), (NUM_EXPERTS, n, rank)
+    experts = tuple(values(*shape) for shape in shapes)
+    options = (2.0, p, torch.tensor([1]), False, None)
+    ops = torch.ops.lowrank_ext_simt
+    simt.clear_reports()
+    _, h, probs, ids, weights, loss, counts = ops.moe_lowrank_add(base, x, *experts, 2, *options)
+    forward = simt.reports()
+    simt.clear_reports()
+    saved = (h, probs, ids, weights, counts)
+    ops.moe_lowrank_add_backward(dout, loss, x, *experts, *saved, *options, *[True] * 4)
     return forward, simt.reports()
 
 
@@ -266,6 +291,11 @@ def rows_of(simt: Any, sizes: Sizes, kind: str) -> Iterator[tuple[str, list[Repo
     wanted = needed_by_pass(sizes, KINDS[kind][0].itemsize)
     yield "forward", forward, wanted[0]
     yield "backward", backward, wanted[1]
+    rank = NUM_EXPERTS * (max(1, sizes.rank // NUM_EXPERTS) + 1)  # the router's columns too
+    wanted = needed_by_pass(sizes._replace(rank=rank), KINDS[kind][0].itemsize)
+    forward, backward = run_moe_step(simt, sizes, kind)
+    yield "moe forward", forward, wanted[0]
+    yield "moe backward", backward, wanted[1]
 
 
 def arguments() -> argparse.Namespace:
@@ -315,6 +345,7 @@ def main() -> None:
     m, k, n, r, p = sizes
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"lowrank_add, M={m} K={k} N={n} r={r} dropout={p}, {options.sms} SMs")
+    console.print(f"moe_lowrank_add, {NUM_EXPERTS} experts of rank {max(1, r // NUM_EXPERTS)}")
     console.print(f"moe_route, T={m} E={options.experts} k={options.top_k}")
     console.print(f"multi_lowrank_add, n={options.adapters}, else as lowrank_add")
     console.print(table)

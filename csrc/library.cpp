@@ -52,10 +52,6 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "multi_lowrank_add_backward(Tensor dout, Tensor? x, Tensor? h, Tensor lora_a, Tensor lora_b, "
       "Tensor adapter_ids, Tensor scaling, Tensor? ranks, float dropout_p, Tensor? seed, bool "
       "need_dx, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor)");
-#ifndef LOWRANK_EXT_SIMT  // no CUDA backend: nothing for the executor to run
-  // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
-  // bank says for modules with these adapters. Implemented in Python, beside the block.
-  m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
   // y = base_out + scaling · Σ_i w_i lora_b[i] lora_a[i] drop_i(x) over the top_k experts i of each
   // row; returns y [..., N], h [..., E r_e], router_probs [..., E], topk_ids [..., k], topk_weights
   // [..., k], balance_loss [], expert_counts [E].
@@ -71,6 +67,10 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "Tensor? seed, bool shared_dropout, Tensor? token_mask, bool need_dx, bool "
       "need_drouter_weight, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
+#ifndef LOWRANK_EXT_SIMT  // no CUDA backend: nothing for the executor to run
+  // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
+  // bank says for modules with these adapters. Implemented in Python, beside the block.
+  m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
   // Instruction sets that the CPU kernels use on this machine, separated by spaces.
   m.def("cpu_features() -> str");
 #endif

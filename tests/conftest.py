@@ -40,7 +40,13 @@ def dtype_id(dtypes: torch.dtype | DtypePair) -> str:
 
 EXECUTOR = "simt"
 EXECUTOR_BUILD = Path(__file__).parents[1] / "build" / "simt"
-OP_NAMES = ("lowrank_linear", "lowrank_add", "multi_lowrank_add", "moe_route")
+OP_NAMES = (
+    "lowrank_linear",
+    "lowrank_add",
+    "multi_lowrank_add",
+    "moe_route",
+    "moe_lowrank_add",
+)
 
 
 def has_executor() -> bool:

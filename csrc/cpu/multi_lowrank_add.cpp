@@ -138,9 +138,10 @@ Tensor lora_b_of(const MultiBranchArgs& args, const Segment& segment) {  // [N, 
 }
 
 BranchArgs branch_of(const MultiBranchArgs& args, const Segment& segment) {
+  constexpr bool kAllowTf32 = false;  // a GPU's
   return {
       lora_a_of(args, segment), lora_b_of(args, segment), std::nullopt, std::nullopt, std::nullopt,
-      segment.scaling,          args.dropout_p,           args.seed};
+      segment.scaling,          args.dropout_p,           args.seed,    kAllowTf32};
 }
 
 Tensor first_columns(const Tensor& matrix, int64_t num_cols) {

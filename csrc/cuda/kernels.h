@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "expert_columns.h"
 #include "launch.h"
 
 namespace lowrank_ext::cuda {
@@ -61,6 +62,24 @@ int64_t lowrank_down_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t 
 void lowrank_down(NumberKind kind, const Any& x, const Any& lora_a, const Any& h,
                   const DropoutArgs& dropout, void* workspace, const Device& device);
 
+// The same sums, of W [R, K] in place of lora_a, left as they are split: part s in rows
+// [s M, (s + 1) M) of data [num_splits · M, R], rows row_stride elements apart, in the
+// accumulator's type.
+struct ZPartials {
+  void* data = nullptr;
+  int num_splits = 0;
+  int64_t row_stride = 0;
+};
+struct DownPartialsWorkspace {
+  int num_splits;
+  int64_t row_stride, bytes;
+};
+DownPartialsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                      int64_t in_features, int64_t num_cols,
+                                                      int num_sms);
+void lowrank_down_partials(NumberKind kind, const Any& x, const Any& w, const ZPartials& z,
+                           const Device& device);
+
 // y [M, N] = base + scaling · out_scale ⊙ (mid(h) lora_bᵀ). base is [M, N], with row stride 0 where
 // it is a bias, or absent (zero); it may be y itself.
 void lowrank_up(NumberKind kind, const Any& base, const Any& h, const Mid& mid, const Any& lora_b,
@@ -104,9 +123,81 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
                                   const DropoutArgs& dropout, const Any& dlora_a, void* workspace,
                                   const Device& device);
 
+// dw [R, K] = dzᵀ x, left as it is split: part s in rows [s R, (s + 1) R) of the workspace, rows
+// row_stride elements apart. Elements of x that are not finite count as zero: the token's own
+// experts have NaN in dz, and its others zeros, which the product would make NaN.
+DownPartialsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
+                                                  int64_t in_features, int64_t num_cols,
+                                                  int num_sms);
+void moe_down_backward_w(NumberKind kind, const Any& dz, const Any& x, void* workspace,
+                         const Device& device);
+
 // dx [M, K] = base + drop'(dh lora_a). base may be absent (zero) or dx itself.
 void lowrank_down_backward_x(NumberKind kind, const Any& base, const Any& dh, const Any& lora_a,
                              const DropoutArgs& dropout, const Any& dx, const Device& device);
+
+// ---- moe_lowrank_add in the dense form: router and experts as columns of one thin product
+
+// w [R, K] = router_weight [E, K] and lora_a [E r, K] as `columns` says; up [N, E r] = lora_b
+// [E N, r] with the experts side by side. In x's type; either may be absent.
+void stack_experts(NumberKind kind, const ExpertColumns& columns, const Any& router_weight,
+                   const Any& lora_a, const Any& lora_b, const Any& w, const Any& up,
+                   const Device& device);
+
+// What the router decided about M tokens. All of it dense, statistics in the accumulator's type.
+struct ExpertRouting {
+  Any probs, weights;      // [M, E], [M, k]
+  int64_t* ids;            // [M, k]
+  int64_t* counts;         // [E]: counted tokens per expert
+  const bool* token_mask;  // [M]: which tokens count, or null: all
+};
+
+// From z [M, R]: the routing and its balance loss, h [M, E r] = z where the expert
+// is chosen and zeros elsewhere, and gated [M, E r] = weight · h.
+int64_t moe_gate_workspace_bytes(int64_t num_rows, int num_experts);
+void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
+              const ExpertRouting& routing, const Any& balance_loss, const Any& h, const Any& gated,
+              void* workspace, const Device& device);
+
+// gated alone, of a routing that is there.
+void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const ExpertRouting& routing,
+                const Any& h, const Any& gated, const Device& device);
+
+// dz [M, R] = the gradient of z from G [M, E r] = scaling · dout up and from the balance loss's
+// (absent: none). Without `gates` the router's columns are zero, and h and probs are not read.
+void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPartials& g,
+                       const ExpertRouting& routing, const Any& dbalance_loss, const Any& h,
+                       bool gates, const Any& dz, const Device& device);
+
+// The gradients from those of w, partial sums dw [num_partials · R, K], and of up, dup [N, E r],
+// both in the accumulator's type. Gradients that are absent are not asked for.
+void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& dw, int num_partials,
+                     const Any& dup, const Any& drouter_weight, const Any& dlora_a,
+                     const Any& dlora_b, const Device& device);
+
+// The three products of the dense form under dropout: each group of columns sees x through a mask
+// of its own, the router's through none. columns is ExpertColumns::grouped of the same
+// shared_dropout, the threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in
+// columns that are nobody's.
+
+// z [M, R] = drop_g(x) w_gᵀ, left as it is split.
+DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                         int64_t num_cols, int num_sms);
+void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& columns,
+              bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z,
+              const Device& device);
+
+// dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. In the
+// experts' rows, what is not finite in x counts as zero; the token's own experts have NaN in dz.
+DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                          int64_t num_cols, int num_sms);
+void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,
+               bool shared_dropout, const DropoutArgs& dropout, void* dw, const Device& device);
+
+// dx [M, K] = Σ_g drop'_g(dz_g w_g).
+void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumns& columns,
+                bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
+                const Device& device);
 
 // Slots stably ordered by their group: ids [S], an expert or an adapter each, 0 … n - 1. With
 // extra_groups two more follow: n for the slots with id -1, n + 1 for those with any other id that

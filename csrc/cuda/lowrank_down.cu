@@ -15,6 +15,18 @@ ThinProductPlan plan_lowrank_down(int64_t num_rows, int64_t in_features, int64_t
 }
 
 template <class Number>
+ThinProductParams<Number, DownOp> params_of(const Any& x, const Any& lora_a,
+                                            const DropoutArgs& dropout) {
+  ThinProductParams<Number, DownOp> params{};
+  params.large = matrix_of<const typename Number::scalar_t>(x);
+  params.thin = matrix_of<const typename Number::scalar_t>(lora_a);
+  params.rows_per_split = x.num_rows;
+  params.scale = static_cast<typename Number::acc_t>(dropout.scale);
+  params.dropout = {dropout.threshold, dropout.seed};
+  return params;
+}
+
+template <class Number>
 void launch_lowrank_down(const Any& x, const Any& lora_a, const Any& h, const DropoutArgs& dropout,
                          void* workspace, const Device& device) {
   using scalar_t = typename Number::scalar_t;
@@ -22,12 +34,7 @@ void launch_lowrank_down(const Any& x, const Any& lora_a, const Any& h, const Dr
   const int64_t num_rows = x.num_rows, rank = lora_a.num_rows;
   const ThinProductPlan plan =
       plan_lowrank_down<Number>(num_rows, x.num_cols, rank, device.num_sms);
-  ThinProductParams<Number, DownOp> params{};
-  params.large = matrix_of<const scalar_t>(x);
-  params.thin = matrix_of<const scalar_t>(lora_a);
-  params.rows_per_split = num_rows;
-  params.scale = static_cast<acc_t>(dropout.scale);
-  params.dropout = {dropout.threshold, dropout.seed};
+  ThinProductParams<Number, DownOp> params = params_of<Number>(x, lora_a, dropout);
   if (plan.num_splits == 1) {
     params.out = matrix_of<scalar_t>(h);
     return launch_thin_product("lowrank_down", plan, params, device.stream);
@@ -58,6 +65,30 @@ void lowrank_down(NumberKind kind, const Any& x, const Any& lora_a, const Any& h
                   const DropoutArgs& dropout, void* workspace, const Device& device) {
   dispatch(kind, [&](auto number) {
     launch_lowrank_down<decltype(number)>(x, lora_a, h, dropout, workspace, device);
+  });
+}
+
+DownPartialsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                      int64_t in_features, int64_t num_cols,
+                                                      int num_sms) {
+  return dispatch(kind, [&](auto number) -> DownPartialsWorkspace {
+    using Number = decltype(number);
+    const int num_splits =
+        plan_lowrank_down<Number>(num_rows, in_features, num_cols, num_sms).num_splits;
+    const int64_t stride = padded_to_sector(num_cols), element = sizeof(typename Number::acc_t);
+    return {num_splits, stride, num_splits * num_rows * stride * element};
+  });
+}
+
+void lowrank_down_partials(NumberKind kind, const Any& x, const Any& w, const ZPartials& z,
+                           const Device& device) {
+  dispatch(kind, [&](auto number) {
+    using Number = decltype(number);
+    auto params = params_of<Number>(x, w, DropoutArgs{});
+    params.partials = {static_cast<typename Number::acc_t*>(z.data), z.num_splits * x.num_rows,
+                       z.row_stride, z.row_stride, true};
+    const auto plan = plan_lowrank_down<Number>(x.num_rows, x.num_cols, w.num_rows, device.num_sms);
+    launch_thin_product("lowrank_down", plan, params, device.stream);
   });
 }
 

@@ -6,7 +6,7 @@ namespace {
 template <class Number>
 void launch_outer_sum(const char* name, const ThinProductPlan& plan, const Any& source,
                       const Any& thin, const DropoutArgs& dropout, double scale, bool transposed,
-                      void* partials, Stream stream) {
+                      void* partials, bool finite_only, Stream stream) {
   using scalar_t = typename Number::scalar_t;
   using acc_t = typename Number::acc_t;
   ThinProductParams<Number, OuterSumOp> params{};
@@ -19,6 +19,7 @@ void launch_outer_sum(const char* name, const ThinProductPlan& plan, const Any& 
                      stride, true};
   params.scale = static_cast<acc_t>(scale);
   params.dropout = {dropout.threshold, dropout.seed};
+  params.finite_only = finite_only;
   launch_thin_product(name, plan, params, stream);
 }
 
@@ -44,12 +45,12 @@ int64_t outer_sum_bytes(NumberKind kind, int64_t num_rows, int64_t num_cols, int
 
 void outer_sum(const char* name, NumberKind kind, const Any& source, const Any& thin,
                const DropoutArgs& dropout, double scale, bool transposed, void* partials,
-               const Device& device) {
+               const Device& device, bool finite_only) {
   const ThinProductPlan plan =
       plan_outer_sum(kind, source.num_rows, source.num_cols, thin.num_cols, device.num_sms);
   dispatch(kind, [&](auto number) {
     launch_outer_sum<decltype(number)>(name, plan, source, thin, dropout, scale, transposed,
-                                       partials, device.stream);
+                                       partials, finite_only, device.stream);
   });
 }
 

@@ -31,21 +31,24 @@ namespace lowrank_ext::cuda {
 struct DownOp {  // x [M, K], lora_a [r, K]
   static constexpr Contraction kLarge = Contraction::kAlongColumns;
   static constexpr Contraction kThin = Contraction::kAlongColumns;
-  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = false;
+  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = false,
+                        kMayBeFiniteOnly = false;
   static constexpr const char *kLargeName = "x", *kThinName = "lora_a";
   static constexpr bool kMayBeSmall = true;  // blocks, where rows are few (decoding)
 };
 struct UpBackwardOp {  // dout [M, N], lora_b [N, r]
   static constexpr Contraction kLarge = Contraction::kAlongColumns;
   static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kHasDropout = false, kHasThinScale = true, kHasTransposedSums = false;
+  static constexpr bool kHasDropout = false, kHasThinScale = true, kHasTransposedSums = false,
+                        kMayBeFiniteOnly = false;
   static constexpr const char *kLargeName = "dout", *kThinName = "lora_b";
   static constexpr bool kMayBeSmall = false;
 };
 struct OuterSumOp {  // dout [M, N], mid(h) [M, r]; x [M, K], dh [M, r]
   static constexpr Contraction kLarge = Contraction::kAlongRows;
   static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = true;
+  static constexpr bool kHasDropout = true, kHasThinScale = false, kHasTransposedSums = true,
+                        kMayBeFiniteOnly = true;
   static constexpr const char *kLargeName = "source", *kThinName = "left";
   static constexpr bool kMayBeSmall = false;
 };
@@ -82,29 +85,35 @@ constexpr int64_t padded_to_sector(int64_t size) { return (size + 7) / 8 * 8; }
 // Little's law with 700 ns and 3 TB/s: 2.1 MB on 132 SMs). Reasoned, not measured.
 constexpr int64_t blocks_to_fill(int num_sms) { return (3 * int64_t{num_sms} + 3) / 4; }
 
-// Splits cost: each writes and rereads a C of partial sums. So there are as few as fill the GPU,
-// and none with less than four steps, which the pipeline needs to get going. Few rows (decoding)
-// take small blocks: two per SM, of 16 ranks each, as R is then what is streamed. Rank tiles of 128
-// fit into the registers with elements of 2 bytes.
+// The splits of a plan that knows its tiles. They cost: each writes and rereads a C of partial
+// sums. So there are as few as make the `wanted` blocks that fill the GPU, and none with less than
+// four steps, which the pipeline needs to get going.
+inline void plan_splits(ThinProductPlan& plan, int64_t outer, int64_t depth, int64_t rank,
+                        const NumberTraits& number, int64_t wanted) {
+  constexpr int64_t kMinSteps = 4;
+  const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
+  plan.num_outer_tiles = tiles(outer, plan.block_outer);
+  plan.num_rank_tiles = static_cast<int>(tiles(rank, plan.rank_tile));
+  const int64_t num_steps = tiles(depth, kThinProductStepBytes / number.element_bytes);
+  const int64_t num_tiles = std::max(int64_t{1}, plan.num_outer_tiles * plan.num_rank_tiles);
+  const int64_t most_splits = std::max(int64_t{1}, num_steps / kMinSteps);
+  plan.steps_per_split = tiles(num_steps, std::min(tiles(wanted, num_tiles), most_splits));
+  plan.num_splits = static_cast<int>(
+      std::max(int64_t{1}, tiles(num_steps, std::max(int64_t{1}, plan.steps_per_split))));
+}
+
+// Few rows (decoding) take small blocks: two per SM, of 16 ranks each, as R is then what is
+// streamed. Rank tiles of 128 fit into the registers with elements of 2 bytes.
 inline ThinProductPlan plan_thin_product(int64_t outer, int64_t depth, int64_t rank,
                                          const NumberTraits& number, bool small_blocks,
                                          int num_sms) {
-  constexpr int64_t kMinSteps = 4;
-  const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   ThinProductPlan plan;
   plan.block_outer = small_blocks ? 16 : 64;
   plan.rank_tile = 16;
   const int max_rank_tile = small_blocks ? 16 : number.element_bytes == 2 ? 128 : 64;
   while (plan.rank_tile < rank && plan.rank_tile < max_rank_tile) plan.rank_tile *= 2;
-  plan.num_outer_tiles = tiles(outer, plan.block_outer);
-  plan.num_rank_tiles = static_cast<int>(tiles(rank, plan.rank_tile));
-  const int64_t num_steps = tiles(depth, kThinProductStepBytes / number.element_bytes);
-  const int64_t num_tiles = std::max(int64_t{1}, plan.num_outer_tiles * plan.num_rank_tiles);
-  const int64_t wanted = small_blocks ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms);
-  const int64_t most_splits = std::max(int64_t{1}, num_steps / kMinSteps);
-  plan.steps_per_split = tiles(num_steps, std::min(tiles(wanted, num_tiles), most_splits));
-  plan.num_splits = static_cast<int>(
-      std::max(int64_t{1}, tiles(num_steps, std::max(int64_t{1}, plan.steps_per_split))));
+  plan_splits(plan, outer, depth, rank, number,
+              small_blocks ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms));
   return plan;
 }
 
@@ -123,7 +132,8 @@ struct ThinProductParams {
   bool transposed_sums;               // [num_splits · r, outer]; columns may be padded
   int64_t rows_per_split;             // of partials: outer or r
   acc_t scale;
-  Dropout dropout;  // of large
+  Dropout dropout;   // of large
+  bool finite_only;  // of large: NaN and infinities count as zero
   int num_rank_tiles;
   int64_t steps_per_split;
 
@@ -235,6 +245,21 @@ __device__ __forceinline__ void drop_own_chunks(const typename Traits::LargeTile
   });
 }
 
+template <class Traits>
+__device__ __forceinline__ void clear_own_nonfinite(const typename Traits::LargeTile& tile,
+                                                    int thread) {
+  using LargeTile = typename Traits::LargeTile;
+  using scalar_t = typename Traits::scalar_t;
+  for_each_own_chunk<LargeTile, Traits::kThreads>(thread, [&](int row, int chunk) {
+    auto values = read_chunk(tile, row, chunk);
+    for (scalar_t& element : values.elements) {
+      const auto value = convert<typename Traits::acc_t>(element);
+      if (!(value - value == 0)) element = scalar_t(0.0f);
+    }
+    write_chunk(tile, row, chunk, values);
+  });
+}
+
 // scale · sum, as a tile at (first_row, first_col) of out, by way of shared memory that nobody uses
 // any more.
 template <class Traits, class T>
@@ -310,6 +335,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       if (drops)
         detail::drop_own_chunks<Traits>(stages.large(slot), params.dropout, seed,
                                         block.large_row(step), block.large_col(step), thread);
+    }
+    if constexpr (Op::kMayBeFiniteOnly) {
+      if (params.finite_only) detail::clear_own_nonfinite<Traits>(stages.large(slot), thread);
     }
     if constexpr (Op::kHasThinScale) {
       if (params.thin_scale) thin_scale.apply(stages.thin(slot), thread);

@@ -248,6 +248,130 @@ void bound_lowrank_mid_backward(const std::string& kind, uintptr_t g, int num_sp
                        any_of(drank_scale), workspace.data(), {num_sms, {}});
 }
 
+// ---- the dense form of moe_lowrank_add; `columns` is (E, r, first_expert, expert_stride, R)
+
+ExpertColumns columns_of(const py::tuple& columns) {
+  const auto at = [&](size_t i) { return columns[i].cast<int>(); };
+  return {at(0), at(1), at(2), at(3), at(4)};
+}
+
+py::tuple bound_expert_columns(int num_experts, int rank, bool padded, bool shared_dropout) {
+  const ExpertColumns columns = padded ? ExpertColumns::grouped(num_experts, rank, shared_dropout)
+                                       : ExpertColumns::packed(num_experts, rank);
+  return py::make_tuple(columns.num_experts, columns.rank, columns.first_expert,
+                        columns.expert_stride, columns.num_cols);
+}
+
+template <class T>
+T* address_of(const py::object& address) {
+  return address.is_none() ? nullptr : reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+// `routing` is (probs, weights, addresses of ids, counts and token_mask).
+ExpertRouting routing_of(const py::tuple& routing) {
+  return {any_of(routing[0]), any_of(routing[1]), address_of<int64_t>(routing[2]),
+          address_of<int64_t>(routing[3]), address_of<const bool>(routing[4])};
+}
+
+void bound_stack_experts(const std::string& kind, const py::tuple& columns,
+                         const py::object& router_weight, const py::object& lora_a,
+                         const py::object& lora_b, const py::object& w, const py::object& up) {
+  stack_experts(kind_of(kind), columns_of(columns), any_of(router_weight), any_of(lora_a),
+                any_of(lora_b), any_of(w), any_of(up), {4, {}});
+}
+
+void bound_unstack_experts(const std::string& kind, const py::tuple& columns, const py::object& dw,
+                           int num_partials, const py::object& dup,
+                           const py::object& drouter_weight, const py::object& dlora_a,
+                           const py::object& dlora_b) {
+  unstack_experts(kind_of(kind), columns_of(columns), any_of(dw), num_partials, any_of(dup),
+                  any_of(drouter_weight), any_of(dlora_a), any_of(dlora_b), {4, {}});
+}
+
+// z: [num_splits · M, R] with any row stride.
+void bound_moe_gate(const std::string& kind, const py::tuple& columns, const py::object& z,
+                    int num_splits, const py::tuple& routing, const py::object& balance_loss,
+                    const py::object& h, const py::object& gated) {
+  const Any z_ = any_of(z);
+  const ExpertRouting routing_ = routing_of(routing);
+  const ExpertColumns columns_ = columns_of(columns);
+  const Workspace workspace(
+      moe_gate_workspace_bytes(routing_.probs.num_rows, columns_.num_experts));
+  moe_gate(kind_of(kind), columns_, {z_.data, num_splits, z_.row_stride}, routing_,
+           any_of(balance_loss), any_of(h), any_of(gated), workspace.data(), {4, {}});
+}
+
+void bound_moe_gate_h(const std::string& kind, const py::tuple& columns, const py::tuple& routing,
+                      const py::object& h, const py::object& gated) {
+  moe_gate_h(kind_of(kind), columns_of(columns), routing_of(routing), any_of(h), any_of(gated),
+             {4, {}});
+}
+
+void bound_moe_gate_backward(const std::string& kind, const py::tuple& columns, uintptr_t g,
+                             int num_splits, const py::tuple& routing,
+                             const py::object& dbalance_loss, const py::object& h, bool gates,
+                             const py::object& dz) {
+  moe_gate_backward(kind_of(kind), columns_of(columns), {reinterpret_cast<void*>(g), num_splits},
+                    routing_of(routing), any_of(dbalance_loss), any_of(h), gates, any_of(dz),
+                    {4, {}});
+}
+
+// {num_experts, rank}: columns in groups, as the kernels under dropout take them.
+using ExpertSizes = std::pair<int, int>;
+
+ExpertColumns grouped_columns(const ExpertSizes& experts, bool shared_dropout) {
+  return ExpertColumns::grouped(experts.first, experts.second, shared_dropout);
+}
+
+py::dict bound_grouped_columns(const ExpertSizes& experts, bool shared_dropout) {
+  using py::literals::operator""_a;
+  const ExpertColumns columns = grouped_columns(experts, shared_dropout);
+  return py::dict("first_expert"_a = columns.first_expert,
+                  "expert_stride"_a = columns.expert_stride, "num_cols"_a = columns.num_cols);
+}
+
+py::dict as_dict(const DownPartialsWorkspace& workspace) {
+  using py::literals::operator""_a;
+  return py::dict("num_splits"_a = workspace.num_splits, "row_stride"_a = workspace.row_stride,
+                  "bytes"_a = workspace.bytes);
+}
+
+py::dict bound_moe_down_workspace(const std::string& kind, int64_t num_rows, int64_t in_features,
+                                  int64_t num_cols, int num_sms) {
+  return as_dict(moe_down_workspace(kind_of(kind), num_rows, in_features, num_cols, num_sms));
+}
+
+void bound_moe_down(const std::string& kind, const py::object& x, const py::object& w,
+                    const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                    uintptr_t seed, uintptr_t z, int num_sms) {
+  const Any x_ = any_of(x), w_ = any_of(w);
+  const auto sizes =
+      moe_down_workspace(kind_of(kind), x_.num_rows, x_.num_cols, w_.num_rows, num_sms);
+  moe_down(kind_of(kind), x_, w_, grouped_columns(experts, shared_dropout), shared_dropout,
+           dropout_of(threshold, seed),
+           {reinterpret_cast<void*>(z), sizes.num_splits, sizes.row_stride}, {num_sms, {}});
+}
+
+py::dict bound_moe_outer_workspace(const std::string& kind, int64_t num_rows, int64_t in_features,
+                                   int64_t num_cols, int num_sms) {
+  return as_dict(moe_outer_workspace(kind_of(kind), num_rows, in_features, num_cols, num_sms));
+}
+
+void bound_moe_outer(const std::string& kind, const py::object& dz, const py::object& x,
+                     const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                     uintptr_t seed, uintptr_t dw, int num_sms) {
+  moe_outer(kind_of(kind), any_of(dz), any_of(x), grouped_columns(experts, shared_dropout),
+            shared_dropout, dropout_of(threshold, seed), reinterpret_cast<void*>(dw),
+            {num_sms, {}});
+}
+
+void bound_moe_expand(const std::string& kind, const py::object& dz, const py::object& w,
+                      const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                      uintptr_t seed, const py::object& dx, int num_sms) {
+  moe_expand(kind_of(kind), any_of(dz), any_of(w), grouped_columns(experts, shared_dropout),
+             shared_dropout, dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
+}
+
 // Addresses of int64 arrays; `positions` may be 0.
 void bound_order_slots(uintptr_t ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                        uintptr_t sorted_slots, uintptr_t offsets, uintptr_t positions,
@@ -348,6 +472,40 @@ void bind_kernels(py::module_& m) {
         py::arg("num_rows"), py::arg("rank"), py::arg("dh"), py::arg("dcore"),
         py::arg("drank_scale"), py::kw_only(), py::arg("num_sms"),
         "g is the address of [num_splits · num_rows, rank] sums.");
+  m.def("expert_columns", &bound_expert_columns, py::arg("num_experts"), py::arg("rank"),
+        py::kw_only(), py::arg("padded") = false, py::arg("shared_dropout") = false);
+  m.def("stack_experts", &bound_stack_experts, py::arg("kind"), py::arg("columns"),
+        py::arg("router_weight"), py::arg("lora_a"), py::arg("lora_b"), py::arg("w"),
+        py::arg("up"));
+  m.def("unstack_experts", &bound_unstack_experts, py::arg("kind"), py::arg("columns"),
+        py::arg("dw"), py::arg("num_partials"), py::arg("dup"), py::arg("drouter_weight"),
+        py::arg("dlora_a"), py::arg("dlora_b"));
+  m.def("moe_gate", &bound_moe_gate, py::arg("kind"), py::arg("columns"), py::arg("z"),
+        py::arg("num_splits"), py::arg("routing"), py::arg("balance_loss"), py::arg("h"),
+        py::arg("gated"));
+  m.def("moe_gate_h", &bound_moe_gate_h, py::arg("kind"), py::arg("columns"), py::arg("routing"),
+        py::arg("h"), py::arg("gated"));
+  m.def("moe_gate_backward", &bound_moe_gate_backward, py::arg("kind"), py::arg("columns"),
+        py::arg("g"), py::arg("num_splits"), py::arg("routing"), py::arg("dbalance_loss"),
+        py::arg("h"), py::arg("gates"), py::arg("dz"), "g is the address of the sums.");
+
+  m.def("grouped_columns", &bound_grouped_columns, py::arg("experts"), py::arg("shared_dropout"));
+  for (const auto& [name, workspace] :
+       {std::pair{"moe_down_workspace", &bound_moe_down_workspace},
+        std::pair{"moe_outer_workspace", &bound_moe_outer_workspace}})
+    m.def(name, workspace, py::arg("kind"), py::arg("num_rows"), py::arg("in_features"),
+          py::arg("num_cols"), py::kw_only(), py::arg("num_sms"));
+  m.def("moe_down", &bound_moe_down, py::arg("kind"), py::arg("x"), py::arg("w"),
+        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("z"), py::arg("num_sms"),
+        "z is the address of [num_splits · num_rows, row_stride] sums.");
+  m.def("moe_outer", &bound_moe_outer, py::arg("kind"), py::arg("dz"), py::arg("x"),
+        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("dw"), py::arg("num_sms"),
+        "dw is the address of [num_splits · num_cols, row_stride] sums.");
+  m.def("moe_expand", &bound_moe_expand, py::arg("kind"), py::arg("dz"), py::arg("w"),
+        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("dx"), py::arg("num_sms"));
   m.def("order_slots", &bound_order_slots, py::arg("ids"), py::arg("num_slots"),
         py::arg("num_groups"), py::kw_only(), py::arg("extra_groups"), py::arg("sorted_slots"),
         py::arg("offsets"), py::arg("positions"), py::arg("num_sms"));

@@ -303,6 +303,124 @@ def lowrank_mid_backward(
     return {name: results[name] for name in need}
 
 
+# ---- columns in groups, each under a dropout mask of its own
+
+Experts = tuple[int, int]  # number of experts, rank of each
+
+
+def column_groups(experts: Experts, shared_dropout: bool) -> list[tuple[slice, int | None]]:
+    """The columns of the router and of each expert, and the mask that they see."""
+    num_experts, rank = experts
+    layout = _simt.grouped_columns(experts, shared_dropout)
+    first, stride = layout["first_expert"], layout["expert_stride"]
+    groups: list[tuple[slice, int | None]] = [(slice(0, num_experts), None)]
+    for expert in range(num_experts):
+        start = first + expert * stride
+        groups.append((slice(start, start + rank), 0 if shared_dropout else expert))
+    return groups
+
+
+def zero_between_groups(tensor: Tensor, experts: Experts, shared_dropout: bool) -> Tensor:
+    """The tensor, whose last dim is the columns, with zeros in those that are nobody's."""
+    result = torch.zeros_like(tensor)
+    for columns, _ in column_groups(experts, shared_dropout):
+        result[..., columns] = tensor[..., columns]
+    return result
+
+
+def num_group_columns(experts: Experts, shared_dropout: bool) -> int:
+    return _simt.grouped_columns(experts, shared_dropout)["num_cols"]
+
+
+def partial_sums(kind: str, sizes: dict[str, int], num_rows: int) -> Tensor:
+    """[splits, rows, row_stride], exactly as large as the workspace, of NaN."""
+    shape = (sizes["num_splits"], num_rows, sizes["row_stride"])
+    sums = torch.full(shape, float("nan"), dtype=acc_dtype(kind))
+    assert sums.numel() * sums.itemsize == sizes["bytes"]
+    return sums
+
+
+def moe_down(
+    kind: str,
+    x: Tensor,
+    w: Tensor,
+    experts: Experts,
+    *,
+    shared_dropout: bool,
+    dropout_p: float,
+    seed: Tensor,
+    num_sms: int = 4,
+) -> Tensor:
+    """z [splits, M, R], in the accumulator's type."""
+    sizes = _simt.moe_down_workspace(kind, *x.shape, w.shape[0], num_sms=num_sms)
+    z = partial_sums(kind, sizes, x.shape[0])
+    _simt.moe_down(
+        kind,
+        matrix(x),
+        matrix(w),
+        experts,
+        shared_dropout=shared_dropout,
+        **threshold_and_seed(dropout_p, seed),
+        z=z.data_ptr(),
+        num_sms=num_sms,
+    )
+    return z[..., : w.shape[0]]
+
+
+def moe_outer(
+    kind: str,
+    dz: Tensor,
+    x: Tensor,
+    experts: Experts,
+    *,
+    shared_dropout: bool,
+    dropout_p: float,
+    seed: Tensor,
+    num_sms: int = 4,
+) -> Tensor:
+    """dw [splits, R, K], in the accumulator's type."""
+    sizes = _simt.moe_outer_workspace(kind, *x.shape, dz.shape[1], num_sms=num_sms)
+    dw = partial_sums(kind, sizes, dz.shape[1])
+    _simt.moe_outer(
+        kind,
+        matrix(dz),
+        matrix(x),
+        experts,
+        shared_dropout=shared_dropout,
+        **threshold_and_seed(dropout_p, seed),
+        dw=dw.data_ptr(),
+        num_sms=num_sms,
+    )
+    return dw[..., : x.shape[1]]
+
+
+def moe_expand(
+    kind: str,
+    dz: Tensor,
+    w: Tensor,
+    experts: Experts,
+    *,
+    shared_dropout: bool,
+    dropout_p: float,
+    seed: Tensor,
+    dx: Tensor | None = None,
+    num_sms: int = 4,
+) -> Tensor:
+    if dx is None:
+        dx = torch.full((dz.shape[0], w.shape[1]), float("nan"), dtype=dz.dtype)
+    _simt.moe_expand(
+        kind,
+        matrix(dz),
+        matrix(w),
+        experts,
+        shared_dropout=shared_dropout,
+        **threshold_and_seed(dropout_p, seed),
+        dx=matrix(dx),
+        num_sms=num_sms,
+    )
+    return dx
+
+
 def order_slots(
     ids: Tensor,
     num_groups: int,

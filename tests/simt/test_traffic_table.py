@@ -68,6 +68,24 @@ def test_a_step_moves_the_passes_of_the_design(traffic: ModuleType, simt: Module
     assert moved - sum(map(traffic.partial_sums_read, backward)) <= 1.05 * backward_bytes
 
 
+def test_experts_move_what_one_branch_of_their_rank_does(
+    traffic: ModuleType, simt: ModuleType
+) -> None:
+    """The dense form of moe_lowrank_add, without its copies of the adapters, which have no rows."""
+    sizes = traffic.Sizes(256, 2048, 2048, 32, 0.0)
+    forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
+    launches = ["stack_experts", "lowrank_down", "moe_gate", "moe_balance", "lowrank_up"]
+    assert [report["kernel"] for report in forward] == launches
+    branch, branch_backward = traffic.run_step(simt, sizes._replace(rank=32 + 8), "bf16")
+    assert sum(map(traffic.moved, forward[1:])) <= 1.05 * sum(map(traffic.moved, branch))
+    copies = {"stack_experts", "unstack_experts"}
+    passes = [report for report in backward if report["kernel"] not in copies]
+    reread = sum(map(traffic.partial_sums_read, passes))
+    branch_reread = sum(map(traffic.partial_sums_read, branch_backward))
+    moved = sum(map(traffic.moved, passes)) - reread
+    assert moved <= 1.10 * (sum(map(traffic.moved, branch_backward)) - branch_reread)
+
+
 def test_the_table_has_every_kernel(simt: ModuleType) -> None:
     command = [sys.executable, "benchmarks/traffic.py", "--kinds", "bf16", "fp64"]
     sizes = ["--rows", "96", "--in-features", "128", "--out-features", "160", "--rank", "4"]
@@ -83,6 +101,15 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "lowrank_up_backward",
             "lowrank_down_backward_lora_a",
             "lowrank_down_backward_x",
+            "stack_experts",
+            "moe_down",
+            "moe_gate",
+            "moe_balance",
+            "moe_gate_h",
+            "moe_gate_backward",
+            "moe_outer",
+            "moe_expand",
+            "unstack_experts",
             "moe_route",
             "moe_route_backward",
             "order_slots",
@@ -93,4 +120,4 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "segment_down_backward_lora_a",
             "segment_down_backward_x",
         }
-        assert len(re.findall(rf"^all of (?:forward|backward) +{kind} ", done.stdout, re.M)) == 2
+        assert len(re.findall(rf"^all of [a-z ]+ward +{kind} ", done.stdout, re.M)) == 4

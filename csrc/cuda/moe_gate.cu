@@ -1,0 +1,111 @@
+#include "moe_gate.cuh"
+
+namespace lowrank_ext::cuda {
+namespace {
+
+template <class T>
+Matrix<T> dense(T* data, int64_t num_rows, int64_t num_cols) {
+  return {data, num_rows, num_cols, num_cols, false};
+}
+
+Matrix<const bool> mask_of(const ExpertRouting& routing) {
+  if (!routing.token_mask) return {};
+  return dense(routing.token_mask, 1, routing.probs.num_rows);
+}
+
+template <class acc_t>
+ChoiceTensors<acc_t> choices_of(const ExpertRouting& routing) {
+  const Any& weights = routing.weights;
+  return {dense<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
+          matrix_of<const acc_t>(weights)};
+}
+
+// Of the workspace: each block's sums of probabilities, then its counts.
+struct BlockSums {
+  double* probs;
+  int64_t* counts;
+};
+
+BlockSums block_sums_of(void* workspace, int64_t num_blocks, int num_experts) {
+  const auto probs = static_cast<double*>(workspace);
+  return {probs, reinterpret_cast<int64_t*>(probs + num_blocks * num_experts)};
+}
+
+}  // namespace
+
+int64_t moe_gate_workspace_bytes(int64_t num_rows, int num_experts) {
+  const int64_t num_sums = plan_gate(num_rows, num_experts).num_blocks * num_experts;
+  return num_sums * static_cast<int64_t>(sizeof(double) + sizeof(int64_t));
+}
+
+void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
+              const ExpertRouting& routing, const Any& balance_loss, const Any& h, const Any& gated,
+              void* workspace, const Device& device) {
+  const int64_t num_rows = routing.probs.num_rows, num_experts = columns.num_experts;
+  const int64_t top_k = routing.weights.num_cols;
+  const int64_t num_blocks = plan_gate(num_rows, columns.num_experts).num_blocks;
+  const BlockSums sums = block_sums_of(workspace, num_blocks, columns.num_experts);
+  dispatch(kind, [&](auto number) {
+    using Number = decltype(number);
+    using scalar_t = typename Number::scalar_t;
+    using acc_t = typename Number::acc_t;
+    GateParams<Number> params{};
+    params.columns = columns;
+    params.z = {static_cast<const acc_t*>(z.data), z.num_splits * num_rows, columns.num_cols,
+                z.row_stride, false};
+    params.num_splits = z.num_splits;
+    params.token_mask = mask_of(routing);
+    params.h = matrix_of<scalar_t>(h);
+    params.gated = matrix_of<scalar_t>(gated);
+    params.probs = matrix_of<acc_t>(routing.probs);
+    params.ids = dense(routing.ids, num_rows, top_k);
+    params.weights = matrix_of<acc_t>(routing.weights);
+    params.block_probs = dense(sums.probs, num_blocks, num_experts);
+    params.block_counts = dense(sums.counts, num_blocks, num_experts);
+    launch_moe_gate(params, device.stream);
+    launch_moe_balance<Number>(
+        {dense<const double>(sums.probs, num_blocks, num_experts),
+         dense<const int64_t>(sums.counts, num_blocks, num_experts), static_cast<int>(top_k),
+         dense(routing.counts, 1, num_experts), matrix_of<acc_t>(balance_loss)},
+        device.stream);
+  });
+}
+
+void moe_gate_h(NumberKind kind, const ExpertColumns& columns, const ExpertRouting& routing,
+                const Any& h, const Any& gated, const Device& device) {
+  dispatch(kind, [&](auto number) {
+    using Number = decltype(number);
+    using scalar_t = typename Number::scalar_t;
+    launch_moe_gate_h<Number>(
+        {choices_of<typename Number::acc_t>(routing), matrix_of<const scalar_t>(h),
+         matrix_of<scalar_t>(gated), columns.rank},
+        device.stream);
+  });
+}
+
+void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPartials& g,
+                       const ExpertRouting& routing, const Any& dbalance_loss, const Any& h,
+                       bool gates, const Any& dz, const Device& device) {
+  const int64_t num_rows = dz.num_rows, num_experts = columns.num_experts;
+  dispatch(kind, [&](auto number) {
+    using Number = decltype(number);
+    using scalar_t = typename Number::scalar_t;
+    using acc_t = typename Number::acc_t;
+    GateBackwardParams<Number> params{};
+    params.columns = columns;
+    params.g = dense(static_cast<const acc_t*>(g.data), g.num_splits * num_rows,
+                     num_experts * columns.rank);
+    params.num_splits = g.num_splits;
+    params.gates = gates;
+    params.choices = choices_of<acc_t>(routing);
+    params.h = matrix_of<const scalar_t>(h);
+    params.probs = matrix_of<const acc_t>(routing.probs);
+    params.dloss = matrix_of<const acc_t>(dbalance_loss);
+    params.counts = dense<const int64_t>(routing.counts, 1, num_experts);
+    params.token_mask = mask_of(routing);
+    params.dz = matrix_of<scalar_t>(dz);
+    launch_moe_gate_backward(params, device.stream);
+  });
+}
+
+}  // namespace lowrank_ext::cuda
