@@ -86,7 +86,7 @@ FAMILIES = {
     "segment_outer_kernel": Family(8, True, True, wide_stores=1),
     "moe_route_kernel": Family(16),
     "route_tokens_kernel": Family(16),
-    "route_many_experts_kernel": Family(32),
+    "route_many_experts_kernel": Family(24),
     "route_balance_kernel": Family(32),
     "moe_route_backward_kernel": Family(16),
     "order_slots_kernel": Family(32, integers=True),

@@ -251,7 +251,7 @@ struct RowInMemory {
 }  // namespace detail
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kRouteTokensThreads, 4)
+__global__ void __launch_bounds__(kRouteTokensThreads, sizeof(scalar_t) == 8 ? 3 : 4)
     route_many_experts_kernel(const RouteParams<scalar_t> params) {
   using acc_t = statistics_t<scalar_t>;
   constexpr int kWarps = kRouteTokensThreads / kWarpSize;
