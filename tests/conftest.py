@@ -105,6 +105,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return "cpu" if request.param == EXECUTOR else request.param
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Whose kernels the test runs: "cpu", EXECUTOR or "cuda"."""
+    return request.node.callspec.params["device"]
+
+
 @pytest.fixture(autouse=True)
 def ops_on_executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a test on the executor torch.ops.lowrank_ext has the executor's ops."""
