@@ -1,5 +1,6 @@
 // Two-dimensional views and fresh buffers, on any device, through torch's C shim and without the
-// dispatcher. No function here allocates a copy of its operands, but as_matrix where it must.
+// dispatcher. No function here allocates a copy of its operands, but dense and as_matrix where they
+// must.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace lowrank_ext {
@@ -90,18 +92,27 @@ inline Tensor zeros_like(const Tensor& like) {
   return zeros;
 }
 
+// The tensor itself where it is contiguous, else a copy.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(dense(*tensor)) : tensor;
+}
+
 // [..., C] as [M, C] with dense columns: a view where the strides allow it, else a contiguous copy.
 inline Tensor as_matrix(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   const int64_t num_cols = tensor.size(dim - 1);
   int64_t num_rows = 1;
   for (int64_t d = 0; d < dim - 1; ++d) num_rows *= tensor.size(d);
-  const auto contiguous_view = [&](const Tensor& dense) {
-    return strided_view(dense, 0, num_rows, num_cols, num_cols > 0 ? num_cols : 1, 1);
+  const auto contiguous_view = [&](const Tensor& rows) {
+    return strided_view(rows, 0, num_rows, num_cols, num_cols > 0 ? num_cols : 1, 1);
   };
-  if (tensor.is_contiguous()) return contiguous_view(tensor);
-  if (dim == 2 && tensor.stride(1) == 1 && tensor.stride(0) >= num_cols) return tensor;
-  return contiguous_view(torch::stable::contiguous(tensor));
+  if (!tensor.is_contiguous() && dim == 2 && tensor.stride(1) == 1 && tensor.stride(0) >= num_cols)
+    return tensor;
+  return contiguous_view(dense(tensor));
 }
 
 // The shape of `like` with another last dimension.

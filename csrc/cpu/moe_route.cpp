@@ -72,8 +72,7 @@ Tensor moe_route_backward_cpu(const std::optional<Tensor>& dtopk_weights,
   const Tensor exact = converted(as_matrix(dense(router_logits)), statistics);
   const Tensor ids = dense(topk_ids);
   sort_slots(kBackwardOp, ids, num_experts);  // raises where an id is no expert's
-  const std::optional<Tensor> dweights =
-      dtopk_weights ? std::optional(dense(*dtopk_weights)) : std::nullopt;
+  const std::optional<Tensor> dweights = dense(dtopk_weights);
   const BalanceGradient balance_gradient(dbalance_loss, expert_counts, top_k, token_mask);
   const Tensor dlogits = empty({exact.size(0), num_experts}, statistics);
   for_tokens(exact, [&](auto* logits_data, int64_t begin, int64_t end) {

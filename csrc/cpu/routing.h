@@ -10,10 +10,6 @@
 
 namespace lowrank_ext::cpu {
 
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 // One token. ids: the top_k experts in descending order of their logits; a tie goes to the lower id
 // and NaN counts as greater than any number, so that any row gives distinct ids. weights: softmax
 // over the chosen logits. probs: softmax over all.

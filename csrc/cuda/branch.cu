@@ -2,8 +2,6 @@
 // current stream, without a wait on the host, so a CUDA graph can capture a call.
 #include "branch.h"
 
-#include <vector>
-
 #include "matrix.h"
 
 namespace lowrank_ext::cuda {
@@ -17,7 +15,7 @@ class Adapters {
   Mid mid;
 
   Adapters(const BranchArgs& args, ScalarType input, bool with_lora_a, Workspace& workspace)
-      : input_(input), workspace_(workspace) {
+      : input_(input), copies_(input, workspace) {
     if (with_lora_a) take(args.lora_a, lora_a);
     take(args.lora_b, lora_b);
     if (args.core) take(*args.core, mid.core);
@@ -27,14 +25,7 @@ class Adapters {
   Adapters(const Adapters&) = delete;  // copies_ points into this object
 
   // Once the workspace is allocated.
-  void round(const Device& device) {
-    if (copies_.empty()) return;
-    for (size_t i = 0; i < copies_.size(); ++i) {
-      copies_[i].rounded.data = workspace_.at(offsets_[i]);
-      *operands_[i] = copies_[i].rounded;
-    }
-    round_adapters(copies_.data(), static_cast<int>(copies_.size()), device);
-  }
+  void round(const Device& device) { copies_.round(device); }
 
  private:
   void take(const Tensor& tensor, Any& operand) {
@@ -42,18 +33,11 @@ class Adapters {
     const int64_t col_stride = tensor.stride(tensor.dim() - 1);
     const bool dense = col_stride == 1 || operand.num_cols <= 1;
     if (tensor.numel() == 0 || (dense && tensor.scalar_type() == input_)) return;
-    const ScratchMatrix scratch =
-        reserve_matrix(workspace_, input_, operand.num_rows, operand.num_cols);
-    copies_.push_back({operand, col_stride, scratch.matrix});
-    offsets_.push_back(scratch.offset);
-    operands_.push_back(&operand);
+    copies_.add(operand, col_stride, operand);
   }
 
   const ScalarType input_;
-  Workspace& workspace_;
-  std::vector<AdapterCopy> copies_;
-  std::vector<int64_t> offsets_;
-  std::vector<Any*> operands_;
+  AdapterCopies copies_;
 };
 
 // A bias is a matrix whose rows are all the same one.
@@ -140,7 +124,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
       workspace.reserve(need_g ? up.num_g_splits * num_rows * rank * accumulator_size : 0);
   const int64_t p_offset = workspace.reserve(up.p_bytes);
   const bool need_dh = needs.dx || needs.dlora_a;
-  ScratchMatrix dh = reserve_matrix(workspace, input, need_dh ? num_rows : 0, rank);
+  const ScratchMatrix dh_scratch = reserve_matrix(workspace, input, need_dh ? num_rows : 0, rank);
   const int64_t mid_offset = workspace.reserve(
       need_g ? lowrank_mid_backward_workspace_bytes(kind, num_rows, rank, needs.dcore,
                                                     needs.drank_scale, device.num_sms)
@@ -150,7 +134,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
                                                             rank, device.num_sms)
                     : 0);
   workspace.allocate(dout);
-  if (need_dh) dh.matrix.data = workspace.at(dh.offset);
+  const Any dh = need_dh ? placed(dh_scratch, workspace) : Any{};
   const GPartials g = need_g ? GPartials{workspace.at(g_offset), up.num_g_splits} : GPartials{};
 
   adapters.round(device);
@@ -159,15 +143,14 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
                       needed(needs.dlora_b, gradients.dlora_b),
                       needed(needs.dout_scale, gradients.dout_scale), device);
   if (!need_g) return gradients;
-  lowrank_mid_backward(kind, g, any(h), adapters.mid, num_rows, rank, need_dh ? dh.matrix : Any{},
-                       needed(needs.dcore, gradients.dcore),
-                       needed(needs.drank_scale, gradients.drank_scale), workspace.at(mid_offset),
-                       device);
+  lowrank_mid_backward(
+      kind, g, any(h), adapters.mid, num_rows, rank, dh, needed(needs.dcore, gradients.dcore),
+      needed(needs.drank_scale, gradients.drank_scale), workspace.at(mid_offset), device);
   if (needs.dlora_a)
-    lowrank_down_backward_lora_a(kind, dh.matrix, any(*x), dropout, any(gradients.dlora_a),
+    lowrank_down_backward_lora_a(kind, dh, any(*x), dropout, any(gradients.dlora_a),
                                  workspace.at(down_offset), device);
   if (needs.dx)
-    input_gradient(kind, gradients.dx, dout, weight, dh.matrix, adapters.lora_a, dropout, device);
+    input_gradient(kind, gradients.dx, dout, weight, dh, adapters.lora_a, dropout, device);
   return gradients;
 }
 

@@ -42,4 +42,10 @@ Matrix<T> matrix_of(const Any& any) {
   return {static_cast<T*>(any.data), any.num_rows, any.num_cols, any.row_stride, aligned};
 }
 
+// Rows without gaps.
+template <class T>
+Matrix<T> dense_matrix(T* data, int64_t num_rows, int64_t num_cols) {
+  return {data, num_rows, num_cols, num_cols, false};
+}
+
 }  // namespace lowrank_ext::cuda

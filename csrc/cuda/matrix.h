@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "../checks.h"
 #include "../matrix.h"
@@ -61,6 +62,20 @@ inline Any any(const Tensor& tensor) {
 
 inline Any any(const std::optional<Tensor>& tensor) { return tensor ? any(*tensor) : Any{}; }
 
+inline Any scalar_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), element_type(tensor.scalar_type()), 1, 1, 0};
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? data_of<T>(*tensor) : nullptr;
+}
+
 inline Device device_of_kernels(const Tensor& like) {
   const int index = like.get_device_index();
   return {num_sms(index), current_stream(index)};
@@ -104,13 +119,52 @@ inline ScratchMatrix reserve_matrix(Workspace& workspace, ScalarType dtype, int6
   return {{nullptr, element_type(dtype), num_rows, num_cols, row_stride}, offset};
 }
 
+// Once the workspace is allocated.
+inline Any placed(const ScratchMatrix& scratch, const Workspace& workspace) {
+  Any matrix = scratch.matrix;
+  matrix.data = workspace.at(scratch.offset);
+  return matrix;
+}
+
+// Adapter tensors that the kernels cannot read where they are, since they have another dtype than x
+// or strided columns: copies in scratch memory, all by one launch.
+class AdapterCopies {
+ public:
+  AdapterCopies(ScalarType input, Workspace& workspace) : input_(input), workspace_(workspace) {}
+
+  // `operand` becomes the copy, whose data come with round; it must stay where it is until then.
+  void add(const Any& source, int64_t col_stride, Any& operand) {
+    const ScratchMatrix scratch =
+        reserve_matrix(workspace_, input_, source.num_rows, source.num_cols);
+    copies_.push_back({source, col_stride, scratch.matrix});
+    offsets_.push_back(scratch.offset);
+    operands_.push_back(&operand);
+    operand = scratch.matrix;
+  }
+
+  // Once the workspace is allocated.
+  void round(const Device& device) {
+    if (copies_.empty()) return;
+    for (size_t i = 0; i < copies_.size(); ++i)
+      copies_[i].rounded.data = operands_[i]->data = workspace_.at(offsets_[i]);
+    round_adapters(copies_.data(), static_cast<int>(copies_.size()), device);
+  }
+
+ private:
+  const ScalarType input_;
+  Workspace& workspace_;
+  std::vector<AdapterCopy> copies_;
+  std::vector<int64_t> offsets_;
+  std::vector<Any*> operands_;
+};
+
 inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
   const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
   if (threshold == 0) return {};
   // Of 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will
   // do.
   const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
-  return {threshold, scale, static_cast<const int64_t*>(seed->data_ptr())};
+  return {threshold, scale, data_of<const int64_t>(seed)};
 }
 
 // ---- the vendor's products

@@ -7,26 +7,6 @@
 #include "matrix.h"
 
 namespace lowrank_ext::cuda {
-namespace {
-
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(dense(*tensor)) : tensor;
-}
-
-const bool* mask_of(const std::optional<Tensor>& token_mask) {
-  return token_mask ? static_cast<const bool*>(token_mask->data_ptr()) : nullptr;
-}
-int64_t* ids_of(const Tensor& tensor) { return static_cast<int64_t*>(tensor.data_ptr()); }
-
-Any scalar(const Tensor& tensor) {
-  return {tensor.data_ptr(), element_type(tensor.scalar_type()), 1, 1, 0};
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_cuda(
     const Tensor& router_logits, int64_t top_k, const std::optional<Tensor>& token_mask) {
   constexpr const char* kOp = "moe_route";
@@ -55,12 +35,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_cud
   const int64_t scratch =
       workspace.reserve(route_workspace_bytes(any(logits), top_k, device.num_sms));
   workspace.allocate(router_logits);
-  route(any(logits), top_k, mask_of(mask),
+  route(any(logits), top_k, data_of<const bool>(mask),
         {any(as_matrix(weights)),
-         ids_of(ids),
-         ids_of(counts),
-         scalar(loss),
-         {ids_of(sorted), ids_of(offsets), ids_of(positions)}},
+         data_of<int64_t>(ids),
+         data_of<int64_t>(counts),
+         scalar_of(loss),
+         {data_of<int64_t>(sorted), data_of<int64_t>(offsets), data_of<int64_t>(positions)}},
         workspace.at(scratch), device);
   return {weights, ids, counts, loss, sorted, offsets, positions};
 }
@@ -80,9 +60,10 @@ Tensor moe_route_backward_cuda(const std::optional<Tensor>& dtopk_weights,
   const Tensor ids = dense(topk_ids), counts = dense(expert_counts);
   const std::optional<Tensor> dweights =
       dtopk_weights ? std::optional(as_matrix(*dtopk_weights)) : std::nullopt;
-  route_backward(any(dweights), dbalance_loss ? scalar(*dbalance_loss) : Any{}, any(logits),
-                 ids_of(ids), topk_ids.size(topk_ids.dim() - 1), ids_of(counts), mask_of(mask),
-                 any(as_matrix(dlogits)), device_of_kernels(router_logits));
+  route_backward(any(dweights), dbalance_loss ? scalar_of(*dbalance_loss) : Any{}, any(logits),
+                 data_of<int64_t>(ids), topk_ids.size(topk_ids.dim() - 1), data_of<int64_t>(counts),
+                 data_of<const bool>(mask), any(as_matrix(dlogits)),
+                 device_of_kernels(router_logits));
   return dlogits;
 }
 

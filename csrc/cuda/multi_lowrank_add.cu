@@ -14,10 +14,6 @@ namespace {
 constexpr const char* kOp = "multi_lowrank_add";
 constexpr const char* kBackwardOp = "multi_lowrank_add_backward";
 
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 // A stack whose matrices have dense rows.
 AnyStack any_stack(const Tensor& stack) {
   const Any first{stack.data_ptr(), element_type(stack.scalar_type()), stack.size(1), stack.size(2),
@@ -31,21 +27,20 @@ class Rows {
   RowGroups groups;
 
   Rows(const MultiBranchArgs& args, int64_t num_rows, Workspace& workspace, const Device& device)
-      : ids_(dense(args.adapter_ids)), workspace_(workspace) {
-    if (args.ranks) ranks_ = dense(*args.ranks);
+      : ids_(dense(args.adapter_ids)), ranks_(dense(args.ranks)), workspace_(workspace) {
     const int64_t n = args.num_adapters();
     rows_offset_ = workspace.reserve(num_rows * 8);
     offsets_offset_ = workspace.reserve((n + 3) * 8);
     scratch_offset_ = workspace.reserve(order_slots_workspace_bytes(num_rows, n, device.num_sms));
     groups = {nullptr, nullptr, nullptr, num_rows, n};
-    if (ranks_) groups.ranks = static_cast<const int64_t*>(ranks_->data_ptr());
+    groups.ranks = data_of<const int64_t>(ranks_);
   }
 
   // Once the workspace is allocated.
   void order(const Device& device) {
     const SlotOrder order{static_cast<int64_t*>(workspace_.at(rows_offset_)),
                           static_cast<int64_t*>(workspace_.at(offsets_offset_)), nullptr};
-    order_slots(static_cast<const int64_t*>(ids_.data_ptr()), groups.num_rows, groups.num_groups,
+    order_slots(data_of<const int64_t>(ids_), groups.num_rows, groups.num_groups,
                 /*extra_groups=*/true, order, workspace_.at(scratch_offset_), device);
     groups.rows = order.sorted_slots;
     groups.offsets = order.offsets;
@@ -53,7 +48,7 @@ class Rows {
 
  private:
   const Tensor ids_;
-  std::optional<Tensor> ranks_;
+  const std::optional<Tensor> ranks_;
   const Workspace& workspace_;
   int64_t rows_offset_, offsets_offset_, scratch_offset_;
 };
@@ -66,21 +61,14 @@ class Stacks {
 
   Stacks(const MultiBranchArgs& args, ScalarType input, bool with_lora_a, bool with_lora_b,
          Workspace& workspace)
-      : input_(input), workspace_(workspace) {
+      : input_(input), copies_(input, workspace) {
     if (with_lora_a) take(args.lora_a, lora_a);
     if (with_lora_b) take(args.lora_b, lora_b);
   }
-  Stacks(const Stacks&) = delete;  // stacks_ points into this object
+  Stacks(const Stacks&) = delete;  // copies_ points into this object
 
   // Once the workspace is allocated.
-  void round(const Device& device) {
-    if (copies_.empty()) return;
-    for (size_t i = 0; i < copies_.size(); ++i) {
-      copies_[i].rounded.data = workspace_.at(offsets_[i]);
-      stacks_[i]->first.data = copies_[i].rounded.data;
-    }
-    round_adapters(copies_.data(), static_cast<int>(copies_.size()), device);
-  }
+  void round(const Device& device) { copies_.round(device); }
 
  private:
   void take(const Tensor& tensor, AnyStack& stack) {
@@ -94,22 +82,17 @@ class Stacks {
     const bool one_matrix = n == 1 || tensor.stride(0) == num_rows * tensor.stride(1);
     kept_.push_back(one_matrix ? tensor : torch::stable::contiguous(tensor));
     const Tensor& source = kept_.back();
-    const ScratchMatrix scratch = reserve_matrix(workspace_, input_, n * num_rows, num_cols);
-    stack = {scratch.matrix, n, num_rows * scratch.matrix.row_stride};
+    copies_.add({source.data_ptr(), element_type(source.scalar_type()), n * num_rows, num_cols,
+                 source.stride(1)},
+                source.stride(2), stack.first);
     stack.first.num_rows = num_rows;
-    const Any rows{source.data_ptr(), element_type(source.scalar_type()), n * num_rows, num_cols,
-                   source.stride(1)};
-    copies_.push_back({rows, source.stride(2), scratch.matrix});
-    offsets_.push_back(scratch.offset);
-    stacks_.push_back(&stack);
+    stack.num_groups = n;
+    stack.group_stride = num_rows * stack.first.row_stride;
   }
 
   const ScalarType input_;
-  Workspace& workspace_;
+  AdapterCopies copies_;
   std::vector<Tensor> kept_;
-  std::vector<AdapterCopy> copies_;
-  std::vector<int64_t> offsets_;
-  std::vector<AnyStack*> stacks_;
 };
 
 // The schema has no flag that allows TF32, so it is not used.
@@ -171,13 +154,14 @@ MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& nee
   Workspace workspace;
   Rows rows(args, num_rows, workspace, device);
   Stacks stacks(args, input, needs.dx, needs.g(), workspace);
-  ScratchMatrix dh = reserve_matrix(workspace, input, needs.g() ? num_rows : 0, args.rank());
+  const ScratchMatrix dh_scratch =
+      reserve_matrix(workspace, input, needs.g() ? num_rows : 0, args.rank());
   const int64_t up_backward = workspace.reserve(
       needs.g() ? segment_down_workspace_bytes(kind, num_rows, args.num_adapters(),
                                                args.out_features(), args.rank(), device.num_sms)
                 : 0);
   workspace.allocate(dout);
-  dh.matrix.data = workspace.at(dh.offset);
+  const Any dh = placed(dh_scratch, workspace);
 
   rows.order(device);
   stacks.round(device);
@@ -185,13 +169,13 @@ MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& nee
     segment_up_backward_lora_b(kind, rows.groups, any(dout), any(h), any(scaling),
                                any_stack(gradients.dlora_b), device);
   if (!needs.g()) return gradients;
-  segment_up_backward(kind, rows.groups, any(dout), stacks.lora_b, any(scaling), dh.matrix,
+  segment_up_backward(kind, rows.groups, any(dout), stacks.lora_b, any(scaling), dh,
                       workspace.at(up_backward), device);
   if (needs.dlora_a)
-    segment_down_backward_lora_a(kind, rows.groups, dh.matrix, any(x), dropout,
+    segment_down_backward_lora_a(kind, rows.groups, dh, any(x), dropout,
                                  any_stack(gradients.dlora_a), device);
   if (needs.dx)
-    segment_down_backward_x(kind, rows.groups, dh.matrix, stacks.lora_a, dropout, any(gradients.dx),
+    segment_down_backward_x(kind, rows.groups, dh, stacks.lora_a, dropout, any(gradients.dx),
                             device);
   return gradients;
 }

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
+#include "dispatch.h"
 
 namespace lowrank_ext::cuda {
 
@@ -16,14 +16,11 @@ struct OrderSlotsParams {
   template <class F>
   void each_tensor(F&& f) const {
     const int64_t num_slots = groups.num_slots, num_keys = groups.num_keys();
-    const auto row = [](auto* data, int64_t size) {
-      return Matrix<std::remove_pointer_t<decltype(data)>>{data, 1, size, 0, false};
-    };
-    f("ids", row(groups.ids, num_slots));
-    f("counts", row(counts.data, num_keys * counts.key_stride));
-    f("sorted_slots", row(order.sorted_slots, num_slots));
-    f("offsets", row(order.offsets, num_keys + 1));
-    f("positions", row(order.positions, num_slots));
+    f("ids", dense_matrix(groups.ids, 1, num_slots));
+    f("counts", dense_matrix(counts.data, 1, num_keys * counts.key_stride));
+    f("sorted_slots", dense_matrix(order.sorted_slots, 1, num_slots));
+    f("offsets", dense_matrix(order.offsets, 1, num_keys + 1));
+    f("positions", dense_matrix(order.positions, 1, num_slots));
   }
 };
 

@@ -24,11 +24,6 @@ int64_t element_bytes(ElementType type) {
   return type == ElementType::kFp64 ? 8 : type == ElementType::kFp32 ? 4 : 2;
 }
 
-template <class T>
-Matrix<T> dense(T* data, int64_t num_rows, int64_t num_cols) {
-  return {data, num_rows, num_cols, num_rows == 1 ? 0 : num_cols, false};
-}
-
 // Parts of the workspace, in bytes: prob_sums, choices, and what order_slots asks for.
 struct RouteWorkspace {
   int64_t choices, order, end;
@@ -66,17 +61,17 @@ void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routi
     using acc_t = statistics_t<scalar_t>;
     RouteParams<scalar_t> params{};
     params.logits = matrix_of<const scalar_t>(logits);
-    params.token_mask = dense(token_mask, 1, num_tokens);
+    params.token_mask = dense_matrix(token_mask, 1, num_tokens);
     params.top_k = static_cast<int>(top_k);
     params.lanes = plan.lanes;
     params.topk_weights = matrix_of<acc_t>(routing.topk_weights);
-    params.topk_ids = dense(routing.topk_ids, num_tokens, top_k);
-    params.expert_counts = dense(routing.expert_counts, 1, num_experts);
+    params.topk_ids = dense_matrix(routing.topk_ids, num_tokens, top_k);
+    params.expert_counts = dense_matrix(routing.expert_counts, 1, num_experts);
     params.balance_loss = matrix_of<acc_t>(routing.balance_loss);
     if (plan.one_block) {
-      params.sorted_slots = dense(routing.order.sorted_slots, 1, num_slots);
-      params.expert_offsets = dense(routing.order.offsets, 1, num_experts + 1);
-      params.slot_positions = dense(routing.order.positions, 1, num_slots);
+      params.sorted_slots = dense_matrix(routing.order.sorted_slots, 1, num_slots);
+      params.expert_offsets = dense_matrix(routing.order.offsets, 1, num_experts + 1);
+      params.slot_positions = dense_matrix(routing.order.positions, 1, num_slots);
       const int64_t sums_bytes = plan.num_warps * num_experts * (sizeof(acc_t) + sizeof(int));
       const int64_t order_bytes =
           order_in_block_ints(num_experts, static_cast<int>(plan.num_warps)) * sizeof(int);
@@ -88,9 +83,9 @@ void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routi
     }
     const RouteWorkspace parts(plan, logits, top_k, device.num_sms);
     auto* const bytes = static_cast<unsigned char*>(workspace);
-    params.prob_sums = dense(reinterpret_cast<acc_t*>(bytes), plan.num_warps, num_experts);
+    params.prob_sums = dense_matrix(reinterpret_cast<acc_t*>(bytes), plan.num_warps, num_experts);
     params.choices =
-        dense(reinterpret_cast<int*>(bytes + parts.choices), plan.num_warps, num_experts);
+        dense_matrix(reinterpret_cast<int*>(bytes + parts.choices), plan.num_warps, num_experts);
     const LaunchShape shape{static_cast<unsigned>(plan.num_blocks(num_tokens, device.num_sms)), 1,
                             1, kRouteTokensThreads, 0};
     if (num_experts <= kMaxExpertsInRegisters) {
@@ -119,9 +114,9 @@ void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const An
     params.dweights = matrix_of<const acc_t>(dtopk_weights);
     params.dloss = matrix_of<const acc_t>(dbalance_loss);
     params.logits = matrix_of<const scalar_t>(logits);
-    params.topk_ids = dense(topk_ids, num_tokens, top_k);
-    params.expert_counts = dense(expert_counts, 1, num_experts);
-    params.token_mask = dense(token_mask, 1, num_tokens);
+    params.topk_ids = dense_matrix(topk_ids, num_tokens, top_k);
+    params.expert_counts = dense_matrix(expert_counts, 1, num_experts);
+    params.token_mask = dense_matrix(token_mask, 1, num_tokens);
     params.top_k = static_cast<int>(top_k);
     params.lanes = lanes_of_row(num_experts, sizeof(scalar_t));
     params.dlogits = matrix_of<scalar_t>(dlogits);

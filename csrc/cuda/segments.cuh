@@ -97,11 +97,10 @@ struct Segments {
 };
 
 inline Segments segments_of(const RowGroups& groups, int64_t max_rank) {
-  const auto vector = [](const int64_t* data, int64_t size) {
-    return Matrix<const int64_t>{data, 1, size, size, false};
-  };
-  return {vector(groups.rows, groups.num_rows), vector(groups.offsets, groups.num_groups + 3),
-          vector(groups.ranks, groups.num_groups), groups.num_groups, static_cast<int>(max_rank)};
+  return {dense_matrix(groups.rows, 1, groups.num_rows),
+          dense_matrix(groups.offsets, 1, groups.num_groups + 3),
+          dense_matrix(groups.ranks, 1, groups.num_groups), groups.num_groups,
+          static_cast<int>(max_rank)};
 }
 
 // Σ ⌈c / tile⌉ over k segments is Σ (⌊(c - 1) / tile⌋ + 1), at most ⌊(M - k) / tile⌋ + k, which
