@@ -169,9 +169,7 @@ def test_router_sees_x_without_dropout(device: str, dtypes: DtypePair, rank: int
 
 @pytest.mark.executor(every=5)
 @both_forms
-def test_routes_as_moe_route_does(
-    device: str, kernels: str, dtypes: DtypePair, rank: int
-) -> None:
+def test_routes_as_moe_route_does(device: str, kernels: str, dtypes: DtypePair, rank: int) -> None:
     """Integer logits, so that any order of summation gives them exactly, with many ties."""
     tensors = make_tensors((40,), 12, 9, 7, rank, dtypes, device, integers=True)
     mask = torch.rand(40, device=device) < 0.5

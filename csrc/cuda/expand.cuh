@@ -168,20 +168,15 @@ struct RightStream {
   }
 };
 
-// What a lane adds, scales and stores: chunks of one column tile of its warp's 16 rows.
+// The chunks that a lane stores of a column tile of its warp's 16 rows, and how their values come
+// to it from the lanes that have summed them up: through the warp's staging tile, in rounds.
 template <class Traits>
-struct OutputLane {
-  using scalar_t = typename Traits::scalar_t;
+struct LaneChunks {
   using acc_t = typename Traits::acc_t;
-  using Params = typename Traits::Params;
   using Staging = typename Traits::Staging;
   static constexpr int kPerChunk = Traits::kPerChunk;
 
-  int64_t first_row;  // of the warp
-  uint64_t seed;
   int lane;
-  PackedChunk<scalar_t> base[Traits::kRounds][Traits::kChunksPerLane];
-  PackedChunk<scalar_t> col_scale[Traits::kRounds];
 
   // Four chunks a row: a phase of eight lanes reads two rows, four apart, which differ in the
   // lowest bit of their turn, so that the even (and the odd) chunks of both miss each other's
@@ -199,6 +194,46 @@ struct OutputLane {
   __device__ __forceinline__ int64_t col(int64_t first_col, int round) const {
     return first_col + round * Staging::kCols + chunk() * kPerChunk;
   }
+
+  // All lanes: the warp's sums of a round's columns.
+  __device__ __forceinline__ void stage(const typename Traits::Sum& sum, const Staging& staging,
+                                        int round) const {
+    constexpr int kPieces = Staging::kCols / 8;
+    const int g = lane / 4, t = lane % 4;
+    __syncwarp();  // the round before has been read
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const auto& values = sum.values[0][round * kPieces + piece];
+      write_pair(staging, g, 8 * piece + 2 * t, values[0], values[1]);
+      write_pair(staging, g + 8, 8 * piece + 2 * t, values[2], values[3]);
+    }
+    __syncwarp();
+  }
+
+  // Of the lane's i-th chunk in the round.
+  __device__ __forceinline__ void read(const Staging& staging, int i,
+                                       acc_t (&branch)[kPerChunk]) const {
+    constexpr int kStagedChunks = kPerChunk / Staging::kPerChunk;
+#pragma unroll
+    for (int part = 0; part < kStagedChunks; ++part)
+      load_vector<16>(branch + part * Staging::kPerChunk,
+                      staging.chunk(row(i), chunk() * kStagedChunks + part));
+  }
+};
+
+// What a lane adds, scales and stores.
+template <class Traits>
+struct OutputLane : LaneChunks<Traits> {
+  using scalar_t = typename Traits::scalar_t;
+  using acc_t = typename Traits::acc_t;
+  using Params = typename Traits::Params;
+  using Staging = typename Traits::Staging;
+  using LaneChunks<Traits>::kPerChunk, LaneChunks<Traits>::row, LaneChunks<Traits>::col;
+
+  int64_t first_row;  // of the warp
+  uint64_t seed;
+  PackedChunk<scalar_t> base[Traits::kRounds][Traits::kChunksPerLane];
+  PackedChunk<scalar_t> col_scale[Traits::kRounds];
 
   __device__ __forceinline__ void load_base(const Params& params, int64_t first_col, int round,
                                             int i) {
@@ -250,25 +285,13 @@ struct OutputLane {
   __device__ __forceinline__ void finish(const Params& params, const typename Traits::Sum& sum,
                                          const Staging& staging, int64_t first_col,
                                          int64_t next_col) {
-    constexpr int kPieces = Staging::kCols / 8, kStagedChunks = kPerChunk / Staging::kPerChunk;
-    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int round = 0; round < Traits::kRounds; ++round) {
-      __syncwarp();  // the round before has been read
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        const auto& values = sum.values[0][round * kPieces + piece];
-        write_pair(staging, g, 8 * piece + 2 * t, values[0], values[1]);
-        write_pair(staging, g + 8, 8 * piece + 2 * t, values[2], values[3]);
-      }
-      __syncwarp();
+      this->stage(sum, staging, round);
 #pragma unroll
       for (int i = 0; i < Traits::kChunksPerLane; ++i) {
         acc_t branch[kPerChunk];
-#pragma unroll
-        for (int part = 0; part < kStagedChunks; ++part)
-          load_vector<16>(branch + part * Staging::kPerChunk,
-                          staging.chunk(row(i), chunk() * kStagedChunks + part));
+        this->read(staging, i, branch);
         const int64_t out_row = first_row + row(i), out_col = col(first_col, round);
         store_chunk(params.out, out_row, out_col,
                     result(params, branch, out_row, out_col, round, i));

@@ -42,6 +42,15 @@ struct ExpertColumns {
     if (inside < 0 || inside >= num_experts * expert_stride) return -1;
     return inside % expert_stride < rank ? inside / expert_stride : -1;
   }
+  // Between a column and its place in what holds the experts only, [.., E r]: an expert's column
+  // has one (so expert_of is not -1), and every place has a column.
+  __host__ __device__ __forceinline__ int place_of(int col) const {
+    const int expert = expert_of(col);
+    return expert * rank + col - first_col(expert);
+  }
+  __host__ __device__ __forceinline__ int col_of(int place) const {
+    return first_col(place / rank) + place % rank;
+  }
 };
 
 }  // namespace lowrank_ext::cuda

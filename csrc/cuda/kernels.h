@@ -70,13 +70,13 @@ struct ZPartials {
   int num_splits = 0;
   int64_t row_stride = 0;
 };
-struct DownPartialsWorkspace {
+struct PartialSumsWorkspace {
   int num_splits;
   int64_t row_stride, bytes;
 };
-DownPartialsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
-                                                      int64_t in_features, int64_t num_cols,
-                                                      int num_sms);
+PartialSumsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                     int64_t in_features, int64_t num_cols,
+                                                     int num_sms);
 void lowrank_down_partials(NumberKind kind, const Any& x, const Any& w, const ZPartials& z,
                            const Device& device);
 
@@ -126,9 +126,9 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
 // dw [R, K] = dzᵀ x, left as it is split: part s in rows [s R, (s + 1) R) of the workspace, rows
 // row_stride elements apart. Elements of x that are not finite count as zero: the token's own
 // experts have NaN in dz, and its others zeros, which the product would make NaN.
-DownPartialsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
-                                                  int64_t in_features, int64_t num_cols,
-                                                  int num_sms);
+PartialSumsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
+                                                 int64_t in_features, int64_t num_cols,
+                                                 int num_sms);
 void moe_down_backward_w(NumberKind kind, const Any& dz, const Any& x, void* workspace,
                          const Device& device);
 
@@ -181,16 +181,16 @@ void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& d
 // columns that are nobody's.
 
 // z [M, R] = drop_g(x) w_gᵀ, left as it is split.
-DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
-                                         int64_t num_cols, int num_sms);
+PartialSumsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                        int64_t num_cols, int num_sms);
 void moe_down(NumberKind kind, const Any& x, const Any& w, const ExpertColumns& columns,
               bool shared_dropout, const DropoutArgs& dropout, const ZPartials& z,
               const Device& device);
 
 // dw [R, K] = dz_gᵀ drop_g(x), left as it is split: part s in rows [s R, (s + 1) R) of dw. In the
 // experts' rows, what is not finite in x counts as zero; the token's own experts have NaN in dz.
-DownPartialsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
-                                          int64_t num_cols, int num_sms);
+PartialSumsWorkspace moe_outer_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                         int64_t num_cols, int num_sms);
 void moe_outer(NumberKind kind, const Any& dz, const Any& x, const ExpertColumns& columns,
                bool shared_dropout, const DropoutArgs& dropout, void* dw, const Device& device);
 

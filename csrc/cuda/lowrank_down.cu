@@ -68,10 +68,10 @@ void lowrank_down(NumberKind kind, const Any& x, const Any& lora_a, const Any& h
   });
 }
 
-DownPartialsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
-                                                      int64_t in_features, int64_t num_cols,
-                                                      int num_sms) {
-  return dispatch(kind, [&](auto number) -> DownPartialsWorkspace {
+PartialSumsWorkspace lowrank_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                     int64_t in_features, int64_t num_cols,
+                                                     int num_sms) {
+  return dispatch(kind, [&](auto number) -> PartialSumsWorkspace {
     using Number = decltype(number);
     const int num_splits =
         plan_lowrank_down<Number>(num_rows, in_features, num_cols, num_sms).num_splits;

@@ -28,9 +28,9 @@ void lowrank_down_backward_lora_a(NumberKind kind, const Any& dh, const Any& x,
   });
 }
 
-DownPartialsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
-                                                  int64_t in_features, int64_t num_cols,
-                                                  int num_sms) {
+PartialSumsWorkspace moe_down_backward_workspace(NumberKind kind, int64_t num_rows,
+                                                 int64_t in_features, int64_t num_cols,
+                                                 int num_sms) {
   return {plan_outer_sum(kind, num_rows, in_features, num_cols, num_sms).num_splits,
           padded_to_sector(in_features),
           outer_sum_bytes(kind, num_rows, in_features, num_cols, /*transposed=*/true, num_sms)};

@@ -195,15 +195,6 @@ __device__ __forceinline__ uint32_t nonzero_chunks(const TileT& tile, int row, i
   return lanes >> (thread % kWarpSize - chunk) & ~0u >> (32 - TileT::kChunksPerRow);
 }
 
-template <class acc_t, class scalar_t>
-__device__ __forceinline__ void clear_nonfinite(Chunk<scalar_t>& chunk) {
-#pragma unroll
-  for (scalar_t& element : chunk.elements) {
-    const acc_t value = convert<acc_t>(element);
-    if (!(value - value == acc_t(0))) element = scalar_t(0.0f);
-  }
-}
-
 // This thread's chunks of a step's tile of L, masked, into every copy.
 template <class Traits>
 __device__ __forceinline__ void fill_copies(const MaskedCopies<Traits>& copies,
@@ -314,23 +305,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
   __syncthreads();  // the stages have been read
 
-  const auto scale = [&](auto& half, int copy) {
-    const acc_t factor = copy < 0 ? acc_t(1) : params.scale;
-    half.for_each_pair(thread, [&](int, int, acc_t& left, acc_t& right) {
-      left *= factor;
-      right *= factor;
-    });
+  // A warp has a unit in each half of the columns.
+  const acc_t low_scale = low_copy < 0 ? acc_t(1) : params.scale;
+  const acc_t high_scale = high_copy < 0 ? acc_t(1) : params.scale;
+  const auto scaled = [&](int col, acc_t value) {
+    return value * (col < 2 * kUnitCols ? low_scale : high_scale);
   };
-  scale(sum.low, low_copy);
-  scale(sum.high, high_copy);
   auto partials = params.partials;  // of this split
   partials.data = partials.at(block.split * params.rows_per_split, 0);
   partials.num_rows = params.rows_per_split;
   if constexpr (Traits::kLargeAlongRows) {
-    detail::store_transposed_sum<Traits>(sum, stages.bytes, acc_t(1), partials, block.first_rank,
+    detail::store_transposed_sum<Traits>(sum, stages.bytes, scaled, partials, block.first_rank,
                                          block.first_outer, thread);
   } else {
-    detail::store_sum<Traits>(sum, stages.bytes, acc_t(1), partials, block.first_outer,
+    detail::store_sum<Traits>(sum, stages.bytes, scaled, partials, block.first_outer,
                               block.first_rank, thread);
   }
 }

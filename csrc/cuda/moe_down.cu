@@ -3,9 +3,9 @@
 
 namespace lowrank_ext::cuda {
 
-DownPartialsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
-                                         int64_t num_cols, int num_sms) {
-  return dispatch(kind, [&](auto number) -> DownPartialsWorkspace {
+PartialSumsWorkspace moe_down_workspace(NumberKind kind, int64_t num_rows, int64_t in_features,
+                                        int64_t num_cols, int num_sms) {
+  return dispatch(kind, [&](auto number) -> PartialSumsWorkspace {
     using Number = decltype(number);
     const int num_splits =
         plan_masked_product<Number>(num_rows, in_features, num_cols, num_sms).num_splits;

@@ -3,20 +3,15 @@
 namespace lowrank_ext::cuda {
 namespace {
 
-template <class T>
-Matrix<T> dense(T* data, int64_t num_rows, int64_t num_cols) {
-  return {data, num_rows, num_cols, num_cols, false};
-}
-
 Matrix<const bool> mask_of(const ExpertRouting& routing) {
   if (!routing.token_mask) return {};
-  return dense(routing.token_mask, 1, routing.probs.num_rows);
+  return dense_matrix(routing.token_mask, 1, routing.probs.num_rows);
 }
 
 template <class acc_t>
 ChoiceTensors<acc_t> choices_of(const ExpertRouting& routing) {
   const Any& weights = routing.weights;
-  return {dense<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
+  return {dense_matrix<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
           matrix_of<const acc_t>(weights)};
 }
 
@@ -58,15 +53,15 @@ void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
     params.h = matrix_of<scalar_t>(h);
     params.gated = matrix_of<scalar_t>(gated);
     params.probs = matrix_of<acc_t>(routing.probs);
-    params.ids = dense(routing.ids, num_rows, top_k);
+    params.ids = dense_matrix(routing.ids, num_rows, top_k);
     params.weights = matrix_of<acc_t>(routing.weights);
-    params.block_probs = dense(sums.probs, num_blocks, num_experts);
-    params.block_counts = dense(sums.counts, num_blocks, num_experts);
+    params.block_probs = dense_matrix(sums.probs, num_blocks, num_experts);
+    params.block_counts = dense_matrix(sums.counts, num_blocks, num_experts);
     launch_moe_gate(params, device.stream);
     launch_moe_balance<Number>(
-        {dense<const double>(sums.probs, num_blocks, num_experts),
-         dense<const int64_t>(sums.counts, num_blocks, num_experts), static_cast<int>(top_k),
-         dense(routing.counts, 1, num_experts), matrix_of<acc_t>(balance_loss)},
+        {dense_matrix<const double>(sums.probs, num_blocks, num_experts),
+         dense_matrix<const int64_t>(sums.counts, num_blocks, num_experts), static_cast<int>(top_k),
+         dense_matrix(routing.counts, 1, num_experts), matrix_of<acc_t>(balance_loss)},
         device.stream);
   });
 }
@@ -93,15 +88,15 @@ void moe_gate_backward(NumberKind kind, const ExpertColumns& columns, const GPar
     using acc_t = typename Number::acc_t;
     GateBackwardParams<Number> params{};
     params.columns = columns;
-    params.g = dense(static_cast<const acc_t*>(g.data), g.num_splits * num_rows,
-                     num_experts * columns.rank);
+    params.g = dense_matrix(static_cast<const acc_t*>(g.data), g.num_splits * num_rows,
+                            num_experts * columns.rank);
     params.num_splits = g.num_splits;
     params.gates = gates;
     params.choices = choices_of<acc_t>(routing);
     params.h = matrix_of<const scalar_t>(h);
     params.probs = matrix_of<const acc_t>(routing.probs);
     params.dloss = matrix_of<const acc_t>(dbalance_loss);
-    params.counts = dense<const int64_t>(routing.counts, 1, num_experts);
+    params.counts = dense_matrix<const int64_t>(routing.counts, 1, num_experts);
     params.token_mask = mask_of(routing);
     params.dz = matrix_of<scalar_t>(dz);
     launch_moe_gate_backward(params, device.stream);

@@ -208,7 +208,7 @@ struct GateBlock {
       const int choice = choices.find(expert);
       scalar_t h = scalar_t(0.0f), gated = scalar_t(0.0f);
       if (choice >= 0) {
-        h = convert<scalar_t>(z(columns.first_col(expert) + col % columns.rank));
+        h = convert<scalar_t>(z(columns.col_of(col)));
         gated = convert<scalar_t>(choices.weights[choice] * convert<acc_t>(h));
       }
       *params.h.at(row, col) = h;
@@ -489,8 +489,7 @@ struct GateBackwardRow {
       const int choice = expert < 0 ? -1 : choices().find(expert);
       scalar_t dh = scalar_t(0.0f);
       if (choice >= 0) {
-        const int64_t g_col = int64_t{expert} * columns.rank + col - columns.first_col(expert);
-        dh = convert<scalar_t>(choices().weights[choice] * g(g_col));
+        dh = convert<scalar_t>(choices().weights[choice] * g(columns.place_of(col)));
       }
       *params.dz.at(row, col) = dh;
     }

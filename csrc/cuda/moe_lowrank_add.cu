@@ -21,23 +21,11 @@ namespace {
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(dense(*tensor)) : tensor;
-}
-
 // A dense tensor of any shape as rows of its last dimension.
 Any rows_of(const Tensor& tensor) {
   const int64_t num_cols = tensor.size(tensor.dim() - 1);
   return {tensor.data_ptr(), element_type(tensor.scalar_type()),
           num_cols == 0 ? 0 : tensor.numel() / num_cols, num_cols, num_cols};
-}
-
-Any scalar_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), element_type(tensor.scalar_type()), 1, 1, 1};
 }
 
 // What both passes know about the call.
@@ -77,15 +65,14 @@ struct Experts {
 
   ExpertRouting routing(const Tensor& probs, const Tensor& ids, const Tensor& weights,
                         const Tensor& counts) const {
-    return {rows_of(probs), rows_of(weights), static_cast<int64_t*>(ids.data_ptr()),
-            static_cast<int64_t*>(counts.data_ptr()),
-            token_mask ? static_cast<const bool*>(token_mask->data_ptr()) : nullptr};
+    return {rows_of(probs), rows_of(weights), data_of<int64_t>(ids), data_of<int64_t>(counts),
+            data_of<const bool>(token_mask)};
   }
-  DownPartialsWorkspace down_workspace(int64_t num_rows) const {
+  PartialSumsWorkspace down_workspace(int64_t num_rows) const {
     const auto size = drops() ? moe_down_workspace : lowrank_down_partials_workspace;
     return size(kind, num_rows, in_features(), columns.num_cols, device.num_sms);
   }
-  DownPartialsWorkspace outer_workspace(int64_t num_rows) const {
+  PartialSumsWorkspace outer_workspace(int64_t num_rows) const {
     const auto size = drops() ? moe_outer_workspace : moe_down_backward_workspace;
     return size(kind, num_rows, in_features(), columns.num_cols, device.num_sms);
   }
@@ -110,20 +97,13 @@ struct Experts {
   }
 };
 
-// A part of the workspace, once it is allocated.
-Any placed(const ScratchMatrix& scratch, const Workspace& workspace) {
-  Any matrix = scratch.matrix;
-  matrix.data = workspace.at(scratch.offset);
-  return matrix;
-}
-
 void forward(const Experts& experts, const Any& x, const Any& base, double scaling,
              const ExpertRouting& routing, const Any& balance_loss, const Any& y, const Any& h,
              const Tensor& like) {
   const auto& [input, kind, columns, device] =
       std::tie(experts.input, experts.kind, experts.columns, experts.device);
   const int64_t num_rows = x.num_rows, in_features = experts.in_features();
-  const DownPartialsWorkspace down = experts.down_workspace(num_rows);
+  const PartialSumsWorkspace down = experts.down_workspace(num_rows);
   Workspace workspace;
   const ScratchMatrix w = reserve_matrix(workspace, input, columns.num_cols, in_features);
   const ScratchMatrix up =
@@ -161,7 +141,7 @@ void backward(const Experts& experts, const ExpertNeeds& needs, const Any& dout,
   const bool need_g = needs.gates() || needs.dlora_a, need_p = needs.dlora_b;
   const UpBackwardWorkspace up_sizes = lowrank_up_backward_workspace(
       kind, num_rows, out_features, num_h_cols, need_g, need_p, device.num_sms);
-  const DownPartialsWorkspace dw_sizes = experts.outer_workspace(num_rows);
+  const PartialSumsWorkspace dw_sizes = experts.outer_workspace(num_rows);
   const auto if_needed = [](bool is_needed, int64_t size) { return is_needed ? size : 0; };
 
   Workspace workspace;

@@ -22,33 +22,21 @@ namespace lowrank_ext::cuda {
 // Up to this many rows (decoding) the stacks are what is read, and most segments are short.
 constexpr int64_t kFewSegmentRows = 64;
 
-struct SegmentDownPlan {
-  int block_rows, rank_tile;
+struct SegmentDownPlan : ThinProductPlan {
   int64_t max_tiles;  // of rows
-  int num_rank_tiles, num_splits;
-  int64_t steps_per_split;
 };
 
-// Splits as in plan_thin_product, for as many tiles as there are at least: all rows of one group.
+// Splits for as many tiles as there are at least: all rows of one group.
 template <class Number>
 SegmentDownPlan plan_segment_down(int64_t num_rows, int64_t num_groups, int64_t depth, int64_t rank,
                                   int num_sms) {
-  constexpr int64_t kMinSteps = 4;
-  const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   const bool few = num_rows <= kFewSegmentRows;
   SegmentDownPlan plan{};
-  plan.block_rows = few ? 16 : 64;
+  plan.block_outer = few ? 16 : 64;
   plan.rank_tile = few ? 16 : !Number::kTensorCores ? 32 : rank <= 16 ? 16 : 64;
-  plan.max_tiles = max_segment_tiles(num_rows, num_groups, plan.block_rows);
-  plan.num_rank_tiles = static_cast<int>(tiles(rank, plan.rank_tile));
-  const int64_t num_steps =
-      tiles(depth, kThinProductStepBytes / static_cast<int64_t>(sizeof(typename Number::scalar_t)));
-  const int64_t num_blocks =
-      std::max(int64_t{1}, tiles(num_rows, plan.block_rows) * plan.num_rank_tiles);
-  const int64_t wanted = few ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms);
-  const int64_t splits = std::min(tiles(wanted, num_blocks), num_steps / kMinSteps);
-  plan.steps_per_split = std::max(int64_t{1}, tiles(num_steps, std::max(int64_t{1}, splits)));
-  plan.num_splits = static_cast<int>(std::max(int64_t{1}, tiles(num_steps, plan.steps_per_split)));
+  plan_splits(plan, num_rows, depth, rank, number_traits<Number>(),
+              few ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms));
+  plan.max_tiles = max_segment_tiles(num_rows, num_groups, plan.block_outer);
   return plan;
 }
 
@@ -98,8 +86,8 @@ template <class Traits>
 __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
                                                  const ThinProductStages<Traits>& stages,
                                                  const typename Traits::Params& params,
-                                                 const SegmentTile& tile, int rank, int first_rank,
-                                                 int thread) {
+                                                 const ThinProductBlock<Traits>& block,
+                                                 const SegmentTile& tile, int rank, int thread) {
   using Op = typename Traits::Op;
   constexpr int kStages = Traits::kStages, kThreads = Traits::kThreads;
   int64_t rows[Traits::kOwnChunks];  // of the thread's own chunks
@@ -109,24 +97,19 @@ __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
   });
   const auto row_of = [&](int, int own) { return rows[own]; };
 
-  const int64_t all_steps = (params.large.num_cols + Traits::kDepth - 1) / Traits::kDepth;
-  const int64_t first_step = blockIdx.y * params.steps_per_split, rest = all_steps - first_step;
-  const int64_t first_depth = first_step * Traits::kDepth;
-  const int num_steps =
-      static_cast<int>(rest < params.steps_per_split ? rest : params.steps_per_split);
   const bool drops = Op::kHasDropout && params.dropout.threshold != 0;
   const uint64_t seed = drops ? static_cast<uint64_t>(*params.dropout.seed) : 0;
 
   auto thin_matrix = params.thin.at(tile.group);
   (Traits::kThinAlongRows ? thin_matrix.num_cols : thin_matrix.num_rows) = rank;
-  typename Traits::ThinStream thin(thin_matrix, Traits::kThinAlongRows ? first_depth : first_rank,
-                                   Traits::kThinAlongRows ? first_rank : first_depth, thread);
-  const auto depth_of = [&](int step) { return first_depth + int64_t{step} * Traits::kDepth; };
+  typename Traits::ThinStream thin(
+      thin_matrix, Traits::kThinAlongRows ? block.depth(0) : block.first_rank,
+      Traits::kThinAlongRows ? block.first_rank : block.depth(0), thread);
   // The group is closed even when nothing is left: the waits count groups.
   const auto issue = [&](int step, int slot) {
-    if (step < num_steps) {
-      copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, row_of, depth_of(step),
-                                         thread);
+    if (step < block.num_steps) {
+      copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, row_of,
+                                         block.depth(step), thread);
       thin.copy_async_to(stages.thin(slot), step, thread);
     }
     copy_async_commit();
@@ -136,11 +119,11 @@ __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
   for (int step = 0; step < kStages - 1; ++step) issue(step, step);
   int slot = 0;
 #pragma unroll 1  // the products of a step are code enough
-  for (int step = 0; step < num_steps; ++step) {
+  for (int step = 0; step < block.num_steps; ++step) {
     copy_async_wait<kStages - 2>();
     if (drops)
       drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, row_of,
-                                     depth_of(step), thread);
+                                     block.depth(step), thread);
     __syncthreads();  // this step's stage is complete, and the one before it has been read
     issue(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
     multiply_add<Op::kLarge, Op::kThin, Traits::kDepth>(sum, stages.large(slot), stages.thin(slot),
@@ -186,18 +169,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                         int64_t{blockIdx.x} / params.num_rank_tiles, thread % kWarpSize);
   if (tile.num_rows == 0) return;
   const int rank = params.segments.rank(tile.group);
-  const int first_rank = static_cast<int>(blockIdx.x % params.num_rank_tiles) * Traits::kRankTile;
+  const detail::ThinProductBlock<Traits> block(params);
   const detail::ThinProductStages<Traits> stages{dynamic_shared_memory()};
   typename Traits::Sum sum;
   sum.clear();
-  if (first_rank < rank)
-    detail::segment_down_sum<Traits>(sum, stages, params, tile, rank, first_rank, thread);
+  if (block.first_rank < rank)
+    detail::segment_down_sum<Traits>(sum, stages, params, block, tile, rank, thread);
   if (params.out) {
-    detail::store_segment_sum<Traits>(sum, stages.bytes, params, tile, rank, first_rank, params.out,
-                                      0, thread);
+    detail::store_segment_sum<Traits>(sum, stages.bytes, params, tile, rank, block.first_rank,
+                                      params.out, 0, thread);
   } else {
-    detail::store_segment_sum<Traits>(sum, stages.bytes, params, tile, rank, first_rank,
-                                      params.partials, blockIdx.y * params.num_rows, thread);
+    detail::store_segment_sum<Traits>(sum, stages.bytes, params, tile, rank, block.first_rank,
+                                      params.partials, block.split * params.num_rows, thread);
   }
 }
 
@@ -218,7 +201,7 @@ void launch_segment_down(const char* name, const SegmentDownPlan& plan,
                          SegmentDownParams<Number, Op> params, Stream stream) {
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
-  if (plan.block_rows == 16)
+  if (plan.block_outer == 16)
     return launch_segment_down_as<Number, Op, 16, 16>(name, plan, params, stream);
   if constexpr (Number::kTensorCores) {
     if (plan.rank_tile == 16)

@@ -119,36 +119,16 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
   __syncthreads();  // the stages have been read
 }
 
-// f(rank, value) scales, or says what a padding rank has instead.
+// f(column of the tile, value) scales, or says what a padding rank has instead.
 template <class Traits, class T, class F>
 __device__ __forceinline__ void store_outer_sum(typename Traits::Sum& sum, unsigned char* shared,
                                                 const Matrix<T>& out, bool transposed,
                                                 int64_t first_col, int first_rank, F f,
                                                 int thread) {
   if (transposed) {
-    using OutTile = typename Traits::template TransposedTile<T>;
-    const OutTile tile{reinterpret_cast<T*>(shared)};
-    const int first = thread % 4 / 2;  // the banks: see store_transposed_sum
-    sum.for_each_pair(thread, [&](int row, int rank, auto& left, auto& right) {
-      *tile.at(rank + first, row) = convert<T>(f(rank + first, first == 0 ? left : right));
-      *tile.at(rank + 1 - first, row) = convert<T>(f(rank + 1 - first, first == 0 ? right : left));
-    });
-    __syncthreads();
-    for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
-      store_chunk(out, first_rank + row, first_col + chunk * OutTile::kPerChunk,
-                  read_chunk(tile, row, chunk));
-    });
+    store_transposed_sum<Traits>(sum, shared, f, out, first_rank, first_col, thread);
   } else {
-    using OutTile = typename Traits::template OutTile<T>;
-    const OutTile tile{reinterpret_cast<T*>(shared)};
-    sum.for_each_pair(thread, [&](int row, int rank, auto& left, auto& right) {
-      write_pair(tile, row, rank, f(rank, left), f(rank + 1, right));
-    });
-    __syncthreads();
-    for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
-      store_chunk(out, first_col + row, first_rank + chunk * OutTile::kPerChunk,
-                  read_chunk(tile, row, chunk));
-    });
+    store_sum<Traits>(sum, shared, f, out, first_col, first_rank, thread);
   }
 }
 

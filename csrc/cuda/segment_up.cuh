@@ -53,42 +53,26 @@ struct SegmentUpTraits : ExpandTraits<Number, Shape, Op> {
 
 namespace detail {
 
-// What a lane adds to and stores: chunks of one column tile of its warp's 16 rows.
+// What a lane adds to and stores.
 template <class Traits>
-struct SegmentOutputLane {
+struct SegmentOutputLane : LaneChunks<Traits> {
   using scalar_t = typename Traits::scalar_t;
   using acc_t = typename Traits::acc_t;
   using Params = typename Traits::Params;
   using Staging = typename Traits::Staging;
-  static constexpr int kPerChunk = Traits::kPerChunk;
+  using LaneChunks<Traits>::kPerChunk, LaneChunks<Traits>::col;
   static constexpr bool kHasBase = !Traits::Op::kHasDropout;
 
   int64_t rows[Traits::kChunksPerLane];  // of out; negative: none
   uint64_t seed;
   acc_t scale;
-  int lane;
   PackedChunk<scalar_t> base[Traits::kRounds][Traits::kChunksPerLane];
-
-  // Of the warp's tile: see OutputLane.
-  __device__ __forceinline__ int tile_row(int i) const {
-    if constexpr (Traits::kChunksPerRow == 4) {
-      const int eighth = lane / 4;
-      return 8 * i + eighth % 2 * 4 + eighth / 2;
-    } else {
-      static_assert(Traits::kChunksPerRow == 8);
-      return 4 * i + lane / 8;
-    }
-  }
-  __device__ __forceinline__ int chunk() const { return lane % Traits::kChunksPerRow; }
-  __device__ __forceinline__ int64_t col(int64_t first_col, int round) const {
-    return first_col + round * Staging::kCols + chunk() * kPerChunk;
-  }
 
   __device__ __forceinline__ void find_rows(const Segments& segments, const SegmentTile& tile,
                                             int warp_row) {
 #pragma unroll
     for (int i = 0; i < Traits::kChunksPerLane; ++i) {
-      const int row = warp_row + tile_row(i);
+      const int row = warp_row + this->row(i);
       rows[i] = row < tile.num_rows ? segments.row(tile.first + row) : -1;
     }
   }
@@ -129,26 +113,14 @@ struct SegmentOutputLane {
   __device__ __forceinline__ void finish(const Params& params, const typename Traits::Sum& sum,
                                          const Staging& staging, int64_t first_col,
                                          int64_t next_col) {
-    constexpr int kPieces = Staging::kCols / 8, kStagedChunks = kPerChunk / Staging::kPerChunk;
-    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int round = 0; round < Traits::kRounds; ++round) {
-      __syncwarp();  // the round before has been read
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        const auto& values = sum.values[0][round * kPieces + piece];
-        write_pair(staging, g, 8 * piece + 2 * t, values[0], values[1]);
-        write_pair(staging, g + 8, 8 * piece + 2 * t, values[2], values[3]);
-      }
-      __syncwarp();
+      this->stage(sum, staging, round);
 #pragma unroll
       for (int i = 0; i < Traits::kChunksPerLane; ++i) {
         if (rows[i] < 0) continue;
         acc_t branch[kPerChunk];
-#pragma unroll
-        for (int part = 0; part < kStagedChunks; ++part)
-          load_vector<16>(branch + part * Staging::kPerChunk,
-                          staging.chunk(tile_row(i), chunk() * kStagedChunks + part));
+        this->read(staging, i, branch);
         const int64_t out_col = col(first_col, round);
         store_chunk(params.out, rows[i], out_col,
                     result(params, branch, rows[i], out_col, round, i));

@@ -101,12 +101,6 @@ __device__ __forceinline__ void for_each_element(int64_t num_rows, int64_t num_c
     f(i / num_cols, i % num_cols);
 }
 
-// Row of lora_a [E r, K] that column `col` of the layout holds, -1 where it holds none.
-__device__ __forceinline__ int lora_a_row(const ExpertColumns& columns, int col) {
-  const int expert = columns.expert_of(col);
-  return expert < 0 ? -1 : expert * columns.rank + col - columns.first_col(expert);
-}
-
 }  // namespace detail
 
 template <class Number>
@@ -116,10 +110,11 @@ __global__ void __launch_bounds__(StackExpertsPlan::kThreads)
   const ExpertColumns& columns = params.columns;
   if (blockIdx.y == 0) {
     detail::for_each_element(params.w.num_rows, params.w.num_cols, [&](int64_t row, int64_t col) {
-      const int lora_a_row = detail::lora_a_row(columns, static_cast<int>(row));
+      const int stacked = static_cast<int>(row);
       scalar_t value = scalar_t(0.0f);
       if (row < columns.num_experts) value = params.router_weight.load(row, col);
-      if (lora_a_row >= 0) value = params.lora_a.load(lora_a_row, col);
+      if (columns.expert_of(stacked) >= 0)
+        value = params.lora_a.load(columns.place_of(stacked), col);
       *params.w.at(row, col) = value;
     });
   } else {
@@ -148,8 +143,7 @@ __global__ void __launch_bounds__(StackExpertsPlan::kThreads)
     if (!params.dlora_a) return;
     detail::for_each_element(int64_t{num_experts} * rank, params.dw.num_cols,
                              [&](int64_t row, int64_t col) {
-                               const int expert = static_cast<int>(row) / rank;
-                               const int64_t stacked = columns.first_col(expert) + row % rank;
+                               const int stacked = columns.col_of(static_cast<int>(row));
                                params.dlora_a.store(row, col, sum(stacked, col));
                              });
   } else {

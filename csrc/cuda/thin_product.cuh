@@ -245,31 +245,35 @@ __device__ __forceinline__ void drop_own_chunks(const typename Traits::LargeTile
   });
 }
 
+template <class acc_t, class scalar_t>
+__device__ __forceinline__ void clear_nonfinite(Chunk<scalar_t>& chunk) {
+#pragma unroll
+  for (scalar_t& element : chunk.elements) {
+    const acc_t value = convert<acc_t>(element);
+    if (!(value - value == acc_t(0))) element = scalar_t(0.0f);
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void clear_own_nonfinite(const typename Traits::LargeTile& tile,
                                                     int thread) {
-  using LargeTile = typename Traits::LargeTile;
-  using scalar_t = typename Traits::scalar_t;
-  for_each_own_chunk<LargeTile, Traits::kThreads>(thread, [&](int row, int chunk) {
+  for_each_own_chunk<typename Traits::LargeTile, Traits::kThreads>(thread, [&](int row, int chunk) {
     auto values = read_chunk(tile, row, chunk);
-    for (scalar_t& element : values.elements) {
-      const auto value = convert<typename Traits::acc_t>(element);
-      if (!(value - value == 0)) element = scalar_t(0.0f);
-    }
+    clear_nonfinite<typename Traits::acc_t>(values);
     write_chunk(tile, row, chunk, values);
   });
 }
 
-// scale · sum, as a tile at (first_row, first_col) of out, by way of shared memory that nobody uses
-// any more.
-template <class Traits, class T>
-__device__ __forceinline__ void store_sum(typename Traits::Sum& sum, unsigned char* shared,
-                                          typename Traits::acc_t scale, const Matrix<T>& out,
-                                          int64_t first_row, int64_t first_col, int thread) {
+// f(column of the tile, sum), as a tile at (first_row, first_col) of out, by way of shared memory
+// that nobody uses any more.
+template <class Traits, class T, class F>
+__device__ __forceinline__ void store_sum(typename Traits::Sum& sum, unsigned char* shared, F f,
+                                          const Matrix<T>& out, int64_t first_row,
+                                          int64_t first_col, int thread) {
   using OutTile = typename Traits::template OutTile<T>;
   const OutTile tile{reinterpret_cast<T*>(shared)};
   sum.for_each_pair(thread, [&](int row, int col, auto& left, auto& right) {
-    write_pair(tile, row, col, left * scale, right * scale);
+    write_pair(tile, row, col, f(col, left), f(col + 1, right));
   });
   __syncthreads();
   for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
@@ -278,10 +282,10 @@ __device__ __forceinline__ void store_sum(typename Traits::Sum& sum, unsigned ch
   });
 }
 
-template <class Traits, class T>
+// The same, turned: the sum's columns are out's rows, from first_row on.
+template <class Traits, class T, class F>
 __device__ __forceinline__ void store_transposed_sum(typename Traits::Sum& sum,
-                                                     unsigned char* shared,
-                                                     typename Traits::acc_t scale,
+                                                     unsigned char* shared, F f,
                                                      const Matrix<T>& out, int64_t first_row,
                                                      int64_t first_col, int thread) {
   using OutTile = typename Traits::template TransposedTile<T>;
@@ -290,8 +294,8 @@ __device__ __forceinline__ void store_transposed_sum(typename Traits::Sum& sum,
   // in a bank.
   const int first = thread % 4 / 2;
   sum.for_each_pair(thread, [&](int row, int col, auto& left, auto& right) {
-    *tile.at(col + first, row) = (first == 0 ? left : right) * scale;
-    *tile.at(col + 1 - first, row) = (first == 0 ? right : left) * scale;
+    *tile.at(col + first, row) = convert<T>(f(col + first, first == 0 ? left : right));
+    *tile.at(col + 1 - first, row) = convert<T>(f(col + 1 - first, first == 0 ? right : left));
   });
   __syncthreads();
   for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
@@ -364,8 +368,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
   __syncthreads();  // the stages have been read
 
+  const auto scaled = [&](int, typename Traits::acc_t value) { return value * params.scale; };
   if (params.out) {
-    detail::store_sum<Traits>(sum, stages.bytes, params.scale, params.out, block.first_outer,
+    detail::store_sum<Traits>(sum, stages.bytes, scaled, params.out, block.first_outer,
                               block.first_rank, thread);
     return;
   }
@@ -374,12 +379,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   partials.num_rows = params.rows_per_split;
   if constexpr (Op::kHasTransposedSums) {
     if (params.transposed_sums) {
-      detail::store_transposed_sum<Traits>(sum, stages.bytes, params.scale, partials,
-                                           block.first_rank, block.first_outer, thread);
+      detail::store_transposed_sum<Traits>(sum, stages.bytes, scaled, partials, block.first_rank,
+                                           block.first_outer, thread);
       return;
     }
   }
-  detail::store_sum<Traits>(sum, stages.bytes, params.scale, partials, block.first_outer,
+  detail::store_sum<Traits>(sum, stages.bytes, scaled, partials, block.first_outer,
                             block.first_rank, thread);
 }
 

@@ -158,7 +158,7 @@ py::dict bound_plan_segment_down(const std::string& kind, int64_t num_rows, int6
   return dispatch(kind_of(kind), [&](auto number) {
     const auto plan =
         plan_segment_down<decltype(number)>(num_rows, num_groups, depth, rank, num_sms);
-    return py::dict("block_rows"_a = plan.block_rows, "rank_tile"_a = plan.rank_tile,
+    return py::dict("block_rows"_a = plan.block_outer, "rank_tile"_a = plan.rank_tile,
                     "max_tiles"_a = plan.max_tiles, "num_rank_tiles"_a = plan.num_rank_tiles,
                     "num_splits"_a = plan.num_splits, "steps_per_split"_a = plan.steps_per_split);
   });
@@ -316,21 +316,7 @@ void bound_moe_gate_backward(const std::string& kind, const py::tuple& columns, 
                     {4, {}});
 }
 
-// {num_experts, rank}: columns in groups, as the kernels under dropout take them.
-using ExpertSizes = std::pair<int, int>;
-
-ExpertColumns grouped_columns(const ExpertSizes& experts, bool shared_dropout) {
-  return ExpertColumns::grouped(experts.first, experts.second, shared_dropout);
-}
-
-py::dict bound_grouped_columns(const ExpertSizes& experts, bool shared_dropout) {
-  using py::literals::operator""_a;
-  const ExpertColumns columns = grouped_columns(experts, shared_dropout);
-  return py::dict("first_expert"_a = columns.first_expert,
-                  "expert_stride"_a = columns.expert_stride, "num_cols"_a = columns.num_cols);
-}
-
-py::dict as_dict(const DownPartialsWorkspace& workspace) {
+py::dict as_dict(const PartialSumsWorkspace& workspace) {
   using py::literals::operator""_a;
   return py::dict("num_splits"_a = workspace.num_splits, "row_stride"_a = workspace.row_stride,
                   "bytes"_a = workspace.bytes);
@@ -342,13 +328,12 @@ py::dict bound_moe_down_workspace(const std::string& kind, int64_t num_rows, int
 }
 
 void bound_moe_down(const std::string& kind, const py::object& x, const py::object& w,
-                    const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                    const py::tuple& columns, bool shared_dropout, uint32_t threshold,
                     uintptr_t seed, uintptr_t z, int num_sms) {
   const Any x_ = any_of(x), w_ = any_of(w);
   const auto sizes =
       moe_down_workspace(kind_of(kind), x_.num_rows, x_.num_cols, w_.num_rows, num_sms);
-  moe_down(kind_of(kind), x_, w_, grouped_columns(experts, shared_dropout), shared_dropout,
-           dropout_of(threshold, seed),
+  moe_down(kind_of(kind), x_, w_, columns_of(columns), shared_dropout, dropout_of(threshold, seed),
            {reinterpret_cast<void*>(z), sizes.num_splits, sizes.row_stride}, {num_sms, {}});
 }
 
@@ -358,18 +343,17 @@ py::dict bound_moe_outer_workspace(const std::string& kind, int64_t num_rows, in
 }
 
 void bound_moe_outer(const std::string& kind, const py::object& dz, const py::object& x,
-                     const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                     const py::tuple& columns, bool shared_dropout, uint32_t threshold,
                      uintptr_t seed, uintptr_t dw, int num_sms) {
-  moe_outer(kind_of(kind), any_of(dz), any_of(x), grouped_columns(experts, shared_dropout),
-            shared_dropout, dropout_of(threshold, seed), reinterpret_cast<void*>(dw),
-            {num_sms, {}});
+  moe_outer(kind_of(kind), any_of(dz), any_of(x), columns_of(columns), shared_dropout,
+            dropout_of(threshold, seed), reinterpret_cast<void*>(dw), {num_sms, {}});
 }
 
 void bound_moe_expand(const std::string& kind, const py::object& dz, const py::object& w,
-                      const ExpertSizes& experts, bool shared_dropout, uint32_t threshold,
+                      const py::tuple& columns, bool shared_dropout, uint32_t threshold,
                       uintptr_t seed, const py::object& dx, int num_sms) {
-  moe_expand(kind_of(kind), any_of(dz), any_of(w), grouped_columns(experts, shared_dropout),
-             shared_dropout, dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
+  moe_expand(kind_of(kind), any_of(dz), any_of(w), columns_of(columns), shared_dropout,
+             dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
 }
 
 // Addresses of int64 arrays; `positions` may be 0.
@@ -489,22 +473,21 @@ void bind_kernels(py::module_& m) {
         py::arg("g"), py::arg("num_splits"), py::arg("routing"), py::arg("dbalance_loss"),
         py::arg("h"), py::arg("gates"), py::arg("dz"), "g is the address of the sums.");
 
-  m.def("grouped_columns", &bound_grouped_columns, py::arg("experts"), py::arg("shared_dropout"));
   for (const auto& [name, workspace] :
        {std::pair{"moe_down_workspace", &bound_moe_down_workspace},
         std::pair{"moe_outer_workspace", &bound_moe_outer_workspace}})
     m.def(name, workspace, py::arg("kind"), py::arg("num_rows"), py::arg("in_features"),
           py::arg("num_cols"), py::kw_only(), py::arg("num_sms"));
   m.def("moe_down", &bound_moe_down, py::arg("kind"), py::arg("x"), py::arg("w"),
-        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("columns"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
         py::arg("seed"), py::arg("z"), py::arg("num_sms"),
         "z is the address of [num_splits · num_rows, row_stride] sums.");
   m.def("moe_outer", &bound_moe_outer, py::arg("kind"), py::arg("dz"), py::arg("x"),
-        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("columns"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
         py::arg("seed"), py::arg("dw"), py::arg("num_sms"),
         "dw is the address of [num_splits · num_cols, row_stride] sums.");
   m.def("moe_expand", &bound_moe_expand, py::arg("kind"), py::arg("dz"), py::arg("w"),
-        py::arg("experts"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("columns"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
         py::arg("seed"), py::arg("dx"), py::arg("num_sms"));
   m.def("order_slots", &bound_order_slots, py::arg("ids"), py::arg("num_slots"),
         py::arg("num_groups"), py::kw_only(), py::arg("extra_groups"), py::arg("sorted_slots"),

@@ -127,6 +127,11 @@ def scalings(num_groups: int, dtype: torch.dtype = torch.float32) -> Tensor:
     )
 
 
+def same(got: Tensor, expected: Tensor) -> None:
+    """Values as they are rounded, NaN in the same places."""
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=0, equal_nan=True)
+
+
 # ---- calls
 
 

@@ -19,6 +19,7 @@ from kernel_calls import (
     traffic_of,
     true,
 )
+from lowrank_cases import seed_tensor
 
 from lowrank_ext import reference
 
@@ -43,10 +44,6 @@ SHAPES = [
 
 def formula(x, lora_a, rounding):
     return rounding(x) @ rounding(lora_a).mT
-
-
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,13 +98,13 @@ def test_dropout_draws_the_reference_mask(kind, shape):
     kept = reference.dropout_mask(SEED, rows, cols, 0.5)
     expected = 2 * true(formula, torch.where(kept, x, 0), lora_a)
     x = torch.where(kept, x, torch.nan)
-    h = lowrank_down(kind, x, lora_a, dropout_p=0.5, seed=seed_tensor())
+    h = lowrank_down(kind, x, lora_a, dropout_p=0.5, seed=seed_tensor(SEED))
     assert torch.equal(h, expected.to(h.dtype))
 
 
 def test_everything_dropped():
     x, lora_a = normal(65, 130, kind="bf16"), normal(8, 130, kind="bf16")
-    h = lowrank_down("bf16", x, lora_a, dropout_p=1.0, seed=seed_tensor())
+    h = lowrank_down("bf16", x, lora_a, dropout_p=1.0, seed=seed_tensor(SEED))
     assert torch.equal(h, torch.zeros_like(h))
 
 
@@ -123,7 +120,7 @@ def test_rounding(kind, rows, dropout_p):
         return formula(x, lora_a, rounding) * reference.dropout_scale(dropout_p)
 
     kept = torch.where(reference.dropout_mask(SEED, rows, 700, dropout_p), x, 0)
-    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "num_sms": 8}
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(SEED), "num_sms": 8}
     h = lowrank_down(kind, x, lora_a, **options)
     assert_within_rule(kind, h, plain(kind, dropped, kept, lora_a), true(dropped, kept, lora_a))
     _simt.set_options(schedule_seed=1)
@@ -140,7 +137,7 @@ def test_rounding(kind, rows, dropout_p):
 def test_traffic(kind, rank, dropout_p):
     rows, cols = 192, 512
     x, lora_a = normal(rows, cols, kind=kind), normal(rank, cols, kind=kind)
-    options = {"dropout_p": dropout_p, "seed": seed_tensor()}
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(SEED)}
     [report] = reports_of(lambda: lowrank_down(kind, x, lora_a, **options))
     size = DTYPES[kind].itemsize
     assert_lean(report, size * (rows * cols + (rows + cols) * rank))

@@ -18,6 +18,7 @@ from kernel_calls import (
     traffic_of,
     true,
 )
+from lowrank_cases import seed_tensor
 
 from lowrank_ext import reference
 
@@ -41,10 +42,6 @@ SHAPES = [
 
 def formula(dh, x, rounding):
     return rounding(dh).mT @ rounding(x)
-
-
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +83,7 @@ def test_splits_dropout_and_wide_gradient(kind, num_sms):
             dh,
             x,
             dropout_p=0.5,
-            seed=seed_tensor(),
+            seed=seed_tensor(SEED),
             gradient_dtype=dtype,
             num_sms=num_sms,
         )
@@ -111,7 +108,7 @@ def test_traffic(kind, rank, dropout_p):
     read once per split."""
     rows, cols = 512, 192
     dh, x = normal(rows, rank, kind=kind), normal(rows, cols, kind=kind)
-    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "num_sms": 4}
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(SEED), "num_sms": 4}
     pass_over_x, sums = reports_of(lambda: lowrank_down_backward_lora_a(kind, dh, x, **options))
     size = DTYPES[kind].itemsize
     partial_bytes = 4 * rank * cols

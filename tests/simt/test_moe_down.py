@@ -8,71 +8,41 @@ from kernel_calls import (
     _simt,
     assert_lean,
     assert_within_rule,
-    column_groups,
     integers,
-    moe_down,
     normal,
-    num_group_columns,
     plain,
     reports_of,
     spread,
     traffic_of,
     true,
-    zero_between_groups,
+)
+from mask_group_cases import (
+    SEED,
+    SHAPES,
+    column_groups,
+    kept_and_scale,
+    make_w,
+    moe_down,
+    num_group_columns,
 )
 
 from lowrank_ext import reference
-
-SEED = -0x1234_5678_9ABC_DEF0
-
-# (M, K, (experts, rank)): ragged in every letter, groups of one unit and of several, units that
-# share a rank tile and groups that lie across two, more than 256 columns.
-SHAPES = [
-    (1, 1, (1, 1)),
-    (17, 65, (2, 3)),
-    (64, 64, (3, 4)),
-    (65, 131, (8, 4)),
-    (63, 17, (5, 16)),
-    (130, 15, (2, 64)),
-    (33, 70, (20, 1)),
-    (66, 33, (17, 8)),
-]
-
-
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
 
 
 def formula(experts, shared_dropout, dropout_p):
     def z(x, w, rounding):
         result = x.new_zeros(x.shape[0], w.shape[0])
         for columns, mask in column_groups(experts, shared_dropout):
-            seen, scale = rounding(x), 1.0
-            if mask is not None:
-                kept = reference.dropout_mask(SEED, *x.shape, dropout_p, expert=mask)
-                seen, scale = torch.where(kept, seen, 0), reference.dropout_scale(dropout_p)
-            result[:, columns] = (seen @ rounding(w[columns]).mT) * scale
+            kept, scale = kept_and_scale(x, mask, dropout_p)
+            result[:, columns] = (rounding(kept) @ rounding(w[columns]).mT) * scale
         return result
 
     return z
 
 
 def operands(make, kind, rows, cols, experts, shared_dropout):
-    w = make(num_group_columns(experts, shared_dropout), cols, kind=kind)
-    return make(rows, cols, kind=kind), zero_between_groups(w.mT, experts, shared_dropout).mT
-
-
-def run(kind, x, w, experts, shared_dropout, dropout_p, **options):
-    return moe_down(
-        kind,
-        x,
-        w.contiguous() if w.stride(1) != 1 and w.shape[1] > 1 else w,
-        experts,
-        shared_dropout=shared_dropout,
-        dropout_p=dropout_p,
-        seed=seed_tensor(),
-        **options,
-    )
+    w = make_w(make, kind, cols, experts, shared_dropout)
+    return make(rows, cols, kind=kind), w
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +52,7 @@ def test_shapes(kind, shape, shared_dropout):
     """At p = 0.5 the scale is 2 and every sum exact."""
     rows, cols, experts = shape
     x, w = operands(integers, kind, rows, cols, experts, shared_dropout)
-    z = run(kind, x, w, experts, shared_dropout, 0.5)
+    z = moe_down(kind, x, w, experts, shared_dropout, 0.5)
     expected = true(formula(experts, shared_dropout, 0.5), x, w)
     assert torch.equal(z.double().sum(0), expected)
 
@@ -90,9 +60,9 @@ def test_shapes(kind, shape, shared_dropout):
 def test_no_columns_and_no_rows():
     experts, columns = (2, 4), num_group_columns((2, 4), False)
     x, w = integers(20, 0, kind="bf16"), integers(columns, 0, kind="bf16")
-    assert torch.equal(run("bf16", x, w, experts, False, 0.5), torch.zeros(1, 20, columns))
+    assert torch.equal(moe_down("bf16", x, w, experts, False, 0.5), torch.zeros(1, 20, columns))
     empty, w = operands(integers, "bf16", 0, 64, experts, False)
-    assert reports_of(lambda: run("bf16", empty, w, experts, False, 0.5)) == []
+    assert reports_of(lambda: moe_down("bf16", empty, w, experts, False, 0.5)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +73,7 @@ def test_strides_and_alignment(kind, offset, padding):
         spread(tensor, offset, padding)
         for tensor in operands(integers, kind, 66, 70, experts, False)
     )
-    z = run(kind, x, w, experts, False, 0.5)
+    z = moe_down(kind, x, w, experts, False, 0.5)
     assert torch.equal(z.double().sum(0), true(formula(experts, False, 0.5), x, w))
 
 
@@ -111,7 +81,7 @@ def test_strides_and_alignment(kind, offset, padding):
 @pytest.mark.parametrize("num_sms", [1, 8, 132])
 def test_splits(kind, num_sms):
     x, w = operands(integers, kind, 70, 1100, (2, 4), False)
-    z = run(kind, x, w, (2, 4), False, 0.5, num_sms=num_sms)
+    z = moe_down(kind, x, w, (2, 4), False, 0.5, num_sms=num_sms)
     assert (z.shape[0] > 1) == (num_sms > 2)
     assert torch.equal(z.double().sum(0), true(formula((2, 4), False, 0.5), x, w))
 
@@ -120,7 +90,7 @@ def test_splits(kind, num_sms):
 def test_everything_dropped_but_for_the_router(shared_dropout):
     experts = (3, 4)
     x, w = operands(integers, "bf16", 65, 130, experts, shared_dropout)
-    z = run("bf16", x, w, experts, shared_dropout, 1.0)[0]
+    z = moe_down("bf16", x, w, experts, shared_dropout, 1.0)[0]
     assert torch.equal(z[:, :3].double(), x.double() @ w[:3].double().mT)
     assert torch.equal(z[:, 3:], torch.zeros_like(z[:, 3:]))
 
@@ -131,7 +101,7 @@ def test_what_is_dropped_may_be_nan():
     x, w = operands(integers, "bf16", 20, 64, experts, False)
     w[:] = 1
     kept = reference.dropout_mask(SEED, 20, 64, 0.5)
-    z = run("bf16", torch.where(kept, x, torch.nan), w, experts, False, 0.5)[0]
+    z = moe_down("bf16", torch.where(kept, x, torch.nan), w, experts, False, 0.5)[0]
     first, second = (columns for columns, mask in column_groups(experts, False) if mask is not None)
     assert z[:, :2].isnan().all() and z[:, second].isnan().any()
     assert torch.equal(z[:, first.start].double(), 2 * torch.where(kept, x, 0).double().sum(1))
@@ -143,10 +113,10 @@ def test_rounding(kind, shared_dropout):
     experts = (4, 8)
     x, w = operands(normal, kind, 70, 400, experts, shared_dropout)
     f = formula(experts, shared_dropout, 0.3)
-    z = run(kind, x, w, experts, shared_dropout, 0.3, num_sms=8)
+    z = moe_down(kind, x, w, experts, shared_dropout, 0.3, num_sms=8)
     assert_within_rule(kind, z.sum(0), plain(kind, f, x, w), true(f, x, w))
     _simt.set_options(schedule_seed=1)
-    assert torch.equal(run(kind, x, w, experts, shared_dropout, 0.3, num_sms=8), z)
+    assert torch.equal(moe_down(kind, x, w, experts, shared_dropout, 0.3, num_sms=8), z)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +132,7 @@ def test_traffic(kind, experts, shared_dropout):
     """x is read once per 64 columns, w once per 64 rows."""
     rows, cols, size = 192, 512, DTYPES[kind].itemsize
     x, w = operands(normal, kind, rows, cols, experts, shared_dropout)
-    [report] = reports_of(lambda: run(kind, x, w, experts, shared_dropout, 0.3))
+    [report] = reports_of(lambda: moe_down(kind, x, w, experts, shared_dropout, 0.3))
     columns = w.shape[0]
     rank_tiles = -(-columns // 64)
     assert traffic_of(report, "x")["bytes_read"] == rank_tiles * size * rows * cols

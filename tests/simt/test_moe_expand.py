@@ -8,39 +8,22 @@ from kernel_calls import (
     _simt,
     assert_lean,
     assert_within_rule,
-    column_groups,
     integers,
-    moe_expand,
     normal,
-    num_group_columns,
     plain,
     reports_of,
     spread,
     traffic_of,
     true,
-    zero_between_groups,
 )
-
-from lowrank_ext import reference
-
-SEED = -1_234_567_890_123_456_789
-
-# (M, K, (experts, rank)): ragged in every letter, groups of one unit and of several, units that
-# share a rank tile and groups that lie across two, more than 256 columns.
-SHAPES = [
-    (1, 1, (1, 1)),
-    (17, 65, (2, 3)),
-    (64, 64, (3, 4)),
-    (65, 131, (8, 4)),
-    (63, 17, (5, 16)),
-    (130, 15, (2, 64)),
-    (33, 70, (20, 1)),
-    (66, 33, (17, 8)),
-]
-
-
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
+from mask_group_cases import (
+    SHAPES,
+    column_groups,
+    kept_and_scale,
+    make_dz,
+    make_w,
+    moe_expand,
+)
 
 
 def formula(experts, shared_dropout, dropout_p):
@@ -48,38 +31,16 @@ def formula(experts, shared_dropout, dropout_p):
         result = dz.new_zeros(dz.shape[0], w.shape[1])
         for columns, mask in column_groups(experts, shared_dropout):
             part = rounding(dz[:, columns]) @ rounding(w[columns])
-            if mask is not None:
-                part = reference.dropout(part, dropout_p, seed_tensor(), mask)
-            result = result + part
+            kept, scale = kept_and_scale(part, mask, dropout_p)
+            result = result + kept * scale
         return result
 
     return dx
 
 
 def operands(make, kind, rows, cols, experts, shared_dropout):
-    """Two of three rows of each expert's dz are zero: the expert was not chosen."""
-    columns = num_group_columns(experts, shared_dropout)
-    dz, w = make(rows, columns, kind=kind), make(columns, cols, kind=kind)
-    for own, mask in column_groups(experts, shared_dropout):
-        if mask is not None:
-            dz[torch.randint(3, (rows,)) > 0, own] = 0
-    return (
-        zero_between_groups(dz, experts, shared_dropout),
-        zero_between_groups(w.mT, experts, shared_dropout).mT.contiguous(),
-    )
-
-
-def run(kind, dz, w, experts, shared_dropout, dropout_p, **options):
-    return moe_expand(
-        kind,
-        dz,
-        w,
-        experts,
-        shared_dropout=shared_dropout,
-        dropout_p=dropout_p,
-        seed=seed_tensor(),
-        **options,
-    )
+    dz = make_dz(make, kind, rows, experts, shared_dropout)
+    return dz, make_w(make, kind, cols, experts, shared_dropout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,13 +50,13 @@ def test_shapes(kind, shape, shared_dropout):
     """At p = 0.5 the scale is 2 and every sum exact."""
     rows, cols, experts = shape
     dz, w = operands(integers, kind, rows, cols, experts, shared_dropout)
-    dx = run(kind, dz, w, experts, shared_dropout, 0.5)
+    dx = moe_expand(kind, dz, w, experts, shared_dropout, 0.5)
     assert torch.equal(dx, true(formula(experts, shared_dropout, 0.5), dz, w).to(dx.dtype))
 
 
 def test_no_rows():
     dz, w = operands(integers, "bf16", 0, 65, (2, 4), False)
-    assert reports_of(lambda: run("bf16", dz, w, (2, 4), False, 0.5)) == []
+    assert reports_of(lambda: moe_expand("bf16", dz, w, (2, 4), False, 0.5)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,14 +71,14 @@ def test_strides_and_alignment(kind, offset, padding):
         )
     )
     expected = true(formula(experts, False, 0.5), dz, w).to(DTYPES[kind])
-    assert torch.equal(run(kind, dz, w, experts, False, 0.5, dx=dx), expected)
+    assert torch.equal(moe_expand(kind, dz, w, experts, False, 0.5, dx=dx), expected)
 
 
 @pytest.mark.parametrize("shared_dropout", [False, True])
 def test_everything_dropped_but_for_the_router(shared_dropout):
     dz, w = operands(integers, "fp32", 65, 130, (3, 4), shared_dropout)
     dz[:, 3:].clamp_(max=0).mul_(float("inf")).nan_to_num_(nan=0.0, neginf=float("inf"))
-    dx = run("fp32", dz, w, (3, 4), shared_dropout, 1.0)
+    dx = moe_expand("fp32", dz, w, (3, 4), shared_dropout, 1.0)
     assert torch.equal(dx, dz[:, :3] @ w[:3])
 
 
@@ -128,9 +89,9 @@ def test_rows_get_nothing_from_experts_that_they_did_not_choose(kind):
     dz[:, 16:32] = 0
     dz[5, 16:20] = 1
     expected = true(formula((4, 4), False, 0.5), dz, w).to(DTYPES[kind])
-    assert torch.equal(run(kind, dz, w, (4, 4), False, 0.5), expected)
+    assert torch.equal(moe_expand(kind, dz, w, (4, 4), False, 0.5), expected)
     w[16:20] = float("inf")
-    dx = run(kind, dz, w, (4, 4), False, 0.5)
+    dx = moe_expand(kind, dz, w, (4, 4), False, 0.5)
     others = torch.arange(70) != 5
     assert torch.equal(dx[others], expected[others]) and not dx[5].isfinite().all()
 
@@ -141,10 +102,10 @@ def test_rounding(kind, shared_dropout):
     experts = (4, 8)
     dz, w = operands(normal, kind, 150, 70, experts, shared_dropout)
     f = formula(experts, shared_dropout, 0.3)
-    dx = run(kind, dz, w, experts, shared_dropout, 0.3)
+    dx = moe_expand(kind, dz, w, experts, shared_dropout, 0.3)
     assert_within_rule(kind, dx, plain(kind, f, dz, w), true(f, dz, w))
     _simt.set_options(schedule_seed=1)
-    assert torch.equal(run(kind, dz, w, experts, shared_dropout, 0.3), dx)
+    assert torch.equal(moe_expand(kind, dz, w, experts, shared_dropout, 0.3), dx)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
@@ -152,7 +113,7 @@ def test_traffic(kind):
     """dx is written once; dz is read again, from L2, per 128 bytes of columns, w per 128 rows."""
     rows, cols, experts, size = 256, 512, (4, 4), DTYPES[kind].itemsize
     dz, w = operands(normal, kind, rows, cols, experts, False)
-    [report] = reports_of(lambda: run(kind, dz, w, experts, False, 0.3))
+    [report] = reports_of(lambda: moe_expand(kind, dz, w, experts, False, 0.3))
     columns = w.shape[0]
     assert traffic_of(report, "dx")["bytes_written"] == size * rows * cols
     assert traffic_of(report, "dz")["bytes_read"] == cols * size // 128 * size * rows * columns
@@ -164,6 +125,6 @@ def test_experts_that_nobody_chose_are_not_multiplied():
     dz, w = operands(normal, "bf16", 128, 64, (8, 4), False)
     dz[:, 16:] = 0
     dz[:16, 32:36] = 1
-    [report] = reports_of(lambda: run("bf16", dz, w, (8, 4), False, 0.3))
+    [report] = reports_of(lambda: moe_expand("bf16", dz, w, (8, 4), False, 0.3))
     units = 8 + 1  # of 16 rows and 16 columns: the router's of eight warps, one expert's of one
     assert report["mma"] == units * 8

@@ -8,75 +8,37 @@ from kernel_calls import (
     _simt,
     assert_lean,
     assert_within_rule,
-    column_groups,
     integers,
-    moe_outer,
     normal,
-    num_group_columns,
     plain,
     reports_of,
     spread,
     traffic_of,
     true,
-    zero_between_groups,
 )
-
-from lowrank_ext import reference
-
-SEED = 987_654_321
-
-# (M, K, (experts, rank)): ragged in every letter, groups of one unit and of several, units that
-# share a rank tile and groups that lie across two, more than 256 columns.
-SHAPES = [
-    (1, 1, (1, 1)),
-    (17, 65, (2, 3)),
-    (64, 64, (3, 4)),
-    (65, 131, (8, 4)),
-    (63, 17, (5, 16)),
-    (130, 15, (2, 64)),
-    (33, 70, (20, 1)),
-    (66, 33, (17, 8)),
-]
-
-
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
+from mask_group_cases import (
+    SHAPES,
+    column_groups,
+    kept_and_scale,
+    make_dz,
+    moe_outer,
+)
 
 
 def formula(experts, shared_dropout, dropout_p):
     def dw(dz, x, rounding):
         result = x.new_zeros(dz.shape[1], x.shape[1])
         for columns, mask in column_groups(experts, shared_dropout):
-            seen, scale = rounding(x), 1.0
-            if mask is not None:
-                kept = reference.dropout_mask(SEED, *x.shape, dropout_p, expert=mask)
-                seen, scale = torch.where(kept, seen, 0), reference.dropout_scale(dropout_p)
-            result[columns] = (rounding(dz[:, columns]).mT @ seen) * scale
+            kept, scale = kept_and_scale(x, mask, dropout_p)
+            result[columns] = (rounding(dz[:, columns]).mT @ rounding(kept)) * scale
         return result
 
     return dw
 
 
 def operands(make, kind, rows, cols, experts, shared_dropout):
-    """Two of three rows of each expert's dz are zero: the expert was not chosen."""
-    dz = make(rows, num_group_columns(experts, shared_dropout), kind=kind)
-    for columns, mask in column_groups(experts, shared_dropout):
-        if mask is not None:
-            dz[torch.randint(3, (rows,)) > 0, columns] = 0
-    return zero_between_groups(dz, experts, shared_dropout), make(rows, cols, kind=kind)
-
-
-def run(kind, dz, x, experts, shared_dropout, dropout_p, **options):
-    return moe_outer(
-        kind,
-        dz,
-        x,
-        experts,
-        shared_dropout=shared_dropout,
-        dropout_p=dropout_p,
-        seed=seed_tensor(),
-        **options,
-    )
+    dz = make_dz(make, kind, rows, experts, shared_dropout)
+    return dz, make(rows, cols, kind=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,14 +48,14 @@ def test_shapes(kind, shape, shared_dropout):
     """At p = 0.5 the scale is 2 and every sum exact."""
     rows, cols, experts = shape
     dz, x = operands(integers, kind, rows, cols, experts, shared_dropout)
-    dw = run(kind, dz, x, experts, shared_dropout, 0.5)
+    dw = moe_outer(kind, dz, x, experts, shared_dropout, 0.5)
     expected = true(formula(experts, shared_dropout, 0.5), dz, x)
     assert torch.equal(dw.double().sum(0), expected)
 
 
 def test_no_rows():
     dz, x = operands(integers, "bf16", 0, 65, (2, 4), False)
-    dw = run("bf16", dz, x, (2, 4), False, 0.5)
+    dw = moe_outer("bf16", dz, x, (2, 4), False, 0.5)
     assert torch.equal(dw, torch.zeros(1, dz.shape[1], 65))
 
 
@@ -105,7 +67,7 @@ def test_strides_and_alignment(kind, offset, padding):
         spread(tensor, offset, padding)
         for tensor in operands(integers, kind, 66, 70, experts, False)
     )
-    dw = run(kind, dz, x, experts, False, 0.5)
+    dw = moe_outer(kind, dz, x, experts, False, 0.5)
     assert torch.equal(dw.double().sum(0), true(formula(experts, False, 0.5), dz, x))
 
 
@@ -113,7 +75,7 @@ def test_strides_and_alignment(kind, offset, padding):
 @pytest.mark.parametrize("num_sms", [1, 8, 132])
 def test_splits(kind, num_sms):
     dz, x = operands(integers, kind, 700, 70, (2, 4), False)
-    dw = run(kind, dz, x, (2, 4), False, 0.5, num_sms=num_sms)
+    dw = moe_outer(kind, dz, x, (2, 4), False, 0.5, num_sms=num_sms)
     assert (dw.shape[0] > 1) == (num_sms > 2)
     assert torch.equal(dw.double().sum(0), true(formula((2, 4), False, 0.5), dz, x))
 
@@ -121,7 +83,7 @@ def test_splits(kind, num_sms):
 @pytest.mark.parametrize("shared_dropout", [False, True])
 def test_everything_dropped_but_for_the_router(shared_dropout):
     dz, x = operands(integers, "bf16", 65, 130, (3, 4), shared_dropout)
-    dw = run("bf16", dz, x, (3, 4), shared_dropout, 1.0)[0].double()
+    dw = moe_outer("bf16", dz, x, (3, 4), shared_dropout, 1.0)[0].double()
     assert torch.equal(dw[:3], dz[:, :3].double().mT @ x.double())
     assert torch.equal(dw[3:], torch.zeros_like(dw[3:]))
 
@@ -138,7 +100,7 @@ def test_tokens_reach_their_own_experts_only(kind, shared_dropout):
     dz[11] = 0
     expected = true(formula(experts, shared_dropout, 0.5), dz, x)
     dz[11, second], x[11], x[11, ::2] = torch.nan, torch.nan, float("inf")
-    dw = run(kind, dz, x, experts, shared_dropout, 0.5).double().sum(0)
+    dw = moe_outer(kind, dz, x, experts, shared_dropout, 0.5).double().sum(0)
     assert dw[second].isnan().all()
     for columns, _ in groups:
         assert columns == second or torch.equal(dw[columns], expected[columns])
@@ -150,10 +112,10 @@ def test_rounding(kind, shared_dropout):
     experts = (4, 8)
     dz, x = operands(normal, kind, 350, 70, experts, shared_dropout)
     f = formula(experts, shared_dropout, 0.3)
-    dw = run(kind, dz, x, experts, shared_dropout, 0.3, num_sms=8)
+    dw = moe_outer(kind, dz, x, experts, shared_dropout, 0.3, num_sms=8)
     assert_within_rule(kind, dw.sum(0), plain(kind, f, dz, x), true(f, dz, x))
     _simt.set_options(schedule_seed=1)
-    assert torch.equal(run(kind, dz, x, experts, shared_dropout, 0.3, num_sms=8), dw)
+    assert torch.equal(moe_outer(kind, dz, x, experts, shared_dropout, 0.3, num_sms=8), dw)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +131,7 @@ def test_traffic(kind, experts, shared_dropout):
     """x is read once per 64 columns of dz, dz once per 64 columns of x."""
     rows, cols, size = 512, 192, DTYPES[kind].itemsize
     dz, x = operands(normal, kind, rows, cols, experts, shared_dropout)
-    [report] = reports_of(lambda: run(kind, dz, x, experts, shared_dropout, 0.3))
+    [report] = reports_of(lambda: moe_outer(kind, dz, x, experts, shared_dropout, 0.3))
     columns = dz.shape[1]
     rank_tiles = -(-columns // 64)
     partial_bytes = report["grid"][1] * 4 * columns * cols

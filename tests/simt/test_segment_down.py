@@ -18,11 +18,13 @@ from kernel_calls import (
     tf32,
     traffic_of,
 )
+from lowrank_cases import seed_tensor
 from segment_cases import (
     IDS,
     SEED,
     Groups,
     poison_padding,
+    same,
     scalings,
     segment_down,
     segment_up_backward,
@@ -35,20 +37,12 @@ from lowrank_ext import reference
 SHAPES = [(1, 1, 1), (17, 65, 3), (64, 130, 17), (65, 63, 16), (130, 66, 33), (200, 17, 70)]
 
 
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
-
-
 def down(groups, x, lora_a, rounding=lambda t: t):
     """[M, r] in the dtype of the arguments; x is dropped already."""
     h = torch.zeros(x.shape[0], lora_a.shape[1], dtype=x.dtype)
     for group, rank, rows in groups.segments(lora_a.shape[1]):
         h[rows, :rank] = rounding(x[rows]) @ rounding(lora_a[group, :rank]).mT
     return groups.fill(h, lora_a.shape[1], None)
-
-
-def same(got, expected):
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +131,7 @@ def test_dropout_is_that_of_the_whole_batch(kind, rows):
     kept = reference.dropout_mask(SEED, rows, 130, 0.5)
     expected = 2 * down(groups, torch.where(kept, x, 0).double(), lora_a.double())
     x = torch.where(kept, x, torch.nan)
-    same(segment_down(kind, groups, x, lora_a, dropout_p=0.5, seed=seed_tensor()), expected)
+    same(segment_down(kind, groups, x, lora_a, dropout_p=0.5, seed=seed_tensor(SEED)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +141,7 @@ def test_rounding(kind, rows, dropout_p):
     x, lora_a = normal(rows, 700, kind=kind), normal(5, 20, 700, kind=kind)
     kept = torch.where(reference.dropout_mask(SEED, rows, 700, dropout_p), x, 0)
     factor = reference.dropout_scale(dropout_p)
-    options = {"dropout_p": dropout_p, "seed": seed_tensor(), "num_sms": 8}
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(SEED), "num_sms": 8}
     h = segment_down(kind, groups, x, lora_a, **options)
     rounding = tf32 if kind == "tf32" else lambda t: t
     ordinary = down(groups, kept, lora_a, rounding) * factor

@@ -17,10 +17,12 @@ from kernel_calls import (
     tf32,
     traffic_of,
 )
+from lowrank_cases import seed_tensor
 from segment_cases import (
     IDS,
     SEED,
     Groups,
+    same,
     scalings,
     segment_down_backward_lora_a,
     segment_up_backward_lora_b,
@@ -30,10 +32,6 @@ from lowrank_ext import reference
 
 # (M, C, r): ragged, one rank tile and several, segments of one step, several and more than stages.
 SHAPES = [(1, 1, 1), (17, 65, 3), (70, 130, 17), (300, 63, 16), (130, 66, 70), (700, 20, 5)]
-
-
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
 
 
 def outer(groups, large, thin, factors, rounding=lambda t: t):
@@ -47,10 +45,6 @@ def outer(groups, large, thin, factors, rounding=lambda t: t):
         if 0 <= group < groups.num_groups and groups.rank(group, rank) < 0:
             out[group] = torch.nan
     return out
-
-
-def same(got, expected):
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def few_ones(*shape, kind):
@@ -128,7 +122,7 @@ def test_dropout_is_that_of_the_whole_batch(kind):
     kept = reference.dropout_mask(SEED, 90, 130, 0.5)
     expected = 2 * outer(groups, torch.where(kept, x, 0).double(), dh.double(), [1.0] * 5).mT
     x = torch.where(kept, x, torch.nan)
-    options = {"dropout_p": 0.5, "seed": seed_tensor()}
+    options = {"dropout_p": 0.5, "seed": seed_tensor(SEED)}
     same(segment_down_backward_lora_a(kind, groups, dh, x, **options), expected)
 
 

@@ -18,11 +18,13 @@ from kernel_calls import (
     tf32,
     traffic_of,
 )
+from lowrank_cases import seed_tensor
 from segment_cases import (
     IDS,
     SEED,
     Groups,
     poison_padding,
+    same,
     scalings,
     segment_down_backward_x,
     segment_up,
@@ -35,10 +37,6 @@ from lowrank_ext import reference
 SHAPES = [(1, 1, 1), (17, 65, 3), (64, 130, 17), (65, 63, 16), (130, 66, 33), (70, 200, 70)]
 
 
-def seed_tensor() -> torch.Tensor:
-    return torch.tensor([SEED], dtype=torch.int64)
-
-
 def up(groups, base, h, right, factors, rounding=lambda t: t):
     """right [n, r, C]; base may be absent."""
     out = torch.zeros(h.shape[0], right.shape[2], dtype=h.dtype)
@@ -48,10 +46,6 @@ def up(groups, base, h, right, factors, rounding=lambda t: t):
         if base is not None:
             out[rows] += base[rows]
     return groups.fill(out, right.shape[1], base)
-
-
-def same(got, expected):
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def bits(tensor):
@@ -165,7 +159,7 @@ def test_dropout_is_that_of_the_whole_batch(kind, rows):
     kept = reference.dropout_mask(SEED, rows, 130, 0.5)
     expected = 2 * up(groups, None, dh.double(), lora_a.double(), [1.0] * 5)
     expected = torch.where(kept, expected, 0)
-    got = segment_down_backward_x(kind, groups, dh, lora_a, dropout_p=0.5, seed=seed_tensor())
+    got = segment_down_backward_x(kind, groups, dh, lora_a, dropout_p=0.5, seed=seed_tensor(SEED))
     same(got, expected)
 
 
