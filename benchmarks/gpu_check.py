@@ -324,10 +324,7 @@ def measure_kernels(check: Check) -> str:
     return f"{len(rows)} kernels, {min(shares):.0%} to {max(shares):.0%} of a copy's speed"
 
 
-EXPERT_BENCHES = {
-    "bench_moe": ("--quick", "--seconds", "1"),
-    "bench_multi": ("--quick", "--seconds", "1"),
-}
+EXPERT_BENCHES = ("bench_moe", "bench_multi")
 
 
 def measure_experts(check: Check) -> str:
@@ -335,17 +332,19 @@ def measure_experts(check: Check) -> str:
     if importlib.util.find_spec("peft") is None:
         raise SectionSkipped(f"peft, bench_multi's baseline, is not installed for {sys.executable}")
     tables = check.report["experts"] = {}
+    arguments = ("--device", "cuda", "--quick", "--seconds", "1")
     for name in EXPERT_BENCHES:
-        tables[name] = run_bench(name, "cuda", check.share(EXPERTS_SHARE / len(EXPERT_BENCHES)))
+        seconds = check.share(EXPERTS_SHARE / len(EXPERT_BENCHES))
+        tables[name] = run_bench(name, arguments, seconds)
     return ", ".join(f"{name}: {len(rows)} rows" for name, rows in tables.items())
 
 
-def run_bench(name: str, device: str, seconds: float) -> list[dict[str, Any]]:
+def run_bench(name: str, arguments: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     """The rows of a benchmark; its table is in its log."""
     log, rows = LOGS / f"{name}.log", LOGS / f"{name}.json"
     rows.unlink(missing_ok=True)
-    command = [sys.executable, f"benchmarks/{name}.py", "--device", device, "--json", str(rows)]
-    status = finish(start([*command, *EXPERT_BENCHES[name]], log, child_environment()), seconds)
+    command = [sys.executable, f"benchmarks/{name}.py", "--json", str(rows), *arguments]
+    status = finish(start(command, log, child_environment()), seconds)
     if status != 0:
         why = "out of time" if status is None else last_line(log)
         raise SectionFailed(f"{name}: {why} (log: {log.relative_to(ROOT)})")

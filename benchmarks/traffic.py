@@ -10,7 +10,7 @@ any variant of a kernel takes on any architecture of _C.so.
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,6 @@ WORKSPACES = {"g", "p", "partials", "z", "dw"}
 # Streams, a byte of which counts each time it is asked for: [M, K] and [M, N] tensors and
 # workspaces. Everything else has at most r rows or columns and stays in L2 once it was read.
 STREAMS = WORKSPACES | {"x", "dout", "large", "source", "base", "out"}
-NUM_EXPERTS = 8  # of moe_lowrank_add, two for each token
 NOTE = """\
 moved      bytes that cross device memory. [M, K] and [M, N] tensors and partial sums count each
            time they are asked for; adapter tensors, h and dh, which blocks read again from L2, once
@@ -69,6 +68,14 @@ class Sizes(NamedTuple):
     out_features: int
     rank: int
     dropout: float
+    num_experts: int = 8
+    top_k: int = 2
+    num_adapters: int = 8
+
+    @property
+    def expert_rank(self) -> int:
+        """The experts share the rank among them."""
+        return max(1, self.rank // self.num_experts)
 
 
 def load_executor() -> Any:
@@ -80,83 +87,88 @@ def load_executor() -> Any:
     return _simt
 
 
+def values(kind: str, *shape: int) -> Tensor:
+    return torch.randn(shape).to(KINDS[kind][0])
+
+
+def step_tensors(sizes: Sizes, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, dout and base_out."""
+    torch.manual_seed(0)
+    m, k, n = sizes[:3]
+    return values(kind, m, k), values(kind, m, n), values(kind, m, n)
+
+
+def launches_of(simt: Any, call: Callable[[], Any]) -> tuple[Any, list[Report]]:
+    """What the call returns, and its launches."""
+    simt.clear_reports()
+    return call(), simt.reports()
+
+
 def run_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Report]]:
     """The launches of a forward and of a backward with every gradient, through lowrank_add."""
-    torch.manual_seed(0)
-    dtype, allow_tf32, _ = KINDS[kind]
-    m, k, n, r, p = sizes
-
-    def values(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
-    x, dout, base = values(m, k), values(m, n), values(m, n)
-    adapter = (values(r, k), values(n, r), None, None, None)
-    options = (2.0, p, torch.tensor([1]), allow_tf32)
+    x, dout, base = step_tensors(sizes, kind)
+    _, k, n, r, p = sizes[:5]
+    adapter = (values(kind, r, k), values(kind, n, r), None, None, None)
+    options = (2.0, p, torch.tensor([1]), KINDS[kind][1])
     ops = torch.ops.lowrank_ext_simt
-    simt.clear_reports()
-    _, h = ops.lowrank_add(base, x, *adapter, *options)
-    forward = simt.reports()
-    simt.clear_reports()
+    (_, h), forward = launches_of(simt, lambda: ops.lowrank_add(base, x, *adapter, *options))
     needs = (True, True, True, False, False, False)
-    ops.lowrank_add_backward(dout, x, h, *adapter, *options, *needs)
-    return forward, simt.reports()
+    _, backward = launches_of(
+        simt, lambda: ops.lowrank_add_backward(dout, x, h, *adapter, *options, *needs)
+    )
+    return forward, backward
 
 
 def run_moe_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Report]]:
-    """The same through moe_lowrank_add, with NUM_EXPERTS experts of rank r / NUM_EXPERTS."""
-    torch.manual_seed(0)
-    dtype = KINDS[kind][0]
-    m, k, n, r, p = sizes
-    rank = max(1, r // NUM_EXPERTS)
-
-    def values(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
-    x, dout, base = values(m, k), values(m, n), values(m, n)
-    shapes = (NUM_EXPERTS, k), (NUM_EXPERTS, rank, k), (NUM_EXPERTS, n, rank)
-    experts = tuple(values(*shape) for shape in shapes)
-    options = (2.0, p, torch.tensor([1]), False, None)
+    """The same through moe_lowrank_add."""
+    x, dout, base = step_tensors(sizes, kind)
+    k, n, experts, rank = sizes[1], sizes[2], sizes.num_experts, sizes.expert_rank
+    shapes = (experts, k), (experts, rank, k), (experts, n, rank)
+    weights = tuple(values(kind, *shape) for shape in shapes)
+    options = (2.0, sizes.dropout, torch.tensor([1]), False, None)
     ops = torch.ops.lowrank_ext_simt
-    simt.clear_reports()
-    _, h, probs, ids, weights, loss, counts = ops.moe_lowrank_add(base, x, *experts, 2, *options)
-    forward = simt.reports()
-    simt.clear_reports()
-    saved = (h, probs, ids, weights, counts)
-    ops.moe_lowrank_add_backward(dout, loss, x, *experts, *saved, *options, *[True] * 4)
-    return forward, simt.reports()
+    (_, h, probs, ids, gates, loss, counts), forward = launches_of(
+        simt, lambda: ops.moe_lowrank_add(base, x, *weights, sizes.top_k, *options)
+    )
+    saved = (h, probs, ids, gates, counts)
+    _, backward = launches_of(
+        simt,
+        lambda: ops.moe_lowrank_add_backward(
+            dout, loss, x, *weights, *saved, *options, *[True] * 4
+        ),
+    )
+    return forward, backward
 
 
-def run_routing(
-    simt: Any, num_tokens: int, num_experts: int, top_k: int, kind: str
-) -> list[Report]:
+def run_routing(simt: Any, sizes: Sizes, kind: str) -> list[Report]:
     """The launches of moe_route and its backward."""
     torch.manual_seed(0)
-    logits = torch.randn(num_tokens, num_experts).to(KINDS[kind][0])
+    logits = values(kind, sizes.num_rows, sizes.num_experts)
     ops = torch.ops.lowrank_ext_simt
-    simt.clear_reports()
-    weights, ids, counts, loss, *_ = ops.moe_route(logits, top_k, None)
-    upstream = torch.ones_like(weights), torch.ones_like(loss)
-    ops.moe_route_backward(*upstream, logits, ids, counts, None)
-    return simt.reports()
+
+    def step() -> None:
+        weights, ids, counts, loss, *_ = ops.moe_route(logits, sizes.top_k, None)
+        upstream = torch.ones_like(weights), torch.ones_like(loss)
+        ops.moe_route_backward(*upstream, logits, ids, counts, None)
+
+    return launches_of(simt, step)[1]
 
 
-def run_segments(simt: Any, sizes: Sizes, num_adapters: int, kind: str) -> list[Report]:
+def run_segments(simt: Any, sizes: Sizes, kind: str) -> list[Report]:
     """The launches of multi_lowrank_add, rows taking turns at the adapters, and its backward."""
-    torch.manual_seed(0)
-    m, k, n, r, p = sizes
-
-    def values(*shape: int) -> Tensor:
-        return torch.randn(shape).to(KINDS[kind][0])
-
-    x, dout, base = values(m, k), values(m, n), values(m, n)
-    ids, scaling = torch.arange(m) % num_adapters, torch.ones(num_adapters)
-    rest = (values(num_adapters, r, k), values(num_adapters, n, r), ids, scaling, None)
+    x, dout, base = step_tensors(sizes, kind)
+    m, k, n, r, p = sizes[:5]
+    adapters = sizes.num_adapters
+    ids, scaling = torch.arange(m) % adapters, torch.ones(adapters)
+    rest = (values(kind, adapters, r, k), values(kind, adapters, n, r), ids, scaling, None)
     options = (p, torch.tensor([1]))
     ops = torch.ops.lowrank_ext_simt
-    simt.clear_reports()
-    _, h = ops.multi_lowrank_add(base, x, *rest, *options)
-    ops.multi_lowrank_add_backward(dout, x, h, *rest, *options, True, True, True)
-    return simt.reports()
+
+    def step() -> None:
+        _, h = ops.multi_lowrank_add(base, x, *rest, *options)
+        ops.multi_lowrank_add_backward(dout, x, h, *rest, *options, True, True, True)
+
+    return launches_of(simt, step)[1]
 
 
 # What a report says
@@ -201,7 +213,7 @@ def conflicts(report: Report) -> str:
 def needed_by_pass(sizes: Sizes, element_bytes: int) -> tuple[int, int]:
     """Forward: x, h, base, y and the branch's weights. Backward: the passes over dout, x and dx,
     with the weights, their gradients, h and dh."""
-    m, k, n, r, _ = sizes
+    m, k, n, r = sizes[:4]
     weights = r * (k + n)
     forward = m * k + m * r + 2 * m * n + weights
     backward = m * n + 2 * m * k + 2 * m * r + 2 * weights
@@ -291,7 +303,7 @@ def rows_of(simt: Any, sizes: Sizes, kind: str) -> Iterator[tuple[str, list[Repo
     wanted = needed_by_pass(sizes, KINDS[kind][0].itemsize)
     yield "forward", forward, wanted[0]
     yield "backward", backward, wanted[1]
-    rank = NUM_EXPERTS * (max(1, sizes.rank // NUM_EXPERTS) + 1)  # the router's columns too
+    rank = sizes.num_experts * (sizes.expert_rank + 1)  # the router's columns too
     wanted = needed_by_pass(sizes._replace(rank=rank), KINDS[kind][0].itemsize)
     forward, backward = run_moe_step(simt, sizes, kind)
     yield "moe forward", forward, wanted[0]
@@ -321,6 +333,9 @@ def main() -> None:
         options.out_features,
         options.rank,
         options.dropout,
+        options.experts,
+        options.top_k,
+        options.adapters,
     )
     simt = load_executor()
     simt.host.set_num_sms(options.sms)
@@ -334,20 +349,20 @@ def main() -> None:
                 add_launch(table, kind, report, registers(report, number, compiled))
             add_pass(table, name, kind, reports, wanted)
         statistics = "Fp32" if number == "Tf32" else number  # no products
-        for report in run_routing(simt, options.rows, options.experts, options.top_k, kind):
+        for report in run_routing(simt, sizes, kind):
             add_launch(table, kind, report, registers(report, statistics, compiled))
         table.add_section()
         if number == "Tf32":
             continue  # multi_lowrank_add never takes it
-        for report in run_segments(simt, sizes, options.adapters, kind):
+        for report in run_segments(simt, sizes, kind):
             add_launch(table, kind, report, registers(report, number, compiled))
         table.add_section()
-    m, k, n, r, p = sizes
+    m, k, n, r, p, experts, top_k, adapters = sizes
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"lowrank_add, M={m} K={k} N={n} r={r} dropout={p}, {options.sms} SMs")
-    console.print(f"moe_lowrank_add, {NUM_EXPERTS} experts of rank {max(1, r // NUM_EXPERTS)}")
-    console.print(f"moe_route, T={m} E={options.experts} k={options.top_k}")
-    console.print(f"multi_lowrank_add, n={options.adapters}, else as lowrank_add")
+    console.print(f"moe_lowrank_add, {experts} experts of rank {sizes.expert_rank}, k={top_k}")
+    console.print(f"moe_route, T={m} E={experts} k={top_k}")
+    console.print(f"multi_lowrank_add, n={adapters}, else as lowrank_add")
     console.print(table)
     console.print(NOTE, highlight=False)
     if not compiled:

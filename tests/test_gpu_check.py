@@ -282,15 +282,11 @@ def test_benches_of_experts_leave_their_rows(
     gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name, case, rows
 ) -> None:
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
-    arguments = ("--case", case, "--seconds", "0.01")
-    monkeypatch.setitem(gpu_check.EXPERT_BENCHES, name, arguments)
-    assert len(gpu_check.run_bench(name, "cpu", 300)) == rows
+    arguments = ("--device", "cpu", "--case", case, "--seconds", "0.01")
+    assert len(gpu_check.run_bench(name, arguments, 300)) == rows
     assert case.split(",")[-1] in (tmp_path / f"{name}.log").read_text()
 
 
-def test_a_bench_that_fails_says_why(
-    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(gpu_check.EXPERT_BENCHES, "bench_moe", ("--case", "0,1,1,1,1,1,0,float32"))
+def test_a_bench_that_fails_says_why(gpu_check: ModuleType) -> None:
     with pytest.raises(gpu_check.SectionFailed, match=r"bench_moe: .*sizes must be positive"):
-        gpu_check.run_bench("bench_moe", "cpu", 300)
+        gpu_check.run_bench("bench_moe", ("--case", "0,1,1,1,1,1,0,float32"), 300)
