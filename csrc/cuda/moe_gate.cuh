@@ -120,19 +120,6 @@ struct GateParams {
 
 namespace detail {
 
-// A row of more logits than a group's registers hold: they lie where the probabilities will.
-template <class acc_t>
-struct StoredRow {
-  acc_t* logits;
-  LaneGroup group;
-  int num_experts;  // 0 for a row beyond the end
-
-  template <class F>
-  __device__ __forceinline__ void each(F f) const {
-    for (int i = group.lane; i < num_experts; i += group.lanes) f(logits[i], i);
-  }
-};
-
 template <class Number>
 struct GateBlock {
   using scalar_t = typename Number::scalar_t;
@@ -175,27 +162,27 @@ struct GateBlock {
     }
   }
 
+  // More logits than a group's registers hold: they lie where the probabilities will.
   __device__ __forceinline__ void route_memory() const {
-    const int num_experts = inside ? params.columns.num_experts : 0;
+    acc_t* const probs = params.probs.at(row, 0);
+    const RowInMemory<acc_t, acc_t> stored{probs, group, inside ? params.columns.num_experts : 0};
     const int top_k = static_cast<int>(params.ids.num_cols);
-    const StoredRow<acc_t> stored{params.probs.at(row, 0), group, num_experts};
-    for (int i = group.lane; i < num_experts; i += group.lanes) stored.logits[i] = z(i);
-    Choice<acc_t> choice = Choice<acc_t>::first();
-    acc_t max = 0, chosen_sum = 0, sum = 0;
-    for (int j = 0; j < top_k; ++j) {
-      choice = next_choice(stored, group, choice);
-      if (j == 0) max = choice.logit;
-      chosen_sum += exponential(choice.logit - max);
-      if (!inside || group.lane != 0) continue;
-      *params.ids.at(row, j) = choice.expert;
-      *params.weights.at(row, j) = exponential(choice.logit - max);
-    }
-    stored.each([&](acc_t logit, int) { sum += exponential(logit - max); });
-    sum = group.sum(sum);
+    for (int i = group.lane; i < stored.num_experts; i += group.lanes) probs[i] = z(i);
+    const bool writes = inside && group.lane == 0;
+    const auto chosen =
+        choose<acc_t>(stored, group, top_k, [&](int j, const Choice<acc_t>& choice) {
+          if (!writes) return;
+          *params.ids.at(row, j) = choice.expert;
+          *params.weights.at(row, j) = choice.logit;
+        });
+    const acc_t sum = sum_exponentials(stored, group, chosen.max);
     stored.each(
-        [&](acc_t logit, int expert) { stored.logits[expert] = exponential(logit - max) / sum; });
-    if (!inside || group.lane != 0) return;
-    for (int j = 0; j < top_k; ++j) *params.weights.at(row, j) /= chosen_sum;
+        [&](acc_t logit, int expert) { probs[expert] = exponential(logit - chosen.max) / sum; });
+    if (!writes) return;
+    for (int j = 0; j < top_k; ++j) {
+      acc_t& weight = *params.weights.at(row, j);
+      weight = exponential(weight - chosen.max) / chosen.sum;
+    }
   }
 
   __device__ __forceinline__ void write_h() const {

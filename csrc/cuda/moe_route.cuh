@@ -231,25 +231,6 @@ __global__ void __launch_bounds__(kRouteTokensThreads, 2)
   router.store_sums(params.prob_sums.at(warp, 0), params.choices.at(warp, 0));
 }
 
-namespace detail {
-
-// A row in memory, for a whole warp.
-template <class scalar_t>
-struct RowInMemory {
-  using acc_t = statistics_t<scalar_t>;
-
-  const scalar_t* logits;
-  int num_experts, lane;
-
-  template <class F>
-  __device__ __forceinline__ void each(F f) const {
-    for (int expert = lane; expert < num_experts; expert += kWarpSize)
-      f(convert<acc_t>(logits[expert]), expert);
-  }
-};
-
-}  // namespace detail
-
 template <class scalar_t>
 __global__ void __launch_bounds__(kRouteTokensThreads, sizeof(scalar_t) == 8 ? 3 : 4)
     route_many_experts_kernel(const RouteParams<scalar_t> params) {
@@ -264,27 +245,24 @@ __global__ void __launch_bounds__(kRouteTokensThreads, sizeof(scalar_t) == 8 ? 3
     prob_sums[expert] = 0, choices[expert] = 0;
 
   for (int64_t token = warp; token < params.logits.num_rows; token += int64_t{gridDim.x} * kWarps) {
-    const detail::RowInMemory<scalar_t> row{params.logits.at(token, 0), params.num_experts(), lane};
+    const RowInMemory<acc_t, scalar_t> row{params.logits.at(token, 0), group, params.num_experts()};
     const bool counts = params.counts(token);
     // Choice j waits in the output for the sum, with the lane that wrote it.
     acc_t* const weights = params.topk_weights.at(token, 0);
-    Choice<acc_t> choice = Choice<acc_t>::first();
-    acc_t max = 0, chosen_sum = 0, sum = 0;
-    for (int j = 0; j < params.top_k; ++j) {
-      choice = next_choice(row, group, choice);
-      if (j == 0) max = choice.logit;
-      chosen_sum += exponential(choice.logit - max);
-      if (counts && choice.expert % kWarpSize == lane) ++choices[choice.expert];
-      if (j % kWarpSize != lane) continue;
-      weights[j] = choice.logit;
-      *params.topk_ids.at(token, j) = choice.expert;
-    }
+    const auto chosen =
+        choose<acc_t>(row, group, params.top_k, [&](int j, const Choice<acc_t>& choice) {
+          if (counts && choice.expert % kWarpSize == lane) ++choices[choice.expert];
+          if (j % kWarpSize != lane) return;
+          weights[j] = choice.logit;
+          *params.topk_ids.at(token, j) = choice.expert;
+        });
     for (int j = lane; j < params.top_k; j += kWarpSize)
-      weights[j] = exponential(weights[j] - max) / chosen_sum;
+      weights[j] = exponential(weights[j] - chosen.max) / chosen.sum;
     if (!counts) continue;
-    row.each([&](acc_t logit, int) { sum += exponential(logit - max); });
-    sum = group.sum(sum);
-    row.each([&](acc_t logit, int expert) { prob_sums[expert] += exponential(logit - max) / sum; });
+    const acc_t sum = sum_exponentials(row, group, chosen.max);
+    row.each([&](acc_t logit, int expert) {
+      prob_sums[expert] += exponential(logit - chosen.max) / sum;
+    });
   }
 }
 

@@ -66,6 +66,51 @@ __device__ __forceinline__ Choice<acc_t> next_choice(const Row& row, const LaneG
   return best;
 }
 
+// The largest logit of a row, and Σ exp(logit - max) over its choices.
+template <class acc_t>
+struct ChosenSum {
+  acc_t max = 0, sum = 0;
+};
+
+// f(j, choice) in all lanes for each of a row's top_k choices.
+template <class acc_t, class Row, class F>
+__device__ __forceinline__ ChosenSum<acc_t> choose(const Row& row, const LaneGroup& group,
+                                                   int top_k, F f) {
+  ChosenSum<acc_t> chosen;
+  Choice<acc_t> choice = Choice<acc_t>::first();
+  for (int j = 0; j < top_k; ++j) {
+    choice = next_choice(row, group, choice);
+    if (j == 0) chosen.max = choice.logit;
+    chosen.sum += exponential(choice.logit - chosen.max);
+    f(j, choice);
+  }
+  return chosen;
+}
+
+// Σ exp(logit - max) over a row.
+template <class acc_t, class Row>
+__device__ __forceinline__ acc_t sum_exponentials(const Row& row, const LaneGroup& group,
+                                                  acc_t max) {
+  acc_t sum = 0;
+  row.each([&](acc_t logit, int) { sum += exponential(logit - max); });
+  return group.sum(sum);
+}
+
+// A row of any number of logits where they lie; a lane's experts are its own number, plus multiples
+// of its group's lanes.
+template <class acc_t, class scalar_t>
+struct RowInMemory {
+  const scalar_t* logits;
+  LaneGroup group;
+  int num_experts;
+
+  template <class F>
+  __device__ __forceinline__ void each(F f) const {
+    for (int expert = group.lane; expert < num_experts; expert += group.lanes)
+      f(convert<acc_t>(logits[expert]), expert);
+  }
+};
+
 // A row of up to kExpertsPerLane · lanes logits. Fill `logits` (what lies beyond the row's end is
 // not looked at), then call route; ranks, prob and weight are about the same experts as `logits`.
 constexpr int kExpertsPerLane = 8;
@@ -100,19 +145,14 @@ struct RoutedRow {
   __device__ __forceinline__ void route(int top_k) {
 #pragma unroll
     for (int slot = 0; slot < kExpertsPerLane; ++slot) ranks[slot] = -1;
-    Choice<acc_t> choice = Choice<acc_t>::first();
-    max = chosen_sum = 0;
-    for (int j = 0; j < top_k; ++j) {
-      choice = next_choice(*this, group, choice);
-      if (j == 0) max = choice.logit;
-      chosen_sum += exponential(choice.logit - max);
+    const auto chosen = choose<acc_t>(*this, group, top_k, [&](int j, const Choice<acc_t>& choice) {
 #pragma unroll
       for (int slot = 0; slot < kExpertsPerLane; ++slot)
         if (expert(slot) == choice.expert) ranks[slot] = j;
-    }
-    sum = 0;
-    each([&](acc_t logit, int) { sum += exponential(logit - max); });
-    sum = group.sum(sum);
+    });
+    max = chosen.max;
+    chosen_sum = chosen.sum;
+    sum = sum_exponentials(*this, group, max);
   }
 };
 
