@@ -146,11 +146,12 @@ def simt() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def executor_options() -> Iterator[None]:
-    """What a test sets (schedule_seed, record) ends with it: the next one may count bytes."""
+def executor_settings() -> Iterator[None]:
+    """What a test sets ends with it: the next one may count bytes, or launches of a default GPU."""
     yield
     if "_simt" in sys.modules:
         executor().set_options()
+        executor().host.reset()
 
 
 @pytest.fixture(scope="session", params=DTYPES, ids=dtype_id)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import DtypePair, executor, executor_ops, has_executor
+from conftest import DtypePair, executor, executor_ops
 from lowrank_cases import (
     BF16,
     FP32,
@@ -37,15 +37,18 @@ ALWAYS, NEVER = 0, 2**62  # sizes from which an output is seeded
 
 
 @pytest.fixture
-def host() -> Iterator[ModuleType]:
-    """Settings of the host side in the executor's build, put back afterwards."""
-    if not has_executor():
-        pytest.skip("the executor is not built, run `make simt`")
-    host = executor().host
-    num_sms, min_seeded_bytes = host.num_sms(), host.min_seeded_bytes()
-    yield host
-    host.set_num_sms(num_sms)
-    host.set_min_seeded_bytes(min_seeded_bytes)
+def host(simt: ModuleType) -> ModuleType:
+    """Settings of the host side in the executor's build."""
+    return simt.host
+
+
+def test_settings_end_with_their_test(host: ModuleType) -> None:
+    """conftest.executor_settings calls reset behind every test."""
+    before = host.num_sms(), host.min_seeded_bytes()
+    host.set_num_sms(before[0] + 1)
+    host.set_min_seeded_bytes(before[1] + 1)
+    host.reset()
+    assert (host.num_sms(), host.min_seeded_bytes()) == before
 
 
 def launches(run) -> list[dict]:

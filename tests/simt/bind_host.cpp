@@ -16,6 +16,13 @@ void bind_host(py::module_& m) {
   host.def("set_num_sms", [](int count) { cuda::simt_num_sms = count; });
   host.def("min_seeded_bytes", [] { return cuda::min_seeded_bytes; });
   host.def("set_min_seeded_bytes", [](int64_t bytes) { cuda::min_seeded_bytes = bytes; });
+  host.def(
+      "reset",
+      [num_sms = cuda::simt_num_sms, bytes = cuda::min_seeded_bytes] {
+        cuda::simt_num_sms = num_sms;
+        cuda::min_seeded_bytes = bytes;
+      },
+      "Both as they were when the module was loaded.");
   host.def("seed_base_output", &cuda::seed_base_output, py::arg("num_rows"), py::arg("num_cols"),
            py::arg("element_size"));
   host.def(

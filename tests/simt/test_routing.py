@@ -1,6 +1,5 @@
 """csrc/cuda/moe_route.cuh: launches, bytes, schedules, and what tests of the op do not reach."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ OPS = torch.ops.lowrank_ext_simt
 MANY_BLOCKS = ["route_tokens", "route_balance"]
 ORDER = ["order_slots"]
 ORDER_IN_THREE = ["count_slots", "scan_slot_counts", "scatter_slots"]
-
-
-@pytest.fixture(autouse=True)
-def num_sms() -> Iterator[None]:
-    """What a test sets ends with it."""
-    before = _simt.host.num_sms()
-    yield
-    _simt.host.set_num_sms(before)
 
 
 def route(logits: Tensor, top_k: int, mask: Tensor | None = None) -> tuple[Routing, list[Any]]:
