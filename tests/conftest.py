@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 
 pytest.register_assert_rewrite("lowrank_cases")
 
@@ -167,6 +168,13 @@ def dtypes(request: pytest.FixtureRequest) -> DtypePair:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Code that earlier tests compiled too often would not be compiled any more."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 """torch.compile (whole graph, static and dynamic), checkpointing and dropout in it, and export."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext import ops
 from lowrank_ext.nn import LaMDALinear, LoRALinear
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs_compiled() -> int:

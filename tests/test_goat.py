@@ -3,7 +3,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,13 +19,6 @@ from lowrank_ext.nn import GOATLinear
 
 EXPERTS, TOP_K, RANK = 3, 2, 6  # two singular triples per expert, of segments of three
 SVD_INITS = ["goat", "goat_mini"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def goat(base: nn.Module | None = None, **options) -> GOATLinear:

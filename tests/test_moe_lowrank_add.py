@@ -577,8 +577,6 @@ def test_compiled_with_a_dynamic_number_of_tokens(device: str, rank: int, backen
         got = ops.moe_lowrank_add(**tensors, top_k=2, dropout_p=0.3, seed=seed)
         return got.y.square().sum() + got.balance_loss, got.topk_ids
 
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     for num_tokens in (5, 8, 17):
         tensors = make_tensors((num_tokens,), 12, 9, 4, rank, MIXED, device)

@@ -303,8 +303,6 @@ def test_compiled_with_a_dynamic_number_of_tokens(device: str) -> None:
         got = ops.moe_route(logits, top_k=2)
         return (got.topk_weights.square().sum() + got.balance_loss) * got.expert_offsets[1]
 
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for num_tokens in (5, 8, 17):
         logits = torch.randn(num_tokens, 6, device=device).requires_grad_()

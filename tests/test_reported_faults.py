@@ -351,7 +351,6 @@ def test_rf07_a_tied_head_is_not_merged(method: Method) -> None:
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @by_family
 def test_rf09_compiled_behind_a_matmul(method: Method, dynamic: bool | None) -> None:
-    torch._dynamo.reset()
     weight, lora_a, lora_b = torch.randn(17, 33), torch.randn(3, 33), torch.randn(17, 3)
     module = train_all(lora_product(method, linear_of(weight), lora_a, lora_b))
     projection = torch.randn(64, 33)
@@ -471,7 +470,6 @@ def one_by_one(method: Method, base: torch.dtype, adapter: torch.dtype) -> LowRa
 @by_family
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rf14_autocast(method: Method, compiled: bool) -> None:
-    torch._dynamo.reset()
     module = one_by_one(method, torch.float32, torch.float32)
     call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
     x = torch.tensor([[1.00390625]], requires_grad=True)
