@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 STAMPS := .venv/stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help setup build simt demo test lint bench traffic gpu-check clean
+.PHONY: help setup build simt demo examples test lint bench traffic gpu-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,12 @@ simt: $(STAMPS)/dependencies ## compile csrc/cuda for the CPU, to run under the 
 
 demo: build ## fine-tune SmolLM2-135M by several methods and compare them (results in demo-output/)
 	$(BIN)/lowrank-ext finetune $(DEMO_ARGS)
+
+examples: build ## run every example on the CPU; its pictures go to build/examples/
+	@for example in examples/*.py; do \
+	  echo "$$example"; \
+	  HF_HUB_OFFLINE=1 $(BIN)/python $$example --out build/examples || exit 1; \
+	done
 
 # The workers share the cores: with more threads than one each they would only wait for each other.
 test: build simt ## the whole test suite, in parallel and in random order

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config.base import config_names
 from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import (
@@ -55,7 +56,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
 
     Args:
         model: any torch or transformers model; returned.
-        config: LoRAConfig, LaMDAConfig or GOATConfig.
+        config: of the method, see ``lowrank_ext.config``.
         initialise: False leaves the adapters at zero and the base untouched, for a loader that
             fills them.
 
@@ -245,10 +246,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
     if type(config) not in MODULE_CLASSES:
-        raise TypeError(
-            "adapt: config must be a LoRAConfig, LaMDAConfig or GOATConfig, got "
-            f"{type(config).__name__}"
-        )
+        raise TypeError(f"adapt: config must be a {config_names()}, got {type(config).__name__}")
     for path, module in model.named_modules():
         where = path or "the model itself"
         if isinstance(module, _ADAPTED):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
 from lowrank_ext.checkpoint import LoRATensors, read_lora
-from lowrank_ext.config import did_you_mean
+from lowrank_ext.config.checks import did_you_mean
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.multi import ACTIVE_ROWS, MultiLoRALinear, RowsBlock
 

@@ -37,15 +37,8 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapt import adapt, lowrank_modules
 from lowrank_ext.adapter_files import AdapterFiles, read_adapter_files, write_adapter_files
-from lowrank_ext.config import (
-    AdapterConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    did_you_mean,
-    goat_scaling,
-    matching_pattern,
-)
+from lowrank_ext.config import METHOD_CONFIGS, AdapterConfig, GOATConfig, LoRAConfig
+from lowrank_ext.config.checks import did_you_mean, matching_pattern
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.linear import dense_weight, linear_features
 from lowrank_ext.targets import check_adaptable, outermost_modules, shared_tensors
@@ -55,22 +48,21 @@ __all__ = ["load_adapter", "save_adapter"]
 _PREFIX = "base_model.model."
 _PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling
 
-LORA_A, LORA_B, CORE = "lora_A.weight", "lora_B.weight", "lora_core.weight"
-ROUTER = "lora_router.weight"
-LORA_A_INIT, LORA_B_INIT, CORE_INIT = (
-    "lora_A_init.weight",  # of pissa only in memory: in a file it is the second half of lora_A
-    "lora_B_init.weight",
-    "lora_core_init.weight",
-)
-_ATTRIBUTES = {
-    LORA_A: "lora_a",
-    LORA_B: "lora_b",
-    CORE: "core",
-    ROUTER: "router_weight",
-    LORA_A_INIT: "lora_a_init",
-    LORA_B_INIT: "lora_b_init",
-    CORE_INIT: "core_init",
+# What a module's tensors are called in a file, after the module's path.
+_FILE_NAMES = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "core": "lora_core.weight",
+    "router_weight": "lora_router.weight",
+    "lora_a_init": "lora_A_init.weight",  # of pissa only in memory: in a file half of lora_A
+    "lora_b_init": "lora_B_init.weight",
+    "core_init": "lora_core_init.weight",
 }
+_ATTRIBUTES = {name: attribute for attribute, name in _FILE_NAMES.items()}
+LORA_A, LORA_B, LORA_A_INIT, LORA_B_INIT, CORE_INIT = (
+    _FILE_NAMES[attribute]
+    for attribute in ("lora_a", "lora_b", "lora_a_init", "lora_b_init", "core_init")
+)
 
 # Fields that change the numbers in a way that no module here computes: a file that uses one is
 # refused. {field: values that mean "not used"}; None, False and empty ones mean that for all.
@@ -90,14 +82,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "velora_config": (),
     "ensure_weight_tying": (),
 }
-# Fields of a method that has them in the file under their own names.
-_OWN_FIELDS: dict[type[AdapterConfig], tuple[str, ...]] = {
-    LaMDAConfig: ("init", "train_lora_b", "rank_budget", "direction"),
-    GOATConfig: (
-        *("init", "num_experts", "top_k", "rho", "residual_factor", "scale", "eta"),
-        *("shared_dropout", "balance_coefficient"),
-    ),
-}
 # Fields without effect on a finished adapter, or read elsewhere in this file.
 _KNOWN = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
@@ -106,7 +90,7 @@ _KNOWN = {
     *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "init_lora_weights"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"),
     *("megatron_core", "runtime_config", "qalora_group_size"),
-    *(key for keys in _OWN_FIELDS.values() for key in keys),
+    *(key for config in METHOD_CONFIGS for key in config.own_fields),
 }
 # Inits of PEFT that leave the base weights alone, and what continues them here.
 _PEFT_INITS = {
@@ -221,18 +205,8 @@ def _stored_tensors(module: LowRankLinear, config: AdapterConfig) -> dict[str, T
         a, a_init = _gathered(module.lora_a), _gathered(module.get_buffer("lora_a_init"))
         b, b_init = _gathered(module.lora_b), _gathered(module.get_buffer("lora_b_init"))
         return {LORA_A: torch.cat([a, a_init]), LORA_B: torch.cat([b, -b_init], dim=1)}
-    return {key: getattr(module, _ATTRIBUTES[key]) for key in _file_keys(config)}
-
-
-def _file_keys(config: AdapterConfig) -> list[str]:
-    """Tensors of one module in a file."""
-    if isinstance(config, LoRAConfig):
-        return [LORA_A, LORA_B]
-    if isinstance(config, GOATConfig):
-        starts = [LORA_A_INIT, LORA_B_INIT] if config.init != "zero" else []
-        return [LORA_A, LORA_B, ROUTER, *starts]
-    residual = [LORA_B_INIT, CORE_INIT] if config.init == "svd_residual" else []
-    return [LORA_A, LORA_B, CORE, *residual]
+    shapes = _shapes(config, module.r, module.in_features, module.out_features)
+    return {key: getattr(module, _ATTRIBUTES[key]) for key in shapes}
 
 
 def _config_fields(
@@ -280,8 +254,7 @@ def _config_fields(
         "fan_in_fan_out": any(m.fan_in_fan_out for m in modules.values()),
         "bias": "none",
     }
-    for key in _OWN_FIELDS.get(type(config), ()):
-        fields[key] = getattr(config, key)
+    fields |= {key: getattr(config, key) for key in config.own_fields}
     if isinstance(config, LoRAConfig):
         fields["init_lora_weights"] = "gaussian" if config.init == "gaussian" else True
         fields["use_dora"] = False
@@ -454,18 +427,10 @@ def read_lora(
         name: LoRATensors(
             tensors[LORA_A],
             tensors[LORA_B],
-            _scaling_for(config, name, in_features=tensors[LORA_A].shape[1]),
+            config.scaling_for(name, in_features=tensors[LORA_A].shape[1]),
         )
         for name, tensors in adapters.items()
     }
-
-
-def _scaling_for(config: AdapterConfig, name: str, in_features: int) -> float:
-    r, alpha = config.rank_for(name), config.alpha_for(name)
-    alpha = r if alpha is None else alpha
-    if isinstance(config, GOATConfig):
-        return goat_scaling(config.scale, alpha, config.eta, r // config.num_experts, in_features)
-    return alpha / (math.sqrt(r) if config.rslora else r)
 
 
 def _split_keys(
@@ -534,9 +499,12 @@ def _parsed_config(files: AdapterFiles, adapters: Adapters) -> AdapterConfig:
     """The config in the file, for the modules in the file."""
     fields = files.config
     where = f"{files.caller}: {files.config_path}"
-    method = fields.get("peft_type")
-    if method not in ("LORA", "LAMDA", "GOAT"):
-        raise ValueError(f"{where}: peft_type must be 'LORA', 'LAMDA' or 'GOAT', got {method!r}")
+    config_class = next((c for c in METHOD_CONFIGS if c.peft_type == fields.get("peft_type")), None)
+    if config_class is None:
+        known = ", ".join(repr(config.peft_type) for config in METHOD_CONFIGS)
+        raise ValueError(
+            f"{where}: peft_type must be one of {known}, got {fields.get('peft_type')!r}"
+        )
     _check_supported(fields, where)
     r = fields.get("r", 8)  # PEFT's defaults
     options: dict[str, Any] = {
@@ -548,10 +516,9 @@ def _parsed_config(files: AdapterFiles, adapters: Adapters) -> AdapterConfig:
         "rank_pattern": _used_pattern(fields, "rank_pattern", adapters, where),
     }
     try:
-        if method == "LORA":
+        if config_class is LoRAConfig:
             return LoRAConfig(init=_init_of(fields, where), **options)
-        config_class = LaMDAConfig if method == "LAMDA" else GOATConfig
-        options |= {key: fields[key] for key in _OWN_FIELDS[config_class] if key in fields}
+        options |= {key: fields[key] for key in config_class.own_fields if key in fields}
         if config_class is GOATConfig and options.get("scale") == "theory":
             options |= {"alpha": None, "alpha_pattern": {}}  # lora_alpha is there for other readers
         if options.get("rank_budget") is not None and not options["rank_pattern"]:
@@ -626,9 +593,6 @@ def _check_tensors(
     files: AdapterFiles, config: AdapterConfig, modules: Mapping[str, nn.Module], adapters: Adapters
 ) -> None:
     """All kinds of tensors of the method are there, no others, and their shapes fit."""
-    wanted = _file_keys(config)
-    if isinstance(config, LoRAConfig) and _has_pissa_factors(adapters):
-        wanted += [LORA_A_INIT, LORA_B_INIT]
     for name, tensors in adapters.items():
         module = modules[name]
         features = (
@@ -638,12 +602,14 @@ def _check_tensors(
         )
         assert features is not None
         shapes = _shapes(config, config.rank_for(name), *features)
-        for kind in wanted:
+        if isinstance(config, LoRAConfig) and _has_pissa_factors(adapters):
+            shapes |= {LORA_A_INIT: shapes[LORA_A], LORA_B_INIT: shapes[LORA_B]}
+        for kind in shapes:
             if kind not in tensors:
                 raise _bad_key(files, f"{_PREFIX}{name}.{kind}", "is missing")
         for kind, tensor in tensors.items():
             key = f"{_PREFIX}{name}.{kind}"
-            if kind not in wanted:
+            if kind not in shapes:
                 raise _bad_key(files, key, f"is no tensor of {config.peft_type}")
             if list(tensor.shape) != shapes[kind]:
                 raise _bad_key(files, key, f"must be {shapes[kind]}, got {list(tensor.shape)}")
@@ -652,14 +618,9 @@ def _check_tensors(
 
 
 def _shapes(config: AdapterConfig, r: int, num_in: int, num_out: int) -> dict[str, list[int]]:
-    """Shapes of a module's tensors in memory, by kind."""
-    a, b = [r, num_in], [num_out, r]
-    shapes = {CORE: [r, r], CORE_INIT: [r]}
-    if isinstance(config, GOATConfig):
-        num_experts = config.num_experts
-        a, b = [num_experts, r // num_experts, num_in], [num_experts, num_out, r // num_experts]
-        shapes = {ROUTER: [num_experts, num_in]}
-    return shapes | {LORA_A: a, LORA_B: b, LORA_A_INIT: a, LORA_B_INIT: b}
+    """Shapes of a module's tensors in a file, by their names there."""
+    shapes = config.adapter_shapes(r, num_in, num_out)
+    return {_FILE_NAMES[attribute]: shape for attribute, shape in shapes.items()}
 
 
 def _has_pissa_factors(adapters: Adapters) -> bool:
@@ -739,19 +700,14 @@ def _check_same(
         raise differs("peft_type", own.peft_type, config.peft_type)
     if start(config) != start(own):
         raise differs("init", own.init, config.init)
-    if isinstance(config, GOATConfig) and isinstance(own, GOATConfig):
-        for name, expected, got in (
-            ("num_experts", own.num_experts, config.num_experts),
-            ("top_k", own.top_k, config.top_k),
-            ("residual_factor", own.taken_out, config.taken_out),
-        ):
-            if expected != got:
-                raise differs(name, expected, got)
+    for name in own.must_agree:
+        if getattr(own, name) != getattr(config, name):
+            raise differs(name, getattr(own, name), getattr(config, name))
     modules = lowrank_modules(model, "load_adapter")
     if modules.keys() != adapters.keys():
         raise differs("adapted modules", sorted(modules), sorted(adapters))
     for name, module in modules.items():
-        r, scaling = config.rank_for(name), _scaling_for(config, name, module.in_features)
+        r, scaling = config.rank_for(name), config.scaling_for(name, module.in_features)
         if module.r != r:
             raise differs(f"rank of {name}", module.r, r)
         if not math.isclose(module.scaling, scaling, rel_tol=1e-12):

@@ -25,7 +25,9 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from lowrank_ext.config import ALL_LINEAR, LaMDAConfig, check_choice, check_rank
+from lowrank_ext.config import LaMDAConfig
+from lowrank_ext.config.base import ALL_LINEAR
+from lowrank_ext.config.checks import check_choice, check_rank
 from lowrank_ext.nn.linear import dense_weight
 from lowrank_ext.targets import find_targets
 

@@ -286,7 +286,7 @@ def test_wrong_models_and_configs() -> None:
     with pytest.raises(TypeError, match=r"adapt: model must be a torch\.nn\.Module, got str"):
         adapt("model", LoRAConfig())
     with pytest.raises(
-        TypeError, match="adapt: config must be a LoRAConfig, LaMDAConfig or GOATConfig, got dict"
+        TypeError, match=r"adapt: config must be a LoRAConfig, .* or .*Config, got dict"
     ):
         adapt(TinyLM(), {"r": 2})
     model = adapt(TinyLM(), LoRAConfig(r=2))
@@ -468,7 +468,7 @@ def test_more_config_errors() -> None:
         LaMDAConfig(rank_budget="mean")
     with pytest.raises(ValueError, match="LaMDAConfig: direction must be one of"):
         LaMDAConfig(direction="up")
-    with pytest.raises(TypeError, match="AdapterConfig: use LoRAConfig, LaMDAConfig or GOATConfig"):
+    with pytest.raises(TypeError, match=r"AdapterConfig: use LoRAConfig, .* or .*Config"):
         AdapterConfig()
     with pytest.raises(ValueError, match=r"from_dict: peft_type must be one of .*, got 'IA3'"):
         AdapterConfig.from_dict({"peft_type": "IA3"})

@@ -558,7 +558,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "json_a_list": (lambda p: (p / CONFIG).write_text("[1]"), rf"{CONFIG} must hold an object"),
     "no_type": (
         lambda p: edit_config(p, peft_type=None),
-        "peft_type must be 'LORA', 'LAMDA' or 'GOAT'",
+        "peft_type must be one of 'LORA', 'LAMDA', ",
     ),
     "type_unknown": (lambda p: edit_config(p, peft_type="IA3"), "peft_type .* got 'IA3'"),
     "other_method": (lambda p: edit_config(p, peft_type="LAMDA"), "lora_core.weight is missing"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.config import check_goat_options, goat_scaling
+from lowrank_ext.config.goat import check_goat_options, goat_scaling
 from lowrank_ext.nn.linear import LowRankLinear, top_singular_triples
 
 # The mask of the innermost `with token_mask(...)`. Not a ContextVar: autograd may run the

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ext.config import check_train_lora_b
+from lowrank_ext.config.lamda import check_train_lora_b
 from lowrank_ext.nn.linear import LowRankLinear, draw_lora_a, top_singular_triples
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.config import (
+from lowrank_ext.config.checks import (
     check_alpha,
     check_choice,
     check_dropout,

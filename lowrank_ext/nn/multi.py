@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.config import check_alpha
+from lowrank_ext.config.checks import check_alpha
 from lowrank_ext.nn.linear import dense_weight, is_plain, linear_features
 from lowrank_ext.ops._branch import library
 

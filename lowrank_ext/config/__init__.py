@@ -1,0 +1,14 @@
+"""What to adapt and how: one immutable dataclass per method.
+
+Every check that needs no model happens when a config is built. A changed copy is made with
+``dataclasses.replace(config, r=8)``.
+"""
+
+from lowrank_ext.config.base import AdapterConfig
+from lowrank_ext.config.goat import GOATConfig
+from lowrank_ext.config.lamda import LaMDAConfig
+from lowrank_ext.config.lora import LoRAConfig
+
+METHOD_CONFIGS: tuple[type[AdapterConfig], ...] = (LoRAConfig, LaMDAConfig, GOATConfig)
+
+__all__ = ["METHOD_CONFIGS", "AdapterConfig", "GOATConfig", "LaMDAConfig", "LoRAConfig"]
