@@ -700,9 +700,10 @@ def _check_same(
         raise differs("peft_type", own.peft_type, config.peft_type)
     if start(config) != start(own):
         raise differs("init", own.init, config.init)
-    for name in own.must_agree:
-        if getattr(own, name) != getattr(config, name):
-            raise differs(name, getattr(own, name), getattr(config, name))
+    theirs = config.must_agree()
+    for name, value in own.must_agree().items():
+        if value != theirs[name]:
+            raise differs(name, value, theirs[name])
     modules = lowrank_modules(model, "load_adapter")
     if modules.keys() != adapters.keys():
         raise differs("adapted modules", sorted(modules), sorted(adapters))

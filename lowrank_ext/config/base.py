@@ -51,8 +51,6 @@ class AdapterConfig:
     inits: ClassVar[tuple[str, ...]] = ()
     # Fields that adapter_config.json holds under their own names, beside PEFT's.
     own_fields: ClassVar[tuple[str, ...]] = ()
-    # Fields and properties in which two configs must agree for one's values to fit the other.
-    must_agree: ClassVar[tuple[str, ...]] = ()
 
     r: int = 16
     alpha: float | None = None
@@ -123,6 +121,11 @@ class AdapterConfig:
     def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:
         """Shape of each tensor that a checkpoint holds of one module, by the attribute's name."""
         return {"lora_a": [r, in_features], "lora_b": [out_features, r]}
+
+    def must_agree(self) -> dict[str, Any]:
+        """What another config must have too, beside ranks and scalings, for values trained with it
+        to fit modules built with this one."""
+        return {}
 
     def module_options(self, path: str) -> dict[str, Any]:
         """Keyword arguments for ``from_linear`` of the module class of this method."""

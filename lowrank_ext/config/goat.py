@@ -45,7 +45,6 @@ class GOATConfig(AdapterConfig):
         *("init", "num_experts", "top_k", "rho", "residual_factor", "scale", "eta"),
         *("shared_dropout", "balance_coefficient"),
     )
-    must_agree: ClassVar[tuple[str, ...]] = ("num_experts", "top_k", "taken_out")
 
     init: str = "goat"
     num_experts: int = 8
@@ -87,6 +86,13 @@ class GOATConfig(AdapterConfig):
         a, b = [experts, rank, in_features], [experts, out_features, rank]
         starts = {} if self.init == "zero" else {"lora_a_init": a, "lora_b_init": b}
         return {"lora_a": a, "lora_b": b, "router_weight": [experts, in_features], **starts}
+
+    def must_agree(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "residual_factor": self.taken_out,
+        }
 
     def module_options(self, path: str) -> dict[str, Any]:
         return {**super().module_options(path), **self._own_options()}
