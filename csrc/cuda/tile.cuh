@@ -159,8 +159,10 @@ struct Tile {
   // Where logical chunk `chunk` of `row` lies in the row. With eight chunks (128 bytes, all banks)
   // a row, eight rows permute them eight ways; narrower rows share a line of 128 bytes, and only
   // rows of different lines need different permutations. Rows wider than a line also turn by line.
+  // Neighbouring rows differ in the turn's highest bit, four rows in the two highest: lanes that
+  // share eight chunks among two rows (pairs of fp64 accumulators), or four, do not meet either.
   static __device__ __forceinline__ int place(int row, int chunk) {
-    const int turn = (row & 3) << 1 | (row >> 2 & 1);  // a bijection of row % 8
+    const int turn = (row & 1) << 2 | (row & 2) | (row >> 2 & 1);  // the bits of row % 8, reversed
     if constexpr (kChunksPerRow == 2) return chunk ^ (turn & 1);
     if constexpr (kChunksPerRow == 4) return chunk ^ ((row >> 1 & 1) << 1 | (turn & 1));
     return (chunk & ~7) | ((chunk ^ turn ^ (chunk >> 3)) & 7);
@@ -195,21 +197,27 @@ __device__ __forceinline__ void for_each_own_chunk(int thread, F f) {
 }
 
 // The copy of one chunk whose source does not start on 16 bytes: in pieces of 4 bytes (8 for fp64),
-// or, where elements of 2 bytes do not start on 4, one by one and at once.
+// or, where elements of 2 bytes do not start on 4, as a whole and at once. Lines of 128 bytes next
+// to each other start with different pieces: a warp's chunks fill four lines, and its lanes would
+// otherwise meet in the banks of one piece.
 template <class scalar_t, class T>
 __device__ __forceinline__ void copy_unaligned_chunk_async(scalar_t* to, const T* from,
                                                            int inside) {
   constexpr int kPieceBytes = sizeof(T) == 8 ? 8 : 4;
   constexpr int kPerPiece = kPieceBytes / sizeof(T), kSize = 16 / sizeof(T);
   if (kPerPiece == 1 || reinterpret_cast<uintptr_t>(from) % kPieceBytes == 0) {
-#pragma unroll
-    for (int i = 0; i < kSize; i += kPerPiece) {
+    const int first = static_cast<int>(reinterpret_cast<uintptr_t>(to) / 128 * kPerPiece % kSize);
+#pragma unroll 1  // small code: few matrices are not aligned
+    for (int offset = 0; offset < kSize; offset += kPerPiece) {
+      const int i = first ^ offset;
       const int valid = inside - i < 0 ? 0 : inside - i < kPerPiece ? inside - i : kPerPiece;
       copy_async<kPieceBytes>(to + i, from + i, valid * static_cast<int>(sizeof(T)));
     }
   } else {
+    Chunk<scalar_t> chunk;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) to[i] = i < inside ? from[i] : scalar_t(0.0f);
+    for (int i = 0; i < kSize; ++i) chunk.elements[i] = i < inside ? from[i] : scalar_t(0.0f);
+    store_vector<16>(to, chunk.elements);
   }
 }
 

@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda, called one by one with torch tensors, on the executor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -112,7 +113,23 @@ def assert_lean(report: dict[str, Any], needed_bytes: int) -> None:
     assert moved <= 1.05 * needed_bytes
     requested = report["bytes_read"] + report["bytes_written"]
     assert report["sectors_read"] + report["sectors_written"] <= 1.05 * requested / 32
+    assert_free_banks(report)
+
+
+def assert_free_banks(report: dict[str, Any]) -> None:
+    """A bank of shared memory has to be waited for in at most 2 % of the requests."""
     assert report["shared_conflicts"] <= 0.02 * report["shared_requests"]
+
+
+@contextmanager
+def free_banks() -> Iterator[None]:
+    """That holds for every launch inside."""
+    _simt.clear_reports()
+    yield
+    reports = _simt.reports()
+    assert reports
+    for report in reports:
+        assert_free_banks(report)
 
 
 def traffic_of(report: dict[str, Any], name: str) -> dict[str, Any]:

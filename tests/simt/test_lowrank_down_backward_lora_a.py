@@ -9,6 +9,7 @@ from kernel_calls import (
     acc_dtype,
     assert_lean,
     assert_within_rule,
+    free_banks,
     integers,
     lowrank_down_backward_lora_a,
     normal,
@@ -64,7 +65,8 @@ def test_no_rows():
 def test_strides_and_alignment(kind, offset, padding):
     dh = spread(integers(66, 20, kind=kind), offset, padding)
     x = spread(integers(66, 70, kind=kind), offset, padding)
-    dlora_a = lowrank_down_backward_lora_a(kind, dh, x)
+    with free_banks():
+        dlora_a = lowrank_down_backward_lora_a(kind, dh, x)
     assert torch.equal(dlora_a, true(formula, dh, x).to(dlora_a.dtype))
 
 
@@ -101,7 +103,8 @@ def test_rounding(kind):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("kind", "rank"), [("bf16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 128), ("fp32", 16)]
+    ("kind", "rank"),
+    [("bf16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 128), ("fp32", 16), ("fp64", 32)],
 )
 def test_traffic(kind, rank, dropout_p):
     """x and dh are read once, apart from dh again per 64 columns; the partial sums are written and
@@ -111,7 +114,7 @@ def test_traffic(kind, rank, dropout_p):
     options = {"dropout_p": dropout_p, "seed": seed_tensor(SEED), "num_sms": 4}
     pass_over_x, sums = reports_of(lambda: lowrank_down_backward_lora_a(kind, dh, x, **options))
     size = DTYPES[kind].itemsize
-    partial_bytes = 4 * rank * cols
+    partial_bytes = acc_dtype(kind).itemsize * rank * cols
     assert_lean(pass_over_x, size * (rows * cols + rows * rank) + partial_bytes)
     assert_lean(sums, partial_bytes + size * rank * cols)
     assert traffic_of(pass_over_x, "source")["bytes_read"] == size * rows * cols
