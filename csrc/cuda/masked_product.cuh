@@ -260,14 +260,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       params.thin, Traits::kThinAlongRows ? block.depth(0) : block.first_rank,
       Traits::kThinAlongRows ? block.first_rank : block.depth(0), thread);
 
-  // The group is closed even when nothing is left: the waits count groups.
-  const auto issue = [&](int step, int slot) {
-    if (step < block.num_steps) {
-      large.copy_async_to(stages.large(slot), step, thread);
-      thin.copy_async_to(stages.thin(slot), step, thread);
-    }
-    copy_async_commit();
+  const auto load = [&](int step, int slot) {
+    large.copy_async_to(stages.large(slot), step, thread);
+    thin.copy_async_to(stages.thin(slot), step, thread);
   };
+  const auto as_copied = [](int, int) {};
 
   // Which tile of L this warp's unit of each half sees.
   constexpr int kNone = -2, kStage = -1;
@@ -285,24 +282,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     multiply_add<Op::kLarge, Op::kThin, Traits::kDepth>(half, tile, stages.thin(slot), now);
   };
 
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) issue(step, step);
   sum.low.clear();
   sum.high.clear();
-  int slot = 0;
-#pragma unroll 1
-  for (int step = 0; step < block.num_steps; ++step) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // the copies, and the stage of the step before, have been read
-    issue(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+  // The pipeline's barrier also says that the copies have been read.
+  run_pipeline<kStages>(block.num_steps, load, as_copied, [&](int step, int slot) {
     const int now = opaque(thread);  // registers: addresses are not kept across steps
     detail::fill_copies<Traits>(copies, stages.large(slot), stages.thin(slot), params.dropout,
                                 block.large_row(step), block.large_col(step), now);
     __syncthreads();  // this step's stage and copies are complete
     multiply(sum.low, low_copy, slot, now);
     multiply(sum.high, high_copy, slot, now);
-    slot = slot == kStages - 1 ? 0 : slot + 1;
-  }
+  });
   __syncthreads();  // the stages have been read
 
   // A warp has a unit in each half of the columns.

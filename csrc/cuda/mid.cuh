@@ -98,8 +98,7 @@ __device__ __forceinline__ void copy_mid_tile(const typename Product::Result& ti
   apply_rank_scale<Product>(tile, factors, first_rank, thread);
 }
 
-// Σ_i (h ⊙ rank_scale)[m, i] core[j, i], i in steps of kDepth. One barrier per step: behind it the
-// step's stage is complete and the other one, read in the step before, is free again.
+// Σ_i (h ⊙ rank_scale)[m, i] core[j, i], i in steps of kDepth.
 template <class Product>
 __device__ __forceinline__ void multiply_mid_tile(
     const typename Product::Result& tile, unsigned char* scratch,
@@ -111,34 +110,27 @@ __device__ __forceinline__ void multiply_mid_tile(
   using CoreTile = typename Product::CoreTile;
   constexpr int kThreads = Product::kThreads, kDepth = Product::kDepth;
   constexpr int kStageBytes = HTile::kBytes + CoreTile::kBytes;
-  const auto h_tile = [&](int step) {
-    return HTile{reinterpret_cast<scalar_t*>(scratch + step % 2 * kStageBytes)};
+  const auto h_tile = [&](int slot) {
+    return HTile{reinterpret_cast<scalar_t*>(scratch + slot * kStageBytes)};
   };
-  const auto core_tile = [&](int step) {
-    return CoreTile{reinterpret_cast<scalar_t*>(scratch + step % 2 * kStageBytes + HTile::kBytes)};
+  const auto core_tile = [&](int slot) {
+    return CoreTile{reinterpret_cast<scalar_t*>(scratch + slot * kStageBytes + HTile::kBytes)};
   };
   const int num_steps = static_cast<int>((h.num_cols + kDepth - 1) / kDepth);
-  const auto issue = [&](int step) {
-    if (step < num_steps) {
-      copy_tile_async<kThreads>(h_tile(step), h, first_row, step * kDepth, thread);
-      copy_tile_async<kThreads>(core_tile(step), factors.core, first_rank, step * kDepth, thread);
-    }
-    copy_async_commit();
+  const auto load = [&](int step, int slot) {
+    copy_tile_async<kThreads>(h_tile(slot), h, first_row, step * kDepth, thread);
+    copy_tile_async<kThreads>(core_tile(slot), factors.core, first_rank, step * kDepth, thread);
   };
-
+  const auto prepare = [&](int step, int slot) {
+    thread = opaque(thread);  // registers: the addresses of a step are not kept for the next
+    apply_rank_scale<Product>(h_tile(slot), factors, step * kDepth, thread);
+  };
   typename Product::Sum sum;
   sum.clear();
-  issue(0);
-#pragma unroll 1  // a prologue: small code
-  for (int step = 0; step < num_steps; ++step) {
-    thread = opaque(thread);  // registers: the addresses of a step are not kept for the next
-    copy_async_wait<0>();
-    apply_rank_scale<Product>(h_tile(step), factors, step * kDepth, thread);
-    __syncthreads();
-    issue(step + 1);
+  run_pipeline<Product::kStages>(num_steps, load, prepare, [&](int, int slot) {
     multiply_add<Contraction::kAlongColumns, Contraction::kAlongColumns, kDepth>(
-        sum, h_tile(step), core_tile(step), thread);
-  }
+        sum, h_tile(slot), core_tile(slot), thread);
+  });
   sum.for_each_pair(thread, [&](int row, int col, auto& left, auto& right) {
     write_pair(tile, row, col, left, right);
   });

@@ -145,7 +145,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   using DzTile = typename Traits::DzTile;
   using WTile = typename Traits::WTile;
   using Sum = typename Traits::Sum;
-  constexpr int kStages = Traits::kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int64_t first_row = int64_t{blockIdx.x} / params.num_col_tiles * Traits::kBlockRows;
   const int64_t first_col = int64_t{blockIdx.x} % params.num_col_tiles * Traits::kBlockCols;
@@ -162,34 +161,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   typename Traits::DzStream dz(params.dz, first_row, 0, thread);
   typename Traits::WStream w(params.w, 0, first_col, thread);
-  // The group is closed even when nothing is left: the waits count groups.
-  const auto issue = [&](int unit, int slot) {
-    if (unit < num_units) {
-      dz.copy_async_to(dz_tile(slot), unit, thread);
-      w.copy_async_to(w_tile(slot), unit, thread);
-    }
-    copy_async_commit();
+  const auto load = [&](int unit, int slot) {
+    dz.copy_async_to(dz_tile(slot), unit, thread);
+    w.copy_async_to(w_tile(slot), unit, thread);
   };
+  const auto as_copied = [](int, int) {};
 
-#pragma unroll 1
-  for (int unit = 0; unit < kStages - 1; ++unit) issue(unit, unit);
   Sum sum, part;
   sum.clear();
   part.clear();
   uint32_t rows = 0;  // of the warp's, where the group's dz is not zero
-  int mask = -1, group_end = params.groups.num_unmasked, slot = 0;
-#pragma unroll 1
-  for (int unit = 0; unit < num_units; ++unit) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // this unit's stage is complete, and the one before it has been read
-    issue(unit + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+  int mask = -1, group_end = params.groups.num_unmasked;
+  run_pipeline<Traits::kStages>(num_units, load, as_copied, [&](int unit, int slot) {
     const uint32_t unit_rows = detail::nonzero_rows(dz_tile(slot), warp_row, lane);
     if (unit_rows != 0)
       multiply_add<Contraction::kAlongColumns, Contraction::kAlongRows, kUnitCols>(
           part, dz_tile(slot), w_tile(slot), thread);
     rows |= unit_rows;
-    slot = slot == kStages - 1 ? 0 : slot + 1;
-    if ((unit + 1) * kUnitCols < group_end) continue;
+    if ((unit + 1) * kUnitCols < group_end) return;
 
     if (mask < 0) {
       sum = part;
@@ -203,7 +192,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     rows = 0;
     ++mask;
     group_end += params.groups.group_cols;
-  }
+  });
   __syncthreads();  // the stages have been read
 
   const typename Traits::OutTile out{reinterpret_cast<scalar_t*>(stages)};

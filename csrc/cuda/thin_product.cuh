@@ -310,7 +310,6 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     thin_product_kernel(typename Traits::Params params) {
   using Op = typename Traits::Op;
-  constexpr int kStages = Traits::kStages;
   const int thread = static_cast<int>(threadIdx.x);
   const detail::ThinProductBlock<Traits> block(params);
   const detail::ThinProductStages<Traits> stages{dynamic_shared_memory()};
@@ -326,13 +325,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       params.thin, Traits::kThinAlongRows ? block.depth(0) : block.first_rank,
       Traits::kThinAlongRows ? block.first_rank : block.depth(0), thread);
 
-  // The group is closed even when nothing is left: the waits count groups.
-  const auto issue = [&](int step, int slot) {
-    if (step < block.num_steps) {
-      large.copy_async_to(stages.large(slot), step, thread);
-      thin.copy_async_to(stages.thin(slot), step, thread);
-    }
-    copy_async_commit();
+  const auto load = [&](int step, int slot) {
+    large.copy_async_to(stages.large(slot), step, thread);
+    thin.copy_async_to(stages.thin(slot), step, thread);
   };
   const auto transform_own_chunks = [&](int step, int slot) {
     if constexpr (Op::kHasDropout) {
@@ -348,24 +343,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
   };
 
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) issue(step, step);
   typename Traits::Sum sum;
   sum.clear();
-  int slot = 0;
-#pragma unroll 1  // the products of a step are code enough
-  for (int step = 0; step < block.num_steps; ++step) {
-    copy_async_wait<kStages - 2>();
-    transform_own_chunks(step, slot);
-    __syncthreads();  // this step's stage is complete, and the one before it has been read
-    issue(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
-    if constexpr (Op::kHasThinScale) {
-      if (params.thin_scale) thin_scale.fetch(params.thin_scale, block.depth(step + 1), thread);
-    }
-    multiply_add<Op::kLarge, Op::kThin, Traits::kDepth>(sum, stages.large(slot), stages.thin(slot),
-                                                        thread);
-    slot = slot == kStages - 1 ? 0 : slot + 1;
-  }
+  run_pipeline<Traits::kStages>(
+      block.num_steps, load, transform_own_chunks, [&](int step, int slot) {
+        if constexpr (Op::kHasThinScale) {
+          if (params.thin_scale) thin_scale.fetch(params.thin_scale, block.depth(step + 1), thread);
+        }
+        multiply_add<Op::kLarge, Op::kThin, Traits::kDepth>(sum, stages.large(slot),
+                                                            stages.thin(slot), thread);
+      });
   __syncthreads();  // the stages have been read
 
   const auto scaled = [&](int, typename Traits::acc_t value) { return value * params.scale; };

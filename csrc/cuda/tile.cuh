@@ -1,4 +1,5 @@
-// Views of matrices in global memory, tiles in shared memory, and products of tiles.
+// Views of matrices in global memory, tiles in shared memory, the loop that streams them, and
+// products of tiles.
 //
 // A tile is kRows x kCols elements, row after row, in 16-byte chunks. A chunk's place in its row is
 // permuted by the row ("swizzle"), so that none of these meets a bank twice: a warp copying whole
@@ -289,6 +290,41 @@ struct TileStream {
     });
   }
 };
+
+// The slot of the step before that of `slot`.
+template <int kStages>
+__device__ __forceinline__ int slot_before(int slot) {
+  return slot == 0 ? kStages - 1 : slot - 1;
+}
+
+// A loop of num_steps steps whose tiles come through kStages stages of cp.async. All threads of the
+// block call it. For each step, in the stage `slot`,
+//     load(step, slot)     starts the copies, kStages - 1 steps ahead,
+//     prepare(step, slot)  may change what this thread has copied itself, and
+//     compute(step, slot)  finds all of the stage complete.
+// One barrier a step, between the last two: behind it the stage of the step before has been read
+// and is loaded again. After the last step there is none: other threads may still read the stages.
+template <int kStages, class Load, class Prepare, class Compute>
+__device__ __forceinline__ void run_pipeline(int num_steps, Load load, Prepare prepare,
+                                             Compute compute) {
+  // The group is closed even when nothing is left: the waits count groups.
+  const auto issue = [&](int step, int slot) {
+    if (step < num_steps) load(step, slot);
+    copy_async_commit();
+  };
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) issue(step, step);
+  int slot = 0;
+#pragma unroll 1  // a step is code enough
+  for (int step = 0; step < num_steps; ++step) {
+    copy_async_wait<kStages - 2>();
+    prepare(step, slot);
+    __syncthreads();
+    issue(step + kStages - 1, slot_before<kStages>(slot));
+    compute(step, slot);
+    slot = slot == kStages - 1 ? 0 : slot + 1;
+  }
+}
 
 template <class TileT>
 __device__ __forceinline__ Chunk<typename TileT::scalar_t> read_chunk(const TileT& tile, int row,
