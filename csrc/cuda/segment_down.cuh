@@ -105,31 +105,20 @@ __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
   typename Traits::ThinStream thin(
       thin_matrix, Traits::kThinAlongRows ? block.depth(0) : block.first_rank,
       Traits::kThinAlongRows ? block.first_rank : block.depth(0), thread);
-  // The group is closed even when nothing is left: the waits count groups.
-  const auto issue = [&](int step, int slot) {
-    if (step < block.num_steps) {
-      copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, row_of,
-                                         block.depth(step), thread);
-      thin.copy_async_to(stages.thin(slot), step, thread);
-    }
-    copy_async_commit();
+  const auto load = [&](int step, int slot) {
+    copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, row_of, block.depth(step),
+                                       thread);
+    thin.copy_async_to(stages.thin(slot), step, thread);
   };
-
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) issue(step, step);
-  int slot = 0;
-#pragma unroll 1  // the products of a step are code enough
-  for (int step = 0; step < block.num_steps; ++step) {
-    copy_async_wait<kStages - 2>();
+  const auto drop_own_chunks = [&](int step, int slot) {
     if (drops)
       drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, row_of,
                                      block.depth(step), thread);
-    __syncthreads();  // this step's stage is complete, and the one before it has been read
-    issue(step + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+  };
+  run_pipeline<kStages>(block.num_steps, load, drop_own_chunks, [&](int, int slot) {
     multiply_add<Op::kLarge, Op::kThin, Traits::kDepth>(sum, stages.large(slot), stages.thin(slot),
                                                         thread);
-    slot = slot == kStages - 1 ? 0 : slot + 1;
-  }
+  });
   __syncthreads();  // the stages have been read
 }
 

@@ -72,9 +72,9 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
   thin.num_cols = rank;
   const bool drops = params.dropout.threshold != 0;
   const uint64_t seed = drops ? static_cast<uint64_t>(*params.dropout.seed) : 0;
-  const int64_t num_steps = (num_rows + kDepth - 1) / kDepth;
-  const auto fetch_row = [&](int64_t step) -> int64_t {
-    const int64_t place = step * kDepth + thread;
+  const int num_steps = static_cast<int>((num_rows + kDepth - 1) / kDepth);
+  const auto fetch_row = [&](int step) -> int64_t {
+    const int64_t place = int64_t{step} * kDepth + thread;
     return thread < kDepth && place < num_rows ? params.segments.row(first + place) : -1;
   };
   const auto publish_row = [&](int slot, int64_t row) {
@@ -83,39 +83,27 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
   const auto rows_of = [&](int slot) {
     return [=](int tile_row, int) { return ring[slot * kDepth + tile_row]; };
   };
-  // The group is closed even when nothing is left: the waits count groups.
-  const auto issue = [&](int64_t step, int slot) {
-    if (step < num_steps) {
-      copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, rows_of(slot), first_col,
-                                         thread);
-      copy_gathered_tile_async<kThreads>(stages.thin(slot), thin, rows_of(slot), first_rank,
-                                         thread);
-    }
-    copy_async_commit();
+  const auto load = [&](int, int slot) {
+    copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, rows_of(slot), first_col,
+                                       thread);
+    copy_gathered_tile_async<kThreads>(stages.thin(slot), thin, rows_of(slot), first_rank, thread);
   };
 
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) publish_row(step, fetch_row(step));
   int64_t next_row = fetch_row(kStages - 1);
   __syncthreads();
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) issue(step, step);
-  int slot = 0;
-#pragma unroll 1  // the products of a step are code enough
-  for (int64_t step = 0; step < num_steps; ++step) {
-    const int freed = slot == 0 ? kStages - 1 : slot - 1;
-    copy_async_wait<kStages - 2>();
+  const auto prepare = [&](int step, int slot) {
     if (drops)
       drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, rows_of(slot),
                                      first_col, thread);
-    publish_row(freed, next_row);
+    publish_row(slot_before<kStages>(slot), next_row);  // for the load behind the barrier
     next_row = fetch_row(step + kStages);
-    __syncthreads();  // this step's stage is complete, and the one before it has been read
-    issue(step + kStages - 1, freed);
+  };
+  run_pipeline<kStages>(num_steps, load, prepare, [&](int, int slot) {
     multiply_add<Contraction::kAlongRows, Contraction::kAlongRows, kDepth>(
         sum, stages.large(slot), stages.thin(slot), thread);
-    slot = slot == kStages - 1 ? 0 : slot + 1;
-  }
+  });
   __syncthreads();  // the stages have been read
 }
 
