@@ -162,8 +162,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   typename Traits::DzStream dz(params.dz, first_row, 0, thread);
   typename Traits::WStream w(params.w, 0, first_col, thread);
   const auto load = [&](int unit, int slot) {
-    dz.copy_async_to(dz_tile(slot), unit, thread);
-    w.copy_async_to(w_tile(slot), unit, thread);
+    const int now = opaque(thread);  // registers: addresses are not kept across steps
+    dz.copy_async_to(dz_tile(slot), unit, now);
+    w.copy_async_to(w_tile(slot), unit, now);
   };
   const auto as_copied = [](int, int) {};
 
