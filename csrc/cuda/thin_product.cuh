@@ -326,8 +326,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       Traits::kThinAlongRows ? block.first_rank : block.depth(0), thread);
 
   const auto load = [&](int step, int slot) {
-    large.copy_async_to(stages.large(slot), step, thread);
-    thin.copy_async_to(stages.thin(slot), step, thread);
+    const int now = opaque(thread);  // registers: addresses are not kept across steps
+    large.copy_async_to(stages.large(slot), step, now);
+    thin.copy_async_to(stages.thin(slot), step, now);
   };
   const auto transform_own_chunks = [&](int step, int slot) {
     if constexpr (Op::kHasDropout) {
