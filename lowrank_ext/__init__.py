@@ -18,6 +18,7 @@ from lowrank_ext.balance import ExpertLoad, balance_loss, expert_load
 from lowrank_ext.checkpoint import load_adapter, save_adapter
 from lowrank_ext.config import GOATConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.freezing import FreezeSchedule
+from lowrank_ext.integrations.peft import accelerate, decelerate
 from lowrank_ext.merging import merge, unload, unmerge
 from lowrank_ext.nn.goat import token_mask
 from lowrank_ext.rank_allocation import allocate_ranks
@@ -37,9 +38,11 @@ __all__ = [
     "LaMDAConfig",
     "LoRAConfig",
     "__version__",
+    "accelerate",
     "adapt",
     "allocate_ranks",
     "balance_loss",
+    "decelerate",
     "expert_load",
     "load_adapter",
     "merge",

@@ -13,7 +13,7 @@ import lowrank_ext as lr
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
-from lowrank_ext.cli.settings import WITH_EXPERTS, Settings
+from lowrank_ext.cli.settings import WITH_EXPERTS, WITH_PEFT, Settings
 
 # A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
 # (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
@@ -41,15 +41,15 @@ def build(method: str, model: CausalLM, settings: Settings) -> CausalLM:
     if method == "full":
         return model.requires_grad_(True)
     with as_user_error(f"cannot set up {method}", ValueError, TypeError):
-        if method == "peft-lora":
-            return _build_peft(model, settings)
+        if method in WITH_PEFT:
+            return _accelerated_if_asked(method, _build_peft(model, settings))
         return lr.adapt(model, adapter_config(method, settings, base_dtype(model)))
 
 
 def adapter_config(
     method: str, settings: Settings, base: torch.dtype
 ) -> lr.LoRAConfig | lr.LaMDAConfig | lr.GOATConfig:
-    """The library's configuration for every method but full and peft-lora."""
+    """The library's configuration for every method but full and PEFT's."""
     shared: dict[str, Any] = {
         "r": settings.rank,
         "alpha": settings.alpha,
@@ -85,6 +85,12 @@ def _build_peft(model: CausalLM, settings: Settings) -> CausalLM:
     return adapted
 
 
+def _accelerated_if_asked(method: str, model: CausalLM) -> CausalLM:
+    if method == "peft-lora-accelerated":
+        lr.accelerate(model)
+    return model
+
+
 def _peft_autocast(model: CausalLM, settings: Settings) -> bool:
     """PEFT keeps adapters in the base's dtype, or in fp32 when asked to autocast: the two that we
     allow too."""
@@ -92,7 +98,7 @@ def _peft_autocast(model: CausalLM, settings: Settings) -> bool:
 
 
 def _import_peft() -> Any:
-    with as_user_error("the method peft-lora needs `pip install peft`", ImportError):
+    with as_user_error("PEFT's methods need `pip install peft`", ImportError):
         import peft
     return peft
 
@@ -152,7 +158,7 @@ def save(method: str, model: CausalLM, tokenizer: Any, directory: Path) -> Path 
     with new_directory(directory / name) as temporary:
         if method == "full":
             _save_full(model, tokenizer, temporary)
-        elif method == "peft-lora":
+        elif method in WITH_PEFT:
             # save_embedding_layers="auto" would ask the hub whether the vocabulary has changed.
             model.save_pretrained(str(temporary), save_embedding_layers=False)
         else:
@@ -176,8 +182,8 @@ def load(method: str, model: CausalLM, settings: Settings, directory: Path) -> C
         return build(method, model, settings)
     path = directory / name
     with as_user_error(f"cannot load {path}", Exception):  # whatever the reading library raises
-        if method == "peft-lora":
-            return _load_peft(model, settings, path)
+        if method in WITH_PEFT:
+            return _accelerated_if_asked(method, _load_peft(model, settings, path))
         if method == "full":
             return _load_full(model, path)
         return lr.load_adapter(model, path, trainable=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lowrank_ext.cli.files import MEBIBYTE, read_json, write_bytes, write_json
 from lowrank_ext.cli.settings import Settings
 
 _SMOOTHING = 0.85
+_METHOD_WIDTH = 12  # longer names are broken at a hyphen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ _CAPTION = (
 
 def _cells(result: Result) -> list[str]:
     return [
-        result.method,
+        "\n".join(textwrap.wrap(result.method, _METHOD_WIDTH)),
         _from_to(human_count(result.trainable_at_start), human_count(result.trainable_at_end)),
         f"{result.saved_bytes_at_end / MEBIBYTE:,.1f}",
         f"{result.saved_ratio:.3f}",

@@ -8,7 +8,18 @@ from typing import Any
 
 from lowrank_ext.cli.errors import UserError, near_matches
 
-METHODS = ("frozen", "full", "peft-lora", "lora", "lamda", "lamda++", "moe-lora", "goat")
+METHODS = (
+    "frozen",
+    "full",
+    "peft-lora",
+    "peft-lora-accelerated",
+    "lora",
+    "lamda",
+    "lamda++",
+    "moe-lora",
+    "goat",
+)
+WITH_PEFT = frozenset({"peft-lora", "peft-lora-accelerated"})  # methods that train a PeftModel
 WITH_EXPERTS = frozenset({"moe-lora", "goat"})  # methods whose modules have a router
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
@@ -17,6 +28,7 @@ DEFAULT_LR = {
     "frozen": 0.0,
     "full": 5e-5,
     "peft-lora": 3e-3,
+    "peft-lora-accelerated": 3e-3,
     "lora": 3e-3,
     "lamda": 5e-4,
     "lamda++": 5e-4,

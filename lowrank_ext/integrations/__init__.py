@@ -1,1 +1,1 @@
-"""Glue to other libraries; nothing here is imported unless it is asked for."""
+"""Glue to other libraries, none of which is imported before it is asked for."""

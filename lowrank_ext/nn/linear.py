@@ -635,6 +635,11 @@ def computes_its_weight(base: nn.Module) -> bool:
 
 def is_plain(base: nn.Module) -> bool:
     """Whether x Wᵀ + bias is all that the base does, so that its Parameters are all of it."""
-    hooked = any(getattr(base, hooks) for hooks in _HOOKS) or "forward" in vars(base)
     known = type(base) in (nn.Linear, _conv1d_class())
-    return known and not hooked and dense_weight(base) is not None
+    return known and not is_hooked(base) and dense_weight(base) is not None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than the forward of its class: hooks, or a forward put
+    on the module itself."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)

@@ -1,0 +1,220 @@
+"""``lr.accelerate``: PEFT's LoRA layers on the fused ops, in place, and the way back."""
+
+import dataclasses
+import importlib
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lowrank_ext.integrations.peft_layer import (
+    AcceleratedLoRA,
+    accelerated_class,
+    adapter_not_covered,
+)
+
+__all__ = ["AccelerationReport", "accelerate", "decelerate"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# PEFT's layers whose forward is that of lora.Linear written out once more.
+_COVERED_CLASSES = ("peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit")
+# Others, by the names of their classes.
+_OTHER_CLASSES = {
+    "Embedding": "an embedding is no linear module",
+    "Conv1d": "a convolution is no linear module",
+    "Conv2d": "a convolution is no linear module",
+    "Conv3d": "a convolution is no linear module",
+    "MultiheadAttention": "nn.MultiheadAttention is no linear module",
+    "ParamWrapper": "adapts a parameter (target_parameters), no linear module",
+    "LoraParallelLinear": "Megatron's parallel linear",
+    "SVDLinear": "AdaLoRA",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AccelerationReport:
+    """What :func:`accelerate` did: ``print(report)`` and rich's ``print`` show it as a table.
+
+    Attributes:
+        model: the model.
+        accelerated: paths of the layers that run on the fused ops.
+        left_alone: path and reason of the LoRA layers that are as PEFT made them.
+        partly: path and reason of accelerated layers some of whose adapters still run through
+            PEFT's forward.
+    """
+
+    model: nn.Module = dataclasses.field(repr=False)
+    accelerated: Sequence[str]
+    left_alone: Mapping[str, str]
+    partly: Mapping[str, str]
+
+    def undo(self) -> None:
+        """:func:`decelerate` for the model."""
+        decelerate(self.model)
+
+    def __rich__(self) -> Table:
+        total = len(self.accelerated) + len(self.left_alone)
+        table = Table(title=f"{len(self.accelerated)} of {total} LoRA layers accelerated")
+        table.add_column("layers", justify="right")
+        table.add_column("PEFT's class")
+        table.add_column("runs on")
+        table.add_column("first of them", overflow="fold")
+        for (kind, runs_on), paths in self._groups().items():
+            table.add_row(str(len(paths)), kind, runs_on, paths[0])
+        return table
+
+    def _groups(self) -> dict[tuple[str, str], list[str]]:
+        runs_on = {path: "the fused ops" for path in self.accelerated}
+        runs_on |= {path: f"the fused ops; PEFT: {why}" for path, why in self.partly.items()}
+        runs_on |= {path: f"PEFT: {why}" for path, why in self.left_alone.items()}
+        groups: dict[tuple[str, str], list[str]] = {}
+        for path, where in runs_on.items():
+            kind = _peft_class(self.model.get_submodule(path)).__name__
+            groups.setdefault((kind, where), []).append(path)
+        return groups
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip("\n")
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    """Run the LoRA layers of a PEFT model on the fused ops, in place, for training and inference.
+
+        y = x Wᵀ + bias + Σ scaling · (drop(x) lora_Aᵀ) lora_Bᵀ     over the active adapters
+
+    The layers get a subclass of their own class with another forward; modules, parameters, names
+    and files stay PEFT's. So ``save_pretrained``, ``load_adapter``, ``merge_adapter``,
+    ``merge_and_unload``, ``set_adapter``, ``add_adapter``, ``delete_adapter``, ``disable_adapter``,
+    ``add_weighted_adapter``, ``adapter_names`` and the rest of PEFT go on working, and may be used
+    before and after. For layers that PEFT adds later call it again; calling it twice is harmless.
+    Works on every model that carries PEFT's LoRA layers, a PeftModel or not (transformers'
+    ``add_adapter``, diffusers' ``load_lora_adapter``).
+
+    Numbers: without dropout those of PEFT up to rounding. Beside a bfloat16 or float16 base float32
+    adapters are rounded to the base's dtype once per call, where PEFT multiplies in float32.
+    Dropout has nn.Dropout's distribution, with p rounded to a multiple of 1/65536, but is drawn in
+    the kernel: from the same seed another mask.
+
+    Kept for backward: x and h [M, r] for each layer; no cast or dropped copy of x, no mask.
+
+    Left alone, with the reason in the report: layers that are no linear map, quantised layers with
+    a forward of their own, layers with a forward put on the instance (accelerate's device hooks),
+    and layers none of whose adapters is covered (DoRA and other variants, ``lora_bias``). What only
+    shows in a call (an adapter of an uncovered kind made active, dtypes that do not fit) goes
+    through PEFT's own forward, with a warning.
+
+    Args:
+        model: a model with PEFT's LoRA layers.
+
+    Returns:
+        the report; ``report.undo()`` gives PEFT's forward back.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: model is no nn.Module.
+        ValueError: model carries no LoRA layer of PEFT.
+
+    Example:
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_dropout=0.05))
+        >>> print(lr.accelerate(model))
+
+    Source: LoRA, Hu et al. 2021 (arXiv 2106.09685).
+    """
+    layers = _lora_layers(model)
+    left_alone = {path: why for path, layer in layers.items() if (why := _not_covered(layer))}
+    covered = {path: layer for path, layer in layers.items() if path not in left_alone}
+    partly = {path: why for path, layer in covered.items() if (why := _partly_covered(layer))}
+    for path, layer in layers.items():
+        if path in left_alone:
+            _give_back(layer)
+        elif not isinstance(layer, AcceleratedLoRA):
+            layer.__class__ = accelerated_class(type(layer))
+    return AccelerationReport(model, tuple(covered), left_alone, partly)
+
+
+def decelerate(model: Model) -> Model:
+    """Give the layers of an accelerated model PEFT's own forward back, in place; returns the model.
+
+    Harmless where nothing was accelerated.
+
+    Raises:
+        RuntimeError: a layer was given yet another class since (FSDP2's ``fully_shard`` does that);
+            nothing has changed then.
+    """
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, AcceleratedLoRA)}
+    for path, layer in layers.items():
+        if type(layer) is not accelerated_class(layer.peft_class):
+            raise RuntimeError(
+                f"decelerate: {path} must be as accelerate left it, got a {type(layer).__name__}"
+            )
+    for layer in layers.values():
+        _give_back(layer)
+    return model
+
+
+def _give_back(layer: nn.Module) -> None:
+    if isinstance(layer, AcceleratedLoRA):
+        layer.__class__ = layer.peft_class  # type: ignore[assignment]
+
+
+def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    lora_layer = _import_lora().LoraLayer
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, lora_layer)}
+    if not layers:
+        raise ValueError(
+            f"accelerate: model must carry LoRA layers of PEFT, got a {type(model).__name__} with "
+            "none; lr.adapt puts this library's own into a plain model"
+        )
+    return layers
+
+
+def _import_lora() -> Any:
+    try:
+        return importlib.import_module("peft.tuners.lora")
+    except ImportError as error:
+        raise ImportError("accelerate: needs PEFT, `pip install peft`") from error
+
+
+def _peft_class(layer: nn.Module) -> type[nn.Module]:
+    return layer.peft_class if isinstance(layer, AcceleratedLoRA) else type(layer)
+
+
+def _not_covered(layer: Any) -> str:
+    """Why the layer stays as PEFT made it, or ""."""
+    peft_class = _peft_class(layer)
+    if not _has_covered_forward(peft_class):
+        own = f"{peft_class.__module__.rpartition('.')[2]}.{peft_class.__name__}"
+        return _OTHER_CLASSES.get(peft_class.__name__, f"{own} has a forward of its own")
+    if "forward" in vars(layer):
+        return "a forward was put on the layer itself"
+    if isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    reasons = [adapter_not_covered(layer, name) for name in layer.lora_A]
+    return _most_common(reasons) if reasons and all(reasons) else ""
+
+
+def _partly_covered(layer: Any) -> str:
+    return _most_common([why for name in layer.lora_A if (why := adapter_not_covered(layer, name))])
+
+
+def _most_common(reasons: Sequence[str]) -> str:
+    return Counter(reasons).most_common(1)[0][0] if reasons else ""
+
+
+def _has_covered_forward(peft_class: type[nn.Module]) -> bool:
+    linear = _import_lora().Linear
+    if issubclass(peft_class, linear):
+        names = ("forward", "_mixed_batch_forward")
+        return all(getattr(peft_class, name) is getattr(linear, name) for name in names)
+    return f"{peft_class.__module__}.{peft_class.__qualname__}" in _COVERED_CLASSES
