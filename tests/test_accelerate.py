@@ -1,4 +1,4 @@
-"""lr.accelerate: PEFT's LoRA layers on the fused ops, compared with the same model as PEFT runs it."""
+"""lr.accelerate: PEFT's LoRA layers on the fused ops, beside the same model as PEFT runs it."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 
 import peft
 import rich
-from module_cases import DoublingLinear
+from module_cases import IDS, DoublingLinear, TinyLM
 from peft.tuners import lora
 from test_peft_parity import gpt2, llama, randomise, token_ids
 from test_saved_tensors import bytes_kept_by, storages_kept
@@ -65,23 +65,19 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 }
 
 
-def peft_model(
-    name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
-) -> nn.Module:
+def peft_model(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A PEFT model whose adapters have values as after training."""
     make, own = MODELS[name]
     torch.manual_seed(3)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **own, **options})
-    model = peft.get_peft_model(make(dtype), config)
+    model = peft.get_peft_model(make(dtype), config).eval()
     if dtype == torch.float64:  # PEFT makes its adapters in the base's dtype, then at most float32
         model.double()
     randomise(model)
     return model
 
 
-def pair(
-    name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[Any, Any]:
+def pair(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The same model twice: accelerated, and PEFT's."""
     ours, theirs = peft_model(name, dtype, **options), peft_model(name, dtype, **options)
     report = lr.accelerate(ours)
@@ -153,7 +149,8 @@ def test_logits_and_gradients_are_pefts(name: str, dtype: torch.dtype) -> None:
     ids=lambda options: "-".join(options),
 )
 def test_options_of_lora_config(options: dict[str, Any]) -> None:
-    ours, theirs = pair(dtype=FP64, **options)
+    by_svd = "init_lora_weights" in options  # PEFT has no SVD of float64 weights
+    ours, theirs = pair(dtype=torch.float32 if by_svd else FP64, **options)
     assert_same_logits(ours, theirs)
     assert_same_gradients(ours, theirs)
 
@@ -169,21 +166,38 @@ def test_trained_biases_and_weights_of_the_base() -> None:
     assert_same_gradients(ours, theirs)
 
 
+def assert_no_worse_than_peft(
+    got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
+) -> None:
+    """The low-precision rule: at most twice the error of plain torch, PEFT's, plus a floor."""
+    assert got.keys() == plain.keys() == truth.keys()
+    for name, exact in truth.items():
+        assert got[name].dtype == plain[name].dtype, name
+        error, plain_error = ((v[name].double() - exact).norm() for v in (got, plain))
+        floor = 4 * torch.finfo(got[name].dtype).eps * exact.norm()
+        assert error <= 2 * plain_error + floor, name
+        assert plain_error < 0.3 * exact.norm(), name  # so that it means something
+
+
 @pytest.mark.parametrize("adapter_float32", [True, False], ids=["float32", "base"])
 def test_bfloat16_models(adapter_float32: bool) -> None:
-    model = MODELS["llama"][0](torch.bfloat16)
     config = peft.LoraConfig(r=4, target_modules="all-linear")
-    theirs = peft.get_peft_model(model, config, autocast_adapter_dtype=adapter_float32)
+    theirs = peft.get_peft_model(
+        llama(torch.bfloat16), config, autocast_adapter_dtype=adapter_float32
+    )
     randomise(theirs, 0.1)
     ours = copy.deepcopy(theirs)
     lr.accelerate(ours)
     factor = layers_of(ours)[0].lora_A["default"].weight
     assert factor.dtype == (torch.float32 if adapter_float32 else torch.bfloat16)
-    assert_same_logits(ours, theirs)
+    truth = gradients(copy.deepcopy(theirs).double())
+    # The rule's plain torch has adapters of the base's dtype.
+    plain = gradients(copy.deepcopy(theirs).to(torch.bfloat16))
     got, expected = gradients(ours), gradients(theirs)
-    for key, value in expected.items():
-        assert got[key].dtype == value.dtype
-        assert (got[key].double() - value).norm() <= 0.1 * value.double().norm(), key
+    assert all(got[name].dtype == value.dtype for name, value in expected.items())
+    assert_no_worse_than_peft(
+        got, {name: value.to(got[name].dtype) for name, value in plain.items()}, truth
+    )
 
 
 def layer_pair(
@@ -210,19 +224,15 @@ def run_layer(layer: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), **dict(zip(["dx", *factors], grads, strict=True))}
 
 
-def test_low_precision_rule(device: str, dtypes: DtypePair) -> None:
-    """At most twice the error that PEFT makes with adapters of the base's dtype."""
+def test_one_layer_in_every_pair_of_dtypes(device: str, dtypes: DtypePair) -> None:
     ours, theirs = layer_pair(dtypes, device)
     x, dout = (torch.randn(50, n, device=device).to(dtypes.base) for n in (40, 24))
     truth = run_layer(copy.deepcopy(theirs).double(), x.double(), dout.double())
     plain = run_layer(copy.deepcopy(theirs).to(dtypes.base), x, dout)
     got = run_layer(ours, x, dout)
-    for name, exact in truth.items():
-        error, plain_error = ((v[name].double() - exact).abs() for v in (got, plain))
-        floor = 4 * torch.finfo(dtypes.base).eps * float(exact.abs().mean())
-        assert error.max() <= 2 * plain_error.max() + floor, name
-        assert error.mean() <= 2 * plain_error.mean() + floor, name
-        assert got[name].dtype == (dtypes.adapter if name.startswith("lora") else dtypes.base)
+    for name, value in got.items():
+        assert value.dtype == (dtypes.adapter if name.startswith("lora") else dtypes.base)
+    assert_no_worse_than_peft(got, {n: v.to(got[n].dtype) for n, v in plain.items()}, truth)
 
 
 @pytest.mark.parametrize("base", ["doubling", "hooked", "returns-bfloat16", "returns-float64"])
@@ -237,8 +247,10 @@ def test_bases_that_are_more_than_a_linear(base: str, device: str) -> None:
     ours, theirs = layer_pair(pair_of_float32, device, linear)
     x = torch.randn(5, 40, device=device)
     got, expected = (run_layer(layer, x, layer(x).detach()) for layer in (ours, theirs))
-    for name in expected:
-        assert_close(got[name], expected[name])
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype
+        tolerance = max(TOLERANCE[torch.float32], torch.finfo(value.dtype).eps)
+        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance)
 
 
 def test_arguments_for_the_base_reach_it() -> None:
@@ -271,14 +283,11 @@ def test_any_strides(device: str) -> None:
 
 def test_autocast() -> None:
     ours, theirs = pair()
+    truth = gradients(copy.deepcopy(theirs).double())
     with torch.autocast("cpu", torch.bfloat16):
-        got, expected = logits(ours), logits(theirs)
-        assert_close(got, expected)
-        assert got.dtype == torch.bfloat16
-        grads, expected_grads = gradients(ours), gradients(theirs)
-    for key, value in expected_grads.items():
-        assert grads[key].dtype == value.dtype
-        assert (grads[key].double() - value).norm() <= 0.1 * value.double().norm(), key
+        got, plain = gradients(ours), gradients(theirs)
+    assert got["logits"].dtype == torch.bfloat16
+    assert_no_worse_than_peft(got, plain, truth)
 
 
 # --------------------------------------------------------------------------- dropout and training
@@ -318,8 +327,13 @@ def test_two_runs_give_the_same_bits() -> None:
 
 
 def test_twenty_steps_and_the_files_afterwards(tmp_path: Path) -> None:
-    """AdamW on both: the same losses, and adapters that are close; frozen tensors keep their bits."""
+    """AdamW on both from PEFT's start: the same losses; frozen tensors keep their bits."""
     ours, theirs = pair()
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        for layer in model.modules():
+            if isinstance(layer, lora.Linear):
+                layer.reset_lora_parameters("default", True)
     frozen = {n: p.detach().clone() for n, p in ours.named_parameters() if not p.requires_grad}
     history: list[list[float]] = []
     for model in (ours, theirs):
@@ -333,7 +347,7 @@ def test_twenty_steps_and_the_files_afterwards(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             history[-1].append(loss.item())
-    torch.testing.assert_close(history[0], history[1], rtol=0, atol=2e-4)
+    torch.testing.assert_close(history[0], history[1], rtol=0, atol=1e-5)
     assert history[1][-1] < history[1][0] - 0.05
     assert all(torch.equal(ours.get_parameter(n), value) for n, value in frozen.items())
     ours.save_pretrained(tmp_path)
@@ -404,7 +418,9 @@ def test_a_layer_keeps_x_and_h(dropout: float, adapter: torch.dtype, device: str
     rows = x.shape[0]
     expected = rows * 40 * 2 + rows * 3 * 2 + (8 if dropout else 0)
     assert bytes_kept_by(ours, x) == expected
-    assert bytes_kept_by(theirs, x) > expected + (0 if adapter == x.dtype and not dropout else 4000)
+    # PEFT's: x as cast to the adapter's dtype, dropped, and what dropout needs; h.
+    copies = 2 if dropout else 1
+    assert bytes_kept_by(theirs, x) >= copies * rows * 40 * adapter.itemsize + rows * 3 * 2
 
 
 def test_x_is_not_kept_where_lora_a_is_frozen(device: str) -> None:
@@ -429,7 +445,7 @@ def test_a_model_keeps_less_than_pefts(name: str) -> None:
         model.train()
         storages = storages_kept(lambda model=model: model(input_ids=token_ids()).logits)
         kept.append(sum(size for where, (size, _) in storages.items() if where not in parameters))
-    assert kept[0] < 0.8 * kept[1]
+    assert kept[0] < 0.85 * kept[1]
 
 
 # --------------------------------------------------------------------------- files
@@ -603,7 +619,7 @@ def test_gradients_follow_requires_grad() -> None:
     assert not any("lora_A" in name for name in gradients(ours))
 
 
-# --------------------------------------------------------------------------- an adapter per sequence
+# --------------------------------------------------------------------------- adapter_names
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -884,6 +900,60 @@ def test_a_class_with_a_forward_of_its_own_is_left_alone() -> None:
     assert_close(logits(model), expected)
 
 
+# --------------------------------------------------------------------------- quantised bases
+
+
+def bitsandbytes_linear(bits: int) -> tuple[nn.Module, dict[str, Any]]:
+    bnb = pytest.importorskip("bitsandbytes")
+    plain = nn.Linear(64, 64)
+    kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    options = {"has_fp16_weights": False} if bits == 8 else {"compute_dtype": torch.bfloat16}
+    linear = kind(64, 64, **options)
+    linear.load_state_dict(plain.state_dict())
+    return linear.to("cpu"), {f"is_loaded_in_{bits}bit": True}
+
+
+def torchao_linear() -> tuple[nn.Module, dict[str, Any]]:
+    torchao = pytest.importorskip("torchao.quantization")
+    linear = nn.Linear(64, 64)
+    torchao.quantize_(linear, torchao.Int8WeightOnlyConfig())
+    return linear, {}
+
+
+QUANTISED: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "Linear8bitLt": lambda: bitsandbytes_linear(8),
+    "Linear4bit": lambda: bitsandbytes_linear(4),
+    "TorchaoLoraLinear": torchao_linear,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_bases(kind: str, dtype: torch.dtype) -> None:
+    linear, flags = QUANTISED[kind]()
+    model = nn.Sequential(linear)
+    for name, value in flags.items():
+        setattr(model, name, value)
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, target_modules=["0"], lora_dropout=0.0)
+    ).eval()
+    randomise(theirs)
+    layer = theirs.base_model.model[0]
+    assert type(layer).__name__ == kind
+    ours = copy.deepcopy(theirs)
+    assert lr.accelerate(ours).accelerated == ("base_model.model.0",)
+    x = torch.randn(2, 5, 64).to(dtype)
+    dout = torch.randn(2, 5, 64).to(dtype)
+    results = run_layer(ours.base_model.model[0], x, dout)
+    for name, expected in run_layer(layer, x, dout).items():
+        got = results[name]
+        assert got.dtype == expected.dtype, name
+        tolerance = 0.03 if dtype == torch.bfloat16 else 1e-4
+        assert (got.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+    with torch.no_grad():  # PEFT writes into the output of bitsandbytes, autograd forbids that
+        assert_close(*(m(x, adapter_names=["default", "__base__"]) for m in (ours, theirs)))
+
+
 # --------------------------------------------------------------------------- surgery
 
 
@@ -929,18 +999,14 @@ def test_a_shared_layer_is_one() -> None:
 
 
 def test_a_model_without_peft_model_around_it() -> None:
-    """transformers' own add_adapter."""
+    """As transformers' add_adapter and diffusers' load_lora_adapter leave one."""
     models = []
     for _ in range(2):
-        model = llama()
         torch.manual_seed(4)
-        model.add_adapter(peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
-        randomise(model)
-        models.append(model)
+        config = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"])
+        models.append(peft.inject_adapter_in_model(config, llama()))
+        randomise(models[-1])
     assert len(lr.accelerate(models[0]).accelerated) == 4
-    assert_same_logits(*models)
-    for model in models:
-        model.disable_adapters()
     assert_same_logits(*models)
 
 
@@ -982,19 +1048,26 @@ def test_wrong_arguments() -> None:
         lr.accelerate(peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM")))
 
 
-def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft.tuners.lora", None)
-    with pytest.raises(ImportError, match="accelerate: needs PEFT, `pip install peft`"):
-        lr.accelerate(nn.Linear(2, 2))
+def test_without_peft_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft_model()
+    with monkeypatch.context() as patch:
+        patch.setattr(peft, "__version__", "0.17.1")
+        with pytest.raises(ImportError, match=r"needs PEFT 0\.18 or newer, got 0\.17\.1"):
+            lr.accelerate(model)
+        patch.setattr(peft, "__version__", "0.18.0.dev0")
+        assert lr.accelerate(model).accelerated
+        patch.setitem(sys.modules, "peft.tuners.lora", None)
+        with pytest.raises(ImportError, match=r"needs PEFT, `pip install 'lowrank-ext\[peft\]'`"):
+            lr.accelerate(nn.Linear(2, 2))
 
 
 # --------------------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("kind", ["linear", "hooked", "two adapters", "bfloat16"])
+@pytest.mark.parametrize("kind", ["linear", "other base", "two adapters", "bfloat16"])
 def test_compiled_in_one_graph_for_any_number_of_rows(kind: str) -> None:
     dtypes = DtypePair(torch.bfloat16, torch.float32) if kind == "bfloat16" else None
-    base = DoublingLinear(40, 24) if kind == "hooked" else None
+    base = DoublingLinear(40, 24) if kind == "other base" else None
     layer, _ = layer_pair(dtypes or DtypePair(FP64, FP64), "cpu", base, lora_dropout=0.2)
     if kind == "two adapters":
         layer.update_layer("other", 6, lora_alpha=9, config=peft.LoraConfig(r=6))
@@ -1015,9 +1088,15 @@ def test_compiled_in_one_graph_for_any_number_of_rows(kind: str) -> None:
 
 
 def test_a_compiled_model_follows_its_adapters() -> None:
-    ours, theirs = pair_of_two(torch.float32)
+    theirs = peft.get_peft_model(TinyLM(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with_second_adapter(theirs)
+    ours = copy.deepcopy(theirs)
+    lr.accelerate(ours)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    outputs = []
     for adapter in ("default", "second", "default"):
         ours.set_adapter(adapter)
         theirs.set_adapter(adapter)
-        assert_close(logits(compiled), logits(theirs))
+        outputs.append(compiled(IDS))
+        assert_close(outputs[-1], theirs(IDS))
+    assert not torch.allclose(outputs[0], outputs[1])

@@ -149,6 +149,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
     [
         ("full", "model/model.safetensors"),
         ("peft-lora", "adapter/adapter_model.safetensors"),
+        ("peft-lora-accelerated", "adapter/adapter_model.safetensors"),
         ("lora", "adapter/adapter_model.safetensors"),
         ("lamda", "adapter/adapter_model.safetensors"),
         ("lamda++", "adapter/adapter_model.safetensors"),
@@ -249,15 +250,34 @@ def test_compare_starts_every_method_from_the_same_model(run, tmp_path) -> None:
     assert found["lora"]["trainable_at_end"] == found["peft-lora"]["trainable_at_end"]
 
 
+def test_accelerated_peft_has_pefts_losses_and_lora_s_memory(run, tmp_path, tiny_model) -> None:
+    peft = pytest.importorskip("peft")
+    names = ["peft-lora", "peft-lora-accelerated", "lora"]
+    result = run(compare=",".join(names), dropout=0)
+    assert result.exit_code == 0, result.output
+    assert "accelerated" in result.stdout
+    out = tmp_path / "out"
+    plain, accelerated, ours = (rows(out)[name] for name in names)
+    assert accelerated["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert accelerated["trainable_at_end"] == plain["trainable_at_end"]
+    assert accelerated["saved_bytes_at_end"] == ours["saved_bytes_at_end"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, str(out / names[1] / "adapter"))
+    loss = held_out_loss(adapted, held_out_batches(out))
+    assert loss == pytest.approx(accelerated["held_out_after"], rel=1e-5)
+
+
 def test_dropout_keeps_no_mask_and_no_dropped_copy(run, tmp_path) -> None:
     saved = {}
+    compared = "peft-lora,peft-lora-accelerated,lora"
     for dropout in (0, 0.2):
         out = tmp_path / str(dropout)
-        assert run(compare="peft-lora,lora", dropout=dropout, out=out, steps=1).exit_code == 0
+        assert run(compare=compared, dropout=dropout, out=out, steps=1).exit_code == 0
         saved[dropout] = {name: row["saved_bytes_at_end"] for name, row in rows(out).items()}
     num_modules, seed_bytes = 2 * 7, 8
     assert saved[0.2]["lora"] == saved[0]["lora"] + num_modules * seed_bytes
     assert saved[0.2]["lora"] < saved[0.2]["peft-lora"]
+    assert saved[0.2]["peft-lora-accelerated"] == saved[0.2]["lora"]
 
 
 def test_lamda_ends_with_its_cores_and_keeps_hardly_more_than_the_frozen_model(
@@ -346,6 +366,7 @@ def test_report_says_what_was_run_where(run, tmp_path) -> None:
         ("lora", "fp32", "fp32"),
         ("lora", "bf16", "bf16"),
         ("peft-lora", "fp32", "fp32"),
+        ("peft-lora-accelerated", "bf16", "fp32"),
         ("lamda", "fp32", "fp32"),
         ("lamda", "bf16", "fp32"),
         ("lamda++", "bf16", "base"),

@@ -399,6 +399,15 @@ def test_table_shows_every_number_in_full(width: int) -> None:
         assert number in text
 
 
+def test_table_breaks_long_names_at_their_hyphens() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    result = dataclasses.replace(some_result(), method="peft-lora-accelerated")
+    console.print(results_table([result], "title"))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    start = next(i for i, line in enumerate(lines) if line and line[0] == "peft-lora-")
+    assert lines[start][-1] == "2.5303" and lines[start + 1][0] == "accelerated"
+
+
 def some_result() -> Result:
     return Result(
         method="peft-lora",

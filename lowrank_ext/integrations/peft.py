@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from lowrank_ext.integrations.peft_layer import (
 __all__ = ["AccelerationReport", "accelerate", "decelerate"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_OLDEST_PEFT = (0, 18)
+_WIDTH = 160  # of the table as text: what no reason and hardly a path exceeds
 
 # PEFT's layers whose forward is that of lora.Linear written out once more.
 _COVERED_CLASSES = ("peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit")
@@ -80,7 +84,7 @@ class AccelerationReport:
         return groups
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
+        console = Console(file=io.StringIO(), width=_WIDTH)
         console.print(self)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip("\n")
@@ -119,7 +123,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         the report; ``report.undo()`` gives PEFT's forward back.
 
     Raises:
-        ImportError: PEFT is not installed.
+        ImportError: PEFT is not installed, or older than 0.18.
         TypeError: model is no nn.Module.
         ValueError: model carries no LoRA layer of PEFT.
 
@@ -181,9 +185,13 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _import_lora() -> Any:
     try:
-        return importlib.import_module("peft.tuners.lora")
+        peft, lora = map(importlib.import_module, ("peft", "peft.tuners.lora"))
     except ImportError as error:
-        raise ImportError("accelerate: needs PEFT, `pip install peft`") from error
+        raise ImportError("accelerate: needs PEFT, `pip install 'lowrank-ext[peft]'`") from error
+    if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < _OLDEST_PEFT:
+        oldest = ".".join(map(str, _OLDEST_PEFT))
+        raise ImportError(f"accelerate: needs PEFT {oldest} or newer, got {peft.__version__}")
+    return lora
 
 
 def _peft_class(layer: nn.Module) -> type[nn.Module]:
