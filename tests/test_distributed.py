@@ -16,7 +16,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+pytest.importorskip("peft")
+
+import peft
+
 from lowrank_ext.balance import balance_loss
+from lowrank_ext.integrations.peft import accelerate
+from lowrank_ext.integrations.peft_layer import AcceleratedLoRA
 from lowrank_ext.nn import GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
 
 Gradients = dict[str, Tensor | None]
@@ -40,9 +46,18 @@ def make_model(dropout: float, dtype: torch.dtype) -> nn.Sequential:
         GOATLinear.from_linear(
             linears[2], r=6, num_experts=3, dropout=dropout, balance_coefficient=0.5
         ),
+        accelerated_peft_layer(nn.Linear(11, 7, dtype=dtype), dropout),
     )
     nn.init.normal_(model[0].lora_b, std=0.3)
     return model
+
+
+def accelerated_peft_layer(linear: nn.Linear, dropout: float) -> nn.Module:
+    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=["0"])
+    model = peft.inject_adapter_in_model(config, nn.Sequential(linear))
+    nn.init.normal_(model[0].lora_B["default"].weight, std=0.3)
+    assert accelerate(model).accelerated
+    return model[0]
 
 
 def batch(rank: int, dtype: torch.dtype) -> Tensor:
@@ -72,7 +87,7 @@ def under_ddp(model: nn.Module) -> nn.Module:
 def under_fsdp(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model:
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, LowRankLinear | AcceleratedLoRA):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -141,4 +156,5 @@ def test_frozen_tensors_have_no_gradient() -> None:
     grads, _ = two_steps(make_model(0.0, torch.float32), [0], torch.float32)
     trained = {name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0}
     experts = {"3.lora_a", "3.lora_b", "3.router_weight"}
-    assert trained == {"0.lora_a", "0.lora_b", "2.lora_b", "2.core", *experts}
+    pefts = {"4.lora_A.default.weight", "4.lora_B.default.weight"}
+    assert trained == {"0.lora_a", "0.lora_b", "2.lora_b", "2.core", *experts, *pefts}

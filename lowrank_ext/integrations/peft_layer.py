@@ -7,7 +7,7 @@ the ops do not cover goes to PEFT's own forward, with a warning that says why.
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,18 @@ from lowrank_ext.nn.linear import is_hooked, is_plain
 from lowrank_ext.ops._branch import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
-# What PEFT hands to variants of LoRA; ordinary LoRA and the base ignore it.
-_VARIANT_ARGUMENTS = ("alora_offsets",)
+# Arguments that PEFT hands to its layers and that are not for the base.
+_PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 _CLASSES: dict[type[nn.Module], type["AcceleratedLoRA"]] = {}
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer, as a call uses it."""
+
+    lora_a: Tensor  # [r, K]
+    lora_b: Tensor  # [N, r]
+    scaling: float
+    dropout_p: float
 
 
 class AcceleratedLoRA(nn.Module):
@@ -31,16 +40,15 @@ class AcceleratedLoRA(nn.Module):
     A plain nn.Linear or Conv1D base and the first adapter are one ``lowrank_linear``; on other
     bases, and for further adapters, the branch is added with ``lowrank_add``. With
     ``adapter_names``, an adapter per sequence, it is one ``multi_lowrank_add``. Disabled and merged
-    adapters are PEFT's business, as is all that :func:`adapter_not_covered` and ``_not_covered``
-    name.
+    adapters are PEFT's business, as is all that ``adapter_not_covered`` and ``_not_covered`` name.
+
+    What is covered is asked at every call, since PEFT and its users may change adapters, modules
+    and hooks at any time. So this looks submodules up in the dicts that hold them: through
+    nn.Module's attributes the questions would take longer than the answer at one row.
     """
 
     peft_class: ClassVar[type[nn.Module]]
 
-    base_layer: nn.Module
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
-    lora_dropout: nn.ModuleDict
     scaling: dict[str, float]
     active_adapters: list[str]
     disable_adapters: bool
@@ -51,97 +59,102 @@ class AcceleratedLoRA(nn.Module):
         """x [..., K] to [..., N] in the dtype of the base's output."""
         rows: list[str] | None = kwargs.get("adapter_names")
         names = self.active_adapters if rows is None else list(dict.fromkeys(rows))
-        names = [name for name in names if name in self.lora_A]
+        present = _children(self, "lora_A")
+        names = [name for name in names if name in present]
         if self.disable_adapters or self.merged or not names:
             return self._peft_forward(x, *args, **kwargs)
-        because = self._not_covered(x, names, mixed=rows is not None)
+        adapters, because = self._adapters(x, names, mixed=rows is not None)
         if because:
             _say(because)
             return self._peft_forward(x, *args, **kwargs)
-        self._check_forward_args(x, *args, **kwargs)
-        for name in ("adapter_names", *_VARIANT_ARGUMENTS):
-            kwargs.pop(name, None)
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            kwargs = {k: value for k, value in kwargs.items() if k not in _PEFT_ARGUMENTS}
         if rows is not None:
-            return self._mixed(self.base_layer(x, *args, **kwargs), x, names, rows)
+            ids = [names.index(name) if name in names else -1 for name in rows]
+            return self._mixed(self._base(x, *args, **kwargs), x, adapters, ids)
         weight = None if args or kwargs else self._weight_for(x)
         if weight is None:
-            return self._add(self.base_layer(x, *args, **kwargs), x, names)
-        first, *others = names
-        bias = self.base_layer._parameters["bias"]
-        y = ops.lowrank_linear(x, weight, bias, *self._factors(first), **self._numbers(first))
-        return self._add(y, x, others)
+            return _add(self._base(x, *args, **kwargs), x, adapters)
+        bias = self._modules["base_layer"]._parameters["bias"]  # type: ignore[union-attr]
+        y = _linear(x, weight, bias, adapters[0])
+        return y if len(adapters) == 1 else _add(y, x, adapters[1:])
 
     def _peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
         return y
 
-    def _not_covered(self, x: Tensor, names: Sequence[str], mixed: bool) -> str:
-        """Why this call is PEFT's, or ""."""
-        for name in names:
-            because = adapter_not_covered(self, name) or self._dtype_not_covered(x, name)
-            if because:
-                return because
-            if mixed and self._dropout_p(name) > 0:
-                return "adapter_names together with dropout in training mode"
-        return ""
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        return y
 
-    def _dtype_not_covered(self, x: Tensor, name: str) -> str:
+    def _adapters(self, x: Tensor, names: Sequence[str], mixed: bool) -> tuple[list[Adapter], str]:
+        """The adapters, and why the call is PEFT's, or ""."""
+        for name in names:
+            because = adapter_not_covered(self, name)
+            if because:
+                return [], because
+        adapters = [self._adapter(name) for name in names]
+        return adapters, self._not_covered(x, adapters, mixed)
+
+    def _adapter(self, name: str) -> Adapter:
+        lora_a, lora_b = (_children(self, side)[name].weight for side in ("lora_A", "lora_B"))
+        dropout = _children(self, "lora_dropout")[name]
+        drops = type(dropout) is nn.Dropout and dropout.training
+        return Adapter(lora_a, lora_b, self.scaling[name], dropout.p if drops else 0.0)
+
+    def _not_covered(self, x: Tensor, adapters: Sequence[Adapter], mixed: bool) -> str:
+        """Why these adapters with this x are PEFT's business, or ""."""
         autocast = _autocast_dtype(x)
         dtype = x.dtype if autocast is None else autocast
-        for factor in self._factors(name):
-            fits = factor.dtype == dtype or (factor.dtype == torch.float32 and dtype in HALF_DTYPES)
-            fits = fits or (autocast is not None and factor.dtype in HALF_DTYPES)
-            if dtype not in _DTYPES or not fits:
-                return f"{_name(factor.dtype)} adapters beside inputs of {_name(dtype)}"
-            cast_by_peft = getattr(self, "cast_input_dtype_enabled", True) or autocast is not None
-            if factor.dtype != x.dtype and not cast_by_peft:
-                return "the casting of inputs is switched off"
+        for adapter in adapters:
+            for factor in adapter[:2]:
+                if factor.dtype == x.dtype == dtype and dtype in _DTYPES:
+                    continue
+                half = factor.dtype in HALF_DTYPES and autocast is not None
+                if dtype not in HALF_DTYPES or not (half or factor.dtype == torch.float32):
+                    return f"{_name(factor.dtype)} adapters beside inputs of {_name(dtype)}"
+                if autocast is None and not getattr(self, "cast_input_dtype_enabled", True):
+                    return "the casting of inputs is switched off"
+            if mixed and adapter.dropout_p > 0:
+                return "adapter_names together with dropout in training mode"
         return ""
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
         """The base's weight [N, K] where ``lowrank_linear`` computes what the base does."""
-        if not is_plain(self.base_layer):
+        base = self._modules["base_layer"]
+        assert base is not None
+        weight: Tensor | None = base._parameters.get("weight")
+        if type(base) is nn.Linear:
+            plain = type(weight) is nn.Parameter and not is_hooked(base)
+        else:
+            plain = is_plain(base)
+        if weight is None or not plain:
             return None
-        weight = self.base_layer._parameters["weight"]
-        assert weight is not None
+        weight = weight if type(base) is nn.Linear else weight.t()
+        if weight.dtype == x.dtype:
+            return weight
+        # Other dtypes: autocast's business, or the base itself says that they do not fit.
         cast = _autocast_dtype(x) is not None and weight.dtype != torch.float64
-        if weight.dtype != x.dtype and not cast:
-            return None  # the base itself says that the dtypes do not fit
-        return weight if type(self.base_layer) is nn.Linear else weight.t()
+        return weight if cast else None
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """lora_A [r, K] and lora_B [N, r] of an adapter."""
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
-
-    def _numbers(self, name: str) -> dict[str, Any]:
-        return {"scaling": self.scaling[name], "dropout_p": self._dropout_p(name)}
-
-    def _dropout_p(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-    def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
-        dtype = y.dtype
-        for name in names:
-            branch = _in_one_dtype(x, y, *self._factors(name))
-            y = ops.lowrank_add(*branch, **self._numbers(name))
-        return y.to(dtype)
-
-    def _mixed(self, y: Tensor, x: Tensor, names: Sequence[str], rows: Sequence[str]) -> Tensor:
-        """``rows``: the adapter of each sequence; a name that has none here means the base."""
-        factors = [self._factors(name) for name in names]
-        ranks = [lora_a.shape[0] for lora_a, _ in factors]
-        lora_a = _stack([F.pad(a, (0, 0, 0, max(ranks) - a.shape[0])) for a, _ in factors])
-        lora_b = _stack([F.pad(b, (0, max(ranks) - b.shape[1])) for _, b in factors])
-        ids = torch.tensor([names.index(n) if n in names else -1 for n in rows], device=x.device)
-        scaling = [self.scaling[name] for name in names]
+    def _mixed(
+        self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Sequence[int]
+    ) -> Tensor:
+        """``ids``: the adapter of each sequence, -1 for the base alone."""
+        ranks = [adapter.lora_a.shape[0] for adapter in adapters]
+        widest = max(ranks)
+        lora_a = _stack([F.pad(a.lora_a, (0, 0, 0, widest - a.lora_a.shape[0])) for a in adapters])
+        lora_b = _stack([F.pad(a.lora_b, (0, widest - a.lora_b.shape[1])) for a in adapters])
         base_out, x, lora_a, lora_b = _in_one_dtype(x, y, lora_a, lora_b)
+        row_ids = torch.tensor(ids, device=x.device).view(-1, *(1,) * (x.dim() - 2))
+        scaling = [adapter.scaling for adapter in adapters]
         added = ops.multi_lowrank_add(
             base_out,
             x,
             lora_a,
             lora_b,
-            ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1]),
+            row_ids.expand(x.shape[:-1]),
             torch.tensor(scaling, dtype=torch.float64, device=x.device),
             ranks=torch.tensor(ranks, device=x.device),
         )
@@ -172,25 +185,51 @@ def _new_layer(peft_class: type[nn.Module]) -> AcceleratedLoRA:
 def adapter_not_covered(layer: Any, name: str) -> str:
     """Why the adapter ``name`` of a PEFT layer runs through PEFT's forward whatever its input is;
     "" where the ops cover it."""
-    variant = layer.lora_variant.get(name)
-    if variant is not None:
-        return f"a variant of LoRA, {type(variant).__name__}"
-    lora_a, lora_b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if getattr(lora_b, "bias", None) is not None:
+    if name in layer.lora_variant:
+        return f"a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
+    lora_a, lora_b = _children(layer, "lora_A")[name], _children(layer, "lora_B")[name]
+    if lora_b._parameters.get("bias") is not None:
         return "lora_bias=True"
-    if not (_is_bare(lora_a, nn.Linear) and _is_bare(lora_b, nn.Linear)):
-        return "lora_A or lora_B is wrapped, hooked or no nn.Linear"
-    if not all(type(m.weight) in (nn.Parameter, Tensor) for m in (lora_a, lora_b)):
-        return f"lora_A or lora_B holds a {type(lora_a.weight).__name__}"
-    if not _is_bare(dropout, nn.Dropout, nn.Identity):
+    for factor in (lora_a, lora_b):
+        if type(factor) is not nn.Linear or is_hooked(factor):
+            return "lora_A or lora_B is wrapped, hooked or no nn.Linear"
+        if type(factor.weight) not in (nn.Parameter, Tensor):
+            return f"lora_A or lora_B holds a {type(factor.weight).__name__}"
+    dropout = _children(layer, "lora_dropout")[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
         return f"dropout by a {type(dropout).__name__}, or with hooks"
     if not isinstance(layer.scaling[name], float | int):
         return f"scaling is a {type(layer.scaling[name]).__name__}"
     return ""
 
 
-def _is_bare(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    return type(module) in classes and not is_hooked(module)
+def _children(layer: nn.Module, name: str) -> dict[str, Any]:
+    """The modules in the ModuleDict ``name`` of a layer."""
+    holder: Any = layer._modules[name]
+    return holder._modules
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    return ops.lowrank_linear(
+        x,
+        weight,
+        bias,
+        adapter.lora_a,
+        adapter.lora_b,
+        scaling=adapter.scaling,
+        dropout_p=adapter.dropout_p,
+    )
+
+
+def _add(y: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    dtype = y.dtype
+    for adapter in adapters:
+        y = ops.lowrank_add(
+            *_in_one_dtype(x, y, adapter.lora_a, adapter.lora_b),
+            scaling=adapter.scaling,
+            dropout_p=adapter.dropout_p,
+        )
+    return y.to(dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -27,7 +27,6 @@ from lowrank_ext.config.checks import (
 )
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LowRankLinear(nn.Module):
@@ -642,4 +641,11 @@ def is_plain(base: nn.Module) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than the forward of its class: hooks, or a forward put
     on the module itself."""
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)
+    own = vars(module)  # asked at every call by layers of lr.accelerate: no detours
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
