@@ -326,6 +326,32 @@ def test_two_runs_give_the_same_bits() -> None:
     assert not torch.equal(runs[0]["logits"], runs[2]["logits"])
 
 
+def test_dropout_draws_the_masks_of_lora_linear() -> None:
+    """From the same seed an accelerated model and lr.adapt's LoRA have the same bits."""
+    ours = peft_model(lora_dropout=0.3, task_type="CAUSAL_LM")
+    lr.accelerate(ours)
+    adapted = lr.adapt(
+        llama(), lr.LoRAConfig(r=4, alpha=6, dropout=0.3, target_modules="all-linear")
+    )
+    pairs = dict(zip(layers_of(ours), lr_layers(adapted), strict=True))
+    with torch.no_grad():
+        for layer, linear in pairs.items():
+            linear.lora_a.copy_(layer.lora_A["default"].weight)
+            linear.lora_b.copy_(layer.lora_B["default"].weight)
+    outputs = []
+    for model in (ours, adapted):
+        torch.manual_seed(8)
+        outputs.append(gradients(model)["logits"])
+    assert torch.equal(*outputs)
+    for layer, linear in pairs.items():
+        assert torch.equal(layer.lora_A["default"].weight.grad, linear.lora_a.grad)
+        assert torch.equal(layer.lora_B["default"].weight.grad, linear.lora_b.grad)
+
+
+def lr_layers(model: nn.Module) -> list[lr.nn.LoRALinear]:
+    return [m for m in model.modules() if isinstance(m, lr.nn.LoRALinear)]
+
+
 def test_twenty_steps_and_the_files_afterwards(tmp_path: Path) -> None:
     """AdamW on both from PEFT's start: the same losses; frozen tensors keep their bits."""
     ours, theirs = pair()
@@ -1064,18 +1090,18 @@ def test_without_peft_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> Non
 # --------------------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("kind", ["linear", "other base", "two adapters", "bfloat16"])
+@pytest.mark.parametrize("kind", ["linear", "other base and two adapters"])
 def test_compiled_in_one_graph_for_any_number_of_rows(kind: str) -> None:
-    dtypes = DtypePair(torch.bfloat16, torch.float32) if kind == "bfloat16" else None
-    base = DoublingLinear(40, 24) if kind == "other base" else None
-    layer, _ = layer_pair(dtypes or DtypePair(FP64, FP64), "cpu", base, lora_dropout=0.2)
-    if kind == "two adapters":
+    others = kind != "linear"
+    base = DoublingLinear(40, 24) if others else None
+    layer, _ = layer_pair(DtypePair(FP64, FP64), "cpu", base, lora_dropout=0.2)
+    if others:
         layer.update_layer("other", 6, lora_alpha=9, config=peft.LoraConfig(r=6))
         layer.double()
         layer.set_adapter(["default", "other"])
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 10, 17):
-        x = torch.randn(rows, 40, dtype=layer.base_layer.weight.dtype)
+        x = torch.randn(rows, 40, dtype=FP64)
         results = []
         for run in (layer, compiled):
             torch.manual_seed(rows)
