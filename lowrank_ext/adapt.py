@@ -26,7 +26,13 @@ from lowrank_ext.nn.linear import (
 )
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.rank_allocation import allocate_ranks
-from lowrank_ext.targets import find_targets, modules_named, outermost_modules, shared_tensors
+from lowrank_ext.targets import (
+    find_targets,
+    is_from_peft,
+    modules_named,
+    outermost_modules,
+    shared_tensors,
+)
 
 MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     LoRAConfig: LoRALinear,
@@ -254,7 +260,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
                 f"adapt: model must not be adapted yet, got a {type(module).__name__} at {where}; "
                 "use unload first"
             )
-        if type(module).__module__.startswith("peft."):
+        if is_from_peft(module):
             raise ValueError(
                 f"adapt: model must carry no PEFT adapter, got peft's "
                 f"{type(module).__qualname__} at {where}; pass the base model"

@@ -14,6 +14,7 @@ from lowrank_ext.checkpoint import LoRATensors, read_lora
 from lowrank_ext.config.checks import did_you_mean
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.multi import ACTIVE_ROWS, MultiLoRALinear, RowsBlock
+from lowrank_ext.targets import is_from_peft
 
 __all__ = ["AdapterBank", "BankMemory"]
 
@@ -62,7 +63,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         for path, module in model.named_modules():
             adapted = isinstance(module, LowRankLinear | MultiLoRALinear)
-            if adapted or type(module).__module__.startswith("peft."):
+            if adapted or is_from_peft(module):
                 raise ValueError(
                     f"AdapterBank: model must carry no adapters, got a {type(module).__name__} at "
                     f"{path or 'the model itself'}"

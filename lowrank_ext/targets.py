@@ -158,6 +158,12 @@ def _output_head(model: nn.Module, paths: Mapping[nn.Module, list[str]]) -> set[
     return set(named[-1:])
 
 
+def is_from_peft(module: nn.Module) -> bool:
+    """Whether the module's class is PEFT's or made from one (``lr.accelerate`` does that); PEFT is
+    not imported for the answer."""
+    return any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
+
 def check_adaptable(path: str, module: nn.Module, caller: str) -> None:
     """Raise ValueError where the module at ``path`` cannot carry an adapter."""
     if isinstance(module, NonDynamicallyQuantizableLinear):

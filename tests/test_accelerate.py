@@ -444,7 +444,7 @@ def test_a_layer_keeps_x_and_h(dropout: float, adapter: torch.dtype, device: str
     rows = x.shape[0]
     expected = rows * 40 * 2 + rows * 3 * 2 + (8 if dropout else 0)
     assert bytes_kept_by(ours, x) == expected
-    # PEFT's: x as cast to the adapter's dtype, dropped, and what dropout needs; h.
+    # PEFT's: x as cast to the adapter's dtype and dropped, what dropout needs, h.
     copies = 2 if dropout else 1
     assert bytes_kept_by(theirs, x) >= copies * rows * 40 * adapter.itemsize + rows * 3 * 2
 
@@ -1063,6 +1063,16 @@ def test_layers_are_still_pefts() -> None:
     assert isinstance(layer, lora.Linear) and isinstance(layer, lora.LoraLayer)
     assert repr(layer).startswith("lora.AcceleratedLinear(")
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+
+
+def test_adapt_and_adapter_bank_refuse_accelerated_models() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.inject_adapter_in_model(config, TinyLM())
+    lr.accelerate(model)
+    with pytest.raises(ValueError, match="no PEFT adapter, got peft's AcceleratedLinear"):
+        lr.adapt(model, lr.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="carry no adapters, got a AcceleratedLinear"):
+        lr.AdapterBank(model)
 
 
 def test_wrong_arguments() -> None:
