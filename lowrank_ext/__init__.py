@@ -1,4 +1,4 @@
-"""Low-rank fine-tuning on fused torch ops: LoRA, LaMDA and their relatives."""
+"""Low-rank fine-tuning on fused torch ops: LoRA, LaMDA, AFLoRA and their relatives."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from lowrank_ext.adapt import (
     trainable_parameters,
 )
 from lowrank_ext.adapter_bank import AdapterBank
+from lowrank_ext.adaptive_freezing import AdaptiveFreezeSchedule
 from lowrank_ext.balance import ExpertLoad, balance_loss, expert_load
 from lowrank_ext.checkpoint import load_adapter, save_adapter
-from lowrank_ext.config import GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.freezing import FreezeSchedule
 from lowrank_ext.integrations.peft import accelerate, decelerate
 from lowrank_ext.merging import merge, unload, unmerge
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AFLoRAConfig",
     "AdapterBank",
+    "AdaptiveFreezeSchedule",
     "BalanceLossMixin",
     "ExpertLoad",
     "FreezeCallback",

@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import AdapterConfig, AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.config.base import config_names
+from lowrank_ext.nn.aflora import AFLoRALinear
 from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import (
@@ -37,6 +38,7 @@ from lowrank_ext.targets import (
 MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     LoRAConfig: LoRALinear,
     LaMDAConfig: LaMDALinear,
+    AFLoRAConfig: AFLoRALinear,
     GOATConfig: GOATLinear,
 }
 _ADAPTED = (LowRankLinear, MultiLoRALinear)

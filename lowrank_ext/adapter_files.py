@@ -122,6 +122,22 @@ def _interrupted_save(where: Path) -> Path | None:
     return next(iter(sorted(where.glob(f".{CONFIG_NAME}.{digest}.*"))), None)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path``, whole, or leave what was there.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_synced(temporary, data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
 def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)

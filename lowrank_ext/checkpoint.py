@@ -1,15 +1,17 @@
 """Adapter checkpoints: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
 LoRA is written as PEFT writes it, and PEFT's LoRA files load here. The other methods use the same
-two files with ``peft_type`` "LAMDA" or "GOAT" and more tensors per module. With P for
+two files with ``peft_type`` "LAMDA", "AFLORA" or "GOAT" and more tensors per module. With P for
 ``base_model.model.<path>``:
 
-    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         LoRA, LaMDA
+    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         LoRA, LaMDA, AFLoRA
     P.lora_core.weight [r, r]                                LaMDA
     P.lora_B_init.weight [N, r]    P.lora_core_init.weight [r]
                                                              LaMDA svd_residual: start of lora_b and
                                                              of core's diagonal, which with lora_a
                                                              rebuild the residual base weight
+    P.lora_rank_scale.weight [r]    P.lora_out_scale.weight [N]
+                                                             AFLoRA
     P.lora_A.weight [E, r/E, K]    P.lora_B.weight [E, N, r/E]    P.lora_router.weight [E, K]
                                                              GOAT
     P.lora_A_init.weight    P.lora_B_init.weight             GOAT but init="zero": starts of lora_A
@@ -53,6 +55,8 @@ _FILE_NAMES = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
     "core": "lora_core.weight",
+    "rank_scale": "lora_rank_scale.weight",
+    "out_scale": "lora_out_scale.weight",
     "router_weight": "lora_router.weight",
     "lora_a_init": "lora_A_init.weight",  # of pissa only in memory: in a file half of lora_A
     "lora_b_init": "lora_B_init.weight",

@@ -1,10 +1,11 @@
-"""LaMDA's gradual freezing of lora_b (the Trainer's callback: integrations/transformers.py).
+"""LaMDA's gradual freezing of lora_b, and what it shares with AFLoRA's (adaptive_freezing.py).
 
-The unit is a column of lora_b, from column 0 (the largest singular value with the SVD inits) up.
-After optimizer step t of T the first ``min(r, floor(r · t / (eta · T)))`` columns are frozen, all
-of them once t >= eta · T (LaMDA, arXiv 2406.12832, where eta = 0.3). A frozen column never changes
-again. Zeroing its gradient is not enough for that (momentum and weight decay still move it), so its
-values are kept aside and written back after every optimizer step, whatever the optimizer did.
+(The Trainer's callback for both: integrations/transformers.py.) The unit is a column of lora_b,
+from column 0 (the largest singular value with the SVD inits) up. After optimizer step t of T the
+first ``min(r, floor(r · t / (eta · T)))`` columns are frozen, all of them once t >= eta · T (LaMDA,
+arXiv 2406.12832, where eta = 0.3). A frozen column never changes again. Zeroing its gradient is not
+enough for that (momentum and weight decay still move it), so its values are kept aside and written
+back after every optimizer step, whatever the optimizer did.
 """
 
 import math
@@ -35,24 +36,51 @@ def check_fraction(owner: str, name: str, value: object) -> float:
     return float(value)
 
 
+def exact(fraction: float) -> Fraction:
+    """The decimal number that ``fraction`` is written as: 0.1 of 30 steps are 3 steps and not
+    3.0000000000000004."""
+    return Fraction(repr(float(fraction)))
+
+
 def num_frozen_columns(step: int, rank: int, total_steps: int, eta: float, bucket: int = 1) -> int:
     """Columns of lora_b that are frozen after ``step`` optimizer steps.
 
     ``floor(rank · step / (eta · total_steps))``, rounded down to a multiple of ``bucket``, until
-    ``step >= eta · total_steps``, from when on it is ``rank``. Exact: eta is taken as the decimal
-    number it is written as, so 0.1 of 30 steps are 3 steps and not 3.0000000000000004.
+    ``step >= eta · total_steps``, from when on it is ``rank``.
     """
-    freezing_steps = Fraction(repr(float(eta))) * total_steps
+    freezing_steps = exact(eta) * total_steps
     if step >= freezing_steps:
         return rank
     return math.floor(rank * step / freezing_steps) // bucket * bucket
 
 
-def _columns(tensor: Tensor, stop: int) -> Tensor:
-    """View of the first ``stop`` columns; of a DTensor sharded on dim 0, of the local rows."""
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     local: Tensor = tensor if to_local is None else to_local()
-    return local[:, :stop]
+    return local
+
+
+def frozen_may_leave() -> bool:
+    """Whether a frozen tensor may lose requires_grad.
+
+    Not where torch.distributed is initialised: DDP's reducer and FSDP2's groups are built for a
+    fixed set of trainable parameters.
+    """
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def stop_training(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> None:
+    """Takes a frozen parameter out of autograd and its state out of the optimizer."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
+    if optimizer is not None:
+        optimizer.state.pop(parameter, None)
+
+
+def _columns(tensor: Tensor, stop: int) -> Tensor:
+    """View of the first ``stop`` columns; of a DTensor sharded on dim 0, of the local rows."""
+    return local_part(tensor)[:, :stop]
 
 
 def _check_rows_only(name: str, lora_b: Tensor) -> None:
@@ -101,12 +129,8 @@ class _FrozenColumns:
 
     def release(self, optimizer: torch.optim.Optimizer | None) -> None:
         """All columns are frozen: lora_b stops being trained and nothing is kept for it."""
-        lora_b = self.module.lora_b
         self.unmask_gradients()
-        lora_b.requires_grad_(False)
-        lora_b.grad = None
-        if optimizer is not None:
-            optimizer.state.pop(lora_b, None)
+        stop_training(self.module.lora_b, optimizer)
         self.values = None
 
     def reset(self) -> None:
@@ -128,8 +152,8 @@ class FreezeSchedule:
     Call :meth:`step` once after each ``optimizer.step()``. Between the two the frozen columns may
     hold what the optimizer made of them. Once all columns of a module are frozen, its lora_b has
     requires_grad False and grad None, and autograd does no work for it. Where torch.distributed is
-    initialised it keeps requires_grad, because DDP's reducer and FSDP2's groups are built for a
-    fixed set of trainable parameters; its gradient is zero then, and its values are still restored.
+    initialised it keeps requires_grad (see :func:`frozen_may_leave`); its gradient is zero then,
+    and its values are still restored.
 
     Build it after ``fully_shard``; a lora_b that is a DTensor must be replicated or sharded on
     dim 0. To resume, load the model's weights first, then call :meth:`load_state_dict`: the saved
@@ -185,7 +209,7 @@ class FreezeSchedule:
 
     @torch.no_grad()
     def _freeze(self) -> None:
-        release = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        release = frozen_may_leave()
         for frozen in self._frozen.values():
             rank = frozen.module.r
             frozen.freeze(
@@ -208,6 +232,10 @@ class FreezeSchedule:
 
     def state_dict(self) -> dict[str, int | float]:
         """Plain numbers. The frozen values are those in the model's own state."""
+        return self.numbers()
+
+    def numbers(self) -> dict[str, int | float]:
+        """The part of the state that JSON can hold: all of it."""
         return {
             "step": self.step_count,
             "total_steps": self.total_steps,

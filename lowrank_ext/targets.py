@@ -1,6 +1,5 @@
 """Which modules of a model a config means, and which tensors share memory."""
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank_ext.config.base import ALL_LINEAR, AdapterConfig
-from lowrank_ext.config.checks import did_you_mean, matching_pattern
+from lowrank_ext.config.checks import did_you_mean, matches_names, matching_pattern
 from lowrank_ext.nn.linear import is_conv1d, linear_features
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
@@ -45,7 +44,9 @@ def find_targets(
         wanted = {m for m in paths if _is_linear(m)}
     else:
         wanted = {
-            m for m, own in paths.items() if any(_matches(p, config.target_modules) for p in own)
+            m
+            for m, own in paths.items()
+            if any(matches_names(p, config.target_modules) for p in own)
         }
     targets = {own[0]: m for m, own in paths.items() if m in wanted and m not in left_alone}
     if isinstance(config.target_modules, str):
@@ -62,13 +63,20 @@ def find_targets(
         for key in getattr(config, argument):
             if not any(matching_pattern([key], path) for path in targets):
                 raise _no_match(caller, argument, key, "an adapted module", targets)
+    for argument in config.selectors:
+        names = getattr(config, argument) or ()
+        for name in [names] if isinstance(names, str) else names:
+            pattern = name if isinstance(names, str) else [name]
+            if not any(matches_names(path, pattern) for path in targets):
+                raise _no_match(caller, argument, name, "an adapted module", targets)
     return targets
 
 
 def modules_named(model: nn.Module, names: str | Sequence[str]) -> set[nn.Module]:
     """The modules that ``names`` match, with all modules inside them."""
-    named = model.named_modules(remove_duplicate=False)
-    return {inner for path, m in named if path and _matches(path, names) for inner in m.modules()}
+    every = model.named_modules(remove_duplicate=False)
+    named = [module for path, module in every if path and matches_names(path, names)]
+    return {inner for module in named for inner in module.modules()}
 
 
 def outermost_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -111,12 +119,6 @@ def _module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     return paths
 
 
-def _matches(path: str, names: str | Sequence[str]) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
 def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, caller: str) -> None:
     every = [path for own in paths.values() for path in own]
     linear = [own[0] for module, own in paths.items() if linear_features(module) is not None]
@@ -126,7 +128,7 @@ def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, ca
             continue
         for name in [names] if isinstance(names, str) else names:
             pattern = name if isinstance(names, str) else [name]
-            if not any(_matches(path, pattern) for path in every):
+            if not any(matches_names(path, pattern) for path in every):
                 known = every if argument == "modules_to_save" else linear
                 raise _no_match(caller, argument, name, "a module", known)
 

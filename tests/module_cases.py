@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import reference
-from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
-from lowrank_ext.nn import GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
+from lowrank_ext.config import AdapterConfig, AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.nn import AFLoRALinear, GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -34,7 +34,11 @@ class Method(NamedTuple):
 
 METHODS = [
     Method(module, config, init)
-    for module, config in ((LoRALinear, LoRAConfig), (LaMDALinear, LaMDAConfig))
+    for module, config in (
+        (LoRALinear, LoRAConfig),
+        (LaMDALinear, LaMDAConfig),
+        (AFLoRALinear, AFLoRAConfig),
+    )
     for init in module.inits
 ]
 EXPERTS = [Method(GOATLinear, GOATConfig, init) for init in GOATLinear.inits]
@@ -137,26 +141,36 @@ def randomise(module: nn.Module) -> None:
     """Give what trains in the adapters below `module` values of order one that no init gives."""
     for layer in module.modules():
         if isinstance(layer, LowRankLinear):
-            for name in ("lora_a", "lora_b", "core", "router_weight"):
+            for name in ("lora_a", "lora_b", "core", "rank_scale", "out_scale", "router_weight"):
                 tensor = getattr(layer, name, None)
                 if tensor is not None and tensor.requires_grad:
-                    tensor.copy_(torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5)
+                    size = tensor.shape[-1] if tensor.dim() > 1 else 1
+                    tensor.copy_(torch.randn(tensor.shape) / size**0.5)
 
 
 def lora_product(
     method: Method, base: nn.Module, lora_a: Tensor, lora_b: Tensor, **options: Any
 ) -> LowRankLinear:
-    """The method's module, its core (where there is one) the identity: the branch is B A."""
-    init = {"LORA": "kaiming", "LAMDA": "lora"}[method.config.peft_type]
+    """The method's module, its core the identity and its scales ones, so that the branch is B A."""
+    init = {"LORA": "kaiming", "LAMDA": "lora", "AFLORA": "kaiming"}[method.config.peft_type]
     module = method.module.from_linear(
         base, r=lora_a.shape[0], init=init, initialise=False, adapter_dtype="base", **options
     )
     with torch.no_grad():
         module.lora_a.copy_(lora_a)
         module.lora_b.copy_(lora_b)
-        if module.core is not None:
-            module.core.copy_(torch.eye(module.r))
+    neutral_middle(module)
     return module
+
+
+@torch.no_grad()
+def neutral_middle(module: LowRankLinear) -> None:
+    """Make the core the identity and the scales ones, where there are such: the branch is B A."""
+    if module.core is not None:
+        module.core.copy_(torch.eye(module.r))
+    for scale in (module.rank_scale, module.out_scale):
+        if scale is not None:
+            scale.fill_(1)
 
 
 def branch(module: LowRankLinear, x: Tensor) -> Tensor:
@@ -172,9 +186,12 @@ def branch(module: LowRankLinear, x: Tensor) -> Tensor:
             scaling=module.scaling,
         )[0]
     h = x.double() @ module.lora_a.double().mT
+    if module.rank_scale is not None:
+        h = h * module.rank_scale.double()
     if module.core is not None:
         h = h @ module.core.double().mT
-    return module.scaling * (h @ module.lora_b.double().mT)
+    y = module.scaling * (h @ module.lora_b.double().mT)
+    return y if module.out_scale is None else y * module.out_scale.double()
 
 
 class Block(nn.Module):

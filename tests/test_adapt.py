@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
-from lowrank_ext.config import AdapterConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import AdapterConfig, AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.merging import unload
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 from lowrank_ext.targets import find_targets
@@ -91,6 +91,7 @@ def test_only_the_adapters_train(method: Method) -> None:
     adapters = {
         LoRAConfig: {"lora_a", "lora_b"},
         LaMDAConfig: {"lora_b", "core"},
+        AFLoRAConfig: {"lora_a", "lora_b", "rank_scale", "out_scale"},
         GOATConfig: {"lora_a", "lora_b", "router_weight"},
     }[method.config]
     expected = {f"{path}.{name}" for path in adapted_paths(model) for name in adapters}

@@ -60,7 +60,11 @@ def goat(**options: Any) -> lr.GOATConfig:
     return lr.GOATConfig(**{"r": 4, "num_experts": 2, "top_k": 1, **names, **options})
 
 
-AnyConfig = lr.LoRAConfig | lr.LaMDAConfig | lr.GOATConfig
+def aflora(**options: Any) -> lr.AFLoRAConfig:
+    return lr.AFLoRAConfig(**{"r": 4, "target_modules": ["embed", "0", "2"], **options})
+
+
+AnyConfig = lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig
 CONFIGS: dict[str, Callable[[], AnyConfig]] = {
     "lora": lora,
     "lora_base_dtype": lambda: lora(adapter_dtype="base"),
@@ -79,6 +83,13 @@ CONFIGS: dict[str, Callable[[], AnyConfig]] = {
     "lamda_released": lambda: lamda(init="lora"),
     "lamda_frozen_b": lambda: lamda(train_lora_b=False),
     "lamda++": lambda: lamda(rank_budget="rank", r=6),
+    "aflora": lambda: aflora(alpha=3),
+    "aflora_live_modules": lambda: aflora(
+        live_modules=["embed", "body.0"], rank_scale_init=0.5, rank_pattern={"embed": 3}
+    ),
+    "aflora_vectors_alone": lambda: aflora(
+        live_modules=(), adapter_dtype="base", modules_to_save=["norm"]
+    ),
     "goat": lambda: goat(dropout=0.1, balance_coefficient=0.5, alpha=3),
     "goat_base_dtype": lambda: goat(adapter_dtype="base", shared_dropout=True, rho=3.5),
     "goat_mini_patterns": lambda: goat(

@@ -153,6 +153,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
         ("lora", "adapter/adapter_model.safetensors"),
         ("lamda", "adapter/adapter_model.safetensors"),
         ("lamda++", "adapter/adapter_model.safetensors"),
+        ("aflora", "adapter/adapter_model.safetensors"),
         ("moe-lora", "adapter/adapter_model.safetensors"),
         ("goat", "adapter/adapter_model.safetensors"),
     ],
@@ -195,7 +196,7 @@ def held_out_batches(out: Path) -> list[torch.Tensor]:
     return corpus.held_out_batches(settings.batch, settings.eval_batches)
 
 
-@pytest.mark.parametrize("method", ["lamda", "lamda++", "goat", "moe-lora"])
+@pytest.mark.parametrize("method", ["lamda", "lamda++", "aflora", "goat", "moe-lora"])
 def test_adapter_gives_the_reported_loss_when_loaded(run, tmp_path, tiny_model, method) -> None:
     assert run(method=method).exit_code == 0
     out = tmp_path / "out"
@@ -294,7 +295,8 @@ def test_lamda_ends_with_its_cores_and_keeps_hardly_more_than_the_frozen_model(
     ("dtype", "adapter_dtype"), [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "base")]
 )
 def test_half_size_models_and_adapters(run, tmp_path, dtype, adapter_dtype) -> None:
-    assert run(compare="lora,lamda", dtype=dtype, adapter_dtype=adapter_dtype).exit_code == 0
+    compare = "lora,lamda,aflora"
+    assert run(compare=compare, dtype=dtype, adapter_dtype=adapter_dtype).exit_code == 0
     for row in rows(tmp_path / "out").values():
         assert row["held_out_after"] < row["held_out_before"]
 
@@ -370,6 +372,8 @@ def test_report_says_what_was_run_where(run, tmp_path) -> None:
         ("lamda", "fp32", "fp32"),
         ("lamda", "bf16", "fp32"),
         ("lamda++", "bf16", "base"),
+        ("aflora", "fp32", "fp32"),
+        ("aflora", "bf16", "base"),
         ("full", "bf16", "fp32"),
         ("goat", "fp32", "fp32"),
         ("moe-lora", "bf16", "base"),
@@ -504,6 +508,9 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"alpha": 0}, ["--alpha"]),
         ({"lr": "nan"}, ["--lr"]),
         ({"freeze_eta": 0}, ["--freeze-eta"]),
+        ({"freeze_start": 0.4}, ["--freeze-start", "--freeze-eta 0.3", "0.4"]),
+        ({"freeze_decay": "cubical"}, ["--freeze-decay", "cubic"]),
+        ({"freeze_window": 0}, ["--freeze-window"]),
         ({"threads": 0}, ["--threads"]),
         ({"dtype": "bf61"}, ["--dtype", "bf16"]),
         ({"adapter_dtype": "fp8"}, ["--adapter-dtype"]),

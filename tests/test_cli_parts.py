@@ -134,6 +134,7 @@ def some_settings(**changes: Any) -> Settings:
         **{"model": None, "text": ("a.txt",), "field": "text", "methods": ("lora",)},
         **{"compare": False, "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"},
         **{"steps": 1, "batch": 1, "seq_len": 8, "lr": None, "freeze_eta": 0.3, "dtype": "auto"},
+        **{"freeze_start": None, "freeze_decay": "cubic", "freeze_window": None},
         **{"experts": 8, "top_k": 2, "balance": 1e-3},
         **{"adapter_dtype": "fp32", "seed": 0, "threads": None, "eval_batches": 1},
         **{"save_every": 0, "compile": False},

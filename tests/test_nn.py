@@ -33,7 +33,7 @@ from module_cases import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_ext.nn import LaMDALinear, LoRALinear, LowRankLinear
+from lowrank_ext.nn import AFLoRALinear, LaMDALinear, LoRALinear, LowRankLinear
 from lowrank_ext.nn.linear import top_singular_triples
 
 by_method = pytest.mark.parametrize("method", METHODS, ids=str)
@@ -207,9 +207,19 @@ def test_the_base_parameters_are_the_same_objects_and_frozen(method: Method, kin
 def test_what_trains(method: Method) -> None:
     module = make(method, plain_linear())
     trains = {name for name, p in module.named_parameters() if p.requires_grad}
-    lamda = method.module is LaMDALinear
-    assert trains == ({"lora_b", "core"} if lamda else {"lora_a", "lora_b"})
-    if lamda and method.init != "lora":
+    assert (
+        trains
+        == {
+            LoRALinear: {"lora_a", "lora_b"},
+            LaMDALinear: {"lora_b", "core"},
+            AFLoRALinear: {"lora_a", "lora_b", "rank_scale", "out_scale"},
+        }[method.module]
+    )
+    if method.module is AFLoRALinear:
+        vectors = make(method, plain_linear(), train_projections=False)
+        names = [n for n, p in vectors.named_parameters() if p.requires_grad]
+        assert names == ["rank_scale", "out_scale"]
+    if method.module is LaMDALinear and method.init != "lora":
         frozen_b = make(method, plain_linear(), train_lora_b=False)
         assert [n for n, p in frozen_b.named_parameters() if p.requires_grad] == ["core"]
 

@@ -6,13 +6,13 @@ run for both: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ. Values are chosen so that
 
 import pytest
 import torch
-from module_cases import METHODS, Method, lora_product
+from module_cases import METHODS, Method, lora_product, neutral_middle
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext.adapt import adapt, prepare_for_checkpointing
-from lowrank_ext.config import LaMDAConfig, LoRAConfig
+from lowrank_ext.config import AFLoRAConfig, LaMDAConfig, LoRAConfig
 from lowrank_ext.merging import merge, unload
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 
@@ -93,7 +93,7 @@ def test_rf02_rank_stabilised_scaling(method: Method, rslora: bool, expected: fl
     assert torch.equal(module(x), torch.full((1, 3), expected))
 
 
-@pytest.mark.parametrize("config_class", [LoRAConfig, LaMDAConfig])
+@pytest.mark.parametrize("config_class", [LoRAConfig, LaMDAConfig, AFLoRAConfig])
 def test_rf02_the_root_is_of_the_modules_own_rank(config_class) -> None:
     model = nn.ModuleDict({n: nn.Linear(16, 16, bias=False) for n in ("small", "large")})
     adapt(model, config_class(r=4, alpha=8, rslora=True, rank_pattern={"large": 16}))
@@ -103,8 +103,7 @@ def test_rf02_the_root_is_of_the_modules_own_rank(config_class) -> None:
             module.weight.zero_()
             module.lora_a.fill_(1)
             module.lora_b.fill_(1)
-            if module.core is not None:
-                module.core.copy_(torch.eye(module.r))
+            neutral_middle(module)
     x = torch.ones(1, 16)
     assert torch.equal(model.large(x), torch.full((1, 16), 2.0 * 16 * 16))
     merge(model)
@@ -331,8 +330,7 @@ def test_rf07_a_tied_head_is_not_merged(method: Method) -> None:
     with torch.no_grad():
         model.head.lora_a.copy_(torch.tensor([[1.0, 1.0]]))
         model.head.lora_b.copy_(torch.tensor([[1.0], [0.0], [0.0], [-1.0]]))
-        if model.head.core is not None:
-            model.head.core.fill_(1)
+    neutral_middle(model.head)
     embedding = model.embed.weight.detach().clone()
     assert torch.equal(model(ids), logits)
     for call in (merge, lambda m: unload(m, merge=True)):
@@ -418,8 +416,7 @@ def checkpointed_gradients(
     for block in model.blocks:
         train_all(block)
         nn.init.constant_(block.lora_b, 0.5)
-        if block.core is not None:
-            nn.init.eye_(block.core)
+        neutral_middle(block)
     model(torch.tensor([0, 3, 1])).square().sum().backward()
     adapters = [p for p in model.parameters() if p.requires_grad]
     return model, [p.grad for p in adapters]

@@ -335,5 +335,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="FreezeCallback: bucket must be an integer of at least 1"):
         lr.FreezeCallback(bucket=0)
     lora = lr.adapt(llama(), lr.LoRAConfig(r=2))
-    with pytest.raises(ValueError, match="FreezeSchedule: model must contain a LaMDALinear"):
+    with pytest.raises(
+        ValueError, match="FreezeCallback: model must contain a LaMDALinear or an AFL"
+    ):
         trainer(lora, tmp_path, lr.FreezeCallback()).train()

@@ -68,6 +68,7 @@ def restore_trainer(
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.freezing is not None:
         trainer.freezing.load_state_dict(state["freezing"])
+        trainer.optimizer.forget_frozen()
     trainer.progress = Progress(**state["progress"])
     torch.set_rng_state(state["rng"])
     return trainer

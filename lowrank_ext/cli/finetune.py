@@ -72,9 +72,9 @@ TIMING_ROUNDS = 5
 _SETTINGS = "settings.json"
 _RESULT = "result.json"
 _LOG = logging.getLogger("lowrank_ext.finetune")
-# Per parameter a run writes its value, two AdamW moments and an fp32 master; the old checkpoint
-# goes after the new.
-_BYTES_PER_STORED_PARAMETER = 2 * 4 * 4
+# Per parameter a run writes its value, two AdamW moments, an fp32 master and with AFLoRA three
+# statistics; the old checkpoint goes after the new.
+_BYTES_PER_STORED_PARAMETER = 2 * 4 * 7
 
 
 @dataclass

@@ -104,8 +104,27 @@ def finetune(
     ] = None,
     freeze_eta: Annotated[
         float,
-        typer.Option(help="LaMDA: lora_b is frozen column by column over this part of the steps."),
+        typer.Option(
+            help="LaMDA: lora_b is frozen column by column over this part of the steps. AFLoRA: "
+            "after this part everything but its vectors is frozen."
+        ),
     ] = 0.3,
+    freeze_start: Annotated[
+        float | None,
+        typer.Option(
+            help="AFLoRA: nothing is frozen in this part of the steps.",
+            show_default="a third of --freeze-eta",
+        ),
+    ] = None,
+    freeze_decay: Annotated[
+        str, typer.Option(help="AFLoRA: how the part that trains falls, cubic or quadratic.")
+    ] = "cubic",
+    freeze_window: Annotated[
+        int | None,
+        typer.Option(
+            help="AFLoRA: steps between decisions.", show_default="10, less in short runs"
+        ),
+    ] = None,
     experts: Annotated[
         int, typer.Option(help="goat, moe-lora: experts per module, which share the rank.")
     ] = 8,

@@ -48,7 +48,7 @@ def build(method: str, model: CausalLM, settings: Settings) -> CausalLM:
 
 def adapter_config(
     method: str, settings: Settings, base: torch.dtype
-) -> lr.LoRAConfig | lr.LaMDAConfig | lr.GOATConfig:
+) -> lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig:
     """The library's configuration for every method but full and PEFT's."""
     shared: dict[str, Any] = {
         "r": settings.rank,
@@ -59,6 +59,8 @@ def adapter_config(
     }
     if method == "lora":
         return lr.LoRAConfig(**shared)
+    if method == "aflora":
+        return lr.AFLoRAConfig(**shared)
     if method in WITH_EXPERTS:
         return lr.GOATConfig(
             **shared,
@@ -130,8 +132,26 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def lamda_modules(model: CausalLM) -> list[lr.nn.LaMDALinear]:
-    """What the freezing schedule works on."""
+    """What LaMDA's freezing schedule works on."""
     return [module for module in model.modules() if isinstance(module, lr.nn.LaMDALinear)]
+
+
+def freeze_schedule(
+    model: CausalLM, settings: Settings
+) -> lr.FreezeSchedule | lr.AdaptiveFreezeSchedule | None:
+    """What freezes parts of the model while it trains; None where nothing is to be frozen."""
+    if lamda_modules(model):
+        return lr.FreezeSchedule(model, settings.steps, eta=settings.freeze_eta)
+    if any(isinstance(module, lr.nn.AFLoRALinear) for module in model.modules()):
+        return lr.AdaptiveFreezeSchedule(
+            model,
+            settings.steps,
+            eta=settings.freeze_eta,
+            start=settings.freeze_start,
+            decay=settings.freeze_decay,
+            window=settings.score_window(),
+        )
+    return None
 
 
 def has_experts(model: nn.Module) -> bool:

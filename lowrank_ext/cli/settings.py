@@ -16,12 +16,14 @@ METHODS = (
     "lora",
     "lamda",
     "lamda++",
+    "aflora",
     "moe-lora",
     "goat",
 )
 WITH_PEFT = frozenset({"peft-lora", "peft-lora-accelerated"})  # methods that train a PeftModel
 WITH_EXPERTS = frozenset({"moe-lora", "goat"})  # methods whose modules have a router
 DTYPES = ("auto", "bf16", "fp32", "fp16")
+FREEZE_DECAYS = ("cubic", "quadratic")
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 # Learning rates that work on the default model and text (r = 16, scaling 1).
 DEFAULT_LR = {
@@ -32,6 +34,7 @@ DEFAULT_LR = {
     "lora": 3e-3,
     "lamda": 5e-4,
     "lamda++": 5e-4,
+    "aflora": 1e-2,
     "moe-lora": 3e-3,
     "goat": 3e-3,
 }
@@ -55,6 +58,9 @@ class Settings:
     seq_len: int
     lr: float | None
     freeze_eta: float
+    freeze_start: float | None
+    freeze_decay: str
+    freeze_window: int | None
     experts: int
     top_k: int
     balance: float
@@ -88,6 +94,14 @@ class Settings:
             raise UserError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0 < self.freeze_eta <= 1:
             raise UserError(f"--freeze-eta must be above 0 and at most 1, got {self.freeze_eta}")
+        if self.freeze_start is not None and not 0 <= self.freeze_start <= self.freeze_eta:
+            raise UserError(
+                f"--freeze-start must be at least 0 and at most --freeze-eta {self.freeze_eta}, "
+                f"got {self.freeze_start}"
+            )
+        _check_choice("--freeze-decay", self.freeze_decay, FREEZE_DECAYS)
+        if self.freeze_window is not None:
+            _check_at_least("--freeze-window", self.freeze_window, 1)
         if self.top_k > self.experts:
             raise UserError(f"--top-k must be at most --experts {self.experts}, got {self.top_k}")
         if not (self.balance >= 0 and math.isfinite(self.balance)):
@@ -107,6 +121,14 @@ class Settings:
     def learning_rate(self, method: str) -> float:
         """--lr, or the method's own default."""
         return DEFAULT_LR[method] if self.lr is None else self.lr
+
+    def score_window(self) -> int:
+        """--freeze-window, or AFLoRA's ten steps, fewer where its freezing phase is short: it gets
+        at least ten decisions if it has ten steps."""
+        if self.freeze_window is not None:
+            return self.freeze_window
+        start = self.freeze_eta / 3 if self.freeze_start is None else self.freeze_start
+        return max(1, min(10, int((self.freeze_eta - start) * self.steps) // 10))
 
     def scaling(self) -> float:
         """The factor of the low-rank branch: alpha / rank, 1 by default."""

@@ -1,4 +1,4 @@
-"""The training loop: AdamW on fp32 values, warm-up and cosine, clipping, LaMDA's freezing, all
+"""The training loop: AdamW on fp32 values, warm-up and cosine, clipping, gradual freezing, all
 resumable."""
 
 import math
@@ -122,6 +122,13 @@ class Optimizer:
             if master is not parameter and master.grad is not None:
                 parameter.copy_(master)
 
+    def forget_frozen(self) -> None:
+        """Drops the moments of parameters that train no more."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if not parameter.requires_grad:
+                master.grad = None
+                self.adamw.state.pop(master, None)
+
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state and the masters of half-size parameters."""
         pairs = zip(self.parameters, self.masters, strict=True)
@@ -172,17 +179,7 @@ class Trainer:
         loss_scale = FP16_LOSS_SCALE if methods.base_dtype(model) is torch.float16 else 1.0
         groups = methods.parameter_groups(model, settings.learning_rate(method))
         self.optimizer = Optimizer(groups, loss_scale)
-        self.freezing = self._freeze_schedule()
-
-    def _freeze_schedule(self) -> "lr.FreezeSchedule | None":
-        if not methods.lamda_modules(self.model):
-            return None
-        return lr.FreezeSchedule(
-            self.model,
-            self.settings.steps,
-            eta=self.settings.freeze_eta,
-            optimizer=self.optimizer.adamw,
-        )
+        self.freezing = methods.freeze_schedule(model, settings)
 
     def train_step(self, tokens: Tensor) -> float:
         """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
@@ -200,13 +197,17 @@ class Trainer:
         return loss.item()
 
     def _update(self) -> None:
+        if isinstance(self.freezing, lr.AdaptiveFreezeSchedule):
+            self.freezing.step()  # what it freezes gets no update any more
         factor = learning_rate_factor(self.progress.step, self.settings.steps)
         updated = self.optimizer.step(factor)
         # With a loss scale the scaled gradient may overflow now and then; that step is skipped.
         self._check_finite("gradient", updated or self.optimizer.loss_scale != 1)
         self.progress.skipped_steps += not updated
+        if isinstance(self.freezing, lr.FreezeSchedule):
+            self.freezing.step()  # writes frozen columns back
         if self.freezing is not None:
-            self.freezing.step()
+            self.optimizer.forget_frozen()
 
     def _check_finite(self, what: str, finite: bool) -> None:
         if not finite:

@@ -4,11 +4,24 @@ Every check that needs no model happens when a config is built. A changed copy i
 ``dataclasses.replace(config, r=8)``.
 """
 
+from lowrank_ext.config.aflora import AFLoRAConfig
 from lowrank_ext.config.base import AdapterConfig
 from lowrank_ext.config.goat import GOATConfig
 from lowrank_ext.config.lamda import LaMDAConfig
 from lowrank_ext.config.lora import LoRAConfig
 
-METHOD_CONFIGS: tuple[type[AdapterConfig], ...] = (LoRAConfig, LaMDAConfig, GOATConfig)
+METHOD_CONFIGS: tuple[type[AdapterConfig], ...] = (
+    LoRAConfig,
+    LaMDAConfig,
+    AFLoRAConfig,
+    GOATConfig,
+)
 
-__all__ = ["METHOD_CONFIGS", "AdapterConfig", "GOATConfig", "LaMDAConfig", "LoRAConfig"]
+__all__ = [
+    "METHOD_CONFIGS",
+    "AFLoRAConfig",
+    "AdapterConfig",
+    "GOATConfig",
+    "LaMDAConfig",
+    "LoRAConfig",
+]

@@ -51,6 +51,8 @@ class AdapterConfig:
     inits: ClassVar[tuple[str, ...]] = ()
     # Fields that adapter_config.json holds under their own names, beside PEFT's.
     own_fields: ClassVar[tuple[str, ...]] = ()
+    # Fields that name some of the adapted modules, as target_modules names modules of the model.
+    selectors: ClassVar[tuple[str, ...]] = ()
 
     r: int = 16
     alpha: float | None = None

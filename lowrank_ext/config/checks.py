@@ -21,6 +21,14 @@ def matching_pattern(keys: Iterable[str], path: str) -> str | None:
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
+def matches_names(path: str, names: str | Sequence[str]) -> bool:
+    """Whether ``names`` mean ``path``: a regular expression for all of it, or names of which it is
+    one or ends with one after a dot."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
 def check_rank(rank: object, owner: str, name: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{owner}: {name} must be an int, got {rank!r}")

@@ -1,8 +1,16 @@
 """Modules: parameters, initialisation and one op call in forward."""
 
+from lowrank_ext.nn.aflora import AFLoRALinear
 from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import LoRALinear, LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 
-__all__ = ["GOATLinear", "LaMDALinear", "LoRALinear", "LowRankLinear", "MultiLoRALinear"]
+__all__ = [
+    "AFLoRALinear",
+    "GOATLinear",
+    "LaMDALinear",
+    "LoRALinear",
+    "LowRankLinear",
+    "MultiLoRALinear",
+]

@@ -1,6 +1,8 @@
 """LowRankLinear, the frozen linear map with a low-rank branch, and LoRALinear.
 
-    y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ coreᵀ) lora_bᵀ        x [..., K], W [N, K]
+    y = x Wᵀ + bias + scaling · out_scale ⊙ ((rank_scale ⊙ drop(x) lora_aᵀ) coreᵀ) lora_bᵀ
+
+with x [..., K] and W [N, K]. Most methods have neither core nor scales: these are then left out.
 
 A module owns the very Parameters of the module it replaces, so ties survive and the keys
 ``weight`` and ``bias`` of its state dict stay. A base that is more than a plain dense linear
@@ -47,15 +49,16 @@ class LowRankLinear(nn.Module):
     Attributes:
         weight, bias: the base's Parameters, frozen; weight is [N, K], or [K, N] with
             ``fan_in_fan_out`` (transformers' Conv1D). None when ``base_layer`` holds the base.
-        lora_a [r, K], lora_b [N, r], core [r, r] or None: the branch, kept in the adapter's dtype.
+        lora_a [r, K], lora_b [N, r] and, where the method has them, core [r, r], rank_scale [r],
+            out_scale [N] (else None): the branch, kept in the adapter's dtype.
         merged: whether the branch is inside the base weight right now.
         residual_taken: whether the initial branch has been subtracted from the base weight.
 
-    State dict. Unmerged: the base's keys, ``lora_a``, ``lora_b``, ``core`` and what rebuilds a
-    residual base. Merged: exactly the base's keys, holding the merged weight, as the plain module
-    would have them; so it loads into a plain model, and loading it strictly into an adapted one
-    names the missing keys rather than adding the branch twice. Loading into a merged module is
-    refused: unmerge first.
+    State dict. Unmerged: the base's keys, the branch's tensors and what rebuilds a residual base.
+    Merged: exactly the base's keys, holding the merged weight, as the plain module would have them;
+    so it loads into a plain model, and loading it strictly into an adapted one names the missing
+    keys rather than adding the branch twice. Loading into a merged module is refused: unmerge
+    first.
 
     A merged module keeps the original weight in the non-persistent buffer ``unmerged_weight``,
     which follows ``.to()``, deepcopy and pickle.
@@ -72,6 +75,8 @@ class LowRankLinear(nn.Module):
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     core: nn.Parameter | None
+    rank_scale: nn.Parameter | None
+    out_scale: nn.Parameter | None
     base_layer: nn.Module | None
     unmerged_weight: Tensor | None
 
@@ -227,7 +232,8 @@ class LowRankLinear(nn.Module):
         self.lora_b = nn.Parameter(
             torch.zeros(self.out_features, self.r, dtype=dtype, device=device)
         )
-        self.register_parameter("core", None)
+        for name in ("core", "rank_scale", "out_scale"):
+            self.register_parameter(name, None)
 
     def _base_dtype_and_device(self) -> tuple[torch.dtype | None, torch.device]:
         weight = self.base_parameter
@@ -331,13 +337,18 @@ class LowRankLinear(nn.Module):
         return (weight.double() + self._initial_delta()).to(weight.dtype)
 
     def delta_weight(self) -> Tensor:
-        """scaling · lora_b core lora_a, [N, K]; fp32 (fp64 for fp64 adapters), differentiable.
+        """scaling · diag(out_scale) lora_b core diag(rank_scale) lora_a, [N, K]; differentiable.
 
-        The product is taken in fp64 and rounded once, whatever the matmul precision settings say.
+        The product is taken in fp64 and rounded once to fp32 (fp64 adapters: not at all), whatever
+        the matmul precision settings say.
         """
         lora_b = self.lora_b.double()
         if self.core is not None:
             lora_b = lora_b @ self.core.double()
+        if self.rank_scale is not None:
+            lora_b = lora_b * self.rank_scale.double()
+        if self.out_scale is not None:
+            lora_b = lora_b * self.out_scale.double().unsqueeze(1)
         delta = self.scaling * (lora_b @ self.lora_a.double())
         return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
 
@@ -426,6 +437,8 @@ class LowRankLinear(nn.Module):
                 self.lora_a,
                 self.lora_b,
                 core=self.core,
+                rank_scale=self.rank_scale,
+                out_scale=self.out_scale,
                 scaling=self.scaling,
                 dropout_p=dropout_p,
             )
@@ -437,6 +450,8 @@ class LowRankLinear(nn.Module):
             self.lora_a,
             self.lora_b,
             core=self.core,
+            rank_scale=self.rank_scale,
+            out_scale=self.out_scale,
             scaling=self.scaling,
             dropout_p=dropout_p,
         )
