@@ -1,4 +1,4 @@
-"""FreezeCallback and BalanceLossMixin inside transformers' Trainer."""
+"""FreezeCallback, with LaMDA and AFLoRA, and BalanceLossMixin inside transformers' Trainer."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import lowrank_ext as lr
 from lowrank_ext.freezing import num_frozen_columns
-from lowrank_ext.nn import LaMDALinear
+from lowrank_ext.nn import AFLoRALinear, LaMDALinear
 
 RANK, STEPS, ETA = 6, 10, 0.8
 
@@ -227,6 +227,135 @@ def test_lamda_adapter_saved_after_training_continues_on_the_original_base(
         assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
+# ------------------------------------------------------------------------ FreezeCallback, AFLoRA
+
+PLAN = {"eta": 0.9, "start": 0.1, "window": 2, "decay": "quadratic"}
+
+
+class AFLoRAHistory(TrainerCallback):
+    """The projections, which of them train, and the schedule's scores after every step."""
+
+    def __init__(self, callback: lr.FreezeCallback, stop_at: int = 0) -> None:
+        self.callback = callback
+        self.stop_at = stop_at
+        self.values: dict[int, dict[str, Tensor]] = {}
+        self.live: dict[int, set[str]] = {}
+        self.states: dict[int, dict[str, Any]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        found = projections(model)
+        self.values[state.global_step] = {n: p.detach().clone() for n, p in found.items()}
+        self.live[state.global_step] = {n for n, p in found.items() if p.requires_grad}
+        self.states[state.global_step] = self.callback.schedule.state_dict()
+        control.should_training_stop |= state.global_step == self.stop_at
+
+
+def projections(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if n.endswith(("lora_a", "lora_b"))}
+
+
+def aflora_model(**options: Any) -> LlamaForCausalLM:
+    config = {"r": RANK, "target_modules": ["q_proj", "o_proj", "down_proj"], **options}
+    model = lr.adapt(llama(), lr.AFLoRAConfig(**config))
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, AFLoRALinear):  # past the first step, whose scores are all zero
+            nn.init.normal_(module.out_scale, std=0.2, generator=generator)
+    return model
+
+
+def aflora_run(model: nn.Module, out: Path, stop_at: int = 0, **options: Any) -> AFLoRAHistory:
+    plan = options.pop("plan", PLAN)
+    resume = options.pop("resume", None)
+    callback = lr.FreezeCallback(**plan)
+    history = AFLoRAHistory(callback, stop_at)
+    run = trainer(model, out, callback, history, **options)
+    run.train(resume_from_checkpoint=resume)
+    history.optimizer = run.optimizer
+    return history
+
+
+def test_projections_freeze_one_by_one(tmp_path: Path) -> None:
+    model = aflora_model(live_modules=["q_proj", "down_proj"])
+    history = aflora_run(model, tmp_path)
+    assert all("o_proj" not in name for live in history.live.values() for name in live)
+    assert history.live[1] == {n for n in projections(model) if "o_proj" not in n}
+    assert history.live[STEPS] == set()
+    assert len({frozenset(live) for live in history.live.values()}) > 2
+    for step in range(1, STEPS):
+        before, after = history.values[step], history.values[step + 1]
+        for name in before:
+            # what the next step freezes has lost that step's gradient already
+            assert torch.equal(before[name], after[name]) == (name not in history.live[step + 1])
+    vectors = [p for n, p in model.named_parameters() if n.endswith("_scale")]
+    assert all(p in history.optimizer.state for p in vectors)
+    assert not any(p in history.optimizer.state for p in projections(model).values())
+
+
+def test_scores_are_of_the_gradients_before_they_are_clipped(tmp_path: Path) -> None:
+    """Without updates the two runs have the same gradients; one clips them to a thousandth."""
+    states = []
+    for max_norm in (0.0, 1e-3):
+        options = {"learning_rate": 0.0, "max_grad_norm": max_norm, "weight_decay": 0.0}
+        history = aflora_run(aflora_model(), tmp_path, **options)
+        states.append(history.states)
+    for step in range(1, STEPS + 1):
+        plain, clipped = states[0][step], states[1][step]
+        assert plain["frozen_at"] == clipped["frozen_at"]
+        for name, statistics in plain["live"].items():
+            for key, value in statistics.items():
+                torch.testing.assert_close(clipped["live"][name][key], value, rtol=1e-4, atol=0)
+    assert states[0][STEPS]["frozen_at"]
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9])
+def test_resuming_aflora_gives_the_same_decisions(stop: int, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": 1}
+    whole = aflora_model(dropout=0.1)
+    expected = aflora_run(whole, tmp_path / "whole")
+    cut = tmp_path / "cut"
+    aflora_run(aflora_model(dropout=0.1), cut, stop, **options)
+    checkpoint = cut / f"checkpoint-{stop}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["FreezeCallback"]["attributes"]["saved_schedule"]
+    assert saved["step"] == stop and saved["frozen_at"] == expected.states[stop]["frozen_at"]
+
+    resumed = aflora_model(dropout=0.1)
+    # another plan on purpose: the saved schedule counts
+    second = aflora_run(resumed, cut, plan={"eta": 0.2}, resume=str(checkpoint), **options)
+    assert list(second.values) == list(range(stop + 1, STEPS + 1))
+    for step, values in second.values.items():
+        assert second.live[step] == expected.live[step]
+        for name, value in values.items():
+            assert torch.equal(value, expected.values[step][name]), (step, name)
+    assert_same_state(resumed, whole)
+
+
+def test_resuming_aflora_from_elsewhere(tmp_path: Path) -> None:
+    """The statistics are looked for in the run's own directory, then where the arguments say."""
+    options = {"save_strategy": "steps", "save_steps": 6}
+    first = aflora_run(aflora_model(), tmp_path / "a", 6, **options)
+    moved = tmp_path / "moved"
+    (tmp_path / "a" / "checkpoint-6").rename(moved)
+    with pytest.raises(
+        FileNotFoundError, match=r"FreezeCallback: freeze_schedule\.pt of step 6 must"
+    ):
+        aflora_run(aflora_model(), tmp_path / "b", resume=str(moved))
+    told = {"resume": str(moved), "resume_from_checkpoint": str(moved)}
+    second = aflora_run(aflora_model(), tmp_path / "b", 7, **told)
+    assert first.states[6]["frozen_at"].items() <= second.states[7]["frozen_at"].items()
+
+
+def test_resuming_aflora_that_had_no_callback(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 5}
+    history = History()
+    history.stop_at = 5
+    trainer(aflora_model(), tmp_path, history, **options).train()
+    second = aflora_run(aflora_model(), tmp_path, resume=True, **options)
+    assert second.states[6]["step"] == 6 and second.live[6]
+    assert second.live[STEPS] == set()
+
+
 # ------------------------------------------------------------------------------ BalanceLossMixin
 
 
@@ -334,6 +463,14 @@ def test_errors(tmp_path: Path) -> None:
         lr.FreezeCallback(eta=2)
     with pytest.raises(ValueError, match="FreezeCallback: bucket must be an integer of at least 1"):
         lr.FreezeCallback(bucket=0)
+    with pytest.raises(
+        ValueError, match=r"FreezeCallback: start must be at most eta=0\.3, got 0\.5"
+    ):
+        lr.FreezeCallback(start=0.5)
+    with pytest.raises(ValueError, match=r"FreezeCallback: decay must be one of .*, got 'linear'"):
+        lr.FreezeCallback(decay="linear")
+    with pytest.raises(ValueError, match="FreezeCallback: window must be an integer of at least 1"):
+        lr.FreezeCallback(window=0)
     lora = lr.adapt(llama(), lr.LoRAConfig(r=2))
     with pytest.raises(
         ValueError, match="FreezeCallback: model must contain a LaMDALinear or an AFL"
