@@ -409,6 +409,43 @@ def test_ctrl_c_saves_and_resume_gives_the_same_numbers(
     assert not list(out.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [("fp32", "fp32"), ("bf16", "bf16")])
+def test_aflora_resumes_in_the_middle_of_its_schedule(
+    run, tmp_path, monkeypatch, dtype, adapter_dtype
+) -> None:
+    """Some projections are frozen at the stop, some are later: by the same scores, to the bit."""
+    plan = {"freeze_eta": 1, "freeze_start": 0, "freeze_window": 1, "freeze_decay": "quadratic"}
+    options = {"method": "aflora", "dtype": dtype, "adapter_dtype": adapter_dtype, "lr": 0.05}
+    live: dict[str, list[int]] = {"whole": [], "parts": []}
+    train_step = Trainer.train_step
+
+    def counted(name: str) -> Callable[[Trainer, torch.Tensor], float]:
+        def step(self: Trainer, tokens: torch.Tensor) -> float:
+            loss = train_step(self, tokens)
+            live[name].append(len(self.freezing.live()))
+            moments = self.optimizer.adamw.state
+            masters = zip(self.optimizer.parameters, self.optimizer.masters, strict=True)
+            assert all(p.requires_grad == (master in moments) for p, master in masters)
+            if name == "parts" and self.progress.step == STEPS - 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return loss
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", counted("whole"))
+        assert run(out=tmp_path / "whole", **options, **plan).exit_code == 0
+        patch.setattr(Trainer, "train_step", counted("parts"))
+        assert run(out=tmp_path / "parts", **options, **plan).exit_code == 130
+        result = resume(tmp_path / "parts")
+        assert result.exit_code == 0, result.output
+    assert live["parts"] == live["whole"]
+    assert live["whole"][0] > live["whole"][STEPS - 3] > 0
+    whole, parts = (rows(tmp_path / name)["aflora"] for name in live)
+    for key in ("losses", "held_out", "trainable_at_start", "trainable_at_end"):
+        assert whole[key] == parts[key], key
+
+
 def test_second_ctrl_c_stops_at_once_and_the_last_checkpoint_counts(
     run, tmp_path, monkeypatch
 ) -> None:

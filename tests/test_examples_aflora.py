@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lowrank_ext as lr
+
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
@@ -15,7 +17,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "aflora.py"
 
 
 def test_it_runs(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    package = Path(lr.__file__).parents[1]  # the one that the other tests test
+    settings = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(package)}
+    environment = {**os.environ, **settings}
     command = [sys.executable, str(EXAMPLE), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
