@@ -571,18 +571,12 @@ def test_activation_checkpointing_gives_the_same_scores(use_reentrant: bool) -> 
             assert torch.equal(states[1]["live"][name][key], value), (name, key)
 
 
-def test_a_compiled_model_freezes_the_same() -> None:
+def test_compiled_modules_freeze_the_same() -> None:
+    """Code compiled for live projections is not used for frozen ones."""
     eager, compiled = make_model(), make_model()
     expected = run(eager)
-    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch._dynamo.config.recompile_limit, limit = 16, torch._dynamo.config.recompile_limit
-    try:
-        optimizer = OPTIMIZERS["adamw"](trained(compiled))
-        schedule = lr.AdaptiveFreezeSchedule(compiled, STEPS, optimizer=optimizer, **PLAN)
-        for _ in train(forward, optimizer, schedule, range(STEPS)):
-            pass
-    finally:
-        torch._dynamo.config.recompile_limit = limit
+    compiled[2].compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    schedule = run(compiled)
     assert schedule.frozen_at == expected.frozen_at
     for name, value in values(eager).items():
         torch.testing.assert_close(projections(compiled)[name].detach(), value)
@@ -694,6 +688,7 @@ def test_bad_state_raises_and_changes_nothing(change: Callable, message: str) ->
 # --------------------------------------------------------------------------------- several ranks
 
 WORLD = 2
+WRAPPERS = ("ddp", "ddp with views", "fsdp2")
 
 
 def rank_batch(step: int, rank: int) -> Tensor:
@@ -730,40 +725,51 @@ def distributed_run(model: nn.Module, forward: nn.Module, ranks: list[int]) -> S
     }
 
 
-def worker(rank: int, wrapper: str, directory: str) -> None:
+def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
+    if wrapper != "fsdp2":
+        view = wrapper == "ddp with views"
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(directory, "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    model = make_model()
-    if wrapper == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (WORLD,))
-        fully_shard(model[0], mesh=mesh)
-        forward: nn.Module = fully_shard(model, mesh=mesh)
-    else:
-        options = {"gradient_as_bucket_view": wrapper == "ddp-view"}
-        forward = nn.parallel.DistributedDataParallel(model, **options)
-    torch.save(distributed_run(model, forward, [rank]), os.path.join(directory, f"{rank}.pt"))
+    results = {}
+    for wrapper in WRAPPERS:
+        model = make_model()
+        results[wrapper] = distributed_run(model, wrapped(model, wrapper), [rank])
+    torch.save(results, os.path.join(directory, f"{rank}.pt"))
     end_worker()
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "ddp-view", "fsdp2"])
-def test_all_ranks_freeze_what_one_process_freezes(wrapper: str, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(wrapper, str(tmp_path)), nprocs=WORLD)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+def test_all_ranks_freeze_what_one_process_freezes(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD)
     alone = make_model()
     expected = distributed_run(alone, alone, list(range(WORLD)))
     assert len(set(expected["frozen_at"].values())) > 2
-    for result in results:
-        assert result["frozen_at"] == expected["frozen_at"]
-        assert result["kept_state"] == 0
-        assert result["middle"]["frozen_at"] == expected["middle"]["frozen_at"]
-        for name, statistics in expected["middle"]["live"].items():
-            for key, value in statistics.items():
-                got = result["middle"]["live"][name][key]
-                torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-7)
-        for name, value in expected["values"].items():
-            torch.testing.assert_close(result["values"][name], value, rtol=1e-3, atol=1e-4)
-            assert torch.equal(result["values"][name], results[0]["values"][name])
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    for wrapper in WRAPPERS:
+        first, second = (results[wrapper] for results in ranks)
+        for name, value in first["values"].items():
+            assert torch.equal(second["values"][name], value), (wrapper, name)
+        for result in (first, second):
+            compare(result, expected, wrapper)
+
+
+def compare(result: State, expected: State, wrapper: str) -> None:
+    assert result["frozen_at"] == expected["frozen_at"], wrapper
+    assert result["kept_state"] == 0, wrapper
+    assert result["middle"]["frozen_at"] == expected["middle"]["frozen_at"], wrapper
+    for name, statistics in expected["middle"]["live"].items():
+        for key, value in statistics.items():
+            got = result["middle"]["live"][name][key]
+            torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-7)
+    for name, value in expected["values"].items():
+        torch.testing.assert_close(result["values"][name], value, rtol=1e-3, atol=1e-4)
