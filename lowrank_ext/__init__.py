@@ -6,7 +6,7 @@ from lowrank_ext._load import load_library
 
 load_library()  # before the imports below, which declare the Python side of its ops
 
-from lowrank_ext import nn, ops
+from lowrank_ext import guard, nn, ops
 from lowrank_ext.adapt import (
     adapt,
     prepare_for_checkpointing,
@@ -47,6 +47,7 @@ __all__ = [
     "balance_loss",
     "decelerate",
     "expert_load",
+    "guard",
     "load_adapter",
     "merge",
     "nn",

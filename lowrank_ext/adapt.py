@@ -105,6 +105,14 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
     """
     modules = {path: m for path, m in model.named_modules() if isinstance(m, LowRankLinear)}
     if not modules:
+        for path, module in model.named_modules():
+            if isinstance(module, MultiLoRALinear):
+                raise ValueError(
+                    f"{caller}: model must carry adapters of adapt, got a MultiLoRALinear at "
+                    f"{path or 'the model itself'}, whose adapters are chosen for each row and "
+                    "never become a part of the weight; use what made it, an AdapterBank or a "
+                    "GuardModel"
+                )
         raise ValueError(
             f"{caller}: model must carry adapters, got a {type(model).__name__} with none"
         )

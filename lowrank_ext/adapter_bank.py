@@ -5,13 +5,14 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
-from lowrank_ext.checkpoint import LoRATensors, read_lora
-from lowrank_ext.config.checks import did_you_mean
+from lowrank_ext.checkpoint import LoRATensors, check_adapters, read_lora
+from lowrank_ext.config.checks import did_you_mean, normalised_adapter_dtype
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.multi import ACTIVE_ROWS, MultiLoRALinear, RowsBlock
 from lowrank_ext.targets import is_from_peft
@@ -42,8 +43,12 @@ class AdapterBank:
     and unloading build the stacks anew and must happen outside of all ``rows`` blocks; a compiled
     model is then compiled again, while entering a block never costs a compilation.
 
+    A deep copy or an unpickled bank has a model and blocks of its own.
+
     Args:
         model: a plain model on its final device; the bank changes it in place.
+        adapter_dtype: of the stacks, ``"base"`` or, to train them, float32 beside a bfloat16 or
+            float16 base.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -58,7 +63,7 @@ class AdapterBank:
         >>> bank.close()
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, adapter_dtype: torch.dtype | str = "base") -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         for path, module in model.named_modules():
@@ -69,6 +74,7 @@ class AdapterBank:
                     f"{path or 'the model itself'}"
                 )
         self.model = model
+        self.adapter_dtype = normalised_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(_NUMBERS)
         self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
         self._originals: dict[MultiLoRALinear, nn.Module] = {}
@@ -94,18 +100,22 @@ class AdapterBank:
                 what is not supported; the message names file and key. The model is as it was.
             RuntimeError: a ``rows`` block is active.
         """
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"AdapterBank.load: name must be a non-empty string, got {name!r}")
-        if name in self._adapters:
-            raise ValueError(f"AdapterBank.load: name must be new, got {name!r}; unload it first")
+        self._check_new("load", name)
         with self._between_blocks("load"):
-            tensors = read_lora(self.model, path, "AdapterBank.load")
-            modules = self._modules_for(tensors)
-            for path_in_model, (lora_a, lora_b, scaling) in tensors.items():
-                modules[path_in_model].add(name, lora_a, lora_b, scaling)
-            self._adapters[name] = {
-                module: tensors[where].lora_a.shape[0] for where, module in modules.items()
-            }
+            self._add(name, read_lora(self.model, path, "AdapterBank.load").adapters)
+
+    def add(self, name: str, adapters: Mapping[str, LoRATensors]) -> None:
+        """Take in a LoRA given by module path of the model, as ``name``. Copies.
+
+        Raises:
+            ValueError: the name is taken, a path is no linear module's, or a shape does not fit it.
+                The model is as it was.
+            RuntimeError: a ``rows`` block is active.
+        """
+        self._check_new("add", name)
+        with self._between_blocks("add"):
+            check_adapters(self.model, adapters, "AdapterBank.add")
+            self._add(name, adapters)
 
     def unload(self, name: str) -> None:
         """Forget an adapter and free its memory.
@@ -177,6 +187,16 @@ class AdapterBank:
             with self._lock:
                 self._blocks -= 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self) | {"_blocks": 0}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock(), _number=next(_NUMBERS))
+        for module in self._originals:
+            module.bank = self._number
+
     def __repr__(self) -> str:
         return f"AdapterBank({type(self.model).__name__}, names={list(self.names)})"
 
@@ -190,6 +210,14 @@ class AdapterBank:
                 )
             yield
 
+    def _check_new(self, action: str, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"AdapterBank.{action}: name must be a non-empty string, got {name!r}")
+        if name in self._adapters:
+            raise ValueError(
+                f"AdapterBank.{action}: name must be new, got {name!r}; unload it first"
+            )
+
     def _check_known(self, action: str, name: str) -> None:
         if name not in self._adapters:
             raise ValueError(
@@ -197,11 +225,19 @@ class AdapterBank:
                 f"{did_you_mean(name, self.names)}"
             )
 
+    def _add(self, name: str, adapters: Mapping[str, LoRATensors]) -> None:
+        modules = self._modules_for(adapters)
+        for path, (lora_a, lora_b, scaling) in adapters.items():
+            modules[path].add(name, lora_a, lora_b, scaling)
+        self._adapters[name] = {
+            module: adapters[path].lora_a.shape[0] for path, module in modules.items()
+        }
+
     def _modules_for(self, paths: Mapping[str, LoRATensors]) -> dict[str, MultiLoRALinear]:
         """The module at each path, put in the place of a plain one where there is none yet."""
         present = {path: self.model.get_submodule(path) for path in paths}
         new = {
-            module: MultiLoRALinear(module, self._number)
+            module: MultiLoRALinear(module, self._number, self.adapter_dtype)
             for module in present.values()
             if not isinstance(module, MultiLoRALinear)
         }

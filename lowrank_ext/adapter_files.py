@@ -3,25 +3,37 @@
 They are replaced as a pair. Both are written under other names and synced. Renaming the weights is
 the commit; then the config is renamed, whose waiting name holds the digest of the weights that it
 belongs to. A reader that finds a waiting config with the digest of the present weights takes it. So
-wherever the process dies, either the old pair or the new pair can be read.
+wherever the process dies, either the old pair or the new pair can be read. More files, companions,
+may belong to a save; they are treated as the config is.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["AdapterFiles", "read_adapter_files", "write_adapter_files"]
+__all__ = [
+    "AdapterFiles",
+    "Companion",
+    "read_adapter_files",
+    "read_companion",
+    "serialised",
+    "write_adapter_files",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+# From the digest of the weights to what a file that belongs to them holds.
+Companion: TypeAlias = Callable[[str], bytes]
 
 
 class AdapterFiles(NamedTuple):
@@ -40,32 +52,38 @@ def write_adapter_files(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
+    companions: Mapping[str, Companion] = MappingProxyType({}),
 ) -> None:
-    """Replace the pair in the directory ``where``, which is made if need be.
+    """Replace the pair in the directory ``where``, which is made if need be, and its companions.
 
     Tensors must be contiguous, on the CPU and share no memory. The same input gives the same bytes.
 
     Raises:
         OSError: a file cannot be written. The old pair is left as it was.
     """
-    weights = _serialised(tensors, metadata)
+    weights = serialised(tensors, metadata)
     digest = hashlib.sha256(weights).hexdigest()
-    waiting = where / f".{CONFIG_NAME}.{digest}.{os.getpid()}"
+    others = {name: companion(digest) for name, companion in companions.items()}
+    others[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True).encode()
+    waiting = {name: where / f".{name}.{digest}.{os.getpid()}" for name in others}
     temporary = where / f".{WEIGHTS_NAME}.{os.getpid()}"
     where.mkdir(parents=True, exist_ok=True)
-    if (interrupted := _interrupted_save(where)) is not None:
-        interrupted.replace(where / CONFIG_NAME)
+    for name in others:
+        if (interrupted := _interrupted_save(where, name)) is not None:
+            interrupted.replace(where / name)
     try:
-        _write_synced(temporary, json.dumps(config, indent=2, sort_keys=True).encode())
-        temporary.replace(waiting)
+        for name, data in others.items():
+            _write_synced(temporary, data)
+            temporary.replace(waiting[name])
         _write_synced(temporary, weights)
         temporary.replace(where / WEIGHTS_NAME)
     except BaseException:
-        temporary.unlink(missing_ok=True)
-        waiting.unlink(missing_ok=True)
+        for path in (temporary, *waiting.values()):
+            path.unlink(missing_ok=True)
         raise
-    # Should this fail, the weights and the waiting config are a pair that can be read.
-    waiting.replace(where / CONFIG_NAME)
+    # Should this fail, the weights and what still waits can be read together.
+    for name, path in waiting.items():
+        path.replace(where / name)
     _sync_directory(where)
 
 
@@ -77,7 +95,7 @@ def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
         ValueError: one of them is damaged. Both name the file.
     """
     weights_path = where / WEIGHTS_NAME
-    config_path = _interrupted_save(where) or where / CONFIG_NAME
+    config_path = _interrupted_save(where, CONFIG_NAME) or where / CONFIG_NAME
     for path in (config_path, weights_path):
         if not path.is_file():
             raise FileNotFoundError(f"{caller}: {path} does not exist")
@@ -98,7 +116,27 @@ def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
     return AdapterFiles(caller, config_path, weights_path, config, tensors, metadata)
 
 
-def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+class CompanionFile(NamedTuple):
+    """Where a companion is, and the digest of the weights beside it."""
+
+    path: Path
+    weights_digest: str
+
+
+def read_companion(where: Path, name: str, caller: str) -> CompanionFile:
+    """The companion ``name`` of the adapter in the directory ``where``.
+
+    Raises:
+        FileNotFoundError: it or the adapter's weights are missing.
+    """
+    path = _interrupted_save(where, name) or where / name
+    for file in (where / WEIGHTS_NAME, path):
+        if not file.is_file():
+            raise FileNotFoundError(f"{caller}: {file} does not exist")
+    return CompanionFile(path, _digest(where / WEIGHTS_NAME))
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with PEFT's metadata and ``metadata``."""
     plain: bytes = safetensors.torch.save(dict(tensors), {"format": "pt"})
     if not metadata:
@@ -112,14 +150,17 @@ def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     return struct.pack("<Q", len(text)) + text + plain[8 + size :]
 
 
-def _interrupted_save(where: Path) -> Path | None:
-    """The config of the present weights, if a save ended between its two renames."""
+def _interrupted_save(where: Path, name: str) -> Path | None:
+    """The file ``name`` of the present weights, if a save ended before it was renamed."""
     weights = where / WEIGHTS_NAME
-    if not any(where.glob(f".{CONFIG_NAME}.*")) or not weights.is_file():
+    if not any(where.glob(f".{name}.*")) or not weights.is_file():
         return None
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return next(iter(sorted(where.glob(f".{CONFIG_NAME}.{digest}.*"))), None)
+    return next(iter(sorted(where.glob(f".{name}.{_digest(weights)}.*"))), None)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -38,11 +38,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ext.adapt import adapt, lowrank_modules
-from lowrank_ext.adapter_files import AdapterFiles, read_adapter_files, write_adapter_files
+from lowrank_ext.adapter_files import (
+    AdapterFiles,
+    Companion,
+    read_adapter_files,
+    write_adapter_files,
+)
 from lowrank_ext.config import METHOD_CONFIGS, AdapterConfig, GOATConfig, LoRAConfig
-from lowrank_ext.config.checks import did_you_mean, matching_pattern
+from lowrank_ext.config.checks import check_alpha, did_you_mean, matching_pattern
 from lowrank_ext.nn import LowRankLinear
-from lowrank_ext.nn.linear import dense_weight, linear_features
+from lowrank_ext.nn.linear import dense_weight, is_conv1d, linear_features
 from lowrank_ext.targets import check_adaptable, outermost_modules, shared_tensors
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -216,7 +221,7 @@ def _stored_tensors(module: LowRankLinear, config: AdapterConfig) -> dict[str, T
 def _config_fields(
     model: nn.Module,
     config: AdapterConfig,
-    modules: Mapping[str, LowRankLinear],
+    modules: Mapping[str, "LowRankLinear | _Numbers"],
     saved: Mapping[str, nn.Module],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of adapter_config.json, and metadata for the tensor file."""
@@ -390,16 +395,21 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
 
 
 class LoRATensors(NamedTuple):
-    """One module's adapter in a file: lora_a [r, K], lora_b [N, r]."""
+    """One module's adapter: lora_a [r, K], lora_b [N, r]."""
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
 
 
-def read_lora(
-    model: nn.Module, path: str | os.PathLike[str], caller: str
-) -> dict[str, LoRATensors]:
+class LoRAFile(NamedTuple):
+    """What a LoRA's two files say, by module path."""
+
+    config: LoRAConfig
+    adapters: dict[str, LoRATensors]
+
+
+def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> LoRAFile:
     """The LoRA in the directory ``path`` by module path of ``model``, which is left alone.
 
     Refused, beside what :func:`load_adapter` refuses: everything that is more than a branch on the
@@ -414,7 +424,7 @@ def read_lora(
     files = read_adapter_files(Path(path), caller)
     files, adapters, others = _split_keys(files, split_pissa=False)
     config = _parsed_config(files, adapters)
-    if config.peft_type != "LORA" or config.init == "pissa":
+    if not isinstance(config, LoRAConfig) or config.init == "pissa":
         what = "a residual base weight (PiSSA)" if config.peft_type == "LORA" else config.peft_type
         raise ValueError(f"{caller}: {files.config_path} must be a plain LoRA, got {what}")
     modules = _modules_for(model, files, adapters)
@@ -427,14 +437,85 @@ def read_lora(
             f"{caller}: {files.config_path}: modules_to_save must match no module, one of them "
             f"would change for all rows, got {', '.join(saved)}"
         )
-    return {
-        name: LoRATensors(
-            tensors[LORA_A],
-            tensors[LORA_B],
-            config.scaling_for(name, in_features=tensors[LORA_A].shape[1]),
-        )
-        for name, tensors in adapters.items()
-    }
+    return LoRAFile(
+        dataclasses.replace(config, target_modules=_target_names(model, adapters)),
+        {
+            name: LoRATensors(
+                tensors[LORA_A],
+                tensors[LORA_B],
+                config.scaling_for(name, in_features=tensors[LORA_A].shape[1]),
+            )
+            for name, tensors in adapters.items()
+        },
+    )
+
+
+def write_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    file: LoRAFile,
+    caller: str,
+    companions: Mapping[str, Companion],
+) -> None:
+    """Write the LoRA ``file`` of ``model`` as :func:`save_adapter` does, for adapters whose modules
+    are no LowRankLinear.
+
+    Args:
+        companions: more files of the same save, see :func:`write_adapter_files`.
+
+    Raises:
+        ValueError: a tensor is on the meta device or sharded. Nothing is written.
+        OSError: the files cannot be written. The directory holds what it held before.
+    """
+    tensors = {}
+    for name, (lora_a, lora_b, _) in file.adapters.items():
+        for kind, tensor in ((LORA_A, lora_a), (LORA_B, lora_b)):
+            if tensor.is_meta or _is_sharded(tensor):
+                raise ValueError(
+                    f"{caller}: {name} must hold whole values, got a meta or sharded tensor"
+                )
+            tensors[f"{_PREFIX}{name}.{kind}"] = _gathered(tensor).clone()
+    modules = {name: _numbers_of(model, name, file.config) for name in file.adapters}
+    fields, metadata = _config_fields(model, file.config, modules, saved={})
+    write_adapter_files(Path(path), fields, tensors, metadata, companions)
+
+
+class _Numbers(NamedTuple):
+    r: int
+    alpha: float
+    fan_in_fan_out: bool
+
+
+def _numbers_of(model: nn.Module, path: str, config: LoRAConfig) -> _Numbers:
+    r, alpha = config.rank_for(path), config.alpha_for(path)
+    module = model.get_submodule(path)
+    transposed = any(is_conv1d(part) for part in (module, *module.children()))
+    return _Numbers(r, float(r if alpha is None else alpha), transposed)
+
+
+def check_adapters(model: nn.Module, adapters: Mapping[str, LoRATensors], caller: str) -> None:
+    """Raise ValueError where a path is no linear module of ``model``, or a shape does not fit."""
+    present = dict(model.named_modules())
+    if not adapters:
+        raise ValueError(f"{caller}: adapters must hold at least one module, got none")
+    for path, (lora_a, lora_b, scaling) in adapters.items():
+        if path not in present:
+            raise ValueError(
+                f"{caller}: adapters must name modules of the model, got {path!r}"
+                f"{did_you_mean(path, present)}"
+            )
+        check_adaptable(path, present[path], caller)
+        features = linear_features(present[path])
+        assert features is not None  # check_adaptable
+        num_in, num_out = features
+        r = lora_a.shape[0] if lora_a.dim() == 2 else 0
+        expected = [max(r, 1), num_in], [num_out, max(r, 1)]
+        if (list(lora_a.shape), list(lora_b.shape)) != expected:
+            raise ValueError(
+                f"{caller}: {path}: lora_a and lora_b must be [r, {num_in}] and [{num_out}, r], "
+                f"got {list(lora_a.shape)} and {list(lora_b.shape)}"
+            )
+        check_alpha(scaling, f"{caller}: {path}", "scaling")
 
 
 def _split_keys(

@@ -7,9 +7,10 @@ block that the call is inside of. Such blocks live in a context variable, so thr
 tasks do not see each other's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Self
+from functools import wraps
+from typing import ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +18,28 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.config.checks import check_alpha
-from lowrank_ext.nn.linear import dense_weight, is_plain, linear_features
+from lowrank_ext.nn.linear import adapter_dtype_for, dense_weight, is_plain, linear_features
 from lowrank_ext.ops._branch import library
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class MultiLoRALinear(nn.Module):
     """LoRA adapters stacked over one base; made by :meth:`from_linear`.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.
-    Nothing requires a gradient at first; ``lora_a`` and ``lora_b`` may.
+    Nothing requires a gradient at first; ``lora_a`` and ``lora_b`` may. Rows without an adapter
+    have no part in these gradients.
 
     Attributes:
         weight, bias: the Parameters of a plain nn.Linear base, at their old state-dict keys; None
             where ``base_layer`` holds a base of another kind.
         names: the adapters, in the order of their ids.
         lora_a [n, r, K], lora_b [n, N, r]: Parameters, of the base's dtype (float32 over a base
-            without a dense weight).
+            without a dense weight) unless ``adapter_dtype`` says float32.
+        dropout: probability of dropping an element of a branch's input in training mode, 0 unless
+            it is set; rows without an adapter have no branch.
         scaling [n], ranks [n]: float64 and int64 buffers.
         bank: number of the AdapterBank whose ``rows`` blocks count here, or -1.
     """
@@ -45,7 +52,9 @@ class MultiLoRALinear(nn.Module):
     ranks: Tensor
     base_layer: nn.Module | None
 
-    def __init__(self, base: nn.Module, bank: int = -1) -> None:
+    def __init__(
+        self, base: nn.Module, bank: int = -1, adapter_dtype: torch.dtype | str = "base"
+    ) -> None:
         super().__init__()
         features = linear_features(base)
         if features is None:
@@ -55,6 +64,7 @@ class MultiLoRALinear(nn.Module):
             )
         self.in_features, self.out_features = features
         self.bank = bank
+        self.dropout = 0.0
         self.names: tuple[str, ...] = ()
         # Conv1D's product is another call of the vendor's, whose bits a linear need not have.
         plain = type(base) is nn.Linear and is_plain(base)
@@ -63,7 +73,8 @@ class MultiLoRALinear(nn.Module):
         self.base_layer = None if plain else base
         weight = dense_weight(base)
         like = next(iter([*base.parameters(), *base.buffers()]), torch.empty(0))
-        dtype = torch.float32 if weight is None else weight.dtype
+        base_dtype = None if weight is None else weight.dtype
+        dtype = adapter_dtype_for(base_dtype, adapter_dtype, "MultiLoRALinear")
         self._set_stacks(
             torch.empty(0, 1, self.in_features, dtype=dtype, device=like.device),
             torch.empty(0, self.out_features, 1, dtype=dtype, device=like.device),
@@ -73,19 +84,23 @@ class MultiLoRALinear(nn.Module):
         self.train(base.training)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module) -> Self:
+    def from_linear(cls, linear: nn.Module, *, adapter_dtype: torch.dtype | str = "base") -> Self:
         """A module without adapters over ``linear``, whose Parameters it shares.
+
+        Args:
+            adapter_dtype: of the stacks, ``"base"`` or float32 beside a bfloat16 or float16 base.
 
         Raises:
             TypeError: ``linear`` is not nn.Linear, Conv1D or a module with integer ``in_features``
                 and ``out_features``.
+            ValueError: the ops have no such pair of dtypes.
 
         Example:
             >>> layer = MultiLoRALinear.from_linear(nn.Linear(64, 32))
             >>> layer.add("french", lora_a, lora_b, scaling=2.0)
             >>> y = layer(x, adapter_ids)  # x [B, T, 64], adapter_ids int64 [B, T]
         """
-        return cls(linear)
+        return cls(linear, adapter_dtype=adapter_dtype)
 
     def _set_stacks(self, lora_a: Tensor, lora_b: Tensor) -> None:
         trains = "lora_a" in self._parameters and self.lora_a.requires_grad
@@ -164,6 +179,10 @@ class MultiLoRALinear(nn.Module):
         Args:
             adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: as the active
                 ``AdapterBank.rows`` block says; outside of one the base alone.
+
+        Raises:
+            RuntimeError: activation checkpointing runs a trained adapter again outside of the block
+                that it first ran in.
         """
         if self.base_layer is None:
             assert self.weight is not None
@@ -173,15 +192,37 @@ class MultiLoRALinear(nn.Module):
         if adapter_ids is None:
             adapter_ids = _ids_of_block(x, self.bank, self.names)
         if adapter_ids is None:
+            self._check_no_recomputation()
             return base_out
         return ops.multi_lowrank_add(
-            base_out, x, self.lora_a, self.lora_b, adapter_ids, self.scaling, ranks=self.ranks
+            base_out,
+            x,
+            self.lora_a,
+            self.lora_b,
+            adapter_ids,
+            self.scaling,
+            ranks=self.ranks,
+            dropout_p=self.dropout if self.training else 0.0,
         )
 
+    def _check_no_recomputation(self) -> None:
+        """Outside of a block, and in a backward: the branch would be missing from its gradients."""
+        if torch.compiler.is_compiling() or not self.lora_a.requires_grad:
+            return
+        in_block = self.bank in ACTIVE_ROWS.get()
+        if not in_block and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "MultiLoRALinear: activation checkpointing must run a module again inside the rows "
+                "block of its first run, got no block; checkpoint lowrank_ext.nn.multi.in_block "
+                "of the function (GuardModel.enable_checkpointing does), or call backward inside "
+                "the block"
+            )
+
     def extra_repr(self) -> str:
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"adapters={list(self.names)}, r={self.lora_a.shape[1]}"
+            f"adapters={list(self.names)}, r={self.lora_a.shape[1]}{dropout}"
         )
 
     def _apply(self, fn: object, recurse: bool = True) -> Self:
@@ -226,6 +267,25 @@ class RowsBlock:
 
 # By the number of the bank: blocks of several banks may be nested.
 ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", default={})  # noqa: B039
+
+
+def in_block(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``function``, run in the blocks that are active now, whenever and in whatever thread.
+
+    For activation checkpointing, whose second run happens in backward: after the block's end, on a
+    GPU in a thread of autograd's.
+    """
+    active = ACTIVE_ROWS.get()
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        token = ACTIVE_ROWS.set(active)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ACTIVE_ROWS.reset(token)
+
+    return run
 
 
 def _ids_of_block(x: Tensor, bank: int, layout: tuple[str, ...]) -> Tensor | None:
