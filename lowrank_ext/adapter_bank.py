@@ -22,6 +22,17 @@ __all__ = ["AdapterBank", "BankMemory"]
 _NUMBERS = itertools.count()
 
 
+def check_no_adapters(model: nn.Module, what: str) -> None:
+    """Raise ValueError where ``model`` carries adapters of adapt, of PEFT or of a bank."""
+    for path, module in model.named_modules():
+        adapted = isinstance(module, LowRankLinear | MultiLoRALinear)
+        if adapted or is_from_peft(module):
+            raise ValueError(
+                f"{what} must carry no adapters, got a {type(module).__name__} at "
+                f"{path or 'the model itself'}"
+            )
+
+
 class BankMemory(NamedTuple):
     """Bytes on the model's devices: of each adapter, of the padding to a common rank, of all."""
 
@@ -66,13 +77,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module, *, adapter_dtype: torch.dtype | str = "base") -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
-        for path, module in model.named_modules():
-            adapted = isinstance(module, LowRankLinear | MultiLoRALinear)
-            if adapted or is_from_peft(module):
-                raise ValueError(
-                    f"AdapterBank: model must carry no adapters, got a {type(module).__name__} at "
-                    f"{path or 'the model itself'}"
-                )
+        check_no_adapters(model, "AdapterBank: model")
         self.model = model
         self.adapter_dtype = normalised_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(_NUMBERS)

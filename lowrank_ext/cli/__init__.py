@@ -1,2 +1,2 @@
-"""The command line tool ``lowrank-ext``: ``finetune`` and ``doctor``. Needs ``pip install
+"""The command line tool ``lowrank-ext``: ``finetune``, ``guard``, ``doctor``. Needs ``pip install
 'lowrank-ext[cli]'``."""

@@ -23,7 +23,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models through fused low-rank adapters, and check the installation.",
+    help="Fine-tune language models through fused low-rank adapters, screen texts with a guard, "
+    "and check the installation.",
 )
 
 
@@ -213,6 +214,62 @@ def _check_same_settings(context: typer.Context, asked: Settings, stored: Settin
 
 def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@app.command()
+def guard(
+    context: typer.Context,
+    file: Annotated[
+        str, typer.Argument(help="A file with one text a line, a .jsonl file, or - for stdin.")
+    ],
+    adapter: Annotated[
+        Path, typer.Option(help="Directory that GuardModel.save_pretrained has written.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base: a directory, .gguf file, or id of a cached model.",
+            show_default="SmolLM2-135M",
+        ),
+    ] = None,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Lines are JSON objects, as in a .jsonl file.")
+    ] = False,
+    field: Annotated[
+        str,
+        typer.Option(help="The field of JSON lines with the text; else prompt and response."),
+    ] = "text",
+    threshold: Annotated[
+        float, typer.Option(help="Texts with this score or more are called unsafe.")
+    ] = 0.5,
+    batch: Annotated[int, typer.Option(help="Texts per batch.")] = 8,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens read at a time; longer texts are read in overlapping windows.",
+            show_default="the context, at most 512",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object per text.")] = False,
+) -> None:
+    """Score texts with a guard: the probability that each is unsafe.
+
+    Prints line number, score and verdict, separated by tabs, in the order of the input; empty lines
+    are left out. examples/guard.py trains a guard.
+    """
+    with errors_as_lines():
+        from lowrank_ext.cli import guard as command
+
+        command.run(command.Options(**context.params))
 
 
 @app.command()

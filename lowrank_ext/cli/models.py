@@ -117,7 +117,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
         from transformers.utils import logging
     except ImportError as error:
         raise UserError(
-            "finetune needs transformers and gguf: pip install 'lowrank-ext[cli]'"
+            "a model needs transformers and gguf: pip install 'lowrank-ext[finetune]'"
         ) from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext.adapt import HookHandles, prepare_for_checkpointing
-from lowrank_ext.adapter_bank import AdapterBank
+from lowrank_ext.adapter_bank import AdapterBank, check_no_adapters
 from lowrank_ext.checkpoint import LoRAFile, LoRATensors, read_lora, write_lora
 from lowrank_ext.config import LoRAConfig
 from lowrank_ext.config.checks import check_alpha, check_dropout, check_rank
@@ -56,8 +56,10 @@ class GuardModel(nn.Module):
         guard         head(f'(x)[last real token])        f' with W + alpha / r · lora_b lora_a
 
     Rows that generate have the bits that the base computes for the same batch: the same products
-    are called on the same shapes, and nothing is added to their outputs, not even a zero. The base
-    is never merged, cast or written to. Only lora_a, lora_b and the head train.
+    are called on the same shapes, and nothing is added to their outputs, not even a zero. (The base
+    meant is one that requires no gradients, as it does here: torch.matmul takes another product for
+    some weights that do.) The base is never merged, cast or written to. Only lora_a, lora_b and the
+    head train.
 
     Args:
         base_lm: a causal language model of transformers, on its final device; taken over and
@@ -142,8 +144,12 @@ class GuardModel(nn.Module):
             module.lora_a.requires_grad_()
             module.lora_b.requires_grad_()
         like = next(iter(modules.values())).lora_a
-        self.head = nn.Linear(
-            _hidden_size(base_lm), options.num_outputs, dtype=like.dtype, device=like.device
+        self.head = nn.utils.skip_init(  # whoever calls this fills it
+            nn.Linear,
+            _hidden_size(base_lm),
+            options.num_outputs,
+            dtype=like.dtype,
+            device=like.device,
         )
         self.train(base_lm.training)
         self._checkpointing: HookHandles | None = None
@@ -416,6 +422,12 @@ def _new_adapter(module: nn.Module, config: LoRAConfig) -> LoRATensors:
 
 
 def _check_base(base_lm: Any, owner: str) -> None:
+    config = getattr(base_lm, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{owner}: base_lm must be a decoder alone, got the encoder-decoder "
+            f"{type(base_lm).__name__}"
+        )
     backbone = getattr(base_lm, "base_model", None)
     fits = isinstance(base_lm, nn.Module) and callable(getattr(base_lm, "generate", None))
     if not fits or not isinstance(backbone, nn.Module) or backbone is base_lm:
@@ -423,13 +435,9 @@ def _check_base(base_lm: Any, owner: str) -> None:
             f"{owner}: base_lm must be a causal language model of transformers, "
             f"got {type(base_lm).__name__}"
         )
-    if getattr(base_lm.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{owner}: base_lm must be a decoder alone, got the encoder-decoder "
-            f"{type(base_lm).__name__}"
-        )
     if any(p.is_meta for p in base_lm.parameters()):
         raise ValueError(f"{owner}: base_lm must hold values, got meta tensors")
+    check_no_adapters(base_lm, f"{owner}: base_lm")
 
 
 def _hidden_size(base_lm: Any) -> int:

@@ -75,6 +75,7 @@ def screen(
         tokens = tokenizer(text, verbose=False)["input_ids"]
         if not tokens:
             raise ValueError(f"screen: every text must have a token, got none in text {index}")
+        _check_vocabulary(model, max(tokens))
         num_tokens.append(len(tokens))
         windows += [_Window(index, part) for part in _windows(tokens, length)]
     windows.sort(key=lambda window: (len(window.tokens), window.text))
@@ -127,6 +128,15 @@ def _max_length(model: GuardModel, max_length: int | None) -> int:
             f"screen: max_length must be at most {context}, the model's context, got {max_length}"
         )
     return max_length
+
+
+def _check_vocabulary(model: GuardModel, largest_id: int) -> None:
+    num_rows = model.base_lm.get_input_embeddings().weight.shape[0]
+    if largest_id >= num_rows:
+        raise ValueError(
+            f"screen: tokenizer must be the base model's, got token id {largest_id}, but the "
+            f"embedding has {num_rows} rows"
+        )
 
 
 def _windows(tokens: list[int], length: int) -> list[list[int]]:

@@ -1,0 +1,178 @@
+"""`lowrank-ext guard`: a score for each text of a file."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
+from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
+from lowrank_ext.cli.settings import DTYPES
+from lowrank_ext.guard import GuardModel, TextScore, conversation, screen
+from lowrank_ext.guard.files import HEAD_NAME
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user typed."""
+
+    file: str
+    adapter: Path
+    model: str | None
+    jsonl: bool
+    field: str
+    threshold: float
+    batch: int
+    max_length: int | None
+    dtype: str
+    threads: int | None
+    json: bool
+
+    def check(self) -> None:
+        """Raises UserError naming the option, what it must be, and what it was."""
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"--threshold must be between 0 and 1, got {self.threshold}")
+        for option, value in (
+            ("--batch", self.batch),
+            ("--max-length", self.max_length),
+            ("--threads", self.threads),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"{option} must be at least 1, got {value}")
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
+                f"{near_matches(self.dtype, DTYPES)}"
+            )
+        if not self.adapter.is_dir():
+            raise UserError(f"--adapter {self.adapter}: no such directory")
+        if not any(self.adapter.glob(f"*{HEAD_NAME}*")):
+            raise UserError(
+                f"--adapter {self.adapter}: holds no {HEAD_NAME}, which GuardModel.save_pretrained "
+                "writes"
+            )
+
+
+class Line(NamedTuple):
+    """A text and the number of its line, from 1."""
+
+    number: int
+    text: str
+
+
+def run(options: Options) -> None:
+    """Prints one line for each text, in the order of the input."""
+    options.check()
+    lines = read_lines(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        scores = _score(options, lines) if lines else []
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; scores are printed once all are there") from None
+    show = _as_json if options.json else _as_text
+    for line, score in zip(lines, scores, strict=True):
+        typer.echo(show(line, score, options.threshold))
+
+
+def read_lines(options: Options) -> list[Line]:
+    """The texts to score. Lines of white space alone are left out."""
+    name = "stdin" if options.file == STDIN else options.file
+    with as_user_error(f"cannot read {name}", OSError, UnicodeDecodeError):
+        if options.file == STDIN:
+            content = sys.stdin.buffer.read()
+        else:
+            content = Path(options.file).read_bytes()
+        # Not splitlines: a text may hold form feeds and other separators that are no line ends.
+        raw = content.decode("utf-8-sig").split("\n")
+    is_jsonl = options.jsonl or (options.file != STDIN and Path(options.file).suffix == ".jsonl")
+    return [
+        Line(number, _text_of_record(line, f"{name}: line {number}", options.field))
+        if is_jsonl
+        else Line(number, line.rstrip("\r"))
+        for number, line in enumerate(raw, start=1)
+        if line.strip()
+    ]
+
+
+def _text_of_record(line: str, where: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if isinstance(record, dict):
+        if isinstance(text := record.get(field), str):
+            return text
+        turns = {key: record[key] for key in ("prompt", "response") if key in record}
+        if turns and all(isinstance(turn, str) for turn in turns.values()):
+            return conversation(**turns)
+    there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    raise UserError(
+        f"{where} has neither a text field {field!r} nor prompt and response (it has: {there}); "
+        "see --field"
+    )
+
+
+def _score(options: Options, lines: list[Line]) -> list[TextScore]:
+    loaded = load_model(find_model(options.model), resolve_dtype(options.dtype))
+    model = load_guard(loaded, options.adapter)
+    with _progress(len(lines)) as advance, as_user_error("cannot score", ValueError):
+        scores = screen(
+            model,
+            loaded.tokenizer,
+            [line.text for line in lines],
+            batch_size=options.batch,
+            max_length=options.max_length,
+            on_progress=advance,
+        )
+    for line, score in zip(lines, scores, strict=True):
+        if not 0 <= score.unsafe <= 1:  # NaN
+            raise UserError(f"line {line.number}: the score is not finite; try --dtype fp32")
+    return scores
+
+
+def load_guard(loaded: LoadedModel, adapter: Path) -> GuardModel:
+    """The guard over the loaded model, in evaluation mode."""
+    with as_user_error("--adapter", OSError, ValueError, TypeError):
+        model = GuardModel.from_pretrained(loaded.model, adapter, trainable=False)
+    return model.eval()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar on stderr where that is a terminal, so that stdout can be piped."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns: list[Any] = [TextColumn("scoring"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("scoring", total=total)
+        yield lambda finished: bar.advance(task, finished)
+
+
+def _as_text(line: Line, score: TextScore, threshold: float) -> str:
+    verdict = "unsafe" if score.unsafe >= threshold else "safe"
+    return f"{line.number}\t{score.unsafe:.4f}\t{verdict}"
+
+
+def _as_json(line: Line, score: TextScore, threshold: float) -> str:
+    return json.dumps(
+        {
+            "line": line.number,
+            "score": score.unsafe,
+            "unsafe": score.unsafe >= threshold,
+            "categories": dict(score.categories),
+            "tokens": score.num_tokens,
+        }
+    )
