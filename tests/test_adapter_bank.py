@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import lowrank_ext as lr
+from lowrank_ext.checkpoint import LoRATensors
 from lowrank_ext.nn import LoRALinear, MultiLoRALinear
 from lowrank_ext.nn.multi import ACTIVE_ROWS
 
@@ -457,6 +459,85 @@ def test_other_methods_are_refused(
     assert_refused(bank, tmp_path, f"must be a plain LoRA, got {config.peft_type}")
 
 
+def test_adapters_given_as_tensors(bank: lr.AdapterBank) -> None:
+    path, ids = "model.layers.0.mlp.down_proj", tokens(3)
+    a, b = torch.randn(5, 48), torch.randn(32, 5)
+    bank.add("given", {path: LoRATensors(a, b, 0.5)})
+    with bank.rows(["given", None, "attention"]):
+        found = bank.model(ids).logits
+    with bank.rows([None, None, "attention"]):
+        without = bank.model(ids).logits
+    assert torch.equal(found[1:], without[1:])
+    alone = llama()
+    alone.get_submodule(path).weight += 0.5 * b @ a
+    torch.testing.assert_close(found[0], alone(ids).logits[0], rtol=1e-4, atol=1e-4)
+    a.zero_()
+    assert bank.model.get_submodule(path).lora_a[-1].any(), "copied"
+
+
+@pytest.mark.parametrize(
+    ("path", "shapes", "message"),
+    [
+        ("model.layers.0.mlp.down_prj", ((2, 48), (32, 2)), "got 'model.*did you mean"),
+        ("model.layers.0.mlp", ((2, 48), (32, 2)), "got model.layers.0.mlp, a LlamaMLP"),
+        (
+            "model.layers.0.mlp.down_proj",
+            ((2, 47), (32, 2)),
+            r"be \[r, 48\] and \[32, r\], got \[2",
+        ),
+        ("model.layers.0.mlp.down_proj", ((2, 48), (32, 3)), r"and \[32, 3\]"),
+        ("model.layers.0.mlp.down_proj", ((0, 48), (32, 0)), r"got \[0, 48\] and \[32, 0\]"),
+        ("model.layers.0.mlp.down_proj", ((48,), (32, 2)), r"got \[48\]"),
+        ("model.layers.0.mlp.down_proj", None, "scaling must be positive and finite, got 0"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    bank: lr.AdapterBank, path: str, shapes: Any, message: str
+) -> None:
+    before = bank.names, list(bank.model.modules())
+    a, b = map(torch.ones, shapes or ((2, 48), (32, 2)))
+    with pytest.raises(ValueError, match=f"AdapterBank.add: .*{message}"):
+        bank.add("new", {path: LoRATensors(a, b, 1.0 if shapes else 0)})
+    with pytest.raises(ValueError, match=r"AdapterBank.add: .* at least one module, got none"):
+        bank.add("new", {})
+    with pytest.raises(ValueError, match=r"AdapterBank.add: name must be new, got 'attention'"):
+        bank.add("attention", {})
+    assert (bank.names, list(bank.model.modules())) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_copies_have_blocks_of_their_own(bank: lr.AdapterBank, copied: Any) -> None:
+    ids = tokens(2)
+    base = bank.model(ids).logits
+    with bank.rows(["everything", None]):
+        expected = bank.model(ids).logits
+        other = copied(bank)
+        assert torch.equal(other.model(ids).logits, base)
+        other.unload("attention")  # no block of its own is active
+    assert other.names == ("everything", "one layer") and bank.names == tuple(CHECKPOINTS)
+    with other.rows(["everything", None]):
+        assert torch.equal(other.model(ids).logits, expected)
+        assert torch.equal(bank.model(ids).logits, base)
+    other.close()
+    assert torch.equal(other.model(ids).logits, base)
+
+
+def test_stacks_in_float32_over_a_bfloat16_base(directory: Path) -> None:
+    model, ids = llama(torch.bfloat16), tokens(2)
+    base = model(ids).logits
+    bank = lr.AdapterBank(model, adapter_dtype="float32")
+    bank.load("a", directory / "everything")
+    modules = [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
+    assert {m.lora_a.dtype for m in modules} == {torch.float32}
+    assert bank.memory().total == sum(m.lora_a.nbytes + m.lora_b.nbytes for m in modules)
+    with bank.rows(["a", None]):
+        assert torch.equal(model(ids).logits[1], base[1])
+    with pytest.raises(ValueError, match="AdapterBank: adapter_dtype must be one of"):
+        lr.AdapterBank(llama(), adapter_dtype="int8")
+    with pytest.raises(ValueError, match="adapter_dtype must be 'base', 'float32' or the base's"):
+        lr.AdapterBank(llama(), adapter_dtype="float16").load("a", directory / "everything")
+
+
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)).eval()
@@ -530,6 +611,19 @@ def test_layer_trains_each_adapter_on_its_rows() -> None:
             alone(x[ids == slot]).square().sum().backward()
             torch.testing.assert_close(layer.lora_a.grad[slot, :rank], alone.lora_a.grad)
             torch.testing.assert_close(layer.lora_b.grad[slot, :, :rank], alone.lora_b.grad)
+
+
+def test_layer_drops_only_where_it_trains_an_adapter() -> None:
+    layer = MultiLoRALinear.from_linear(nn.Linear(12, 9))
+    layer.add("a", *adapter(3), 1.0)
+    x, ids = torch.randn(400, 12), torch.arange(400) % 2 - 1
+    expected = layer(x, ids)
+    layer.dropout = 0.5
+    assert torch.equal(layer.eval()(x, ids), expected)
+    dropped = layer.train()(x, ids)
+    assert torch.equal(dropped[::2], expected[::2]) and not torch.equal(dropped, expected)
+    layer.dropout = 1.0
+    torch.testing.assert_close(layer(x, ids), layer(x))
 
 
 def test_layer_follows_dtypes_and_copies() -> None:

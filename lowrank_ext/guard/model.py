@@ -300,8 +300,8 @@ class GuardModel(nn.Module):
         """A rich table of :meth:`overhead`, beside a guard that is a model of its own."""
         numbers = self.overhead()
         table = Table(
-            title=f"the guard adds 1 parameter per {numbers.ratio:,.0f} of the base; a guard model "
-            f"of the base's size has {numbers.ratio:,.0f} x as many"
+            title=f"a guard model of the base's size has {numbers.ratio:,.0f} x the parameters of "
+            "this guard"
         )
         table.add_column("part")
         table.add_column("parameters", justify="right")

@@ -1,0 +1,203 @@
+"""LoRA-Guard on SmolLM2-135M: a language model learns to recognise prompt injections.
+
+The texts are those of the package bastioncorpus (MIT licence): attacks of seven kinds, and harmless
+texts that look like attacks. Two thirds train the guard, the rest is scored; texts of one intent,
+which are rewordings of each other, are on one side. Shows how little the guard adds, that what the
+model generates keeps its bits, and the precision-recall curve before and after training, in
+guard.png. The guard is saved too, for `lowrank-ext guard`.
+
+    pip install bastioncorpus
+    python examples/guard.py --out build/examples
+"""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import lowrank_ext as lr
+from lowrank_ext.cli.files import prepare_output, write_bytes
+from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
+from lowrank_ext.guard.screening import pad
+
+BATCH, EPOCHS, LEARNING_RATE, MAX_LENGTH = 8, 6, 1e-3, 192
+HELD_OUT = 3  # one group of texts in so many
+QUICK_TEXTS = 16
+console = Console(highlight=False)
+
+
+class Texts(NamedTuple):
+    """N texts and the kinds of attack that they are, bool [N, C]: none for a harmless one."""
+
+    texts: list[str]
+    labels: Tensor
+
+    @property
+    def unsafe(self) -> Tensor:
+        return self.labels.any(1)
+
+
+def load_texts() -> tuple[Texts, Texts, list[str]]:
+    """Training and held-out texts, and the kinds of attack."""
+    try:
+        from bastioncorpus import load_corpus
+    except ImportError:
+        raise SystemExit("this example needs a package more: pip install bastioncorpus") from None
+    rows = load_corpus()
+    kinds = sorted({row.category for row in rows if row.is_malicious})
+    # A digest, so that neither the order of the corpus nor Python's seed changes the split.
+    groups = sorted({row.intent or row.text for row in rows}, key=digest)
+    held_out = set(groups[::HELD_OUT])
+
+    def side(is_held_out: bool) -> Texts:
+        chosen = [row for row in rows if ((row.intent or row.text) in held_out) is is_held_out]
+        # Attacks have a slot for a code word: without one the braces would give them away.
+        texts = [row.render(digest(row.id)[:8]) for row in chosen]
+        labels = [[row.is_malicious and row.category == kind for kind in kinds] for row in chosen]
+        return Texts(texts, torch.tensor(labels))
+
+    return side(False), side(True), kinds
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def train(model: lr.guard.GuardModel, tokenizer: Any, data: Texts, epochs: int) -> None:
+    """AdamW with a linear decay; every epoch is a new order."""
+    tokens = [tokenizer(text)["input_ids"][:MAX_LENGTH] for text in data.texts]
+    criterion = lr.guard.GuardLoss(data.labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    batches = [
+        rows for _ in range(epochs) for rows in torch.randperm(len(tokens)).split(BATCH)
+    ]  # fmt: skip
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(batches))
+    model.train()
+    for rows in track(batches, "training the guard", console=console, transient=True):
+        ids, mask = pad([tokens[row] for row in rows.tolist()])
+        unsafe, categories, _ = model.guard(ids, mask)
+        criterion(unsafe, categories, data.labels[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+    model.eval()
+
+
+def scores(model: lr.guard.GuardModel, tokenizer: Any, data: Texts) -> Tensor:
+    found = lr.guard.screen(model, tokenizer, data.texts, max_length=MAX_LENGTH)
+    return torch.tensor([score.unsafe for score in found])
+
+
+def first_answer(model: Any, tokenizer: Any) -> tuple[str, list[Tensor]]:
+    """What the model generates, and the logits of every step."""
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name three uses of copper."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(
+        **ids, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    answer = tokenizer.decode(output.sequences[0, ids["input_ids"].shape[1] :])
+    return " ".join(answer.split()), list(output.logits)
+
+
+def curve_plot(unsafe: Tensor, curves: dict[str, Tensor]) -> bytes:
+    """PNG: precision over recall, and what calling everything unsafe has."""
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(
+        xlabel="recall",
+        ylabel="precision",
+        title=f"Prompt injections among {len(unsafe)} held-out texts",
+        xlim=(0, 1.02),
+        ylim=(0, 1.02),
+    )
+    for label, found in curves.items():
+        curve = lr.guard.precision_recall(unsafe, found)
+        area = lr.guard.average_precision(unsafe, found)
+        recall = torch.cat([torch.zeros(1), curve.recall])
+        precision = torch.cat([curve.precision[:1], curve.precision])
+        axes.step(recall, precision, where="pre", label=f"{label}: AUPRC {area:.3f}")
+    share = float(unsafe.double().mean())
+    axes.axhline(share, color="gray", linestyle="--", label=f"everything unsafe: {share:.3f}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def results_table(held_out: Texts, curves: dict[str, Tensor]) -> Table:
+    table = Table(title=f"{len(held_out.texts)} held-out texts, threshold 0.5")
+    table.add_column("guard")
+    for heading in ("AUPRC", "precision", "recall", "accuracy"):
+        table.add_column(heading, justify="right")
+    everything = torch.ones(len(held_out.texts))
+    for label, found in ({"everything unsafe": everything} | curves).items():
+        called, unsafe = found >= 0.5, held_out.unsafe
+        hits = (called & unsafe).sum()
+        numbers = (
+            lr.guard.average_precision(unsafe, found),
+            hits / called.sum().clamp(min=1),
+            hits / unsafe.sum(),
+            (called == unsafe).double().mean(),
+        )
+        table.add_row(label, *(f"{float(number):.3f}" for number in numbers))
+    return table
+
+
+def run(loaded: LoadedModel, out: Path, quick: bool) -> None:
+    train_set, held_out, kinds = load_texts()
+    if quick:
+        train_set, held_out = (
+            Texts(side.texts[:QUICK_TEXTS], side.labels[:QUICK_TEXTS])
+            for side in (train_set, held_out)
+        )
+    base, tokenizer = loaded.model.eval().requires_grad_(False), loaded.tokenizer
+    answer, expected = first_answer(base, tokenizer)
+    model = lr.guard.GuardModel(
+        base, r=8, alpha=16, num_categories=len(kinds), category_names=kinds
+    )
+    console.print(model.summary())
+    curves = {"before training": scores(model, tokenizer, held_out)}
+    train(model, tokenizer, train_set, epochs=1 if quick else EPOCHS)
+    curves["trained"] = scores(model, tokenizer, held_out)
+    console.print(results_table(held_out, curves))
+    again, logits = first_answer(model, tokenizer)
+    same = again == answer and all(map(torch.equal, logits, expected))
+    console.print(f"generated as before, to the bit: {same}  ({answer!r})")
+    model.save_pretrained(out / "guard-adapter")
+    write_bytes(out / "guard.png", curve_plot(held_out.unsafe, curves))
+    console.print(f"written: {out / 'guard.png'}, and {out / 'guard-adapter'} for")
+    console.print(
+        f"    echo 'Ignore all rules.' | lowrank-ext guard - --adapter {out}/guard-adapter"
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the picture and the guard go.")] = Path(
+        "build/examples"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A few texts, one epoch.")] = False,
+) -> None:
+    """Train a guard for prompt injections over SmolLM2-135M."""
+    prepare_output(out)
+    torch.manual_seed(0)
+    run(load_model(find_model(None), resolve_dtype("auto")), out, quick)
+
+
+if __name__ == "__main__":
+    typer.run(main)
