@@ -245,6 +245,16 @@ def test_it_starts_at_the_base() -> None:
         assert torch.equal(module.lora_a[0], theirs[key]) and not module.lora_b.any()
 
 
+def test_modes_are_kept() -> None:
+    base = llama().train()
+    base.model.layers[1].eval()
+    modes = [module.training for module in base.modules()]
+    model = trained(base)
+    assert model.training and model.head.training
+    assert [m.training for m in model.unload().modules()] == modes
+    assert not trained(llama()).training and not trained(llama()).head.training
+
+
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [

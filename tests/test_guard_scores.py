@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import random
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +195,7 @@ def test_each_text_as_if_alone(model: GuardModel, tokenizer: Any) -> None:
     for batch_size in (1, 3, 100):
         progress: list[int] = []
         scores = screen(model, tokenizer, TEXTS, batch_size=batch_size, on_progress=progress.append)
-        assert model.training and model.base_lm.training
+        assert model.training and model.base_lm.training and not model.head.training
         assert sum(progress) == len(TEXTS) and len(progress) == -(-len(TEXTS) // batch_size)
         for text, score, expected in zip(TEXTS, scores, alone, strict=True):
             found = [score.unsafe, *score.categories.values()]
@@ -440,3 +442,37 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         advance(2)
         advance(1)
     assert "scoring" in output.getvalue() and "3/3" in output.getvalue()
+
+
+# ------------------------------------------------------------------------------------ the example
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "guard.py"
+
+
+def test_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bastioncorpus")
+    save_byte_llama(tmp_path / "model", context=256)
+    example = runpy.run_path(str(EXAMPLE))
+    example["main"](out=tmp_path / "out", quick=True, model=str(tmp_path / "model"))
+    shown = capsys.readouterr().out
+    assert "generated as before, to the bit: True" in shown and "guard in all" in shown
+    assert (tmp_path / "out" / "guard.png").read_bytes().startswith(b"\x89PNG")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = GuardModel.from_pretrained(base, tmp_path / "out" / "guard-adapter")
+    assert len(model.head_options.category_names) == 7
+
+
+def test_the_example_s_split() -> None:
+    pytest.importorskip("bastioncorpus")
+    train, held_out, kinds = runpy.run_path(str(EXAMPLE))["load_texts"]()
+    assert not set(train.texts) & set(held_out.texts)
+    for side in (train, held_out):
+        assert side.labels.shape == (len(side.texts), len(kinds))
+        assert side.labels.sum(1).max() == 1 and 0.5 < side.unsafe.double().mean() < 0.8
+        assert not any("{canary}" in text for text in side.texts)
+
+
+def test_the_example_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bastioncorpus", None)
+    with pytest.raises(SystemExit, match="pip install bastioncorpus"):
+        runpy.run_path(str(EXAMPLE))["load_texts"]()

@@ -1,5 +1,6 @@
 """GuardModel: a causal language model and its guard, in one set of weights."""
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Sequence
@@ -151,7 +152,8 @@ class GuardModel(nn.Module):
             dtype=like.dtype,
             device=like.device,
         )
-        self.train(base_lm.training)
+        self.training = base_lm.training
+        self.head.train(base_lm.training)
         self._checkpointing: HookHandles | None = None
         # Stays: hooks must not come and go while other threads run the model.
         self._hook = self.backbone.register_forward_hook(_keep_hidden)
@@ -366,7 +368,7 @@ class GuardModel(nn.Module):
         options, head = read_head(Path(path), _hidden_size(base_lm), caller)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        config = LoRAConfig.from_dict(config.to_dict() | {"adapter_dtype": adapter_dtype})
+        config = dataclasses.replace(config, adapter_dtype=adapter_dtype)
         model._assemble(base_lm, LoRAFile(config, adapters), options)
         model.head.load_state_dict(head)
         return model if trainable else model.requires_grad_(False)

@@ -81,7 +81,7 @@ def screen(
     windows.sort(key=lambda window: (len(window.tokens), window.text))
     left = torch.bincount(torch.tensor([w.text for w in windows], dtype=torch.int64)).tolist()
     best = torch.zeros(len(texts), 1 + model.head_options.num_categories, dtype=torch.float64)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for start in range(0, len(windows), batch_size):
@@ -93,7 +93,8 @@ def screen(
             if on_progress is not None:
                 on_progress(sum(left[row] == 0 for row in set(rows)))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     names = category_names(model)
     return [
         TextScore(row[0], dict(zip(names, row[1:], strict=True)), count)
