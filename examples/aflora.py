@@ -190,7 +190,7 @@ def main(
     model = lr.adapt(make_model(), lr.AFLoRAConfig(r=RANK))
     options = {"total_steps": steps, **SCHEDULE}
     train(
-        *(aflora, model, corpus, steps, 1e-2),
+        *(aflora, model, corpus, steps, 3e-2),
         lambda optimizer: lr.AdaptiveFreezeSchedule(model, optimizer=optimizer, **options),
     )
 

@@ -34,7 +34,7 @@ DEFAULT_LR = {
     "lora": 3e-3,
     "lamda": 5e-4,
     "lamda++": 5e-4,
-    "aflora": 1e-2,
+    "aflora": 3e-2,
     "moe-lora": 3e-3,
     "goat": 3e-3,
 }
