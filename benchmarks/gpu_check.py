@@ -324,11 +324,11 @@ def measure_kernels(check: Check) -> str:
     return f"{len(rows)} kernels, {min(shares):.0%} to {max(shares):.0%} of a copy's speed"
 
 
-EXPERT_BENCHES = ("bench_moe", "bench_multi")
+EXPERT_BENCHES = ("bench_moe", "bench_expert_forms", "bench_multi")
 
 
 def measure_experts(check: Check) -> str:
-    """Mixtures of experts and batches of many adapters, by the scripts that also run on a CPU."""
+    """Mixtures of experts, their forms side by side, and batches of many adapters, by scripts."""
     if importlib.util.find_spec("peft") is None:
         raise SectionSkipped(f"peft, bench_multi's baseline, is not installed for {sys.executable}")
     tables = check.report["experts"] = {}

@@ -44,6 +44,8 @@ KERNELS_OF = {
     "segment_down_backward_x": "segment_up_kernel",
     "segment_down_backward_lora_a": "segment_outer_kernel",
     "segment_up_backward_lora_b": "segment_outer_kernel",
+    "expert_up": "expert_expand_kernel",
+    "expert_down_backward_x": "expert_expand_kernel",
 }
 # Partial sums between kernels.
 WORKSPACES = {"g", "p", "partials", "z", "dw"}
@@ -60,6 +62,13 @@ sectors    32-byte sectors per request of a warp; sector B / B: their bytes over
 conflicts  wavefronts of shared memory beyond those that the accesses' width needs, of all
 registers  the most that any variant of the kernel takes for this kind, on any architecture\
 """
+
+
+# ExpertPlan of csrc/cuda/plan_experts.h: grouped, dense_up_backward.
+DENSE, GROUPED, GROUPED_DENSE_UP = (False, False), (True, False), (True, True)
+
+
+LARGE_EXPERTS, LARGE_EXPERT_RANK = 16, 32
 
 
 class Sizes(NamedTuple):
@@ -119,8 +128,11 @@ def run_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Rep
     return forward, backward
 
 
-def run_moe_step(simt: Any, sizes: Sizes, kind: str) -> tuple[list[Report], list[Report]]:
-    """The same through moe_lowrank_add."""
+def run_moe_step(
+    simt: Any, sizes: Sizes, kind: str, form: tuple[bool, bool] | None = None
+) -> tuple[list[Report], list[Report]]:
+    """The same through moe_lowrank_add, with a mask for each expert; form: in place of the plan."""
+    simt.host.fix_expert_plan(*form) if form else simt.host.plan_experts_by_sizes()
     x, dout, base = step_tensors(sizes, kind)
     k, n, experts, rank = sizes[1], sizes[2], sizes.num_experts, sizes.expert_rank
     shapes = (experts, k), (experts, rank, k), (experts, n, rank)
@@ -220,6 +232,12 @@ def needed_by_pass(sizes: Sizes, element_bytes: int) -> tuple[int, int]:
     return forward * element_bytes, backward * element_bytes
 
 
+def needed_by_experts(sizes: Sizes, element_bytes: int) -> tuple[int, int]:
+    """The router's columns too."""
+    rank = sizes.num_experts * (sizes.expert_rank + 1)
+    return needed_by_pass(sizes._replace(rank=rank), element_bytes)
+
+
 # Registers
 
 
@@ -303,11 +321,16 @@ def rows_of(simt: Any, sizes: Sizes, kind: str) -> Iterator[tuple[str, list[Repo
     wanted = needed_by_pass(sizes, KINDS[kind][0].itemsize)
     yield "forward", forward, wanted[0]
     yield "backward", backward, wanted[1]
-    rank = sizes.num_experts * (sizes.expert_rank + 1)  # the router's columns too
-    wanted = needed_by_pass(sizes._replace(rank=rank), KINDS[kind][0].itemsize)
-    forward, backward = run_moe_step(simt, sizes, kind)
-    yield "moe forward", forward, wanted[0]
-    yield "moe backward", backward, wanted[1]
+    large = sizes._replace(rank=LARGE_EXPERTS * LARGE_EXPERT_RANK, num_experts=LARGE_EXPERTS)
+    for name, of, form in (
+        ("dense moe", sizes, DENSE),
+        ("grouped moe", sizes, GROUPED_DENSE_UP),
+        ("large grouped moe", large, GROUPED),
+    ):
+        forward, backward = run_moe_step(simt, of, kind, form)
+        wanted = needed_by_experts(of, KINDS[kind][0].itemsize)
+        yield f"{name} forward", forward, wanted[0]
+        yield f"{name} backward", backward, wanted[1]
 
 
 def arguments() -> argparse.Namespace:
@@ -360,7 +383,10 @@ def main() -> None:
     m, k, n, r, p, experts, top_k, adapters = sizes
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(f"lowrank_add, M={m} K={k} N={n} r={r} dropout={p}, {options.sms} SMs")
-    console.print(f"moe_lowrank_add, {experts} experts of rank {sizes.expert_rank}, k={top_k}")
+    console.print(
+        f"moe_lowrank_add, {experts} experts of rank {sizes.expert_rank}, k={top_k}; large: "
+        f"{LARGE_EXPERTS} of rank {LARGE_EXPERT_RANK}"
+    )
     console.print(f"moe_route, T={m} E={experts} k={top_k}")
     console.print(f"multi_lowrank_add, n={adapters}, else as lowrank_add")
     console.print(table)

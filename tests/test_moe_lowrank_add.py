@@ -1,4 +1,8 @@
-"""moe_lowrank_add: a mixture of low-rank experts, in both forms that it has on the CPU."""
+"""moe_lowrank_add: a mixture of low-rank experts, in the forms that it has on the CPU and on a GPU.
+
+On the CPU the rank decides which one is taken; on the executor, whose sizes are small, the test:
+with both_forms the one that the rank stands for.
+"""
 
 import itertools
 import os
@@ -9,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import DtypePair
+from conftest import DtypePair, executor, executor_ops, has_executor
 from distributed_cases import end_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,8 +58,28 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext import ops
 
+# ExpertPlan of csrc/cuda/plan_experts.h: (grouped, dense_up_backward).
+DENSE, GROUPED, GROUPED_DENSE_UP = FORMS = (False, False), (True, False), (True, True)
+FORM_NAMES = ("dense", "grouped", "grouped, dense up backward")
+grouped_forms = pytest.mark.parametrize("form", FORMS[1:], ids=FORM_NAMES[1:])
+
 both_forms = pytest.mark.parametrize("rank", [BY_ROW, BY_GROUP], ids=["by row", "by group"])
 two_dtypes = pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
+
+
+def take_form(form: tuple[bool, bool]) -> None:
+    """From here to the test's end, on the executor; elsewhere nothing."""
+    if has_executor() and torch.ops.lowrank_ext.moe_lowrank_add is executor_ops().moe_lowrank_add:
+        executor().host.fix_expert_plan(*form)
+
+
+@pytest.fixture(autouse=True)
+def form_of_rank(request: pytest.FixtureRequest, ops_on_executor: None) -> None:
+    """both_forms on the executor."""
+    callspec = getattr(request.node, "callspec", None)
+    rank = callspec.params.get("rank") if callspec else None
+    if rank in (BY_ROW, BY_GROUP):
+        take_form(DENSE if rank == BY_ROW else GROUPED)
 
 
 @pytest.mark.executor(every=11)
@@ -106,6 +130,73 @@ def test_sizes_that_need_several_blocks(
     tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
     options = {"scaling": 2.0, "dropout_p": 0.05, "seed": seed_tensor(3, device)}
     assert_within_rule(tensors, make_dout(tensors), top_k=top_k, **options)
+
+
+@pytest.mark.executor(only=True)
+@grouped_forms
+@pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_in", "num_out", "num_experts", "top_k", "rank"),
+    [
+        (300, 257, 129, 8, 2, 2),
+        (7, 230, 300, 4, 3, 17),
+        (140, 130, 100, 3, 1, 33),
+        (65, 33, 31, 40, 5, 2),
+        (2, 4099, 31, 3, 3, 1),
+    ],
+)
+def test_grouped_sizes(
+    device: str,
+    dtypes: DtypePair,
+    num_tokens: int,
+    num_in: int,
+    num_out: int,
+    num_experts: int,
+    top_k: int,
+    rank: int,
+    form: tuple[bool, bool],
+) -> None:
+    """Few slots and many, one choice and several, ranks that do not start on 16 bytes."""
+    take_form(form)
+    tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
+    options = {"scaling": 2.0, "dropout_p": 0.05, "seed": seed_tensor(3, device)}
+    assert_within_rule(tensors, make_dout(tensors), top_k=top_k, **options)
+
+
+@pytest.mark.executor(only=True)
+@grouped_forms
+@pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+def test_grouped_values_and_gradients(
+    device: str, dtypes: DtypePair, dropout_p: float, shared: bool, form: tuple[bool, bool]
+) -> None:
+    """At a rank that the CPU takes row by row."""
+    take_form(form)
+    tensors = make_tensors((3, 11), 65, 43, 6, BY_ROW, dtypes, device)
+    assert_within_rule(
+        tensors,
+        make_dout(tensors),
+        top_k=2,
+        scaling=-0.75,
+        dropout_p=dropout_p,
+        seed=seed_tensor(7, device),
+        shared_dropout=shared,
+        token_mask=torch.rand(3, 11, device=device) < 0.8,
+    )
+
+
+@pytest.mark.executor(only=True)
+@pytest.mark.parametrize("form", FORMS, ids=FORM_NAMES)
+@pytest.mark.parametrize("needs", [(name,) for name in NAMES] + [NAMES[2:], NAMES[:2]], ids=str)
+def test_some_gradients_alone(device: str, needs: tuple[str, ...], form: tuple[bool, bool]) -> None:
+    """The same bits as among all."""
+    take_form(form)
+    tensors = make_tensors((70,), 33, 43, 6, 5, MIXED, device)
+    options = {"top_k": 2, "dropout_p": 0.3, "seed": seed_tensor(7, device)}
+    dout = make_dout(tensors)
+    every = evaluate(ops, tensors, dout, **options)
+    for name, value in evaluate(ops, tensors, dout, needs, **options).items():
+        assert_same_bits(value, every[name], name)
 
 
 @pytest.mark.executor(every=5)
@@ -291,6 +382,7 @@ def test_layouts(device: str, dtypes: DtypePair, rank: int, layout: Layout, name
     dropout_p=st.sampled_from([0.0, 0.5, 1.0]),
     shared=st.booleans(),
     one_expert=st.booleans(),
+    form=st.sampled_from(FORMS),
 )
 def test_any_sizes(
     device: str,
@@ -304,9 +396,11 @@ def test_any_sizes(
     dropout_p: float,
     shared: bool,
     one_expert: bool,
+    form: tuple[bool, bool],
 ) -> None:
     """Also with all tokens to the same experts: those whose router rows are not zero."""
     torch.manual_seed(choice)
+    take_form(form)
     tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
     if one_expert:
         tensors["x"][:, 0] = 1
@@ -512,6 +606,26 @@ def test_experts_without_tokens(
     if not choices:
         assert got["y"].shape == (0, 5) and not got["drouter_weight"].any()
         assert got["balance_loss"] == 0
+
+
+@pytest.mark.executor(only=True)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@two_dtypes
+def test_bad_weights_of_an_idle_expert_do_not_spread(
+    device: str, dtypes: DtypePair, bad: float
+) -> None:
+    """RF-13, in the grouped form: nothing of an expert without tokens is read."""
+    take_form(GROUPED)
+    tensors = routed_tensors([0, 2, 0, 1, 1, 2, 0], 5, 4, dtypes)
+    options = {"top_k": 1, "dropout_p": 0.5, "seed": seed_tensor(3, device)}
+    dout = make_dout(tensors, integers=True)
+    good = evaluate(ops, tensors, dout, **options)
+    for name in ("lora_a", "lora_b"):
+        tensors[name][3:] = bad
+    got = evaluate(ops, tensors, dout, **options)
+    assert_same_values(got, good)
+    for name in ("dlora_a", "dlora_b"):
+        assert not got[name][3:].any()
 
 
 @pytest.mark.executor(every=5)

@@ -28,6 +28,13 @@ struct Any {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// A matrix for each group.
+struct AnyStack {
+  Any first;  // group 0's
+  int64_t num_groups = 0;
+  int64_t group_stride = 0;  // in elements
+};
+
 // mid(h) = (h ⊙ rank_scale) coreᵀ; absent factors are ones. Elements as x's.
 struct Mid {
   Any rank_scale;  // [1, r]
@@ -199,6 +206,48 @@ void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumn
                 bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
                 const Device& device);
 
+// ---- moe_lowrank_add in the grouped form: token m's choice j is slot m k + j, and what lies
+// between an expert's projections has a row for each slot
+
+// From the sums of the slots' h, left as they are split: h [M, E r] with zeros where an expert was
+// not chosen, and gated [M k, r] = weight · h.
+void moe_slots(NumberKind kind, const ZPartials& sums, const ExpertRouting& routing, const Any& h,
+               const Any& gated, const Device& device);
+
+// gated alone, from h.
+void moe_slots_h(NumberKind kind, const ExpertRouting& routing, const Any& h, const Any& gated,
+                 const Device& device);
+
+// G: a row for each slot, [num_splits · M k, r], or for each token, [num_splits · M, E r].
+struct SlotGradient {
+  ZPartials sums;
+  bool by_slot;
+};
+
+// dlogits [M, E] (absent: not asked for, and then h and probs are not read) and dh [M k, r]: see
+// moe_gate_backward.
+void moe_slots_backward(NumberKind kind, const SlotGradient& g, const ExpertRouting& routing,
+                        const Any& dbalance_loss, const Any& h, const Any& dlogits, const Any& dh,
+                        const Device& device);
+
+// Sums over the experts that each token chose. tokens [M] is order_tokens', ids [M, k].
+struct TokenChoices {
+  const int64_t* tokens;
+  const int64_t* ids;
+  int64_t num_tokens, top_k;
+};
+
+// y [M, N] = base + scaling Σ_j gated[m k + j] lora_b[e_j]ᵀ, lora_b [E, N, r].
+void expert_up(NumberKind kind, const TokenChoices& choices, const Any& base, const Any& gated,
+               const AnyStack& lora_b, double scaling, const Any& y, const Device& device);
+
+// dx [M, K] = dlogits router_weight + Σ_j drop'(dh[m k + j] lora_a[e_j]), through the mask of
+// expert e_j or, shared, mask 0.
+void expert_down_backward_x(NumberKind kind, const TokenChoices& choices, const Any& dlogits,
+                            const Any& router_weight, const Any& dh, const AnyStack& lora_a,
+                            bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
+                            const Device& device);
+
 // Slots stably ordered by their group: ids [S], an expert or an adapter each, 0 … n - 1. With
 // extra_groups two more follow: n for the slots with id -1, n + 1 for those with any other id that
 // is not a group's; without, every id must be a group's. One launch where that pays, else three.
@@ -210,6 +259,11 @@ struct SlotOrder {
 int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int num_sms);
 void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                  const SlotOrder& order, void* workspace, const Device& device);
+
+// Tokens with ids [T, k], ordered such that neighbours chose the same experts, or most of the same.
+int64_t order_tokens_workspace_bytes(int64_t num_tokens, int64_t num_experts, int num_sms);
+void order_tokens(const int64_t* ids, int64_t num_tokens, int64_t top_k, int64_t num_experts,
+                  int64_t* tokens, void* workspace, const Device& device);
 
 // Top-k routing of logits [T, E]; token_mask [T] or null. Statistics are fp32, fp64 beside fp64.
 struct Routing {
@@ -232,18 +286,16 @@ void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const An
 // of M ids with extra_groups. Rows without a group (id -1), and those of a group of rank 0, are
 // copies of the base, or zeros; rows of an invalid id, or of a group whose rank is out of range,
 // are NaN. Nothing of a group without rows is read, nor what is beyond a group's rank.
+//
+// With several slots to a row (a token's experts), M is the number of slots: rows of thin matrices.
+// Large matrices have M / slots_per_row rows.
 struct RowGroups {
-  const int64_t* rows;     // [M], sorted by group
+  const int64_t* rows;     // [M], slots sorted by group
   const int64_t* offsets;  // [n + 3]
   const int64_t* ranks;    // [n], or null: the whole rank for all
   int64_t num_rows, num_groups;
-};
-
-// A matrix for each group.
-struct AnyStack {
-  Any first;  // group 0's
-  int64_t num_groups = 0;
-  int64_t group_stride = 0;  // in elements
+  int slots_per_row = 1;
+  bool masks_by_group = false;  // dropout: each group has the mask of its number, or all mask 0
 };
 
 // h [M, r]: h[m] = drop(x[m]) lora_a[i]ᵀ for row m of group i, x [M, K], lora_a [n, r, K].
@@ -251,6 +303,18 @@ int64_t segment_down_workspace_bytes(NumberKind kind, int64_t num_rows, int64_t 
                                      int64_t depth, int64_t rank, int num_sms);
 void segment_down(NumberKind kind, const RowGroups& groups, const Any& x, const AnyStack& lora_a,
                   const Any& h, const DropoutArgs& dropout, void* workspace, const Device& device);
+
+// The same sums, and those of segment_up_backward with one scaling for all groups, left as they are
+// split.
+PartialSumsWorkspace segment_down_partials_workspace(NumberKind kind, int64_t num_rows,
+                                                     int64_t num_groups, int64_t depth,
+                                                     int64_t rank, int num_sms);
+void segment_down_partials(NumberKind kind, const RowGroups& groups, const Any& x,
+                           const AnyStack& lora_a, const DropoutArgs& dropout, const ZPartials& h,
+                           const Device& device);
+void segment_up_backward_partials(NumberKind kind, const RowGroups& groups, const Any& dout,
+                                  const AnyStack& lora_b, double scaling, const ZPartials& dh,
+                                  const Device& device);
 
 // y [M, N]: y[m] = base[m] + scaling[i] · h[m] lora_b[i]ᵀ, lora_b [n, N, r], scaling [1, n] in fp32
 // or fp64.
@@ -262,10 +326,11 @@ void segment_up_backward(NumberKind kind, const RowGroups& groups, const Any& do
                          const AnyStack& lora_b, const Any& scaling, const Any& dh, void* workspace,
                          const Device& device);
 
-// dlora_b[i] [N, r] = scaling[i] · Σ dout[m]ᵀ h[m] over the rows of group i.
+// dlora_b[i] [N, r] = scale · scaling[i] · Σ dout[m]ᵀ h[m] over the rows of group i; scaling may be
+// absent.
 void segment_up_backward_lora_b(NumberKind kind, const RowGroups& groups, const Any& dout,
-                                const Any& h, const Any& scaling, const AnyStack& dlora_b,
-                                const Device& device);
+                                const Any& h, const Any& scaling, double scale,
+                                const AnyStack& dlora_b, const Device& device);
 
 // dlora_a[i] [r, K] = Σ dh[m]ᵀ drop(x[m]) over the rows of group i.
 void segment_down_backward_lora_a(NumberKind kind, const RowGroups& groups, const Any& dh,

@@ -17,9 +17,9 @@
 // chunks. Tails: what lies outside is zero in shared memory and not stored.
 #pragma once
 
-#include "dropout.cuh"
 #include "launch.h"
 #include "masked_groups.h"
+#include "masked_sum.cuh"
 
 namespace lowrank_ext::cuda {
 
@@ -68,12 +68,6 @@ struct MoeExpandTraits {
   static constexpr int kStageBytes = DzTile::kBytes + WTile::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(WTile::kBytes == 2048 && OutTile::kBytes <= kSharedBytes);
-
-  // A warp's Philox calls: kPieces neighbouring lanes share a row of its 16.
-  static constexpr int kPieces = Sum::kPiecesN;
-  static constexpr int kRowsPerRound = kWarpSize / kPieces;
-  static constexpr int kRounds = 16 / kRowsPerRound;
-  static_assert(Sum::kPiecesM == 1 && kRounds <= 4, "a lane's bits of all rounds fill one word");
 };
 
 namespace detail {
@@ -93,46 +87,6 @@ __device__ __forceinline__ uint32_t nonzero_rows(const TileT& tile, int first_ro
   }
   const uint32_t lanes = __ballot_sync(0xFFFFFFFFu, bits != 0);
   return (lanes | lanes >> 16) & 0xFFFFu;
-}
-
-// Element bits of the warp's tile of dx, 1 where it is dropped: byte i of a lane's word belongs to
-// row kRowsPerRound · i + lane / kPieces and piece lane % kPieces. Rows that are not in `rows` drop
-// everything.
-template <class Traits>
-__device__ __forceinline__ uint32_t draw_tile(const Dropout& dropout, uint64_t seed,
-                                              int64_t first_row, int64_t first_col, uint32_t mask,
-                                              uint32_t rows, int lane) {
-  const int64_t col = first_col + 8 * (lane % Traits::kPieces);
-  uint32_t word = 0;
-#pragma unroll 1  // draws are long
-  for (int i = 0; i < Traits::kRounds; ++i) {
-    const int row = Traits::kRowsPerRound * i + lane / Traits::kPieces;
-    uint32_t bits = 0xFFu;
-    if (rows >> row & 1) bits = dropped_bits(dropout, seed, first_row + row, col, mask);
-    word |= bits << (8 * i);
-  }
-  return word;
-}
-
-// sum += scale · drop'(part) with the bits of draw_tile.
-template <class Traits>
-__device__ __forceinline__ void add_kept(typename Traits::Sum& sum,
-                                         const typename Traits::Sum& part,
-                                         typename Traits::acc_t scale, uint32_t word, int lane) {
-  constexpr int kPieces = Traits::kPieces, kRowsPerRound = Traits::kRowsPerRound;
-#pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane / 4 + 8 * half;
-      const uint32_t words = __shfl_sync(0xFFFFFFFFu, word, row % kRowsPerRound * kPieces + piece);
-      const uint32_t dropped = words >> (8 * (row / kRowsPerRound) + 2 * (lane % 4));
-      const auto& from = part.values[0][piece];
-      auto& to = sum.values[0][piece];
-      if (!(dropped & 1)) to[2 * half] += scale * from[2 * half];
-      if (!(dropped & 2)) to[2 * half + 1] += scale * from[2 * half + 1];
-    }
-  }
 }
 
 }  // namespace detail
@@ -184,10 +138,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (mask < 0) {
       sum = part;
     } else if (rows != 0) {
-      const uint32_t word =
-          detail::draw_tile<Traits>(params.dropout, seed, first_row + warp_row, first_col,
-                                    static_cast<uint32_t>(mask), rows, lane);
-      detail::add_kept<Traits>(sum, part, params.scale, word, lane);
+      const auto row_of = [&](int row) { return first_row + warp_row + row; };
+      const uint32_t word = draw_tile<Sum>(params.dropout, seed, row_of, first_col,
+                                           static_cast<uint32_t>(mask), rows, lane);
+      add_kept(sum, part, params.scale, word, lane);
     }
     part.clear();
     rows = 0;

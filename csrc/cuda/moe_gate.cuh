@@ -14,6 +14,14 @@
 //                        with b the balance loss's gradient of the probabilities (the first term
 //                        only of counted tokens), and dz [M, R] = [dlogits, w_j G where chosen]
 //
+// In the grouped form z has the router's columns only, and what belongs to an expert has a row for
+// each slot (token m's choice j is slot m k + j):
+//
+//     moe_slots          from the sums of the slots' h [M k, r], also split: h [M, E r] with zeros
+//                        elsewhere and gated [M k, r]
+//     moe_slots_h        gated again, from h [M, E r]
+//     moe_gate_backward  G may have a row for each slot; dlogits [M, E] and dh [M k, r] apart
+//
 // A row is worked on by a group of 8, 16 or 32 lanes, enough for an expert each, and a block of 256
 // threads by as many rows as it has groups. Neighbouring lanes own neighbouring columns, so a
 // group's loads are whole sectors. What a row's lanes tell each other beyond the routing goes
@@ -356,8 +364,9 @@ struct GateBackwardParams {
   using acc_t = typename Number::acc_t;
 
   ExpertColumns columns;
-  Matrix<const acc_t> g;  // [num_splits · M, E r]
+  Matrix<const acc_t> g;  // [num_splits · M, E r] or, by slot, [num_splits · M k, r]
   int num_splits;
+  bool g_by_slot;
   bool gates;  // whether the logits' gradients are asked for; else they are zero
   ChoiceTensors<acc_t> choices;
   Matrix<const scalar_t> h;       // [M, E r], where gates
@@ -365,7 +374,8 @@ struct GateBackwardParams {
   Matrix<const acc_t> dloss;      // [1, 1] or absent
   Matrix<const int64_t> counts;   // [1, E]
   Matrix<const bool> token_mask;  // [1, M] or absent
-  Matrix<scalar_t> dz;            // [M, R]
+  Matrix<scalar_t> dz;            // [M, R] or, beside dh, dlogits [M, E]
+  Matrix<scalar_t> dh;            // [M k, r] or absent: a part of dz
   int lanes;
 
   template <class F>
@@ -378,6 +388,7 @@ struct GateBackwardParams {
     f("expert_counts", counts);
     f("token_mask", token_mask);
     f("dz", dz);
+    f("dh", dh);
   }
 };
 
@@ -396,11 +407,16 @@ struct GateBackwardRow {
   __device__ __forceinline__ GateBackwardRow(const GateBackwardParams<Number>& params, int thread)
       : params(params), group(LaneGroup::of(thread, params.lanes)) {
     row = int64_t{blockIdx.x} * (kGateThreads / params.lanes) + thread / params.lanes;
-    inside = row < params.dz.num_rows;
+    inside = row < params.choices.ids.num_rows;
   }
   __device__ __forceinline__ Choices<acc_t> choices() const { return params.choices.of(row); }
-  __device__ __forceinline__ acc_t g(int64_t col) const {
-    return sum_partials(params.g, params.num_splits, params.dz.num_rows, row, col);
+  // Of the row's j-th choice.
+  __device__ __forceinline__ acc_t g(int j, int64_t expert, int r) const {
+    const int64_t num_rows = params.choices.ids.num_rows, top_k = params.choices.ids.num_cols;
+    if (params.g_by_slot)
+      return sum_partials(params.g, params.num_splits, num_rows * top_k, row * top_k + j, r);
+    return sum_partials(params.g, params.num_splits, num_rows, row,
+                        expert * params.columns.rank + r);
   }
 
   // The row's j-th expert, -1 beyond the end.
@@ -410,14 +426,14 @@ struct GateBackwardRow {
     const bool valid = expert >= 0 && expert < params.columns.num_experts;
     return valid ? static_cast<int>(expert) : -1;
   }
-  // Σ_r G h of an expert's columns, the same in all lanes.
-  __device__ __forceinline__ acc_t dweight(int expert) const {
+  // Σ_r G h of the j-th choice, the same in all lanes.
+  __device__ __forceinline__ acc_t dweight(int j, int expert) const {
     const int rank = params.columns.rank;
     acc_t sum = 0;
     if (expert >= 0) {
       const int64_t first = int64_t{expert} * rank;
       for (int r = group.lane; r < rank; r += group.lanes)
-        sum += g(first + r) * convert<acc_t>(*params.h.at(row, first + r));
+        sum += g(j, expert, r) * convert<acc_t>(*params.h.at(row, first + r));
     }
     return group.sum(sum);
   }
@@ -455,12 +471,12 @@ struct GateBackwardRow {
     acc_t dweight_mean = 0;
     for (int j = 0; j < top_k; ++j) {
       const int expert = chosen(j);
-      const acc_t gradient = dweight(expert);
+      const acc_t gradient = dweight(j, expert);
       if (expert >= 0) dweight_mean += choices().weights[j] * gradient;
     }
     for (int j = 0; j < top_k; ++j) {
       const int expert = chosen(j);
-      const acc_t gradient = dweight(expert);
+      const acc_t gradient = dweight(j, expert);
       if (expert >= 0 && group.lane == 0)
         *params.dz.at(row, expert) =
             convert<scalar_t>(balance(expert) + choices().weights[j] * (gradient - dweight_mean));
@@ -476,9 +492,22 @@ struct GateBackwardRow {
       const int choice = expert < 0 ? -1 : choices().find(expert);
       scalar_t dh = scalar_t(0.0f);
       if (choice >= 0) {
-        dh = convert<scalar_t>(choices().weights[choice] * g(columns.place_of(col)));
+        const int r = col - columns.first_col(expert);
+        dh = convert<scalar_t>(choices().weights[choice] * g(choice, expert, r));
       }
       *params.dz.at(row, col) = dh;
+    }
+  }
+
+  // weight · G of every choice, a row for each.
+  __device__ __forceinline__ void write_slots() const {
+    const int top_k = static_cast<int>(params.choices.ids.num_cols);
+    for (int j = 0; j < top_k; ++j) {
+      const int expert = chosen(j);
+      if (expert < 0) continue;
+      for (int r = group.lane; r < params.columns.rank; r += group.lanes)
+        *params.dh.at(row * top_k + j, r) =
+            convert<scalar_t>(choices().weights[j] * g(j, expert, r));
     }
   }
 };
@@ -490,7 +519,87 @@ __global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
     moe_gate_backward_kernel(GateBackwardParams<Number> params) {
   const detail::GateBackwardRow<Number> row(params, static_cast<int>(threadIdx.x));
   if (params.gates) row.write_dlogits();
-  row.write_dh(params.gates ? params.columns.num_experts : 0);
+  if (params.dh) {
+    row.write_slots();
+  } else {
+    row.write_dh(params.gates ? params.columns.num_experts : 0);
+  }
+}
+
+// ---- slots
+
+template <class Number>
+struct SlotsParams {
+  using scalar_t = typename Number::scalar_t;
+  using acc_t = typename Number::acc_t;
+
+  ChoiceTensors<acc_t> choices;
+  Matrix<const acc_t> sums;  // [num_splits · M k, r]
+  int num_splits, rank;
+  Matrix<scalar_t> h;      // [M, E r]
+  Matrix<scalar_t> gated;  // [M k, r]
+
+  template <class F>
+  void each_tensor(F&& f) const {
+    choices.each_tensor(f);
+    f("partials", sums);
+    f("h", h);
+    f("gated", gated);
+  }
+};
+
+// A thread owns an element of h.
+template <class Number>
+__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
+    moe_slots_kernel(SlotsParams<Number> params) {
+  using scalar_t = typename Number::scalar_t;
+  using acc_t = typename Number::acc_t;
+  const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
+  if (i >= params.h.num_rows * params.h.num_cols) return;
+  const int64_t row = i / params.h.num_cols;
+  const int col = static_cast<int>(i % params.h.num_cols), r = col % params.rank;
+  const Choices<acc_t> choices = params.choices.of(row);
+  const int choice = choices.find(col / params.rank);
+  scalar_t h = scalar_t(0.0f);
+  if (choice >= 0) {
+    const int64_t slot = row * choices.top_k + choice, num_slots = params.gated.num_rows;
+    h = convert<scalar_t>(sum_partials(params.sums, params.num_splits, num_slots, slot, r));
+    *params.gated.at(slot, r) = convert<scalar_t>(choices.weights[choice] * convert<acc_t>(h));
+  }
+  *params.h.at(row, col) = h;
+}
+
+template <class Number>
+struct SlotsHParams {
+  using scalar_t = typename Number::scalar_t;
+  using acc_t = typename Number::acc_t;
+
+  ChoiceTensors<acc_t> choices;
+  Matrix<const scalar_t> h;  // [M, E r]
+  Matrix<scalar_t> gated;    // [M k, r]
+
+  template <class F>
+  void each_tensor(F&& f) const {
+    choices.each_tensor(f);
+    f("h", h);
+    f("gated", gated);
+  }
+};
+
+// A thread owns an element of gated.
+template <class Number>
+__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
+    moe_slots_h_kernel(SlotsHParams<Number> params) {
+  using acc_t = typename Number::acc_t;
+  const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
+  const int64_t rank = params.gated.num_cols;
+  if (i >= params.gated.num_rows * rank) return;
+  const int64_t slot = i / rank, r = i % rank, top_k = params.choices.ids.num_cols;
+  const int64_t row = slot / top_k, expert = params.choices.of(row).ids[slot % top_k];
+  if (expert < 0 || (expert + 1) * rank > params.h.num_cols) return;
+  const acc_t weight = params.choices.of(row).weights[slot % top_k];
+  *params.gated.at(slot, r) = convert<typename Number::scalar_t>(
+      weight * convert<acc_t>(*params.h.at(row, expert * rank + r)));
 }
 
 // ---- launch
@@ -509,17 +618,33 @@ void launch_moe_balance(const BalanceParams<Number>& params, Stream stream) {
                 stream);
 }
 
+// A thread for each element.
+template <class T>
+LaunchShape gate_shape(const Matrix<T>& matrix) {
+  const int64_t num_elements = matrix.num_rows * matrix.num_cols;
+  const int64_t num_blocks = (num_elements + kGateThreads - 1) / kGateThreads;
+  return {static_cast<unsigned>(num_blocks), 1, 1, kGateThreads, 0};
+}
+
 template <class Number>
 void launch_moe_gate_h(const GateHParams<Number>& params, Stream stream) {
-  const int64_t num_elements = params.gated.num_rows * params.gated.num_cols;
-  const int64_t num_blocks = (num_elements + kGateThreads - 1) / kGateThreads;
-  launch_kernel("moe_gate_h", moe_gate_h_kernel<Number>,
-                {static_cast<unsigned>(num_blocks), 1, 1, kGateThreads, 0}, params, stream);
+  launch_kernel("moe_gate_h", moe_gate_h_kernel<Number>, gate_shape(params.gated), params, stream);
+}
+
+template <class Number>
+void launch_moe_slots(const SlotsParams<Number>& params, Stream stream) {
+  launch_kernel("moe_slots", moe_slots_kernel<Number>, gate_shape(params.h), params, stream);
+}
+
+template <class Number>
+void launch_moe_slots_h(const SlotsHParams<Number>& params, Stream stream) {
+  launch_kernel("moe_slots_h", moe_slots_h_kernel<Number>, gate_shape(params.gated), params,
+                stream);
 }
 
 template <class Number>
 void launch_moe_gate_backward(GateBackwardParams<Number> params, Stream stream) {
-  const GatePlan plan = plan_gate(params.dz.num_rows, params.columns.num_experts);
+  const GatePlan plan = plan_gate(params.choices.ids.num_rows, params.columns.num_experts);
   params.lanes = plan.lanes;
   launch_kernel("moe_gate_backward", moe_gate_backward_kernel<Number>,
                 {static_cast<unsigned>(plan.num_blocks), 1, 1, kGateThreads, 0}, params, stream);

@@ -167,7 +167,7 @@ MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& nee
   stacks.round(device);
   if (needs.dlora_b)
     segment_up_backward_lora_b(kind, rows.groups, any(dout), any(h), any(scaling),
-                               any_stack(gradients.dlora_b), device);
+                               /*scale=*/1.0, any_stack(gradients.dlora_b), device);
   if (!needs.g()) return gradients;
   segment_up_backward(kind, rows.groups, any(dout), stacks.lora_b, any(scaling), dh,
                       workspace.at(up_backward), device);

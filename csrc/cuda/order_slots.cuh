@@ -9,6 +9,9 @@
 // keeps the warps' counters of different keys in different banks), 48 KiB at most with 32 ints for
 // the prefix sum. Otherwise they are in the workspace and each step is a launch. Lanes behind the
 // end of a range take part in the votes only.
+//
+// What is sorted may be tokens, with their k experts: by the lowest of their ids, and by the next
+// one as far as the number of keys allows. Then neighbours have most of their experts in common.
 #pragma once
 
 #include <cstdint>
@@ -19,19 +22,34 @@
 namespace lowrank_ext::cuda {
 
 struct SlotGroups {
-  const int64_t* ids;  // [S]
+  const int64_t* ids;  // [S], or [S, ids_per_slot] where those are tokens
   int64_t num_slots;
   int num_groups;
   bool extra_groups;
+  int ids_per_slot = 1;
+  int keys_per_group = 1;  // with several ids
 
   __host__ __device__ __forceinline__ int num_keys() const {
-    return num_groups + (extra_groups ? 2 : 0);
+    return num_groups * keys_per_group + (extra_groups ? 2 : 0);
   }
   // Without extra groups an id that is no group's, which must not be, writes nowhere outside.
   __device__ __forceinline__ int key(int64_t slot) const {
+    if (ids_per_slot > 1) return key_of_token(slot);
     const int64_t id = ids[slot];
     if (id >= 0 && id < num_groups) return static_cast<int>(id);
     return extra_groups ? num_groups + (id == -1 ? 0 : 1) : num_groups - 1;
+  }
+  __device__ __forceinline__ int key_of_token(int64_t token) const {
+    int lowest = num_groups - 1, next = num_groups - 1;  // also of ids that are no group's
+    for (int j = 0; j < ids_per_slot; ++j) {
+      const int64_t id = ids[token * ids_per_slot + j];
+      if (id < 0 || id >= next) continue;
+      next = static_cast<int>(id);
+      if (next >= lowest) continue;
+      next = lowest;
+      lowest = static_cast<int>(id);
+    }
+    return lowest * keys_per_group + static_cast<int>(int64_t{next} * keys_per_group / num_groups);
   }
 };
 
@@ -121,9 +139,11 @@ __device__ __forceinline__ void scan_counts(const SlotGroups& groups, const Slot
                                             int64_t* offsets, int* warp_sums) {
   const int num_keys = groups.num_keys();
   exclusive_scan(counts.data, int64_t{num_keys} * counts.key_stride, warp_sums);
-  for (int key = threadIdx.x; key < num_keys; key += blockDim.x)
-    offsets[key] = counts.data[int64_t{key} * counts.key_stride];
-  if (threadIdx.x == 0) offsets[num_keys] = groups.num_slots;
+  if (offsets) {
+    for (int key = threadIdx.x; key < num_keys; key += blockDim.x)
+      offsets[key] = counts.data[int64_t{key} * counts.key_stride];
+    if (threadIdx.x == 0) offsets[num_keys] = groups.num_slots;
+  }
   __syncthreads();
 }
 

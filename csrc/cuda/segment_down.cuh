@@ -1,6 +1,8 @@
 // C [M, r], for each row of its own group i: c[m] = scale · scaling[i] · L[m] R_i. This is
 //     h [M, r] = drop(x) lora_a[i]ᵀ              L = drop(x), R_i = lora_a[i]ᵀ
 //     dh [M, r] = scaling[i] · dout lora_b[i]    L = dout,    R_i = lora_b[i]
+// or, where a row has several slots, the same with a row of C for each of them, M being their
+// number.
 // as thin_product.cuh computes it for one R: a block owns kBlockOuter rows of one segment,
 // gathered, kRankTile columns of C and one split of the contraction; tiles of L and R_i come
 // through kStages stages of cp.async, one barrier a step, sums in acc_t; a thread drops the chunks
@@ -48,7 +50,7 @@ struct SegmentDownParams {
   using acc_t = typename Number::acc_t;
 
   Segments segments;
-  Matrix<const scalar_t> large;  // [M, depth]
+  Matrix<const scalar_t> large;  // [rows, depth]
   Stack<const scalar_t> thin;    // [n, r, depth] or, along rows, [n, depth, r]
   GroupScaling<acc_t> scaling;
   Matrix<scalar_t> out;    // [M, r], or absent: then the sums go to
@@ -93,7 +95,9 @@ __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
   int64_t rows[Traits::kOwnChunks];  // of the thread's own chunks
   int i = 0;
   for_each_own_chunk<typename Traits::LargeTile, kThreads>(thread, [&](int tile_row, int) {
-    rows[i++] = tile_row < tile.num_rows ? params.segments.row(tile.first + tile_row) : -1;
+    rows[i++] = tile_row < tile.num_rows
+                    ? params.segments.row_of(params.segments.slot(tile.first + tile_row))
+                    : -1;
   });
   const auto row_of = [&](int, int own) { return rows[own]; };
 
@@ -113,7 +117,8 @@ __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
   const auto drop_own_chunks = [&](int step, int slot) {
     if (drops)
       drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, row_of,
-                                     block.depth(step), thread);
+                                     block.depth(step), params.segments.mask_of(tile.group),
+                                     thread);
   };
   run_pipeline<kStages>(block.num_steps, load, drop_own_chunks, [&](int, int slot) {
     multiply_add<Op::kLarge, Op::kThin, Traits::kDepth>(sum, stages.large(slot), stages.thin(slot),
@@ -141,7 +146,7 @@ __device__ __forceinline__ void store_segment_sum(typename Traits::Sum& sum, uns
   __syncthreads();
   for_each_own_chunk<OutTile, Traits::kThreads>(thread, [&](int row, int chunk) {
     if (row < tile.num_rows)
-      store_chunk(out, first_row + params.segments.row(tile.first + row),
+      store_chunk(out, first_row + params.segments.slot(tile.first + row),
                   first_rank + chunk * OutTile::kPerChunk, read_chunk(staging, row, chunk));
   });
 }

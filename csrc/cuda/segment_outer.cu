@@ -14,7 +14,6 @@ SegmentOuterParams<Number> params_of(const RowGroups& groups, const Any& large, 
   params.large = matrix_of<const scalar_t>(large);
   params.thin = matrix_of<const scalar_t>(thin);
   params.transposed = transposed;
-  params.scale = 1;
   if (out.first.type == element_type<scalar_t>()) {
     params.narrow = stack_of<scalar_t>(out);
   } else {
@@ -26,12 +25,13 @@ SegmentOuterParams<Number> params_of(const RowGroups& groups, const Any& large, 
 }  // namespace
 
 void segment_up_backward_lora_b(NumberKind kind, const RowGroups& groups, const Any& dout,
-                                const Any& h, const Any& scaling, const AnyStack& dlora_b,
-                                const Device& device) {
+                                const Any& h, const Any& scaling, double scale,
+                                const AnyStack& dlora_b, const Device& device) {
   dispatch(kind, [&](auto number) {
     using Number = decltype(number);
     auto params = params_of<Number>(groups, dout, h, dlora_b, /*transposed=*/false);
     params.scaling = group_scaling<typename Number::acc_t>(scaling);
+    params.scale = static_cast<typename Number::acc_t>(scale);
     launch_segment_outer("segment_up_backward_lora_b", params, device.stream);
   });
 }

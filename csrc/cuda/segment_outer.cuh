@@ -4,7 +4,8 @@
 // walks over the segment's rows in their order, kDepth (128 bytes of them) a step: tiles
 // [kDepth, 64] and [kDepth, kRankTile], gathered by cp.async, in kStages stages; one barrier a
 // step, sums in acc_t, a thread drops the chunks that it copied itself, as in thin_product.cuh. The
-// numbers of a step's rows pass through shared memory, loaded two steps before they are used.
+// numbers of a step's rows (and slots) pass through shared memory, loaded two steps before they are
+// used.
 // Nothing is split, so each sum has one order, and the result leaves in the gradient's own type, by
 // whole chunks.
 //
@@ -25,7 +26,7 @@ struct SegmentOuterParams {
   using acc_t = typename Number::acc_t;
 
   Segments segments;
-  Matrix<const scalar_t> large;  // [M, C]
+  Matrix<const scalar_t> large;  // [rows, C]
   Matrix<const scalar_t> thin;   // [M, r]
   GroupScaling<acc_t> scaling;
   Stack<scalar_t> narrow;  // [n, C, r] or, transposed, [n, r, C]; one of the two
@@ -52,7 +53,7 @@ template <class Number, int kRankTile>
 struct SegmentOuterTraits : ThinProductTraits<Number, OuterSumOp, 64, kRankTile> {
   using Base = ThinProductTraits<Number, OuterSumOp, 64, kRankTile>;
   using Params = SegmentOuterParams<Number>;
-  static constexpr int kRowsBytes = Base::kStages * Base::kDepth * 8;
+  static constexpr int kRowsBytes = Base::kStages * Base::kDepth * 8;  // RowAndSlot
   static constexpr int kSharedBytes = Base::kSharedBytes + kRowsBytes;
   static_assert(Base::kDepth <= Base::kThreads, "a thread loads one row number");
   static_assert(kRowsBytes <= 2048 && kSharedBytes <= 99 * 1024);
@@ -60,43 +61,55 @@ struct SegmentOuterTraits : ThinProductTraits<Number, OuterSumOp, 64, kRankTile>
 
 namespace detail {
 
+// Both negative beyond the segment's end.
+struct RowAndSlot {
+  int row, slot;
+};
+
 template <class Traits>
 __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
                                                   const ThinProductStages<Traits>& stages,
                                                   const typename Traits::Params& params,
-                                                  int64_t first, int64_t num_rows, int rank,
-                                                  int64_t first_col, int first_rank, int thread) {
+                                                  int64_t group, int64_t first, int64_t num_rows,
+                                                  int rank, int64_t first_col, int first_rank,
+                                                  int thread) {
   constexpr int kStages = Traits::kStages, kThreads = Traits::kThreads, kDepth = Traits::kDepth;
-  int64_t* const ring = reinterpret_cast<int64_t*>(stages.bytes + kStages * Traits::kStageBytes);
+  auto* const ring = reinterpret_cast<RowAndSlot*>(stages.bytes + kStages * Traits::kStageBytes);
   auto thin = params.thin;
   thin.num_cols = rank;
   const bool drops = params.dropout.threshold != 0;
   const uint64_t seed = drops ? static_cast<uint64_t>(*params.dropout.seed) : 0;
   const int num_steps = static_cast<int>((num_rows + kDepth - 1) / kDepth);
-  const auto fetch_row = [&](int step) -> int64_t {
+  const auto fetch_row = [&](int step) -> RowAndSlot {
     const int64_t place = int64_t{step} * kDepth + thread;
-    return thread < kDepth && place < num_rows ? params.segments.row(first + place) : -1;
+    if (thread >= kDepth || place >= num_rows) return {-1, -1};
+    const int64_t slot = params.segments.slot(first + place);
+    return {params.segments.row_of(slot), static_cast<int>(slot)};
   };
-  const auto publish_row = [&](int slot, int64_t row) {
-    if (thread < kDepth) ring[slot * kDepth + thread] = row;
+  const auto publish_row = [&](int stage, const RowAndSlot& row) {
+    if (thread < kDepth) ring[stage * kDepth + thread] = row;
   };
-  const auto rows_of = [&](int slot) {
-    return [=](int tile_row, int) { return ring[slot * kDepth + tile_row]; };
+  const auto rows_of = [&](int stage) {
+    return [=](int tile_row, int) { return ring[stage * kDepth + tile_row].row; };
+  };
+  const auto slots_of = [&](int stage) {
+    return [=](int tile_row, int) { return ring[stage * kDepth + tile_row].slot; };
   };
   const auto load = [&](int, int slot) {
     copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, rows_of(slot), first_col,
                                        thread);
-    copy_gathered_tile_async<kThreads>(stages.thin(slot), thin, rows_of(slot), first_rank, thread);
+    copy_gathered_tile_async<kThreads>(stages.thin(slot), thin, slots_of(slot), first_rank,
+                                       thread);
   };
 
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) publish_row(step, fetch_row(step));
-  int64_t next_row = fetch_row(kStages - 1);
+  RowAndSlot next_row = fetch_row(kStages - 1);
   __syncthreads();
   const auto prepare = [&](int step, int slot) {
     if (drops)
       drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, rows_of(slot),
-                                     first_col, thread);
+                                     first_col, params.segments.mask_of(group), thread);
     publish_row(slot_before<kStages>(slot), next_row);  // for the load behind the barrier
     next_row = fetch_row(step + kStages);
   };
@@ -141,7 +154,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   typename Traits::Sum sum;
   sum.clear();
   if (first_rank < rank)
-    detail::segment_outer_sum<Traits>(sum, stages, params, first, num_rows, rank, first_col,
+    detail::segment_outer_sum<Traits>(sum, stages, params, group, first, num_rows, rank, first_col,
                                       first_rank, thread);
   const acc_t scale = rank > 0 ? params.scale * params.scaling.at(group) : acc_t(0);
   const acc_t padding = rank < 0 ? not_a_number<acc_t>() : acc_t(0);

@@ -1,11 +1,11 @@
 // From rank to features, for each row of its own group i:
 //     y [M, N] = base + scaling[i] · h lora_b[i]ᵀ      (R_i = lora_b[i]ᵀ)
 //     dx [M, K] = drop'(dh lora_a[i])                  (R_i = lora_a[i])
-// as expand.cuh computes it for one R: a block owns a tile of one segment's rows, gathered, and a
-// share of the columns; left of its rows stays in shared memory for all ranks, R_i streams by in
-// tiles, a warp turns its accumulators around through 2 KiB of its own, so that a lane adds to,
-// rounds and stores whole 16-byte chunks of the rows where they lie. A lane reads exactly what it
-// writes.
+// as expand.cuh computes it for one R (a row has one slot here): a block owns a tile of one
+// segment's rows, gathered, and a share of the columns; left of its rows stays in shared memory for
+// all ranks, R_i streams by in tiles, a warp turns its accumulators around through 2 KiB of its
+// own, so that a lane adds to, rounds and stores whole 16-byte chunks of the rows where they lie. A
+// lane reads exactly what it writes.
 //
 // Only R_i's own ranks are read and multiplied. Rows without a group, or of rank 0, are copies of
 // base (all of its bits; zeros where there is no base); rows of an invalid one are NaN.
@@ -73,7 +73,7 @@ struct SegmentOutputLane : LaneChunks<Traits> {
 #pragma unroll
     for (int i = 0; i < Traits::kChunksPerLane; ++i) {
       const int row = warp_row + this->row(i);
-      rows[i] = row < tile.num_rows ? segments.row(tile.first + row) : -1;
+      rows[i] = row < tile.num_rows ? segments.slot(tile.first + row) : -1;
     }
   }
 
@@ -150,7 +150,7 @@ __device__ __forceinline__ void copy_rows(const typename Traits::Params& params,
     for (int i = 0; i < kLoads; ++i) {
       const int64_t index = first + i * kThreads;
       if (index >= num_chunks) continue;
-      rows[i] = params.segments.row(tile.first + index / chunks_per_row);
+      rows[i] = params.segments.slot(tile.first + index / chunks_per_row);
       cols[i] = first_col + index % chunks_per_row * kPerChunk;
       if (base) {
         chunks[i] = load_packed_chunk<scalar_t>(base, rows[i], cols[i]);
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     copy_gathered_tile_async<Traits::kThreads>(
         left_tile(k), left,
         [&](int row, int) {
-          return row < tile.num_rows ? params.segments.row(tile.first + row) : -1;
+          return row < tile.num_rows ? params.segments.slot(tile.first + row) : -1;
         },
         k * Traits::kRankTile, thread);  // in the first stage's group
 #pragma unroll

@@ -5,6 +5,10 @@
 // the offsets: each warp by itself, 32 groups at a time, by a scan of their numbers of tiles.
 // Blocks beyond the last tile return at once. No shared memory.
 //
+// Where a row has several groups (a token its experts) the sorted numbers are those of its slots,
+// slots_per_row to a row in their order: thin matrices have a row for each slot, large ones for
+// each row, which is gathered once for each of its slots.
+//
 // What differs between groups (the thin operand, its rank, its scaling) is read where it lies in
 // the stacks. Nothing of a group without rows is read, nor what is padding beyond a group's rank.
 #pragma once
@@ -77,8 +81,17 @@ struct Segments {
   Matrix<const int64_t> ranks;    // [1, n] or absent
   int64_t num_groups;             // n
   int max_rank;
+  unsigned slots_per_row;
+  bool masks_by_group;  // dropout: a mask for each group, or one for all
 
-  __device__ __forceinline__ int64_t row(int64_t place) const { return *rows.at(0, place); }
+  __device__ __forceinline__ int64_t slot(int64_t place) const { return *rows.at(0, place); }
+  // Of a slot; slots are less than 2^31 (order_slots.cu).
+  __device__ __forceinline__ int row_of(int64_t slot) const {
+    return static_cast<int>(static_cast<unsigned>(slot) / slots_per_row);
+  }
+  __device__ __forceinline__ uint32_t mask_of(int64_t group) const {
+    return masks_by_group ? static_cast<uint32_t>(group) : 0;
+  }
 
   // Of a group's thin operand: 0 where there is nothing to add, -1 where the rows become NaN (an
   // invalid id, or an adapter whose rank is out of range; the host cannot look at either).
@@ -99,8 +112,11 @@ struct Segments {
 inline Segments segments_of(const RowGroups& groups, int64_t max_rank) {
   return {dense_matrix(groups.rows, 1, groups.num_rows),
           dense_matrix(groups.offsets, 1, groups.num_groups + 3),
-          dense_matrix(groups.ranks, 1, groups.num_groups), groups.num_groups,
-          static_cast<int>(max_rank)};
+          dense_matrix(groups.ranks, 1, groups.num_groups),
+          groups.num_groups,
+          static_cast<int>(max_rank),
+          static_cast<unsigned>(groups.slots_per_row),
+          groups.masks_by_group};
 }
 
 // Σ ⌈c / tile⌉ over k segments is Σ (⌊(c - 1) / tile⌋ + 1), at most ⌊(M - k) / tile⌋ + k, which
@@ -171,13 +187,13 @@ __device__ __forceinline__ void copy_gathered_tile_async(const TileT& tile, cons
 template <int kThreads, class TileT, class RowOf>
 __device__ __forceinline__ void drop_gathered_chunks(const TileT& tile, const Dropout& dropout,
                                                      uint64_t seed, RowOf row_of, int64_t first_col,
-                                                     int thread) {
+                                                     uint32_t mask, int thread) {
   int i = 0;
   for_each_own_chunk<TileT, kThreads>(thread, [&](int tile_row, int chunk) {
     const int64_t row = row_of(tile_row, i++);
     if (row < 0) return;
     auto values = read_chunk(tile, tile_row, chunk);
-    drop(values.elements, dropout, seed, row, first_col + chunk * TileT::kPerChunk);
+    drop(values.elements, dropout, seed, row, first_col + chunk * TileT::kPerChunk, mask);
     write_chunk(tile, tile_row, chunk, values);
   });
 }

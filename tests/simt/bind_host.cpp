@@ -6,6 +6,7 @@
 
 #include "branch.h"
 #include "launch.h"
+#include "plan_experts.h"
 
 namespace py = pybind11;
 namespace cuda = lowrank_ext::cuda;
@@ -21,8 +22,27 @@ void bind_host(py::module_& m) {
       [num_sms = cuda::simt_num_sms, bytes = cuda::min_seeded_bytes] {
         cuda::simt_num_sms = num_sms;
         cuda::min_seeded_bytes = bytes;
+        cuda::fixed_expert_plan.reset();
       },
-      "Both as they were when the module was loaded.");
+      "All settings as they were when the module was loaded.");
+  host.def(
+      "fix_expert_plan",
+      [](bool grouped, bool dense_up_backward) {
+        cuda::fixed_expert_plan = {grouped, dense_up_backward};
+      },
+      py::arg("grouped"), py::arg("dense_up_backward") = false,
+      "The form that every call of moe_lowrank_add takes, whatever its sizes.");
+  host.def("plan_experts_by_sizes", [] { cuda::fixed_expert_plan.reset(); });
+  host.def(
+      "plan_experts",
+      [](int64_t num_experts, int64_t rank, int64_t top_k, int64_t element_bytes, bool drops,
+         bool own_masks) {
+        const auto plan =
+            cuda::plan_experts({num_experts, rank, top_k, element_bytes, drops, own_masks});
+        return py::make_tuple(plan.grouped, plan.dense_up_backward);
+      },
+      py::arg("num_experts"), py::arg("rank"), py::arg("top_k"), py::arg("element_bytes") = 2,
+      py::arg("drops") = false, py::arg("own_masks") = false, "(grouped, dense_up_backward)");
   host.def("seed_base_output", &cuda::seed_base_output, py::arg("num_rows"), py::arg("num_cols"),
            py::arg("element_size"));
   host.def(

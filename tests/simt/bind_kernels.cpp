@@ -14,6 +14,7 @@
 #include <string>
 
 #include "expand.cuh"
+#include "expert_expand.cuh"
 #include "kernels.h"
 #include "lowrank_mid_backward.cuh"
 #include "lowrank_up_backward.cuh"
@@ -111,8 +112,13 @@ RowGroups row_groups_of(const py::object& groups) {
   const auto pointer = [&](const char* name) {
     return reinterpret_cast<const int64_t*>(groups[name].cast<uintptr_t>());
   };
-  return {pointer("rows"), pointer("offsets"), pointer("ranks"), groups["num_rows"].cast<int64_t>(),
-          groups["num_groups"].cast<int64_t>()};
+  return {pointer("rows"),
+          pointer("offsets"),
+          pointer("ranks"),
+          groups["num_rows"].cast<int64_t>(),
+          groups["num_groups"].cast<int64_t>(),
+          groups["slots_per_row"].cast<int>(),
+          groups["masks_by_group"].cast<bool>()};
 }
 
 AnyStack stack_of(const py::object& stack) {
@@ -174,6 +180,20 @@ py::dict bound_plan_segment_up(const std::string& kind, int64_t num_rows, int64_
                     "col_tiles_per_block"_a = plan.col_tiles_per_block,
                     "max_tiles"_a = plan.max_tiles, "num_col_blocks"_a = plan.num_col_blocks,
                     "shared_bytes"_a = plan.shared_bytes);
+  });
+}
+
+// The directions' tiles are equally large.
+py::dict bound_plan_expert_expand(const std::string& kind, int64_t num_tokens, int64_t num_cols,
+                                  int num_experts, int top_k, int num_sms) {
+  using py::literals::operator""_a;
+  return dispatch(kind_of(kind), [&](auto number) {
+    const auto plan = plan_expert_expand<decltype(number), ExpertUpOp>(num_tokens, num_cols,
+                                                                       num_experts, top_k, num_sms);
+    return py::dict("block_rows"_a = plan.block_rows,
+                    "col_tiles_per_block"_a = plan.col_tiles_per_block,
+                    "num_row_blocks"_a = plan.num_row_blocks,
+                    "num_col_blocks"_a = plan.num_col_blocks, "shared_bytes"_a = plan.shared_bytes);
   });
 }
 
@@ -356,6 +376,62 @@ void bound_moe_expand(const std::string& kind, const py::object& dz, const py::o
              dropout_of(threshold, seed), any_of(dx), {num_sms, {}});
 }
 
+// ---- the grouped form; sums are [num_splits · rows, columns] with any row stride
+
+ZPartials partials_of(const py::object& sums, int num_splits) {
+  const Any sums_ = any_of(sums);
+  return {sums_.data, num_splits, sums_.row_stride};
+}
+
+void bound_moe_slots(const std::string& kind, const py::object& sums, int num_splits,
+                     const py::tuple& routing, const py::object& h, const py::object& gated) {
+  moe_slots(kind_of(kind), partials_of(sums, num_splits), routing_of(routing), any_of(h),
+            any_of(gated), {4, {}});
+}
+
+void bound_moe_slots_h(const std::string& kind, const py::tuple& routing, const py::object& h,
+                       const py::object& gated) {
+  moe_slots_h(kind_of(kind), routing_of(routing), any_of(h), any_of(gated), {4, {}});
+}
+
+void bound_moe_slots_backward(const std::string& kind, const py::object& g, int num_splits,
+                              bool by_slot, const py::tuple& routing,
+                              const py::object& dbalance_loss, const py::object& h,
+                              const py::object& dlogits, const py::object& dh) {
+  moe_slots_backward(kind_of(kind), {partials_of(g, num_splits), by_slot}, routing_of(routing),
+                     any_of(dbalance_loss), any_of(h), any_of(dlogits), any_of(dh), {4, {}});
+}
+
+// `choices` is (addresses of tokens and ids, M, k).
+TokenChoices choices_of(const py::tuple& choices) {
+  return {address_of<const int64_t>(choices[0]), address_of<const int64_t>(choices[1]),
+          choices[2].cast<int64_t>(), choices[3].cast<int64_t>()};
+}
+
+void bound_expert_up(const std::string& kind, const py::tuple& choices, const py::object& base,
+                     const py::object& gated, const py::object& lora_b, double scaling,
+                     const py::object& y, int num_sms) {
+  expert_up(kind_of(kind), choices_of(choices), any_of(base), any_of(gated), stack_of(lora_b),
+            scaling, any_of(y), {num_sms, {}});
+}
+
+void bound_expert_down_backward_x(const std::string& kind, const py::tuple& choices,
+                                  const py::object& dlogits, const py::object& router_weight,
+                                  const py::object& dh, const py::object& lora_a,
+                                  bool shared_dropout, uint32_t threshold, uintptr_t seed,
+                                  const py::object& dx, int num_sms) {
+  expert_down_backward_x(kind_of(kind), choices_of(choices), any_of(dlogits), any_of(router_weight),
+                         any_of(dh), stack_of(lora_a), shared_dropout, dropout_of(threshold, seed),
+                         any_of(dx), {num_sms, {}});
+}
+
+void bound_order_tokens(uintptr_t ids, int64_t num_tokens, int64_t top_k, int64_t num_experts,
+                        uintptr_t tokens, int num_sms) {
+  const Workspace workspace(order_tokens_workspace_bytes(num_tokens, num_experts, num_sms));
+  order_tokens(reinterpret_cast<const int64_t*>(ids), num_tokens, top_k, num_experts,
+               reinterpret_cast<int64_t*>(tokens), workspace.data(), {num_sms, {}});
+}
+
 // Addresses of int64 arrays; `positions` may be 0.
 void bound_order_slots(uintptr_t ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                        uintptr_t sorted_slots, uintptr_t offsets, uintptr_t positions,
@@ -408,7 +484,7 @@ void bound_segment_up_backward_lora_b(const std::string& kind, const py::object&
                                       const py::object& dout, const py::object& h,
                                       const py::object& scaling, const py::object& dlora_b) {
   segment_up_backward_lora_b(kind_of(kind), row_groups_of(groups), any_of(dout), any_of(h),
-                             any_of(scaling), stack_of(dlora_b), {});
+                             any_of(scaling), /*scale=*/1.0, stack_of(dlora_b), {});
 }
 
 void bound_segment_down_backward_lora_a(const std::string& kind, const py::object& groups,
@@ -515,4 +591,24 @@ void bind_kernels(py::module_& m) {
   m.def("segment_down_backward_lora_a", &bound_segment_down_backward_lora_a, py::arg("kind"),
         py::arg("groups"), py::arg("dh"), py::arg("x"), py::kw_only(), py::arg("threshold"),
         py::arg("seed"), py::arg("dlora_a"));
+  m.def("plan_expert_expand", &bound_plan_expert_expand, py::arg("kind"), py::arg("num_tokens"),
+        py::arg("num_cols"), py::arg("num_experts"), py::arg("top_k"), py::kw_only(),
+        py::arg("num_sms"));
+  m.def("moe_slots", &bound_moe_slots, py::arg("kind"), py::arg("sums"), py::arg("num_splits"),
+        py::arg("routing"), py::arg("h"), py::arg("gated"));
+  m.def("moe_slots_h", &bound_moe_slots_h, py::arg("kind"), py::arg("routing"), py::arg("h"),
+        py::arg("gated"));
+  m.def("moe_slots_backward", &bound_moe_slots_backward, py::arg("kind"), py::arg("g"),
+        py::arg("num_splits"), py::arg("by_slot"), py::arg("routing"), py::arg("dbalance_loss"),
+        py::arg("h"), py::arg("dlogits"), py::arg("dh"));
+  m.def("expert_up", &bound_expert_up, py::arg("kind"), py::arg("choices"), py::arg("base"),
+        py::arg("gated"), py::arg("lora_b"), py::arg("scaling"), py::arg("y"), py::kw_only(),
+        py::arg("num_sms"));
+  m.def("expert_down_backward_x", &bound_expert_down_backward_x, py::arg("kind"),
+        py::arg("choices"), py::arg("dlogits"), py::arg("router_weight"), py::arg("dh"),
+        py::arg("lora_a"), py::kw_only(), py::arg("shared_dropout"), py::arg("threshold"),
+        py::arg("seed"), py::arg("dx"), py::arg("num_sms"));
+  m.def("order_tokens", &bound_order_tokens, py::arg("ids"), py::arg("num_tokens"),
+        py::arg("top_k"), py::arg("num_experts"), py::arg("tokens"), py::kw_only(),
+        py::arg("num_sms"));
 }

@@ -6,6 +6,8 @@ import torch
 from kernel_calls import DTYPES, _simt, matrix, spread, threshold_and_seed
 from torch import Tensor
 
+from lowrank_ext import reference
+
 SEED = 0x1234_5678_9ABC_DEF0
 
 # (ids of the rows, n): -1 is no group, -7 and n are invalid.
@@ -28,6 +30,8 @@ class Groups(NamedTuple):
     ranks: Tensor | None
     rows: Tensor
     offsets: Tensor
+    slots_per_row: int = 1
+    masks_by_group: bool = False
 
     @staticmethod
     def of(ids: list[int] | Tensor, num_groups: int, ranks: list[int] | None = None) -> "Groups":
@@ -53,7 +57,28 @@ class Groups(NamedTuple):
             "ranks": 0 if self.ranks is None else self.ranks.data_ptr(),
             "num_rows": self.ids.numel(),
             "num_groups": self.num_groups,
+            "slots_per_row": self.slots_per_row,
+            "masks_by_group": self.masks_by_group,
         }
+
+    @staticmethod
+    def of_slots(ids: Tensor, num_groups: int, masks_by_group: bool) -> "Groups":
+        """ids [M, k]: every row has k groups."""
+        groups = Groups.of(ids.flatten(), num_groups)
+        return groups._replace(slots_per_row=ids.shape[1], masks_by_group=masks_by_group)
+
+    def dropped(self, x: Tensor, dropout_p: float, seed: int) -> Tensor:
+        """x of each slot, through its group's mask and scaled."""
+        gathered = x.repeat_interleave(self.slots_per_row, 0)
+        scale = reference.dropout_scale(dropout_p)
+        for group in set(self.ids.tolist()):
+            mask = group if self.masks_by_group else 0
+            kept = reference.dropout_mask(seed, *x.shape, dropout_p, expert=mask)
+            own = self.ids == group
+            gathered[own] = torch.where(kept.repeat_interleave(self.slots_per_row, 0), gathered, 0)[
+                own
+            ]
+        return scale * gathered
 
     def rank(self, group: int, whole: int) -> int:
         """-1 for what makes its rows NaN."""
@@ -149,7 +174,7 @@ def segment_down(
     seed: Tensor | None = None,
     num_sms: int = 4,
 ) -> Tensor:
-    h = out_of(kind, x.shape[0], lora_a.shape[1])
+    h = out_of(kind, groups.ids.numel(), lora_a.shape[1])
     _simt.segment_down(
         kind,
         groups.argument(),
@@ -171,7 +196,7 @@ def segment_up_backward(
     *,
     num_sms: int = 4,
 ) -> Tensor:
-    dh = out_of(kind, dout.shape[0], lora_b.shape[2])
+    dh = out_of(kind, groups.ids.numel(), lora_b.shape[2])
     _simt.segment_up_backward(
         kind,
         groups.argument(),

@@ -286,3 +286,124 @@ def assert_lean_enough(report: dict) -> None:
     """Rows of few elements: at most two sectors for what one would hold."""
     requested = report["bytes_read"] + report["bytes_written"]
     assert report["sectors_read"] + report["sectors_written"] <= 2 * requested / 32
+
+
+# Slots: the grouped form
+
+
+def slot_sums(kind: str, gate: Gate, rank: int, num_splits: int = 3) -> Tensor:
+    """Partial sums [splits, M k, r + padding]; the padding is NaN."""
+    sums = torch.full((num_splits, gate.ids.numel(), rank + 3), NAN, dtype=acc_dtype(kind))
+    sums[..., :rank] = normal(num_splits, gate.ids.numel(), rank, kind="fp64")
+    return sums
+
+
+def rows_of(sums: Tensor, num_cols: int) -> dict:
+    return matrix(sums.flatten(0, 1)[:, :num_cols])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_alone(kind, sizes):
+    """Of a z that has the router's columns only: as with the experts' beside them."""
+    tokens, num_experts, rank, top_k = sizes
+    columns = columns_of(num_experts, rank)
+    z = make_z(kind, tokens, columns, padding=3)
+    expected = run(kind, columns, z, top_k)
+    logits = columns_of(num_experts, 0)
+    alone = run(kind, logits, z[..., : num_experts + 2].contiguous()[..., :num_experts], top_k)
+    for name in ("probs", "ids", "weights", "counts", "loss"):
+        assert torch.equal(getattr(alone, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_slots(kind, sizes):
+    """h is the slots' sums where chosen and zeros elsewhere, gated is weight times rounded h."""
+    tokens, num_experts, rank, top_k = sizes
+    columns = columns_of(num_experts, rank)
+    gate = run(kind, columns, make_z(kind, tokens, columns), top_k)
+    sums = slot_sums(kind, gate, rank)
+    h = torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[kind])
+    gated = torch.full((tokens * top_k, rank + 5), NAN, dtype=DTYPES[kind])[:, :rank]
+    _simt.moe_slots(kind, rows_of(sums, rank), 3, gate.routing(), matrix(h), matrix(gated))
+
+    total = sums[0] + sums[1] + sums[2]
+    own = total[:, :rank].to(DTYPES[kind])
+    expected = torch.zeros(tokens, num_experts, rank, dtype=DTYPES[kind])
+    expected[torch.arange(tokens).repeat_interleave(top_k), gate.ids.flatten()] = own
+    assert torch.equal(h, expected.flatten(1))
+    weights = gate.weights.flatten().unsqueeze(1)
+    assert torch.equal(gated, (weights * own.to(weights.dtype)).to(DTYPES[kind]))
+    again = torch.full_like(gated, NAN)
+    _simt.moe_slots_h(kind, gate.routing(), matrix(h), matrix(again))
+    assert torch.equal(again, gated)
+
+
+def slots_backward(
+    kind: str, gate: Gate, rank: int, g: Tensor, by_slot: bool, dloss: float | None, gates: bool
+) -> tuple[Tensor, Tensor]:
+    """dlogits [M, E] and dh [M k, r] from g [splits, rows, columns]."""
+    tokens, num_experts = gate.probs.shape
+    dlogits = torch.full((tokens, num_experts + 3), NAN, dtype=DTYPES[kind])[:, :num_experts]
+    dh = torch.full((gate.ids.numel(), rank + 3), NAN, dtype=DTYPES[kind])[:, :rank]
+    upstream = None if dloss is None else torch.tensor([dloss], dtype=acc_dtype(kind))
+    num_cols = rank if by_slot else num_experts * rank
+    _simt.moe_slots_backward(
+        kind,
+        rows_of(g, num_cols),
+        g.shape[0],
+        by_slot,
+        gate.routing(),
+        matrix(upstream),
+        matrix(gate.h) if gates else None,
+        matrix(dlogits) if gates else None,
+        matrix(dh),
+    )
+    return dlogits, dh
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_slots_backward(kind, sizes):
+    """Bit for bit what the dense form makes of the same G, from rows of either kind."""
+    tokens, num_experts, rank, top_k = sizes
+    _, g, gate = backward_case(kind, sizes, mask=sizes[1] % 2 == 1)
+    packed = columns_of(num_experts, rank)
+    dloss = None if num_experts == 40 else 3.0
+    dz = backward(kind, packed, g, gate, dloss)
+    places = torch.arange(tokens).repeat_interleave(top_k), gate.ids.flatten()
+    expected = dz[:, num_experts:].reshape(tokens, num_experts, rank)[places]
+    by_slot = g.reshape(2, tokens, num_experts, rank)[:, *places].contiguous()
+    for rows, is_by_slot in ((by_slot, True), (g, False)):
+        dlogits, dh = slots_backward(kind, gate, rank, rows, is_by_slot, dloss, gates=True)
+        assert torch.equal(dlogits, dz[:, :num_experts]) and torch.equal(dh, expected)
+        _, dh = slots_backward(kind, gate, rank, rows, is_by_slot, dloss, gates=False)
+        assert torch.equal(dh, expected)
+
+
+def test_slots_in_any_schedule():
+    _, g, gate = backward_case("bf16", (70, 8, 4, 2))
+    sums, results = slot_sums("bf16", gate, 4), []
+    for seed in (0, 1):
+        _simt.set_options(schedule_seed=seed)
+        h, gated = torch.empty(70, 32).bfloat16(), torch.empty(140, 4).bfloat16()
+        _simt.moe_slots("bf16", rows_of(sums, 4), 3, gate.routing(), matrix(h), matrix(gated))
+        results.append((h, gated, *slots_backward("bf16", gate, 4, g, False, 2.0, True)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_traffic_of_slots():
+    """h is written once; the sums are read once."""
+    tokens, rank = 1024, 8
+    columns = columns_of(8, rank)
+    gate = run("bf16", columns, make_z("bf16", tokens, columns), 2)
+    sums = torch.randn(2, 2 * tokens, rank)
+    h, gated = torch.empty(tokens, 64).bfloat16(), torch.empty(2 * tokens, rank).bfloat16()
+    call = lambda: _simt.moe_slots(  # noqa: E731
+        "bf16", matrix(sums.flatten(0, 1)), 2, gate.routing(), matrix(h), matrix(gated)
+    )
+    [report] = reports_of(call)
+    assert report["unique_bytes_read"] == sums.nbytes + tokens * 2 * (8 + 4)
+    assert report["bytes_written"] == h.nbytes + gated.nbytes
+    assert_lean_enough(report)
