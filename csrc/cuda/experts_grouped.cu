@@ -37,8 +37,9 @@ AnyStack stack_of_experts(const Tensor& tensor) {
   return stack_of_experts(rows, tensor.size(0));
 }
 
-// The weights as the kernels read them: in x's type. Those of another are copied as a whole, since
-// the experts in use are not known here.
+// The weights as the kernels read them: in x's type, rows from 16 bytes to 16 bytes. Others, also
+// lora_b of ranks that are too small for that, are copied as a whole, since the experts in use are
+// not known here.
 class Weights {
  public:
   Any router_weight;
@@ -57,16 +58,17 @@ class Weights {
   void round() { copies_.round(call_.device); }
 
  private:
-  bool is_narrow(const Tensor& tensor) const {
-    return tensor.numel() == 0 || tensor.scalar_type() == call_.input;
+  bool is_readable(const Tensor& tensor) const {
+    const int64_t row_bytes = tensor.size(tensor.dim() - 1) * element_size(call_.input);
+    return tensor.numel() == 0 || (tensor.scalar_type() == call_.input && row_bytes % 16 == 0);
   }
   void take(const Tensor& tensor, Any& matrix) {
     matrix = any(tensor);
-    if (!is_narrow(tensor)) copies_.add(Any{matrix}, 1, matrix);
+    if (!is_readable(tensor)) copies_.add(Any{matrix}, 1, matrix);
   }
   void take(const Tensor& tensor, AnyStack& stack) {
     stack = stack_of_experts(tensor);
-    if (is_narrow(tensor)) return;
+    if (is_readable(tensor)) return;
     copies_.add(rows_of(tensor), 1, stack.first);
     stack = stack_of_experts(stack.first, call_.num_experts);
   }
