@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from lowrank_ext import _build_info
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -285,6 +287,41 @@ def test_benches_of_experts_leave_their_rows(
     arguments = ("--device", "cpu", "--case", case, "--seconds", "0.01")
     assert len(gpu_check.run_bench(name, arguments, 300)) == rows
     assert case.split(",")[-1] in (tmp_path / f"{name}.log").read_text()
+
+
+def test_the_bench_of_forms_wants_a_gpu(gpu_check: ModuleType) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(gpu_check.SectionFailed, match=r"bench_expert_forms: .*needs a GPU"):
+        gpu_check.run_bench("bench_expert_forms", ("--quick",), 300)
+
+
+@pytest.mark.parametrize(("planned", "is_best"), [(1.0, True), (1.3, False)])
+def test_rows_of_the_bench_of_forms(
+    gpu_check: ModuleType, capsys: pytest.CaptureFixture, planned: float, is_best: bool
+) -> None:
+    """gpu_check has put benchmarks/ on the path."""
+    import bench_expert_forms as bench
+    from timing import Rounds, Seconds, Table
+
+    times = {"frozen": 1.0, "planned": planned, "dense": 2.0, "grouped": 1.0, "grouped+": 1.5}
+    rounds = Rounds({name: [Seconds(t, 2 * t)] * 3 for name, t in times.items()})
+    rows = list(bench.results(next(bench.quick()), rounds))
+    assert [row["plan_is_best"] for row in rows] == [is_best] * 2
+    assert rows[0]["x_dense"] == 2.0 / planned and rows[1]["ratios"]["dense"] == 2.0
+    table = Table(bench.COLUMNS)
+    for row in rows:
+        bench.print_result(table, row)
+    assert ("NOT the fastest" in capsys.readouterr().out) != is_best
+    assert len(list(bench.grid())) == len(set(bench.grid()))
+
+
+@pytest.mark.skipif(not _build_info.CUDA_ARCHS, reason="_C.so was built without nvcc")
+def test_the_bench_can_set_the_form(gpu_check: ModuleType) -> None:
+    import bench_expert_forms as bench
+
+    for name in (*bench.FORMS, "planned"):
+        bench.fix_form(name)
 
 
 def test_a_bench_that_fails_says_why(gpu_check: ModuleType) -> None:

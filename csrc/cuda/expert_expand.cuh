@@ -30,13 +30,11 @@ namespace lowrank_ext::cuda {
 
 struct ExpertUpOp {  // right is lora_b [E, N, r]
   static constexpr Contraction kRightContraction = Contraction::kAlongColumns;
-  static constexpr bool kHasDropout = false;  // of out; lanes add base and scale
   static constexpr bool kIsBackward = false;
 };
 struct ExpertDownBackwardXOp {  // right is lora_a [E, r, K], and the router's [E, K]
   static constexpr Contraction kRightContraction = Contraction::kAlongRows;
-  static constexpr bool kHasDropout = false;
-  static constexpr bool kIsBackward = true;  // masks and a router
+  static constexpr bool kIsBackward = true;  // masks and a router, no base
 };
 
 template <class Number>
@@ -85,6 +83,8 @@ struct ExpertExpandTraits : ExpandTraits<Number, Shape, Op> {
   using RightTile = typename Base::RightTile;
   using Base::kBlockRows, Base::kRankTile, Base::kStagingBytes, Base::kThreads;
   static_assert(kRankTile == 16);
+  static constexpr bool kLanesAddBase = !Op::kIsBackward;
+  static constexpr bool kLanesDrop = false;  // masks are the experts'
 
   // Two sums: 128 registers a thread; more where tokens are few, which do not fill the SMs.
   static constexpr int kMinBlocks = kBlockRows == 128 ? 2 : 4;

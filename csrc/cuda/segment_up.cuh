@@ -49,6 +49,8 @@ struct SegmentUpParams {
 template <class Number, class Shape, class Op>
 struct SegmentUpTraits : ExpandTraits<Number, Shape, Op> {
   using Params = SegmentUpParams<Number>;
+  static constexpr bool kLanesAddBase = !Op::kHasDropout;
+  static constexpr bool kLanesDrop = Op::kHasDropout;
 };
 
 namespace detail {
@@ -61,7 +63,7 @@ struct SegmentOutputLane : LaneChunks<Traits> {
   using Params = typename Traits::Params;
   using Staging = typename Traits::Staging;
   using LaneChunks<Traits>::kPerChunk, LaneChunks<Traits>::col;
-  static constexpr bool kHasBase = !Traits::Op::kHasDropout;
+  static constexpr bool kHasBase = Traits::kLanesAddBase;
 
   int64_t rows[Traits::kChunksPerLane];  // of out; negative: none
   uint64_t seed;
@@ -102,7 +104,9 @@ struct SegmentOutputLane : LaneChunks<Traits> {
       for (int e = 0; e < kPerChunk; ++e)
         sum.elements[e] = convert<scalar_t>(convert<acc_t>(added.elements[e]) + scale * branch[e]);
     } else {
-      if (params.dropout.threshold != 0) drop(branch, params.dropout, seed, row, col);
+      if constexpr (Traits::kLanesDrop) {
+        if (params.dropout.threshold != 0) drop(branch, params.dropout, seed, row, col);
+      }
 #pragma unroll
       for (int e = 0; e < kPerChunk; ++e) sum.elements[e] = convert<scalar_t>(scale * branch[e]);
     }

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +83,102 @@ def test_experts_move_what_one_branch_of_their_rank_does(
     assert moved <= 1.10 * (sum(map(traffic.moved, branch_backward)) - branch_reread)
 
 
+def asked(reports: list[dict[str, Any]], *names: str) -> int:
+    """Bytes of the tensors of these names, each time that they are asked for."""
+    return sum(
+        tensor["bytes_read"]
+        for report in reports
+        for tensor in report["tensors"]
+        if tensor["name"] in names
+    )
+
+
+def written(reports: list[dict[str, Any]], kernel: str, name: str) -> int:
+    [report] = [report for report in reports if report["kernel"] == kernel]
+    [tensor] = [tensor for tensor in report["tensors"] if tensor["name"] == name]
+    return tensor["bytes_written"]
+
+
+def total(traffic: ModuleType, reports: list[dict[str, Any]]) -> int:
+    return sum(map(traffic.moved, reports))
+
+
+def test_grouped_experts_of_few_ranks_move_less_than_dense_ones(
+    traffic: ModuleType, simt: ModuleType
+) -> None:
+    """8 experts of rank 2 with masks of their own, top 2.
+
+    In the forward x is read once by the router and once for each choice, which is as little as
+    gathered rows can come to: (3 + 2) / 3 = 1.67 of what one pass needs. In the backward dout is
+    read once, x three times, dx written once: also 5 / 3.
+    """
+    sizes = traffic.Sizes(1024, 1024, 1024, 16, 0.05)
+    assert simt.host.plan_experts(8, 2, 2, drops=True, own_masks=True) == traffic.GROUPED_DENSE_UP
+    forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
+    stream = 2 * 1024 * 1024
+    assert asked(forward, "x") == 3 * stream and asked(forward, "base") == stream
+    assert written(forward, "expert_up", "out") == stream
+    assert asked(backward, "dout") == stream and asked(backward, "source") == 3 * stream
+    assert written(backward, "expert_down_backward_x", "out") == stream
+    forward_bytes, backward_bytes = traffic.needed_by_experts(sizes, element_bytes=2)
+    assert total(traffic, forward) <= 1.72 * forward_bytes
+    assert total(traffic, backward) <= 1.80 * backward_bytes
+    dense_forward, dense_backward = traffic.run_moe_step(simt, sizes, "bf16", traffic.DENSE)
+    assert total(traffic, forward) <= 0.92 * total(traffic, dense_forward)
+    assert total(traffic, backward) <= 0.88 * total(traffic, dense_backward)
+
+
+def test_grouped_experts_of_many_ranks(traffic: ModuleType, simt: ModuleType) -> None:
+    """16 experts of rank 32, top 2: dout is gathered twice for each choice too."""
+    sizes = traffic.Sizes(1024, 1024, 1024, 16 * 32, 0.05, num_experts=16)
+    assert simt.host.plan_experts(16, 32, 2, drops=True, own_masks=True) == traffic.GROUPED
+    forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
+    stream = 2 * 1024 * 1024
+    assert asked(forward, "x") == 3 * stream
+    assert asked(backward, "dout") == 2 * stream and asked(backward, "source") == 5 * stream
+    forward_bytes, backward_bytes = traffic.needed_by_experts(sizes, element_bytes=2)
+    assert total(traffic, forward) <= 1.60 * forward_bytes
+    assert total(traffic, backward) <= 1.88 * backward_bytes
+    # Tensor-core work: of the 16 experts' 528 columns, in six products, about a third is done.
+    dense = 6 * 1024 // 16 * 1024 // 8 * 528 // 16
+    assert sum(report["mma"] for report in forward + backward) <= 0.4 * dense
+
+
+def test_an_expert_without_tokens_costs_nothing(traffic: ModuleType, simt: ModuleType) -> None:
+    """Half of the experts are idle: their weights are not read, their gradients only written."""
+    torch.manual_seed(0)
+    m, k, experts, rank = 256, 512, 8, 32
+    x, dout = torch.randn(m, k).bfloat16(), torch.randn(m, k).bfloat16()
+    router = torch.randn(experts, k).bfloat16()
+    router[experts // 2 :] = 0
+    x[:, 0], router[: experts // 2, 0] = 4, 40  # logits of the others are 0
+    lora_a, lora_b = torch.randn(experts, rank, k), torch.randn(experts, k, rank)
+    weights = router, lora_a.bfloat16(), lora_b.bfloat16()
+    options = (2.0, 0.05, torch.tensor([1]), False, None)
+    ops = torch.ops.lowrank_ext_simt
+    simt.host.fix_expert_plan(grouped=True)
+    (_, h, probs, ids, gates, loss, counts), forward = traffic.launches_of(
+        simt, lambda: ops.moe_lowrank_add(dout, x, *weights, 2, *options)
+    )
+    assert int(ids.max()) < experts // 2
+    saved = (h, probs, ids, gates, counts)
+    grads, backward = traffic.launches_of(
+        simt,
+        lambda: ops.moe_lowrank_add_backward(
+            dout, loss, x, *weights, *saved, *options, *[True] * 4
+        ),
+    )
+    read = [
+        tensor["unique_bytes_read"]
+        for report in forward + backward
+        for tensor in report["tensors"]
+        if tensor["name"] in ("lora_a", "lora_b", "right") and report["kernel"] != "lowrank_down"
+    ]
+    assert read == [lora_a[: experts // 2].numel() * 2] * 4
+    for gradient in grads[2:]:
+        assert gradient[: experts // 2].any() and not gradient[experts // 2 :].any()
+
+
 def test_the_table_has_every_kernel(simt: ModuleType) -> None:
     command = [sys.executable, "benchmarks/traffic.py", "--kinds", "bf16", "fp64"]
     sizes = ["--rows", "96", "--in-features", "128", "--out-features", "160", "--rank", "4"]
@@ -106,6 +203,10 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "moe_outer",
             "moe_expand",
             "unstack_experts",
+            "moe_slots",
+            "moe_slots_h",
+            "expert_up",
+            "expert_down_backward_x",
             "moe_route",
             "moe_route_backward",
             "order_slots",
@@ -116,4 +217,4 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "segment_down_backward_lora_a",
             "segment_down_backward_x",
         }
-        assert len(re.findall(rf"^all of [a-z ]+ward +{kind} ", done.stdout, re.M)) == 4
+        assert len(re.findall(rf"^all of [a-z ]+ward +{kind} ", done.stdout, re.M)) == 8
