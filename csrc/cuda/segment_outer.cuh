@@ -53,7 +53,7 @@ template <class Number, int kRankTile>
 struct SegmentOuterTraits : ThinProductTraits<Number, OuterSumOp, 64, kRankTile> {
   using Base = ThinProductTraits<Number, OuterSumOp, 64, kRankTile>;
   using Params = SegmentOuterParams<Number>;
-  static constexpr int kRowsBytes = Base::kStages * Base::kDepth * 8;  // RowAndSlot
+  static constexpr int kRowsBytes = Base::kStages * Base::kDepth * 8;
   static constexpr int kSharedBytes = Base::kSharedBytes + kRowsBytes;
   static_assert(Base::kDepth <= Base::kThreads, "a thread loads one row number");
   static_assert(kRowsBytes <= 2048 && kSharedBytes <= 99 * 1024);
@@ -74,7 +74,8 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
                                                   int rank, int64_t first_col, int first_rank,
                                                   int thread) {
   constexpr int kStages = Traits::kStages, kThreads = Traits::kThreads, kDepth = Traits::kDepth;
-  auto* const ring = reinterpret_cast<RowAndSlot*>(stages.bytes + kStages * Traits::kStageBytes);
+  int* const rows = reinterpret_cast<int*>(stages.bytes + kStages * Traits::kStageBytes);
+  int* const slots = rows + kStages * kDepth;
   auto thin = params.thin;
   thin.num_cols = rank;
   const bool drops = params.dropout.threshold != 0;
@@ -87,13 +88,15 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
     return {params.segments.row_of(slot), static_cast<int>(slot)};
   };
   const auto publish_row = [&](int stage, const RowAndSlot& row) {
-    if (thread < kDepth) ring[stage * kDepth + thread] = row;
+    if (thread >= kDepth) return;
+    rows[stage * kDepth + thread] = row.row;
+    slots[stage * kDepth + thread] = row.slot;
   };
   const auto rows_of = [&](int stage) {
-    return [=](int tile_row, int) { return ring[stage * kDepth + tile_row].row; };
+    return [=](int tile_row, int) { return rows[stage * kDepth + tile_row]; };
   };
   const auto slots_of = [&](int stage) {
-    return [=](int tile_row, int) { return ring[stage * kDepth + tile_row].slot; };
+    return [=](int tile_row, int) { return slots[stage * kDepth + tile_row]; };
   };
   const auto load = [&](int, int slot) {
     copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, rows_of(slot), first_col,
