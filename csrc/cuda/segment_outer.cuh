@@ -98,10 +98,10 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
   const auto slots_of = [&](int stage) {
     return [=](int tile_row, int) { return slots[stage * kDepth + tile_row]; };
   };
-  const auto load = [&](int, int slot) {
-    copy_gathered_tile_async<kThreads>(stages.large(slot), params.large, rows_of(slot), first_col,
+  const auto load = [&](int, int stage) {
+    copy_gathered_tile_async<kThreads>(stages.large(stage), params.large, rows_of(stage), first_col,
                                        thread);
-    copy_gathered_tile_async<kThreads>(stages.thin(slot), thin, slots_of(slot), first_rank,
+    copy_gathered_tile_async<kThreads>(stages.thin(stage), thin, slots_of(stage), first_rank,
                                        thread);
   };
 
@@ -109,16 +109,16 @@ __device__ __forceinline__ void segment_outer_sum(typename Traits::Sum& sum,
   for (int step = 0; step < kStages - 1; ++step) publish_row(step, fetch_row(step));
   RowAndSlot next_row = fetch_row(kStages - 1);
   __syncthreads();
-  const auto prepare = [&](int step, int slot) {
+  const auto prepare = [&](int step, int stage) {
     if (drops)
-      drop_gathered_chunks<kThreads>(stages.large(slot), params.dropout, seed, rows_of(slot),
+      drop_gathered_chunks<kThreads>(stages.large(stage), params.dropout, seed, rows_of(stage),
                                      first_col, params.segments.mask_of(group), thread);
-    publish_row(slot_before<kStages>(slot), next_row);  // for the load behind the barrier
+    publish_row(slot_before<kStages>(stage), next_row);  // for the load behind the barrier
     next_row = fetch_row(step + kStages);
   };
-  run_pipeline<kStages>(num_steps, load, prepare, [&](int, int slot) {
+  run_pipeline<kStages>(num_steps, load, prepare, [&](int, int stage) {
     multiply_add<Contraction::kAlongRows, Contraction::kAlongRows, kDepth>(
-        sum, stages.large(slot), stages.thin(slot), thread);
+        sum, stages.large(stage), stages.thin(stage), thread);
   });
   __syncthreads();  // the stages have been read
 }
