@@ -17,12 +17,19 @@ from lowrank_ext.adapter_bank import AdapterBank
 from lowrank_ext.adaptive_freezing import AdaptiveFreezeSchedule
 from lowrank_ext.balance import ExpertLoad, balance_loss, expert_load
 from lowrank_ext.checkpoint import load_adapter, save_adapter
-from lowrank_ext.config import AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import (
+    AFLoRAConfig,
+    GOATConfig,
+    LaMDAConfig,
+    LoRAConfig,
+    ResLoRAConfig,
+)
 from lowrank_ext.freezing import FreezeSchedule
 from lowrank_ext.integrations.peft import accelerate, decelerate
 from lowrank_ext.merging import merge, unload, unmerge
 from lowrank_ext.nn.goat import token_mask
 from lowrank_ext.rank_allocation import allocate_ranks
+from lowrank_ext.shortcuts import reslora_call, reslora_merge_error, reslora_statistics
 
 if TYPE_CHECKING:
     from lowrank_ext.integrations.transformers import BalanceLossMixin, FreezeCallback
@@ -40,6 +47,7 @@ __all__ = [
     "GOATConfig",
     "LaMDAConfig",
     "LoRAConfig",
+    "ResLoRAConfig",
     "__version__",
     "accelerate",
     "adapt",
@@ -53,6 +61,9 @@ __all__ = [
     "nn",
     "ops",
     "prepare_for_checkpointing",
+    "reslora_call",
+    "reslora_merge_error",
+    "reslora_statistics",
     "save_adapter",
     "summary",
     "token_mask",

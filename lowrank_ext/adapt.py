@@ -12,7 +12,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_ext.config import AdapterConfig, AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import (
+    AdapterConfig,
+    AFLoRAConfig,
+    GOATConfig,
+    LaMDAConfig,
+    LoRAConfig,
+    ResLoRAConfig,
+)
 from lowrank_ext.config.base import config_names
 from lowrank_ext.nn.aflora import AFLoRALinear
 from lowrank_ext.nn.goat import GOATLinear
@@ -26,6 +33,7 @@ from lowrank_ext.nn.linear import (
     linear_features,
 )
 from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.reslora import ResLoRALinear
 from lowrank_ext.rank_allocation import allocate_ranks
 from lowrank_ext.targets import (
     find_targets,
@@ -40,6 +48,7 @@ MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     LaMDAConfig: LaMDALinear,
     AFLoRAConfig: AFLoRALinear,
     GOATConfig: GOATLinear,
+    ResLoRAConfig: ResLoRALinear,
 }
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
 # Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
@@ -91,6 +100,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
             for path, module in targets.items()
         },
     )
+    module_class.connect(model)
     _unfreeze(model, config)
     set_fused_encoders(model, on=False)
     model.lowrank_config = config  # type: ignore[assignment]

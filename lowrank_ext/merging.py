@@ -60,6 +60,8 @@ def unload(model: Model, merge: bool = False) -> Model:
     }
     if model in plain:
         return plain[model]  # type: ignore[return-value]  # the caller passed a LowRankLinear
+    for module_class in {type(module) for module in modules.values()}:
+        module_class.disconnect(model)
     replace_modules(model, plain)
     set_fused_encoders(model, on=True)
     vars(model).pop("lowrank_config", None)
@@ -73,6 +75,10 @@ def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear]) -> Non
                 f"merge: {path or 'the model'} must have a branch that is one matrix, got a "
                 f"{type(module).__name__}: {module.unmergeable_because}"
             )
+        try:
+            module.check_mergeable()
+        except ValueError as error:
+            raise ValueError(f"merge: {path or 'the model'}: {error}") from None
     owners = {
         m if m.base_layer is None else m.base_layer: p for p, m in modules.items() if not m.merged
     }

@@ -9,8 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import reference
-from lowrank_ext.config import AdapterConfig, AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
-from lowrank_ext.nn import AFLoRALinear, GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
+from lowrank_ext.config import (
+    AdapterConfig,
+    AFLoRAConfig,
+    GOATConfig,
+    LaMDAConfig,
+    LoRAConfig,
+    ResLoRAConfig,
+)
+from lowrank_ext.nn import (
+    AFLoRALinear,
+    GOATLinear,
+    LaMDALinear,
+    LoRALinear,
+    LowRankLinear,
+    ResLoRALinear,
+)
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -21,13 +35,16 @@ class Method(NamedTuple):
     module: type[LowRankLinear]
     config: type[AdapterConfig]
     init: str
+    shortcut: str = ""  # ResLoRA's
 
     def __str__(self) -> str:
-        return f"{self.config.peft_type.lower()}-{self.init}"
+        return f"{self.config.peft_type.lower()}-{self.shortcut or self.init}"
 
     def options(self, r: int) -> dict[str, Any]:
         """What the method needs beside rank r: experts of rank 1, of which all but one are chosen
         per token."""
+        if self.shortcut:
+            return {"shortcut": self.shortcut}
         experts = {"num_experts": r, "top_k": max(1, r - 1)}
         return experts if self.config is GOATConfig else {}
 
@@ -41,9 +58,15 @@ METHODS = [
     )
     for init in module.inits
 ]
+INPUT, BLOCK, MIDDLE = (
+    Method(ResLoRALinear, ResLoRAConfig, "kaiming", shortcut)
+    for shortcut in ("input", "block", "middle")
+)
+METHODS.append(BLOCK)
 EXPERTS = [Method(GOATLinear, GOATConfig, init) for init in GOATLinear.inits]
-# METHODS have one matrix as their branch; a mixture of experts has none, and cannot be merged.
-ALL_METHODS = METHODS + EXPERTS
+# METHODS have one matrix as their branch; a mixture of experts has none, and cannot be merged. In a
+# model ResLoRA's other two have one only in estimate.
+ALL_METHODS = [*METHODS, *EXPERTS, INPUT, MIDDLE]
 RESIDUAL = [m for m in METHODS if m.init in m.module.residual_inits]
 RESIDUAL_EXPERTS = [m for m in EXPERTS if m.init in m.module.residual_inits]
 ZERO_BRANCH = [m for m in ALL_METHODS if m not in RESIDUAL + RESIDUAL_EXPERTS]
@@ -152,9 +175,15 @@ def lora_product(
     method: Method, base: nn.Module, lora_a: Tensor, lora_b: Tensor, **options: Any
 ) -> LowRankLinear:
     """The method's module, its core the identity and its scales ones, so that the branch is B A."""
-    init = {"LORA": "kaiming", "LAMDA": "lora", "AFLORA": "kaiming"}[method.config.peft_type]
+    init = {"LAMDA": "lora"}.get(method.config.peft_type, "kaiming")
     module = method.module.from_linear(
-        base, r=lora_a.shape[0], init=init, initialise=False, adapter_dtype="base", **options
+        base,
+        r=lora_a.shape[0],
+        init=init,
+        initialise=False,
+        adapter_dtype="base",
+        **method.options(lora_a.shape[0]),
+        **options,
     )
     with torch.no_grad():
         module.lora_a.copy_(lora_a)
@@ -188,6 +217,8 @@ def branch(module: LowRankLinear, x: Tensor) -> Tensor:
     h = x.double() @ module.lora_a.double().mT
     if module.rank_scale is not None:
         h = h * module.rank_scale.double()
+    if isinstance(module, ResLoRALinear) and module.shortcut == "input":
+        h = 2 * h  # first of its chain
     if module.core is not None:
         h = h @ module.core.double().mT
     y = module.scaling * (h @ module.lora_b.double().mT)

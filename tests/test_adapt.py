@@ -33,7 +33,14 @@ from transformers import (
 )
 
 from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
-from lowrank_ext.config import AdapterConfig, AFLoRAConfig, GOATConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.config import (
+    AdapterConfig,
+    AFLoRAConfig,
+    GOATConfig,
+    LaMDAConfig,
+    LoRAConfig,
+    ResLoRAConfig,
+)
 from lowrank_ext.merging import unload
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 from lowrank_ext.targets import find_targets
@@ -93,6 +100,7 @@ def test_only_the_adapters_train(method: Method) -> None:
         LaMDAConfig: {"lora_b", "core"},
         AFLoRAConfig: {"lora_a", "lora_b", "rank_scale", "out_scale"},
         GOATConfig: {"lora_a", "lora_b", "router_weight"},
+        ResLoRAConfig: {"lora_a", "lora_b"},
     }[method.config]
     expected = {f"{path}.{name}" for path in adapted_paths(model) for name in adapters}
     assert trainable_names(model) == expected | {"norm.weight", "norm.bias"}
@@ -425,6 +433,7 @@ def test_the_config_is_kept_and_round_trips_through_json() -> None:
         ),
         LoRAConfig(r=2, rank_pattern={"q_proj": 4}, adapter_dtype=torch.bfloat16),
         GOATConfig(init="goat_mini", scale="theory", eta=0.5, top_k=3, residual_factor=0.0),
+        ResLoRAConfig(shortcut="block", pre_num=-1, shared_dropout=True, merge="input"),
     ):
         values = json.loads(json.dumps(config.to_dict()))
         assert values["peft_type"] == config.peft_type

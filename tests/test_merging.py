@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def trained(method: Method, model: nn.Module, **options) -> nn.Module:
     """An adapted model in eval mode whose adapters have moved."""
-    adapt(model, method.config(r=2, init=method.init, **options))
+    adapt(model, method.config(r=2, init=method.init, **method.options(2), **options))
     randomise(model)
     return model.eval()
 

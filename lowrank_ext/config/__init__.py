@@ -9,12 +9,14 @@ from lowrank_ext.config.base import AdapterConfig
 from lowrank_ext.config.goat import GOATConfig
 from lowrank_ext.config.lamda import LaMDAConfig
 from lowrank_ext.config.lora import LoRAConfig
+from lowrank_ext.config.reslora import ResLoRAConfig
 
 METHOD_CONFIGS: tuple[type[AdapterConfig], ...] = (
     LoRAConfig,
     LaMDAConfig,
     AFLoRAConfig,
     GOATConfig,
+    ResLoRAConfig,
 )
 
 __all__ = [
@@ -24,4 +26,5 @@ __all__ = [
     "GOATConfig",
     "LaMDAConfig",
     "LoRAConfig",
+    "ResLoRAConfig",
 ]

@@ -5,6 +5,7 @@ from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import LoRALinear, LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.reslora import ResLoRALinear
 
 __all__ = [
     "AFLoRALinear",
@@ -13,4 +14,5 @@ __all__ = [
     "LoRALinear",
     "LowRankLinear",
     "MultiLoRALinear",
+    "ResLoRALinear",
 ]

@@ -336,6 +336,17 @@ class LowRankLinear(nn.Module):
             return weight.clone()
         return (weight.double() + self._initial_delta()).to(weight.dtype)
 
+    @classmethod
+    def connect(cls, model: nn.Module) -> None:
+        """Tie the model's modules of this class together, where the method asks for it."""
+
+    @classmethod
+    def disconnect(cls, model: nn.Module) -> None:
+        """Undo what :meth:`connect` did to other modules of the model."""
+
+    def check_mergeable(self) -> None:
+        """Raise ValueError when something that a merged weight depends on is not known yet."""
+
     def delta_weight(self) -> Tensor:
         """scaling · diag(out_scale) lora_b core diag(rank_scale) lora_a, [N, K]; differentiable.
 
@@ -429,17 +440,21 @@ class LowRankLinear(nn.Module):
         """x [..., K] to [..., N] in x's dtype."""
         if self.merged:
             return self.base_output(x)
+        return self.adapted_output(x, self.lora_a, self.lora_b, self.scaling)
+
+    def adapted_output(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        """The base's output with the branch lora_b core lora_a on it; dropout in training mode."""
         dropout_p = self.dropout if self.training else 0.0
         if self.base_layer is not None:
             return ops.lowrank_add(
                 self.base_output(x),
                 x,
-                self.lora_a,
-                self.lora_b,
+                lora_a,
+                lora_b,
                 core=self.core,
                 rank_scale=self.rank_scale,
                 out_scale=self.out_scale,
-                scaling=self.scaling,
+                scaling=scaling,
                 dropout_p=dropout_p,
             )
         assert self.weight is not None
@@ -447,12 +462,12 @@ class LowRankLinear(nn.Module):
             x,
             self.weight.t() if self.fan_in_fan_out else self.weight,
             self.bias,
-            self.lora_a,
-            self.lora_b,
+            lora_a,
+            lora_b,
             core=self.core,
             rank_scale=self.rank_scale,
             out_scale=self.out_scale,
-            scaling=self.scaling,
+            scaling=scaling,
             dropout_p=dropout_p,
         )
 
