@@ -1,10 +1,10 @@
 """Adapter checkpoints: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
 LoRA is written as PEFT writes it, and PEFT's LoRA files load here. The other methods use the same
-two files with ``peft_type`` "LAMDA", "AFLORA" or "GOAT" and more tensors per module. With P for
-``base_model.model.<path>``:
+two files with ``peft_type`` "LAMDA", "AFLORA", "GOAT" or "RESLORA", all but the last with more
+tensors per module. With P for ``base_model.model.<path>``:
 
-    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         LoRA, LaMDA, AFLoRA
+    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         LoRA, LaMDA, AFLoRA, ResLoRA
     P.lora_core.weight [r, r]                                LaMDA
     P.lora_B_init.weight [N, r]    P.lora_core_init.weight [r]
                                                              LaMDA svd_residual: start of lora_b and

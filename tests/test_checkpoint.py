@@ -64,7 +64,11 @@ def aflora(**options: Any) -> lr.AFLoRAConfig:
     return lr.AFLoRAConfig(**{"r": 4, "target_modules": ["embed", "0", "2"], **options})
 
 
-AnyConfig = lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig
+def reslora(**options: Any) -> lr.ResLoRAConfig:
+    return lr.ResLoRAConfig(**{"r": 4, "target_modules": ["embed", "0", "2"], **options})
+
+
+AnyConfig = lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig | lr.ResLoRAConfig
 CONFIGS: dict[str, Callable[[], AnyConfig]] = {
     "lora": lora,
     "lora_base_dtype": lambda: lora(adapter_dtype="base"),
@@ -100,6 +104,16 @@ CONFIGS: dict[str, Callable[[], AnyConfig]] = {
     ),
     "goat_theory": lambda: goat(scale="theory", eta=0.3, rank_pattern={"body.2": 2}),
     "moe_lora": lambda: goat(init="zero", num_experts=4, top_k=3, modules_to_save=["head"]),
+    "reslora_input": lambda: reslora(alpha=3, dropout=0.1, merge="input"),
+    "reslora_block": lambda: reslora(shortcut="block", pre_num=2, shared_dropout=True),
+    "reslora_middle": lambda: reslora(
+        shortcut="middle",
+        pre_num=-1,
+        adapter_dtype="base",
+        rslora=True,
+        rank_pattern={"embed": 2},
+        modules_to_save=["norm"],
+    ),
     "lamda++params": lambda: lamda(rank_budget="params", direction="concentrated_gets_more", r=6),
 }
 

@@ -134,6 +134,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
         ("aflora", "adapter/adapter_model.safetensors"),
         ("moe-lora", "adapter/adapter_model.safetensors"),
         ("goat", "adapter/adapter_model.safetensors"),
+        ("reslora-is", "adapter/adapter_model.safetensors"),
     ],
 )
 def test_each_method_trains_and_writes_its_files(run, tmp_path, method, saved) -> None:
@@ -174,7 +175,9 @@ def held_out_batches(out: Path) -> list[torch.Tensor]:
     return corpus.held_out_batches(settings.batch, settings.eval_batches)
 
 
-@pytest.mark.parametrize("method", ["lamda", "lamda++", "aflora", "goat", "moe-lora"])
+@pytest.mark.parametrize(
+    "method", ["lamda", "lamda++", "aflora", "goat", "moe-lora", "reslora-bs", "reslora-ms"]
+)
 def test_adapter_gives_the_reported_loss_when_loaded(run, tmp_path, tiny_model, method) -> None:
     assert run(method=method).exit_code == 0
     out = tmp_path / "out"

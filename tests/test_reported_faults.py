@@ -326,7 +326,7 @@ class TiedHead(nn.Module):
 def test_rf07_a_tied_head_is_not_merged(method: Method) -> None:
     model = TiedHead()
     ids, logits = torch.tensor([0, 3]), torch.tensor([[2.0, 0, 1, 1], [3.0, -1, 1, 4]])
-    adapt(model, method.config(r=1, init=method.init, target_modules=["head"]))
+    adapt(model, method.config(r=1, init=method.init, target_modules=["head"], **method.options(1)))
     with torch.no_grad():
         model.head.lora_a.copy_(torch.tensor([[1.0, 1.0]]))
         model.head.lora_b.copy_(torch.tensor([[1.0], [0.0], [0.0], [-1.0]]))
@@ -409,7 +409,7 @@ def checkpointed_gradients(
     model = CheckpointedModel()
     if switched_on_first:
         model.use_reentrant = use_reentrant
-    adapt(model, method.config(r=2, init=method.init))
+    adapt(model, method.config(r=2, init=method.init, **method.options(2)))
     model.use_reentrant = use_reentrant
     if prepare:
         prepare_for_checkpointing(model)

@@ -13,7 +13,7 @@ import lowrank_ext as lr
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
-from lowrank_ext.cli.settings import WITH_EXPERTS, WITH_PEFT, Settings
+from lowrank_ext.cli.settings import SHORTCUTS, WITH_EXPERTS, WITH_PEFT, Settings
 
 # A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
 # (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
@@ -48,7 +48,7 @@ def build(method: str, model: CausalLM, settings: Settings) -> CausalLM:
 
 def adapter_config(
     method: str, settings: Settings, base: torch.dtype
-) -> lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig:
+) -> lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig | lr.ResLoRAConfig:
     """The library's configuration for every method but full and PEFT's."""
     shared: dict[str, Any] = {
         "r": settings.rank,
@@ -69,6 +69,8 @@ def adapter_config(
             top_k=settings.top_k,
             balance_coefficient=settings.balance,
         )
+    if method in SHORTCUTS:
+        return lr.ResLoRAConfig(**shared, shortcut=SHORTCUTS[method])
     return lr.LaMDAConfig(**shared, rank_budget="rank" if method == "lamda++" else None)
 
 

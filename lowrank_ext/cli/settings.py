@@ -8,6 +8,8 @@ from typing import Any
 
 from lowrank_ext.cli.errors import UserError, near_matches
 
+# ResLoRA's shortcut by method.
+SHORTCUTS = {"reslora-is": "input", "reslora-bs": "block", "reslora-ms": "middle"}
 METHODS = (
     "frozen",
     "full",
@@ -19,6 +21,7 @@ METHODS = (
     "aflora",
     "moe-lora",
     "goat",
+    *SHORTCUTS,
 )
 WITH_PEFT = frozenset({"peft-lora", "peft-lora-accelerated"})  # methods that train a PeftModel
 WITH_EXPERTS = frozenset({"moe-lora", "goat"})  # methods whose modules have a router
@@ -37,6 +40,7 @@ DEFAULT_LR = {
     "aflora": 3e-2,
     "moe-lora": 3e-3,
     "goat": 3e-3,
+    **dict.fromkeys(SHORTCUTS, 3e-3),
 }
 
 

@@ -38,7 +38,6 @@ class ResLoRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "RESLORA"
     inits: ClassVar[tuple[str, ...]] = ("kaiming",)
     own_fields: ClassVar[tuple[str, ...]] = ("shortcut", "pre_num", "shared_dropout", "merge")
-    must_agree: ClassVar[tuple[str, ...]] = ("shortcut", "pre_num")
 
     init: str = "kaiming"
     shortcut: str = "input"
@@ -49,6 +48,10 @@ class ResLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_reslora_options(type(self).__name__, **self._own_options())
+
+    def must_agree(self) -> dict[str, Any]:
+        used = {} if self.shortcut == "input" else {"pre_num": self.pre_num}
+        return {"shortcut": self.shortcut, **used}
 
     def _own_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.own_fields}

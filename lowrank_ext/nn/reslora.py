@@ -370,13 +370,37 @@ def _ratio(earlier: Tensor, own: Tensor, device: torch.device) -> Tensor:
 
 
 def _modules_by_pattern(model: nn.Module) -> dict[str, dict[str, ResLoRALinear]]:
-    """The model's modules by path, in its order, grouped by their paths without numbers."""
+    """The model's modules by path, in its order, grouped by what their paths have in common."""
     found: dict[str, dict[str, ResLoRALinear]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ResLoRALinear):
-            pattern = ".".join("*" if part.isdecimal() else part for part in path.split("."))
-            found.setdefault(pattern, {})[path] = module
+            found.setdefault(_pattern(model, path), {})[path] = module
     return found
+
+
+def _pattern(model: nn.Module, path: str) -> str:
+    """``path`` with a star for each number that says how deep in the model a module is.
+
+    Within a block a number in an nn.Sequential is a name: it tells parts apart.
+    """
+    parts: list[str] = []
+    container = model
+    for part in path.split("."):
+        inside = "*" in parts
+        counts = part.isdecimal() and not (inside and _has_parts(container))
+        parts.append("*" if counts else part)
+        container = container.get_submodule(part)
+    return ".".join(parts)
+
+
+def _has_parts(container: nn.Module) -> bool:
+    """Whether it is an nn.Sequential of modules that are not all alike."""
+
+    def kind(module: nn.Module) -> tuple[object, ...]:
+        sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+        return type(module), *sizes
+
+    return isinstance(container, nn.Sequential) and len({kind(m) for m in container}) > 1
 
 
 def _chains(modules: Mapping[str, ResLoRALinear]) -> Iterator[dict[str, ResLoRALinear]]:
