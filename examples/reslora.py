@@ -122,7 +122,7 @@ def table(runs: list[Run], steps: int) -> Table:
 
 
 def picture(runs: list[Run]) -> bytes:
-    """PNG: training loss and held-out loss over the steps; the loss of merged weights as crosses."""
+    """PNG: training and held-out loss over the steps; the loss of merged weights as crosses."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     training, held_out = figure.subplots(1, 2)
