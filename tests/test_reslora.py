@@ -725,6 +725,32 @@ def test_checkpointing_around_blocks(shortcut: str) -> None:
             torch.testing.assert_close(parameter.grad, expected[1][name])
 
 
+@by_stateful
+def test_calls_that_cannot_be_told_apart_are_refused(shortcut: str) -> None:
+    constant = inputs().requires_grad_()
+
+    class Fixed(nn.Module):
+        """The second block gets the same tensor in every call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block(WIDTH) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = checkpoint(self.layers[0], x, use_reentrant=False)
+            return first + checkpoint(self.layers[1], constant, use_reentrant=False)
+
+    fixed = adapted(Fixed(), shortcut)
+    randomise(fixed)
+    for _ in range(2):  # one after the other they can
+        fixed(inputs()).sum().backward()
+    first, second = fixed(inputs()), fixed(inputs())
+    with pytest.raises(RuntimeError, match="must get a tensor of its own in each call"):
+        first.sum().backward()
+    del first
+    second.sum().backward()
+
+
 def test_reentrant_checkpointing_around_blocks_is_refused() -> None:
     """Gradients could not leave a block by the chain. The block shortcut has none to leave."""
     x = inputs()

@@ -14,13 +14,14 @@ Activation checkpointing runs a block once more during backward, when the call i
   inputs and outputs of what is checkpointed. Both kinds of checkpointing work, since gradients take
   the same way.
 - Where torch's ``checkpoint(block, x, use_reentrant=False)`` is called around a block, the states
-  that the block found are noted on x, which checkpointing keeps for the second run.
+  that the block found are kept with the graph, and found again by x, which the second run gets too.
 - With ``use_reentrant=True`` around a block gradients could not leave it through the chain: the
   second run finds no frame, and the chain's modules raise.
 """
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -176,9 +177,12 @@ def _run(
     chains: frozenset[str] = module._owned_chains  # type: ignore[assignment]
     if torch.compiler.is_compiling():
         return _run_traced(module, chains, forward, args, kwargs)
-    frame = _frame_of_block(module, args, kwargs)
+    frame, note = _frame_of_block(module, args, kwargs)
     with _installed(Frame(chains, frame) if chains else frame):
-        return forward(module, *args, **kwargs)
+        result = forward(module, *args, **kwargs)
+    if note is not None:
+        note.leave_to(result)
+    return result
 
 
 def _run_traced(
@@ -295,29 +299,60 @@ def _set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) ->
 # --------------------------------------------------------------- checkpointing around whole blocks
 
 
-class _Note(NamedTuple):
-    """The frames that a block found, for the second run."""
+class _Note:
+    """The frames that a block found, for the second run of one of its calls.
 
-    layout: _Layout
-    tensors: list[Tensor]
+    Lives as long as the graph of that call: the graph owns it, and x refers to it weakly.
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self.tensors: list[Tensor] = []
+        self.layout = _layout(frame, self.tensors)
+
+    def frame(self) -> Frame | None:
+        return _rebuilt(self.layout, self.tensors, carried=False)
+
+    def leave_to(self, result: Any) -> None:
+        """Make the graph of a block's ``result`` the owner."""
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                owned: dict[Any, Any] = leaf.grad_fn.metadata  # type: ignore[assignment]
+                owned.setdefault(_Note, []).append(self)
+                return
 
 
 def _frame_of_block(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Frame | None:
-    """The frame for a call of ``module``: the current one, or in a second run the one it had."""
+) -> tuple[Frame | None, _Note | None]:
+    """The frame for a call of ``module``, and a note of it where the call may run once more.
+
+    It is the current one, or in a second run the one of the first.
+    """
     frame = _current.get()
     if frame is not None and frame.carried:
-        return frame
+        return frame, None
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None:
-        return frame
+        return frame, None
     if torch._C._current_graph_task_id() != -1:
-        note = vars(x).get("_chain_notes", {}).get(id(module))
-        return frame if note is None else _rebuilt(note.layout, note.tensors, carried=False)
+        notes = _notes(module, x)
+        if len(notes) > 1:
+            raise RuntimeError(
+                f"ResLoRA: a checkpointed {type(module).__name__} must get a tensor of its own in "
+                f"each call, got the same in {len(notes)} calls that wait for their backward; pass "
+                "x.view_as(x)"
+            )
+        return (notes[0].frame() if notes else frame), None
     # Only where something intercepts what autograd saves: there checkpointing may be at work.
-    if frame is not None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        tensors: list[Tensor] = []
-        note = _Note(_layout(frame, tensors), tensors)
-        vars(x).setdefault("_chain_notes", {})[id(module)] = note
-    return frame
+    if frame is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return frame, None
+    note = _Note(frame)
+    vars(x).setdefault("_chain_notes", {}).setdefault(id(module), []).append(weakref.ref(note))
+    return frame, note
+
+
+def _notes(module: nn.Module, x: Tensor) -> list[_Note]:
+    """The notes on x of calls of ``module`` whose graphs are alive."""
+    references = vars(x).get("_chain_notes", {}).get(id(module), [])
+    references[:] = [reference for reference in references if reference() is not None]
+    return [note for reference in references if (note := reference()) is not None]
