@@ -30,7 +30,7 @@ from lowrank_ext.cli.report import smoothed
 from lowrank_ext.cli.training import held_out_loss, learning_rate_factor, model_loss
 
 BATCH, RANK, PEAK_LR = 2, 16, 3e-3
-NUM_EVALUATIONS = 4
+NUM_EVALUATIONS, NUM_HELD_OUT = 2, 3
 METHODS: dict[str, lr.LoRAConfig | lr.ResLoRAConfig] = {
     "LoRA": lr.LoRAConfig(r=RANK),
     "input": lr.ResLoRAConfig(r=RANK, shortcut="input", merge="input"),
@@ -72,7 +72,7 @@ def tiny_model() -> tuple[nn.Module, Corpus]:
 def train(name: str, model: nn.Module, corpus: Corpus, steps: int) -> Run:
     """A plain loop, as in any script."""
     run = Run(name, lr.trainable_parameters(model).trainable)
-    held_out = corpus.held_out_batches(BATCH, most=6)
+    held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
     run.held_out.append((0, held_out_loss(model, held_out)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
@@ -92,7 +92,7 @@ def train(name: str, model: nn.Module, corpus: Corpus, steps: int) -> Run:
 
 def merge(run: Run, model: nn.Module, corpus: Corpus) -> None:
     """Held-out loss with merged weights; for ResLoRA the relative error of the logits too."""
-    held_out = corpus.held_out_batches(BATCH, most=6)
+    held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
     model.eval()
     if isinstance(model.lowrank_config, lr.ResLoRAConfig):
         with lr.reslora_statistics(model), torch.no_grad():
@@ -149,7 +149,7 @@ def main(
     prepare_output(out)
     model: Any
     model, corpus = tiny_model() if quick else real_model()
-    steps = 8 if quick else 24
+    steps = 8 if quick else 20
     runs = []
     for name, config in METHODS.items():
         torch.manual_seed(0)  # the same start of lora_a for all
