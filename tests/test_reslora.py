@@ -10,6 +10,7 @@ import runpy
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -705,6 +706,28 @@ def lambda_module(function: Callable[[Tensor], Tensor], model: nn.Module) -> nn.
             return function(x)
 
     return Call()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@by_shortcut
+def test_checkpointing_by_the_owner(shortcut: str, use_reentrant: bool) -> None:
+    """The older way of transformers, and diffusers' way: the owner hands its blocks over."""
+
+    class Owner(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self._gradient_checkpointing_func(layer, x)
+            return x
+
+    expected_model, x = stack(shortcut, dropout=0.2), inputs()
+    expected = run(expected_model, x)
+    model = adapted(Owner(), shortcut, dropout=0.2)
+    model.load_state_dict(expected_model.state_dict())
+    with pytest.raises(AttributeError, match="_gradient_checkpointing_func"):
+        model(x)
+    model._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
+    assert_equal_runs(run(model, x), expected)
+    assert_equal_runs(run(copy.deepcopy(model), x), expected)
 
 
 @by_shortcut
