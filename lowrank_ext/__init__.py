@@ -6,7 +6,7 @@ from lowrank_ext._load import load_library
 
 load_library()  # before the imports below, which declare the Python side of its ops
 
-from lowrank_ext import guard, nn, ops
+from lowrank_ext import guard, nn, ops, style
 from lowrank_ext.adapt import (
     adapt,
     prepare_for_checkpointing,
@@ -65,6 +65,7 @@ __all__ = [
     "reslora_merge_error",
     "reslora_statistics",
     "save_adapter",
+    "style",
     "summary",
     "token_mask",
     "trainable_parameters",

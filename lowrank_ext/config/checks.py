@@ -71,6 +71,18 @@ def check_number(value: object, owner: str, name: str, *, positive: bool = False
         raise ValueError(f"{owner}: {name} must be {least} and finite, got {value}")
 
 
+def check_real(value: object, owner: str, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
+
+
+def check_flag(value: object, owner: str, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be a bool, got {value!r}")
+
+
 def normalised_adapter_dtype(dtype: torch.dtype | str, owner: str) -> str:
     """The dtype's name without ``torch.``, one of ADAPTER_DTYPES."""
     name = str(dtype).removeprefix("torch.")
