@@ -181,7 +181,7 @@ class StylePath(nn.Module):
         key, value = self.keys_values(tokens)
         factor = self.lam * scale
         if isinstance(scale, Tensor) and scale.dim() > 0:
-            value = tiled(value, scale.shape[0], "scale")
+            value = tiled(value, scale.shape[0], "the scale")
             factor = factor[:, None, None]
         wide = torch.promote_types(value.dtype, factor.dtype)
         value = (factor * value.to(wide)).to(query.dtype)
@@ -215,8 +215,8 @@ def tiled(tensor: Tensor, rows: int, what: str) -> Tensor:
         return tensor.expand(rows, *tensor.shape[1:])
     if have == 0 or rows % have:
         raise ValueError(
-            f"StylePath: the style must have 1 row or a number of rows that divides the {rows} of "
-            f"{what}, got {have}"
+            "StylePath: the style must have 1 row or a number of rows that divides "
+            f"{what}, {rows}, got {have}"
         )
     return tensor.repeat(rows // have, *(1,) * (tensor.dim() - 1))
 

@@ -77,8 +77,7 @@ def encode_style(
 def _permutations(count: int, length: int, seed: int | None) -> Tensor:
     """int64 [count, length], a permutation in each row."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(length, generator=generator) for _ in range(count)]
-    return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64)
+    return torch.stack([torch.randperm(length, generator=generator) for _ in range(count)])
 
 
 def _vision_transformer(model: nn.Module) -> Any:
@@ -100,7 +99,7 @@ def _check_images(images: Tensor, embeddings: Any, references: int) -> None:
             f"encode_style: images must be [N · references, {channels}, {size}, {size}], got "
             f"{list(images.shape)}"
         )
-    if len(images) % references:
+    if len(images) == 0 or len(images) % references:
         raise ValueError(
             f"encode_style: images must be a multiple of references={references} in number, got "
             f"{len(images)}"
