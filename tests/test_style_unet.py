@@ -30,6 +30,9 @@ OPTIONS = [{}, {"share_query": False, "share_out": False}, {"lam": "global"}]
 def tiny_unet(**options) -> UNet2DConditionModel:
     torch.manual_seed(11)
     sizes = {
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "cross_attention_dim": TEXT_DIM,
@@ -37,9 +40,6 @@ def tiny_unet(**options) -> UNet2DConditionModel:
     }
     return UNet2DConditionModel(
         sample_size=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
         **{**sizes, **options},
     ).eval()
 
@@ -109,6 +109,26 @@ def test_removing_it_restores_the_model() -> None:
 
 def names(unet: nn.Module) -> dict[str, str]:
     return {path: type(p).__name__ for path, p in unet.attn_processors.items()}
+
+
+def test_the_sizes_of_stable_diffusion() -> None:
+    """2 · 768 · ΣC weights and a λ per layer; own queries and outputs add 2 ΣC²."""
+    with torch.device("meta"):
+        unet = tiny_unet(
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            down_block_types=(*3 * ("CrossAttnDownBlock2D",), "DownBlock2D"),
+            up_block_types=("UpBlock2D", *3 * ("CrossAttnUpBlock2D",)),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            norm_num_groups=32,
+        )
+    own = StylePathConfig(share_query=False, share_out=False)
+    for config, expected in ((StylePathConfig(), 19_169_280), (own, 19_169_280 + 24_780_800)):
+        table = lr.style.add_style_path(unet, config)
+        assert table.row_count == 3
+        assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == expected + 16
+        lr.style.remove_style_path(unet)
 
 
 def test_global_lambda_is_one_parameter() -> None:

@@ -244,12 +244,13 @@ def style_summary(unet: nn.Module) -> Table:
     for (query_dim, inner_dim, num_heads, style_dim), processors in kinds.items():
         own = {p for processor in processors for p in processor.parameters()} - counted
         counted |= own
+        lams = [processor.style_path.lam.detach() for processor in processors]
         table.add_row(
             f"{query_dim} → {inner_dim}",
             str(len(processors)),
             str(num_heads),
             str(style_dim),
-            _span([float(processor.style_path.lam.detach()) for processor in processors]),
+            _span([float(lam) for lam in lams if not lam.is_meta]),
             _span([processor.style_scale for processor in processors]),
             f"{sum(p.numel() for p in own if p.requires_grad):,}",
             decimal(sum(p.numel() * p.element_size() for p in own)),
@@ -258,6 +259,8 @@ def style_summary(unet: nn.Module) -> Table:
 
 
 def _span(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     low, high = min(values), max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g} … {high:.4g}"
 
