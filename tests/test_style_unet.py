@@ -62,8 +62,9 @@ def embedder() -> StyleEmbedder:
     return StyleEmbedder(8, TEXT_DIM, num_tokens=TOKENS, num_layers=1, num_heads=2)
 
 
-X, TEXT = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, WORDS, TEXT_DIM)
-STYLE = torch.randn(2, TOKENS, TEXT_DIM)
+SHAPES = ((BATCH, 4, 4, 4), (BATCH, WORDS, TEXT_DIM), (2, TOKENS, TEXT_DIM))
+GENERATOR = torch.Generator().manual_seed(6)
+X, TEXT, STYLE = (torch.randn(shape, generator=GENERATOR) for shape in SHAPES)
 
 
 def run(unet: nn.Module, step: int = 5, **options) -> Tensor:
