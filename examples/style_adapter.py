@@ -34,7 +34,7 @@ from lowrank_ext.cli.files import prepare_output, write_bytes
 SIZE, TEXT_DIM, REFERENCES = 16, 32, 2
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks")
-BASE_STEPS, STYLE_STEPS = 400, 400
+BASE_STEPS, STYLE_STEPS = 400, 500
 console = Console()
 app = typer.Typer(add_completion=False)
 
@@ -98,10 +98,11 @@ class Painter(NamedTuple):
         """[N] to [N, 2, TEXT_DIM]."""
         return self.words(shapes).unflatten(1, (2, TEXT_DIM))
 
-    def loss(self, drawings: Tensor, shapes: Tensor) -> Tensor:
+    def loss(self, drawings: Tensor, shapes: Tensor, noisy_steps: bool = False) -> Tensor:
+        """noisy_steps draws steps with much noise more often than others."""
         clean, noise = 2 * drawings - 1, torch.randn_like(drawings)
-        # Noisy steps more often: there shape and style are decided, later ones read them off.
-        share = torch.rand(len(clean)).sqrt()
+        share = torch.rand(len(clean))
+        share = share.sqrt() if noisy_steps else share
         steps = (share * self.scheduler.config.num_train_timesteps).long()
         noisy = self.scheduler.add_noise(clean, noise, steps)
         return F.mse_loss(self.unet(noisy, steps, self.prompts(shapes)).sample, clean)
@@ -210,7 +211,8 @@ def train_style(painter: Painter, stylist: Stylist, steps: int, batch: int) -> N
         shapes, styles = torch.randint(len(SHAPES), (batch,)), random_styles(batch)
         tokens = stylist.tokens(references_for(shapes, styles))
         lr.style.set_style(painter.unet, tokens)
-        return painter.loss(draw(shapes, styles), shapes)
+        # The style is decided where there is much noise; with less it can be seen in the drawing.
+        return painter.loss(draw(shapes, styles), shapes, noisy_steps=True)
 
     trained = [p for p in painter.unet.parameters() if p.requires_grad]
     train("style path", [*trained, *stylist.embedder.parameters()], steps, 6e-3, loss)
