@@ -6,7 +6,7 @@ from lowrank_ext._load import load_library
 
 load_library()  # before the imports below, which declare the Python side of its ops
 
-from lowrank_ext import guard, nn, ops, style
+from lowrank_ext import guard, motion, nn, ops, style
 from lowrank_ext.adapt import (
     adapt,
     prepare_for_checkpointing,
@@ -19,6 +19,7 @@ from lowrank_ext.balance import ExpertLoad, balance_loss, expert_load
 from lowrank_ext.checkpoint import load_adapter, save_adapter
 from lowrank_ext.config import (
     AFLoRAConfig,
+    BasisLoRAConfig,
     GOATConfig,
     LaMDAConfig,
     LoRAConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "AdapterBank",
     "AdaptiveFreezeSchedule",
     "BalanceLossMixin",
+    "BasisLoRAConfig",
     "ExpertLoad",
     "FreezeCallback",
     "FreezeSchedule",
@@ -58,6 +60,7 @@ __all__ = [
     "guard",
     "load_adapter",
     "merge",
+    "motion",
     "nn",
     "ops",
     "prepare_for_checkpointing",

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lowrank_ext.config import (
     AdapterConfig,
     AFLoRAConfig,
+    BasisLoRAConfig,
     GOATConfig,
     LaMDAConfig,
     LoRAConfig,
@@ -22,6 +23,7 @@ from lowrank_ext.config import (
 )
 from lowrank_ext.config.base import config_names
 from lowrank_ext.nn.aflora import AFLoRALinear
+from lowrank_ext.nn.basis import BasisLoRALinear
 from lowrank_ext.nn.goat import GOATLinear
 from lowrank_ext.nn.lamda import LaMDALinear
 from lowrank_ext.nn.linear import (
@@ -49,6 +51,7 @@ MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
     AFLoRAConfig: AFLoRALinear,
     GOATConfig: GOATLinear,
     ResLoRAConfig: ResLoRALinear,
+    BasisLoRAConfig: BasisLoRALinear,
 }
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
 # Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
@@ -351,6 +354,8 @@ def _check_options(
 
 
 def _unfreeze(model: nn.Module, config: AdapterConfig) -> None:
+    if not config.whole_modules_train:
+        return
     for module in modules_named(model, config.modules_to_save):
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() or parameter.is_complex():

@@ -1,6 +1,5 @@
 """AdapterBank: many LoRA adapters on one model, a different one for each sequence of a batch."""
 
-import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,10 @@ from lowrank_ext.adapt import replace_modules, set_fused_encoders
 from lowrank_ext.checkpoint import LoRATensors, check_adapters, read_lora
 from lowrank_ext.config.checks import did_you_mean, normalised_adapter_dtype
 from lowrank_ext.nn import LowRankLinear
-from lowrank_ext.nn.multi import ACTIVE_ROWS, MultiLoRALinear, RowsBlock
+from lowrank_ext.nn.multi import ACTIVE_ROWS, ROWS_NUMBERS, MultiLoRALinear, RowsBlock
 from lowrank_ext.targets import is_from_peft
 
 __all__ = ["AdapterBank", "BankMemory"]
-
-_NUMBERS = itertools.count()
 
 
 def check_no_adapters(model: nn.Module, what: str) -> None:
@@ -80,7 +77,7 @@ class AdapterBank:
         check_no_adapters(model, "AdapterBank: model")
         self.model = model
         self.adapter_dtype = normalised_adapter_dtype(adapter_dtype, "AdapterBank")
-        self._number = next(_NUMBERS)
+        self._number = next(ROWS_NUMBERS)
         self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
         self._originals: dict[MultiLoRALinear, nn.Module] = {}
         self._blocks = 0
@@ -198,7 +195,7 @@ class AdapterBank:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock(), _number=next(_NUMBERS))
+        vars(self).update(state, _lock=threading.Lock(), _number=next(ROWS_NUMBERS))
         for module in self._originals:
             module.bank = self._number
 

@@ -27,6 +27,7 @@ __all__ = [
     "read_companion",
     "serialised",
     "write_adapter_files",
+    "write_tensor_file",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -85,6 +86,26 @@ def write_adapter_files(
     for name, path in waiting.items():
         path.replace(where / name)
     _sync_directory(where)
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the safetensors file ``path`` as a whole; its directory is made if need be.
+
+    Tensors as for :func:`write_adapter_files`.
+
+    Raises:
+        OSError: it cannot be written. An old file is left as it was.
+    """
+    weights = serialised(tensors, {})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_synced(temporary, weights)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def read_adapter_files(where: Path, caller: str) -> AdapterFiles:

@@ -1,8 +1,8 @@
 """Adapter checkpoints: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
 LoRA is written as PEFT writes it, and PEFT's LoRA files load here. The other methods use the same
-two files with ``peft_type`` "LAMDA", "AFLORA", "GOAT" or "RESLORA", all but the last with more
-tensors per module. With P for ``base_model.model.<path>``:
+two files with ``peft_type`` "LAMDA", "AFLORA", "GOAT", "RESLORA" or "SET_AND_SEQUENCE", most with
+more tensors per module. With P for ``base_model.model.<path>``:
 
     P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         LoRA, LaMDA, AFLoRA, ResLoRA
     P.lora_core.weight [r, r]                                LaMDA
@@ -16,6 +16,8 @@ tensors per module. With P for ``base_model.model.<path>``:
                                                              GOAT
     P.lora_A_init.weight    P.lora_B_init.weight             GOAT but init="zero": starts of lora_A
                                                              and lora_B, likewise
+    P.lora_A.weight [r, K]    P.lora_B.weight [N, r]         Set-and-Sequence, and for each residual
+    P.lora_residual_<name>.weight                            [N, r], with basis="up" [r, K]
     P.<name in the module's state dict>                      every module of modules_to_save
 
 LoRA with init="pissa" is written as a plain LoRA of rank 2r over the original base, A = [A; A_init]
@@ -50,7 +52,7 @@ from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.linear import dense_weight, is_conv1d, linear_features
 from lowrank_ext.targets import check_adaptable, outermost_modules, shared_tensors
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_adapter", "save_adapter", "save_as_lora"]
 
 _PREFIX = "base_model.model."
 _PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling
@@ -68,6 +70,7 @@ _FILE_NAMES = {
     "core_init": "lora_core_init.weight",
 }
 _ATTRIBUTES = {name: attribute for attribute, name in _FILE_NAMES.items()}
+_NAMED_RESIDUAL = re.compile(r"(?:.*\.)?(lora_residual_[^.]+)\.weight")
 LORA_A, LORA_B, LORA_A_INIT, LORA_B_INIT, CORE_INIT = (
     _FILE_NAMES[attribute]
     for attribute in ("lora_a", "lora_b", "lora_a_init", "lora_b_init", "core_init")
@@ -136,25 +139,66 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = _unwrapped(model)
     modules = lowrank_modules(model, "save_adapter")
+    config = _config_of(model, "save_adapter")
+    for name, module in modules.items():
+        try:
+            module.check_saveable(config)
+        except ValueError as error:
+            raise ValueError(f"save_adapter: {name} {error}") from None
+    _check_valued(model, modules, config, "save_adapter")
+    stored = {name: _stored_tensors(module, config) for name, module in modules.items()}
+    _write(model, path, config, modules, stored)
+
+
+def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> None:
+    """Write the branches of ``model`` as they are in evaluation mode, as an ordinary LoRA.
+
+    For methods whose branch is a LoRA of another making; otherwise as :func:`save_adapter`.
+    """
+    model = _unwrapped(model)
+    modules = lowrank_modules(model, caller)
+    config = _config_of(model, caller)
+    _check_valued(model, modules, config, caller)
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(AdapterConfig)}
+    stored = {
+        name: dict(zip((LORA_A, LORA_B), module.branch_factors(training=False), strict=True))
+        for name, module in modules.items()
+    }
+    _write(model, path, LoRAConfig(**{**shared, "init": "kaiming"}), modules, stored)
+
+
+def _config_of(model: nn.Module, caller: str) -> AdapterConfig:
     config = getattr(model, "lowrank_config", None)
     if not isinstance(config, AdapterConfig):
-        raise ValueError("save_adapter: model must have been adapted with adapt or load_adapter")
-    for name, module in modules.items():
-        if config.init in type(module).residual_inits and not module.residual_taken:
-            raise ValueError(
-                f"save_adapter: {name} must hold its residual base weight, got a restored one"
-            )
+        raise ValueError(f"{caller}: model must have been adapted with adapt or load_adapter")
+    return config
+
+
+def _check_valued(
+    model: nn.Module, modules: Mapping[str, LowRankLinear], config: AdapterConfig, caller: str
+) -> None:
+    """What would be saved holds values, and all of what trains is among it."""
     saved = outermost_modules(model, config.modules_to_save)
     for name, owner in (*modules.items(), *saved.items()):
         if any(tensor.is_meta for tensor in owner.parameters()):
-            raise ValueError(f"save_adapter: {name} must hold values, got a meta tensor")
-    _check_ties(model, saved)
+            raise ValueError(f"{caller}: {name} must hold values, got a meta tensor")
+    _check_ties(model, saved, caller)
 
+
+def _write(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    config: AdapterConfig,
+    modules: Mapping[str, LowRankLinear],
+    stored: Adapters,
+) -> None:
+    """Both files, of the adapters' ``stored`` tensors and the modules of modules_to_save."""
+    saved = outermost_modules(model, config.modules_to_save)
     sharded = any(_is_sharded(p) for p in model.parameters())
     tensors = {
-        f"{_PREFIX}{name}.{key}": tensor
-        for name, module in modules.items()
-        for key, tensor in _stored_tensors(module, config).items()
+        f"{_PREFIX}{name}.{kind}": tensor
+        for name, kinds in stored.items()
+        for kind, tensor in kinds.items()
     }
     for name, whole in saved.items():
         for key, tensor in whole.state_dict().items():
@@ -187,13 +231,13 @@ def _gathered(tensor: Tensor) -> Tensor:
     return full.detach().cpu().contiguous()
 
 
-def _check_ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
+def _check_ties(model: nn.Module, saved: Mapping[str, nn.Module], caller: str) -> None:
     prefixes = tuple(f"{name}." for name in saved)
     for key, others in _ties(model, saved).items():
         outside = [other for other in others if not other.startswith(prefixes)]
         if outside:
             raise ValueError(
-                "save_adapter: modules_to_save must name all owners of a tied weight, "
+                f"{caller}: modules_to_save must name all owners of a tied weight, "
                 f"got {key} without {outside[0]}, which has trained with it"
             )
 
@@ -215,7 +259,24 @@ def _stored_tensors(module: LowRankLinear, config: AdapterConfig) -> dict[str, T
         b, b_init = _gathered(module.lora_b), _gathered(module.get_buffer("lora_b_init"))
         return {LORA_A: torch.cat([a, a_init]), LORA_B: torch.cat([b, -b_init], dim=1)}
     shapes = _shapes(config, module.r, module.in_features, module.out_features)
-    return {key: getattr(module, _ATTRIBUTES[key]) for key in shapes}
+    return {kind: getattr(module, _attribute(kind)) for kind in shapes}
+
+
+def _file_name(attribute: str) -> str:
+    """What a module's tensor is called in a file; a kind of tensor."""
+    return _FILE_NAMES.get(attribute, f"{attribute}.weight")
+
+
+def _attribute(kind: str) -> str:
+    return _ATTRIBUTES.get(kind, kind.removesuffix(".weight"))
+
+
+def _kind_of(key: str) -> str | None:
+    """The kind of tensor that a key in a file ends with, or None for no adapter's."""
+    named = _NAMED_RESIDUAL.fullmatch(key)
+    if named is not None:
+        return _file_name(named[1])
+    return next((kind for kind in _ATTRIBUTES if key.endswith(f".{kind}")), None)
 
 
 def _config_fields(
@@ -528,7 +589,7 @@ def _split_keys(
         if not key.startswith(_PREFIX):
             raise _bad_key(files, key, f"must start with {_PREFIX}")
         name = key.removeprefix(_PREFIX)
-        kind = next((kind for kind in _ATTRIBUTES if name.endswith(f".{kind}")), None)
+        kind = _kind_of(name)
         if kind is None:
             others[name] = tensor
         else:
@@ -705,7 +766,7 @@ def _check_tensors(
 def _shapes(config: AdapterConfig, r: int, num_in: int, num_out: int) -> dict[str, list[int]]:
     """Shapes of a module's tensors in a file, by their names there."""
     shapes = config.adapter_shapes(r, num_in, num_out)
-    return {_FILE_NAMES[attribute]: shape for attribute, shape in shapes.items()}
+    return {_file_name(attribute): shape for attribute, shape in shapes.items()}
 
 
 def _has_pissa_factors(adapters: Adapters) -> bool:
@@ -806,7 +867,7 @@ def _check_same(
 @torch.no_grad()
 def _fill(module: LowRankLinear, tensors: Mapping[str, Tensor]) -> None:
     """Copy a file's tensors into an adapter, and take the residual that they define."""
-    own = {kind: getattr(module, _ATTRIBUTES[kind]) for kind in tensors}
+    own = {kind: getattr(module, _attribute(kind)) for kind in tensors}
     given = {kind: tensor.to(own[kind]) for kind, tensor in tensors.items()}
     # What defines the residual never changes in training, so equal factors mean an equal base.
     factors = given.keys() & {LORA_A_INIT, LORA_B_INIT, CORE_INIT}

@@ -12,6 +12,7 @@ from lowrank_ext import reference
 from lowrank_ext.config import (
     AdapterConfig,
     AFLoRAConfig,
+    BasisLoRAConfig,
     GOATConfig,
     LaMDAConfig,
     LoRAConfig,
@@ -19,6 +20,7 @@ from lowrank_ext.config import (
 )
 from lowrank_ext.nn import (
     AFLoRALinear,
+    BasisLoRALinear,
     GOATLinear,
     LaMDALinear,
     LoRALinear,
@@ -42,11 +44,12 @@ class Method(NamedTuple):
 
     def options(self, r: int) -> dict[str, Any]:
         """What the method needs beside rank r: experts of rank 1, of which all but one are chosen
-        per token."""
+        per token; coefficients without masks, which the formulas here do not have."""
         if self.shortcut:
             return {"shortcut": self.shortcut}
-        experts = {"num_experts": r, "top_k": max(1, r - 1)}
-        return experts if self.config is GOATConfig else {}
+        if self.config is GOATConfig:
+            return {"num_experts": r, "top_k": max(1, r - 1)}
+        return {"coef_dropout": 0.0} if self.config is BasisLoRAConfig else {}
 
 
 METHODS = [
@@ -55,6 +58,7 @@ METHODS = [
         (LoRALinear, LoRAConfig),
         (LaMDALinear, LaMDAConfig),
         (AFLoRALinear, AFLoRAConfig),
+        (BasisLoRALinear, BasisLoRAConfig),
     )
     for init in module.inits
 ]

@@ -36,6 +36,7 @@ from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainab
 from lowrank_ext.config import (
     AdapterConfig,
     AFLoRAConfig,
+    BasisLoRAConfig,
     GOATConfig,
     LaMDAConfig,
     LoRAConfig,
@@ -101,6 +102,7 @@ def test_only_the_adapters_train(method: Method) -> None:
         AFLoRAConfig: {"lora_a", "lora_b", "rank_scale", "out_scale"},
         GOATConfig: {"lora_a", "lora_b", "router_weight"},
         ResLoRAConfig: {"lora_a", "lora_b"},
+        BasisLoRAConfig: {"lora_a", "lora_b"},
     }[method.config]
     expected = {f"{path}.{name}" for path in adapted_paths(model) for name in adapters}
     assert trainable_names(model) == expected | {"norm.weight", "norm.bias"}

@@ -68,7 +68,21 @@ def reslora(**options: Any) -> lr.ResLoRAConfig:
     return lr.ResLoRAConfig(**{"r": 4, "target_modules": ["embed", "0", "2"], **options})
 
 
-AnyConfig = lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig | lr.ResLoRAConfig
+def basis(**options: Any) -> lr.BasisLoRAConfig:
+    names = {"target_modules": ["embed", "0", "2"]}
+    # Without masks, so that outputs in training mode can be compared.
+    masks = {"coef_dropout": 0.0, "residual_coef_dropout": 0.0}
+    return lr.BasisLoRAConfig(**{"r": 4, **names, **masks, **options})
+
+
+AnyConfig = (
+    lr.LoRAConfig
+    | lr.LaMDAConfig
+    | lr.AFLoRAConfig
+    | lr.GOATConfig
+    | lr.ResLoRAConfig
+    | lr.BasisLoRAConfig
+)
 CONFIGS: dict[str, Callable[[], AnyConfig]] = {
     "lora": lora,
     "lora_base_dtype": lambda: lora(adapter_dtype="base"),
@@ -113,6 +127,13 @@ CONFIGS: dict[str, Callable[[], AnyConfig]] = {
         rslora=True,
         rank_pattern={"embed": 2},
         modules_to_save=["norm"],
+    ),
+    "set_and_sequence": lambda: basis(alpha=6, coef_dropout=0.7, modules_to_save=["norm"]),
+    "set_and_sequence_residuals": lambda: basis(
+        residuals=["dance", "wave"], rank_pattern={"embed": 3}, modules_to_save=["head"]
+    ),
+    "set_and_sequence_up": lambda: basis(
+        basis="up", residuals=["dance"], mask_per="sample", mask_rescale=False, mask_identity=True
     ),
     "lamda++params": lambda: lamda(rank_budget="params", direction="concentrated_gets_more", r=6),
 }

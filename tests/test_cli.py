@@ -70,6 +70,7 @@ def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]
             "eval_batches": 2,
             "experts": 2,
             "top_k": 1,
+            "window": 4,
             "dtype": "fp32",
             "lr": 0.002,
             "out": tmp_path / "out",
@@ -135,6 +136,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
         ("moe-lora", "adapter/adapter_model.safetensors"),
         ("goat", "adapter/adapter_model.safetensors"),
         ("reslora-is", "adapter/adapter_model.safetensors"),
+        ("set-and-sequence", "adapter/adapter_model.safetensors"),
     ],
 )
 def test_each_method_trains_and_writes_its_files(run, tmp_path, method, saved) -> None:
@@ -176,7 +178,11 @@ def held_out_batches(out: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "method", ["lamda", "lamda++", "aflora", "goat", "moe-lora", "reslora-bs", "reslora-ms"]
+    "method",
+    [
+        *("lamda", "lamda++", "aflora", "goat", "moe-lora", "reslora-bs", "reslora-ms"),
+        "set-and-sequence",
+    ],
 )
 def test_adapter_gives_the_reported_loss_when_loaded(run, tmp_path, tiny_model, method) -> None:
     assert run(method=method).exit_code == 0
@@ -205,6 +211,47 @@ def test_expert_load_is_counted_before_and_after(run, tmp_path, method) -> None:
     assert busiest[0.1, "end"] < 0.95 * min(busiest[0, "start"], busiest[0, "end"])
     assert run(method="lora", out=tmp_path / "lora").exit_code == 0
     assert not (tmp_path / "lora" / "expert_load.png").exists()
+
+
+def test_set_and_sequence_changes_its_stage(run, tmp_path, monkeypatch) -> None:
+    """At its step, also when the run was stopped just before; --window changes stage 1 alone."""
+    options = {"method": "set-and-sequence", "steps": 6, "set_fraction": 0.34}
+    batches: list[torch.Tensor] = []
+    step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda t, x: (batches.append(x), step(t, x))[1])
+        assert run(**options).exit_code == 0
+        assert run(out=tmp_path / "order", **{**options, "method": "lora"}).exit_code == 0
+    shuffled = [not torch.equal(*pair) for pair in zip(batches[:6], batches[6:], strict=True)]
+    assert shuffled == [True, True, False, False, False, False]
+    for mixed, ordered in zip(batches[:2], batches[6:8], strict=True):
+        windows = [sorted(x.unflatten(1, (4, 4)).flatten(0, 1).tolist()) for x in (mixed, ordered)]
+        assert windows[0] == windows[1]
+
+    row = rows(tmp_path / "out")["set-and-sequence"]
+    model = stored(tmp_path / "out")
+    sizes = [(m.lora_a.numel(), m.lora_b.numel()) for m in model.modules() if hasattr(m, "lora_a")]
+    assert row["trainable_at_start"] == sum(map(sum, sizes))
+    assert row["trainable_at_end"] == sum(size for _, size in sizes)
+    assert row["saved_bytes_at_end"] < row["saved_bytes_at_start"]
+    fields = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert fields["residuals"] == ["motion"]
+    assert "set stage 2 steps on windows of 4 tokens" in run(**options).output
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert run(out=tmp_path / "parts", **options).exit_code == 130
+    fields = json.loads((tmp_path / "parts" / "adapter" / "adapter_config.json").read_text())
+    assert fields["residuals"] == []
+    assert resume(tmp_path / "parts").exit_code == 0
+    assert rows(tmp_path / "parts")["set-and-sequence"]["losses"] == row["losses"]
+
+
+def stored(out: Path) -> torch.nn.Module:
+    """The adapted model that a run has written."""
+    settings = finetune.stored_settings(out)
+    base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    return lr.load_adapter(base, out / "adapter")
 
 
 def test_full_model_can_be_loaded_by_transformers(run, tmp_path) -> None:
@@ -357,6 +404,7 @@ def test_report_says_what_was_run_where(run, tmp_path) -> None:
         ("aflora", "bf16", "base"),
         ("full", "bf16", "fp32"),
         ("goat", "fp32", "fp32"),
+        ("set-and-sequence", "bf16", "fp32"),
         ("moe-lora", "bf16", "base"),
     ],
 )
@@ -541,6 +589,12 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"targets": "q_proj("}, ["not a regular expression"]),
         ({"targets": "q_porj", "method": "peft-lora"}, ["q_porj"]),
         ({"rank": 65, "method": "lamda"}, ["65"]),
+        ({"set_fraction": 1}, ["--set-fraction", "above 0 and below 1", "got 1.0"]),
+        (
+            {"window": 9, "method": "set-and-sequence"},
+            ["--window", "at most half of --seq-len 16", "got 9"],
+        ),
+        ({"window": 0}, ["--window", "at least 1", "got 0"]),
         ({"rank": 3, "method": "goat"}, ["--rank", "multiple of --experts 2", "got 3"]),
         ({"experts": 0}, ["--experts", "at least 1"]),
         ({"top_k": 3}, ["--top-k", "at most --experts 2", "got 3"]),

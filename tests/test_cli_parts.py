@@ -20,7 +20,13 @@ pytest.importorskip("typer")
 from rich.console import Console
 
 from lowrank_ext.cli import measure, models
-from lowrank_ext.cli.data import Corpus, load_documents, split_documents, token_blocks
+from lowrank_ext.cli.data import (
+    Corpus,
+    load_documents,
+    shuffled_windows,
+    split_documents,
+    token_blocks,
+)
 from lowrank_ext.cli.display import BarDisplay, LineDisplay
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, replace_directory, write_bytes
@@ -81,6 +87,19 @@ def test_every_epoch_is_another_permutation() -> None:
     assert corpus.train_batch(0, 3, seed=6).flatten().tolist() != order[:3]
 
 
+def test_windows_are_shuffled_within_their_rows() -> None:
+    tokens = torch.arange(2 * 11).view(2, 11)
+    shuffled = shuffled_windows(tokens, 3, torch.Generator().manual_seed(1))
+    assert torch.equal(shuffled[:, 9:], tokens[:, 9:])  # what is no whole window
+    for row, mixed in zip(tokens[:, :9], shuffled[:, :9], strict=True):
+        assert sorted(mixed.view(3, 3).tolist()) == row.view(3, 3).tolist()
+    assert not torch.equal(shuffled, tokens)
+    assert not torch.equal(shuffled[0] + 11, shuffled[1])  # rows have orders of their own
+    again = shuffled_windows(tokens, 3, torch.Generator().manual_seed(1))
+    assert torch.equal(again, shuffled)
+    assert torch.equal(shuffled_windows(tokens, 12, torch.Generator()), tokens)
+
+
 def test_held_out_batches_are_whole_unless_there_is_less_than_one() -> None:
     rows = torch.arange(7).unsqueeze(1)
     corpus = Corpus(train=rows, held_out=rows, description="")
@@ -135,7 +154,7 @@ def some_settings(**changes: Any) -> Settings:
         **{"compare": False, "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"},
         **{"steps": 1, "batch": 1, "seq_len": 8, "lr": None, "freeze_eta": 0.3, "dtype": "auto"},
         **{"freeze_start": None, "freeze_decay": "cubic", "freeze_window": None},
-        **{"experts": 8, "top_k": 2, "balance": 1e-3},
+        **{"experts": 8, "top_k": 2, "balance": 1e-3, "set_fraction": 0.5, "window": 4},
         **{"adapter_dtype": "fp32", "seed": 0, "threads": None, "eval_batches": 1},
         **{"save_every": 0, "compile": False},
     }

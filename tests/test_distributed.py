@@ -23,7 +23,13 @@ import peft
 from lowrank_ext.balance import balance_loss
 from lowrank_ext.integrations.peft import accelerate
 from lowrank_ext.integrations.peft_layer import AcceleratedLoRA
-from lowrank_ext.nn import GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
+from lowrank_ext.nn import (
+    BasisLoRALinear,
+    GOATLinear,
+    LaMDALinear,
+    LoRALinear,
+    LowRankLinear,
+)
 
 Gradients = dict[str, Tensor | None]
 
@@ -38,6 +44,7 @@ def make_model(dropout: float, dtype: torch.dtype) -> nn.Sequential:
         nn.Linear(10, 17, dtype=dtype),
         nn.Linear(17, 9, bias=False, dtype=dtype),
         nn.Linear(9, 11, dtype=dtype),
+        nn.Linear(7, 5, dtype=dtype),
     ]
     model = nn.Sequential(
         LoRALinear.from_linear(linears[0], r=3, alpha=6, dropout=dropout),
@@ -47,8 +54,13 @@ def make_model(dropout: float, dtype: torch.dtype) -> nn.Sequential:
             linears[2], r=6, num_experts=3, dropout=dropout, balance_coefficient=0.5
         ),
         accelerated_peft_layer(nn.Linear(11, 7, dtype=dtype), dropout),
+        # In its second stage; the masks on its coefficients are drawn by each rank.
+        BasisLoRALinear.from_linear(
+            linears[3], r=2, residuals=["motion"], residual_coef_dropout=dropout
+        ),
     )
     nn.init.normal_(model[0].lora_b, std=0.3)
+    nn.init.normal_(model[5].lora_b, std=0.3)
     return model
 
 
@@ -157,4 +169,5 @@ def test_frozen_tensors_have_no_gradient() -> None:
     trained = {name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0}
     experts = {"3.lora_a", "3.lora_b", "3.router_weight"}
     pefts = {"4.lora_A.default.weight", "4.lora_B.default.weight"}
-    assert trained == {"0.lora_a", "0.lora_b", "2.lora_b", "2.core", *experts, *pefts}
+    lrs = {"0.lora_a", "0.lora_b", "2.lora_b", "2.core", "5.lora_residual_motion"}
+    assert trained == {*lrs, *experts, *pefts}

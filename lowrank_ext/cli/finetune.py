@@ -197,7 +197,7 @@ def describe(job: Job) -> None:
     job.console.print(
         f"{human_count(job.num_parameters)} parameters, {torch.get_num_threads()} threads; "
         f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
-        f"{settings.targets}{_experts(settings)}\n"
+        f"{settings.targets}{_experts(settings)}{_stages(settings)}\n"
         f"{corpus.description}, {corpus.train.numel():,} tokens to train on, {held_out:,} held "
         f"out; {settings.steps} steps of {settings.batch} x {settings.seq_len} tokens",
         markup=False,
@@ -209,6 +209,12 @@ def _experts(settings: Settings) -> str:
     if not WITH_EXPERTS.intersection(settings.methods):
         return ""
     return f"; {settings.experts} experts, {settings.top_k} per token, balance {settings.balance:g}"
+
+
+def _stages(settings: Settings) -> str:
+    if "set-and-sequence" not in settings.methods:
+        return ""
+    return f"; set stage {settings.set_steps()} steps on windows of {settings.window} tokens"
 
 
 def run_or_reuse(job: Job, method: str) -> Result:

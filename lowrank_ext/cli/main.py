@@ -133,6 +133,15 @@ def finetune(
     balance: Annotated[
         float, typer.Option(help="goat, moe-lora: factor of the load balance loss; 0: none.")
     ] = 1e-3,
+    set_fraction: Annotated[
+        float,
+        typer.Option(
+            help="set-and-sequence: part of the steps in the first stage, on shuffled windows."
+        ),
+    ] = 0.5,
+    window: Annotated[
+        int, typer.Option(help="set-and-sequence: tokens per window of the first stage.")
+    ] = 32,
     dtype: Annotated[
         str,
         typer.Option(

@@ -14,6 +14,7 @@ from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
 from lowrank_ext.cli.settings import SHORTCUTS, WITH_EXPERTS, WITH_PEFT, Settings
+from lowrank_ext.config import AdapterConfig
 
 # A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
 # (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
@@ -46,9 +47,7 @@ def build(method: str, model: CausalLM, settings: Settings) -> CausalLM:
         return lr.adapt(model, adapter_config(method, settings, base_dtype(model)))
 
 
-def adapter_config(
-    method: str, settings: Settings, base: torch.dtype
-) -> lr.LoRAConfig | lr.LaMDAConfig | lr.AFLoRAConfig | lr.GOATConfig | lr.ResLoRAConfig:
+def adapter_config(method: str, settings: Settings, base: torch.dtype) -> AdapterConfig:
     """The library's configuration for every method but full and PEFT's."""
     shared: dict[str, Any] = {
         "r": settings.rank,
@@ -61,6 +60,8 @@ def adapter_config(
         return lr.LoRAConfig(**shared)
     if method == "aflora":
         return lr.AFLoRAConfig(**shared)
+    if method == "set-and-sequence":
+        return lr.BasisLoRAConfig(**shared)
     if method in WITH_EXPERTS:
         return lr.GOATConfig(
             **shared,
@@ -154,6 +155,14 @@ def freeze_schedule(
             window=settings.score_window(),
         )
     return None
+
+
+def stage(model: nn.Module) -> str | None:
+    """ "set" or "sequence" for a model of set-and-sequence, None for others."""
+    config = getattr(model, "lowrank_config", None)
+    if not isinstance(config, lr.BasisLoRAConfig):
+        return None
+    return "sequence" if config.residuals else "set"
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ METHODS = (
     "moe-lora",
     "goat",
     *SHORTCUTS,
+    "set-and-sequence",
 )
 WITH_PEFT = frozenset({"peft-lora", "peft-lora-accelerated"})  # methods that train a PeftModel
 WITH_EXPERTS = frozenset({"moe-lora", "goat"})  # methods whose modules have a router
@@ -41,6 +42,7 @@ DEFAULT_LR = {
     "moe-lora": 3e-3,
     "goat": 3e-3,
     **dict.fromkeys(SHORTCUTS, 3e-3),
+    "set-and-sequence": 3e-3,
 }
 
 
@@ -68,6 +70,8 @@ class Settings:
     experts: int
     top_k: int
     balance: float
+    set_fraction: float
+    window: int
     dtype: str
     adapter_dtype: str
     seed: int
@@ -82,6 +86,7 @@ class Settings:
         _check_at_least("--rank", self.rank, 1)
         _check_at_least("--experts", self.experts, 1)
         _check_at_least("--top-k", self.top_k, 1)
+        _check_at_least("--window", self.window, 1)
         _check_at_least("--steps", self.steps, 1)
         _check_at_least("--batch", self.batch, 1)
         _check_at_least("--seq-len", self.seq_len, 2)
@@ -106,6 +111,12 @@ class Settings:
         _check_choice("--freeze-decay", self.freeze_decay, FREEZE_DECAYS)
         if self.freeze_window is not None:
             _check_at_least("--freeze-window", self.freeze_window, 1)
+        if not 0 < self.set_fraction < 1:
+            raise UserError(f"--set-fraction must be above 0 and below 1, got {self.set_fraction}")
+        if "set-and-sequence" in self.methods and 2 * self.window > self.seq_len:
+            raise UserError(
+                f"--window must be at most half of --seq-len {self.seq_len}, got {self.window}"
+            )
         if self.top_k > self.experts:
             raise UserError(f"--top-k must be at most --experts {self.experts}, got {self.top_k}")
         if not (self.balance >= 0 and math.isfinite(self.balance)):
@@ -133,6 +144,10 @@ class Settings:
             return self.freeze_window
         start = self.freeze_eta / 3 if self.freeze_start is None else self.freeze_start
         return max(1, min(10, int((self.freeze_eta - start) * self.steps) // 10))
+
+    def set_steps(self) -> int:
+        """Steps of set-and-sequence's first stage."""
+        return max(1, round(self.set_fraction * self.steps))
 
     def scaling(self) -> float:
         """The factor of the low-rank branch: alpha / rank, 1 by default."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowrank_ext as lr
 from lowrank_ext.cli import methods
-from lowrank_ext.cli.data import Corpus
+from lowrank_ext.cli.data import Corpus, shuffled_windows
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
@@ -176,10 +176,14 @@ class Trainer:
         self.model = model
         self.settings = settings
         self.progress = Progress()
-        loss_scale = FP16_LOSS_SCALE if methods.base_dtype(model) is torch.float16 else 1.0
-        groups = methods.parameter_groups(model, settings.learning_rate(method))
-        self.optimizer = Optimizer(groups, loss_scale)
+        self.optimizer = self._new_optimizer()
         self.freezing = methods.freeze_schedule(model, settings)
+
+    def _new_optimizer(self) -> Optimizer:
+        """For what trains now."""
+        loss_scale = FP16_LOSS_SCALE if methods.base_dtype(self.model) is torch.float16 else 1.0
+        groups = methods.parameter_groups(self.model, self.settings.learning_rate(self.method))
+        return Optimizer(groups, loss_scale)
 
     def train_step(self, tokens: Tensor) -> float:
         """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
@@ -199,7 +203,7 @@ class Trainer:
     def _update(self) -> None:
         if isinstance(self.freezing, lr.AdaptiveFreezeSchedule):
             self.freezing.step()  # what it freezes gets no update any more
-        factor = learning_rate_factor(self.progress.step, self.settings.steps)
+        factor = learning_rate_factor(*self._stage_position())
         updated = self.optimizer.step(factor)
         # With a loss scale the scaled gradient may overflow now and then; that step is skipped.
         self._check_finite("gradient", updated or self.optimizer.loss_scale != 1)
@@ -208,6 +212,33 @@ class Trainer:
             self.freezing.step()  # writes frozen columns back
         if self.freezing is not None:
             self.optimizer.forget_frozen()
+
+    def _stage_position(self) -> tuple[int, int]:
+        """Step and steps of the present stage; of the whole training but for set-and-sequence."""
+        step, steps, set_steps = (
+            self.progress.step,
+            self.settings.steps,
+            self.settings.set_steps(),
+        )
+        positions = {"set": (step, set_steps), "sequence": (step - set_steps, steps - set_steps)}
+        stage = methods.stage(self.model)
+        return (step, steps) if stage is None else positions[stage]
+
+    def _enter_stage(self) -> None:
+        """Set-and-sequence: the second stage, once its first step has come."""
+        due = self.progress.step >= self.settings.set_steps()
+        if due and methods.stage(self.model) == "set":
+            lr.motion.begin_residual_stage(self.model)
+            self.optimizer = self._new_optimizer()
+
+    def next_batch(self, corpus: Corpus) -> Tensor:
+        """Of the next step; in set-and-sequence's first stage its text is out of order."""
+        settings, step = self.settings, self.progress.step
+        tokens = corpus.train_batch(step, settings.batch, settings.seed)
+        if methods.stage(self.model) != "set":
+            return tokens
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        return shuffled_windows(tokens, settings.window, generator)
 
     def _check_finite(self, what: str, finite: bool) -> None:
         if not finite:
@@ -225,7 +256,8 @@ class Trainer:
         settings = self.settings
         every = max(1, math.ceil(settings.steps / NUM_EVALUATIONS))
         while self.progress.step < settings.steps:
-            self.train_step(corpus.train_batch(self.progress.step, settings.batch, settings.seed))
+            self._enter_stage()
+            self.train_step(self.next_batch(corpus))
             step = self.progress.step
             events.on_step(self.progress)
             last = step == settings.steps

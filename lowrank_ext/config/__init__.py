@@ -6,6 +6,7 @@ Every check that needs no model happens when a config is built. A changed copy i
 
 from lowrank_ext.config.aflora import AFLoRAConfig
 from lowrank_ext.config.base import AdapterConfig
+from lowrank_ext.config.basis import BasisLoRAConfig
 from lowrank_ext.config.goat import GOATConfig
 from lowrank_ext.config.lamda import LaMDAConfig
 from lowrank_ext.config.lora import LoRAConfig
@@ -17,12 +18,14 @@ METHOD_CONFIGS: tuple[type[AdapterConfig], ...] = (
     AFLoRAConfig,
     GOATConfig,
     ResLoRAConfig,
+    BasisLoRAConfig,
 )
 
 __all__ = [
     "METHOD_CONFIGS",
     "AFLoRAConfig",
     "AdapterConfig",
+    "BasisLoRAConfig",
     "GOATConfig",
     "LaMDAConfig",
     "LoRAConfig",

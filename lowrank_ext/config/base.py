@@ -120,6 +120,11 @@ class AdapterConfig:
         r, alpha = self.rank_for(path), self.alpha_for(path)
         return (r if alpha is None else alpha) / (math.sqrt(r) if self.rslora else r)
 
+    @property
+    def whole_modules_train(self) -> bool:
+        """Whether modules_to_save train; they are saved in any case."""
+        return True
+
     def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:
         """Shape of each tensor that a checkpoint holds of one module, by the attribute's name."""
         return {"lora_a": [r, in_features], "lora_b": [out_features, r]}

@@ -44,10 +44,14 @@ def check_alpha(alpha: object, owner: str, name: str) -> None:
 
 
 def check_dropout(dropout: object, owner: str) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-        raise TypeError(f"{owner}: dropout must be a number, got {dropout!r}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"{owner}: dropout must be between 0 and 1, got {dropout}")
+    check_probability(dropout, owner, "dropout")
+
+
+def check_probability(value: object, owner: str, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{owner}: {name} must be between 0 and 1, got {value}")
 
 
 def check_choice(value: object, choices: Sequence[str], owner: str, name: str) -> None:
@@ -61,6 +65,13 @@ def check_divisible(rank: int, num_experts: int, owner: str, name: str) -> None:
             f"{owner}: {name}, the total rank, must be a multiple of num_experts={num_experts}, "
             f"got {rank}"
         )
+
+
+def check_finite(value: object, owner: str, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
 
 
 def check_number(value: object, owner: str, name: str, *, positive: bool = False) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
+from lowrank_ext.config.base import AdapterConfig
 from lowrank_ext.config.checks import (
     check_alpha,
     check_choice,
@@ -347,20 +348,24 @@ class LowRankLinear(nn.Module):
     def check_mergeable(self) -> None:
         """Raise ValueError when something that a merged weight depends on is not known yet."""
 
+    def branch_factors(self, training: bool) -> tuple[Tensor, Tensor]:
+        """The down and the up projection of the branch, [r, K] and [N, r], in the given mode."""
+        return self.lora_a, self.lora_b
+
     def delta_weight(self) -> Tensor:
         """scaling · diag(out_scale) lora_b core diag(rank_scale) lora_a, [N, K]; differentiable.
 
         The product is taken in fp64 and rounded once to fp32 (fp64 adapters: not at all), whatever
         the matmul precision settings say.
         """
-        lora_b = self.lora_b.double()
+        lora_a, lora_b = (factor.double() for factor in self.branch_factors(training=False))
         if self.core is not None:
             lora_b = lora_b @ self.core.double()
         if self.rank_scale is not None:
             lora_b = lora_b * self.rank_scale.double()
         if self.out_scale is not None:
             lora_b = lora_b * self.out_scale.double().unsqueeze(1)
-        delta = self.scaling * (lora_b @ self.lora_a.double())
+        delta = self.scaling * (lora_b @ lora_a)
         return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
 
     @torch.no_grad()
@@ -440,7 +445,7 @@ class LowRankLinear(nn.Module):
         """x [..., K] to [..., N] in x's dtype."""
         if self.merged:
             return self.base_output(x)
-        return self.adapted_output(x, self.lora_a, self.lora_b, self.scaling)
+        return self.adapted_output(x, *self.branch_factors(self.training), self.scaling)
 
     def adapted_output(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         """The base's output with the branch lora_b core lora_a on it; dropout in training mode."""
@@ -478,6 +483,11 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}{base}, r={self.r}, "
             f"scaling={self.scaling:g}, dropout={self.dropout:g}, init={self.init}{merged}"
         )
+
+    def check_saveable(self, config: AdapterConfig) -> None:
+        """Raise ValueError where a file made for ``config`` would not hold what the module is."""
+        if self.init in self.residual_inits and not self.residual_taken:
+            raise ValueError("must hold its residual base weight, got a restored one")
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All that belongs to the adapter, by name: parameters, then persistent buffers."""

@@ -7,6 +7,7 @@ block that the call is inside of. Such blocks live in a context variable, so thr
 tasks do not see each other's.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import wraps
@@ -190,7 +191,7 @@ class MultiLoRALinear(nn.Module):
         else:
             base_out = self.base_layer(x)
         if adapter_ids is None:
-            adapter_ids = _ids_of_block(x, self.bank, self.names)
+            adapter_ids = ids_of_block(x, self.bank, self.names)
         if adapter_ids is None:
             self._check_no_recomputation()
             return base_out
@@ -236,8 +237,9 @@ class MultiLoRALinear(nn.Module):
 class RowsBlock:
     """The adapters of the rows of a batch, and their ids in each layout of adapters, made once."""
 
-    def __init__(self, names: Sequence[str | None]) -> None:
+    def __init__(self, names: Sequence[str | None], caller: str = "AdapterBank.rows") -> None:
         self.names = tuple(names)
+        self.caller = caller
         self._ids: dict[tuple[tuple[str, ...], torch.device], Tensor | None] = {}
 
     def ids(self, layout: tuple[str, ...], device: torch.device) -> Tensor | None:
@@ -255,7 +257,7 @@ class RowsBlock:
         """One id for each row of x, whose first dimension is the batch."""
         if x.dim() < 2 or x.shape[0] != len(self.names):
             raise ValueError(
-                f"AdapterBank.rows: the batch must have {len(self.names)} rows, one for each name, "
+                f"{self.caller}: the batch must have {len(self.names)} rows, one for each name, "
                 f"got an input of shape {list(x.shape)}; num_beams and num_return_sequences "
                 "multiply the rows of generate: give each name as many times in a row"
             )
@@ -265,7 +267,9 @@ class RowsBlock:
         return ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
 
 
-# By the number of the bank: blocks of several banks may be nested.
+# Of the banks, and of the models that lr.motion.rows is used on.
+ROWS_NUMBERS = itertools.count()
+# By these numbers: blocks of several banks may be nested.
 ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", default={})  # noqa: B039
 
 
@@ -288,7 +292,10 @@ def in_block(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return run
 
 
-def _ids_of_block(x: Tensor, bank: int, layout: tuple[str, ...]) -> Tensor | None:
+def ids_of_block(x: Tensor, bank: int, layout: tuple[str, ...]) -> Tensor | None:
+    """An id for each row of x, of the block that holds for ``bank``: the index of the row's name in
+    ``layout``, or -1. None where there is no such block or no row has a name of ``layout``; under a
+    compiler the ids are then all -1."""
     if torch.compiler.is_compiling():
         # An op, which looks when it runs: the graph is good for every block.
         return torch.ops.lowrank_ext.active_adapter_ids.default(x, bank, list(layout))
