@@ -83,7 +83,7 @@ FAMILIES = {
     "moe_gate_backward_kernel": Family(16),
     "moe_slots_kernel": Family(16),
     "moe_slots_h_kernel": Family(16),
-    "expert_expand_kernel": Family(8, True, True, wide_loads=4, wide_stores=4),
+    "expert_expand_kernel": Family(8, True, True, wide_stores=4),  # dx has no base to load
     "segment_down_kernel": Family(8, True, True, wide_stores=1),
     "segment_up_kernel": Family(8, True, True, wide_loads=4, wide_stores=4),
     "segment_outer_kernel": Family(8, True, True, wide_stores=1),
