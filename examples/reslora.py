@@ -55,7 +55,7 @@ class Run:
 def real_model() -> tuple[nn.Module, Corpus]:
     """SmolLM2-135M and Python's language topics."""
     loaded = load_model(find_model(None), resolve_dtype("auto"))
-    return loaded.model, load_corpus((), "text", loaded.tokenizer, seq_len=128)
+    return loaded.model, load_corpus((), "text", loaded.tokenizer, seq_len=64)
 
 
 def tiny_model() -> tuple[nn.Module, Corpus]:
@@ -149,7 +149,7 @@ def main(
     prepare_output(out)
     model: Any
     model, corpus = tiny_model() if quick else real_model()
-    steps = 8 if quick else 20
+    steps = 8 if quick else 16
     runs = []
     for name, config in METHODS.items():
         torch.manual_seed(0)  # the same start of lora_a for all
