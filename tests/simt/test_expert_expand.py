@@ -247,7 +247,7 @@ def test_the_order_of_tokens_changes_no_bit(kind):
     assert torch.equal(expert_down_backward_x(kind, mixed, *down, "own"), dx)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32", "fp64"])
 def test_traffic(kind):
     """y and dx once, whatever the number of choices; nothing of an expert without tokens."""
     tokens, top_k, experts, cols, rank = 512, 2, 16, 512, 16
