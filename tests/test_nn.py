@@ -33,7 +33,14 @@ from module_cases import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_ext.nn import AFLoRALinear, LaMDALinear, LoRALinear, LowRankLinear, ResLoRALinear
+from lowrank_ext.nn import (
+    AFLoRALinear,
+    BasisLoRALinear,
+    LaMDALinear,
+    LoRALinear,
+    LowRankLinear,
+    ResLoRALinear,
+)
 from lowrank_ext.nn.linear import top_singular_triples
 
 by_method = pytest.mark.parametrize("method", METHODS, ids=str)
@@ -214,6 +221,7 @@ def test_what_trains(method: Method) -> None:
             LaMDALinear: {"lora_b", "core"},
             AFLoRALinear: {"lora_a", "lora_b", "rank_scale", "out_scale"},
             ResLoRALinear: {"lora_a", "lora_b"},
+            BasisLoRALinear: {"lora_a", "lora_b"},
         }[method.module]
     )
     if method.module is AFLoRALinear:
