@@ -299,14 +299,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   for (int stage = 0; stage < kStages - 1; ++stage) walk.issue(next, stage, thread);
 
   const int warp_row = Sum::first_row(thread);
-  const int64_t warp_col = first_col + Sum::first_col(thread);
   detail::SegmentOutputLane<Traits> output;
   output.lane = lane;
   output.scale = params.scale;
 #pragma unroll
   for (int i = 0; i < Traits::kChunksPerLane; ++i)
     output.rows[i] = chosen.tokens[warp_row + output.row(i)];
-  output.load(params, warp_col);
+  output.load(params, first_col + Sum::first_col(thread));
   uint64_t seed = 0;
   if constexpr (Op::kIsBackward) {
     if (params.dropout.threshold != 0) seed = static_cast<uint64_t>(*params.dropout.seed);
@@ -324,20 +323,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     copy_async_wait<kStages - 2>();
     __syncthreads();  // this step's stage is complete, and the one before it has been read
     walk.issue(next, slot == 0 ? kStages - 1 : slot - 1, now);
-    if (step.unit == 0) rows = walk.rows_of(step.place, warp_row, lane);
+    if (step.unit == 0) rows = walk.rows_of(step.place, Sum::first_row(now), now % kWarpSize);
     if (rows != 0)
       multiply_add<Contraction::kAlongColumns, Op::kRightContraction, Traits::kRankTile>(
           part, walk.left(slot), walk.right(slot), now);
     slot = slot == kStages - 1 ? 0 : slot + 1;
     const int num_units = walk.num_units(step.place), col_tile = step.col_tile;
-    const int64_t tile_col = warp_col + int64_t{col_tile} * Traits::kBlockCols;
+    const int64_t tile_col =
+        first_col + Sum::first_col(now) + int64_t{col_tile} * Traits::kBlockCols;
     if (step.last_unit(num_units) && rows != 0) {
-      walk.add_part(sum, part, step.place, rows, warp_row, tile_col, seed, lane);
+      walk.add_part(sum, part, step.place, rows, Sum::first_row(now), tile_col, seed,
+                    now % kWarpSize);
       part.clear();
     }
     step.advance(num_units, walk.first_place, chosen.size);
     if (step.col_tile == col_tile) continue;
-    output.lane = opaque(output.lane);  // as above
+    output.lane = now % kWarpSize;
     output.finish(params, sum, staging, tile_col,
                   step.col_tile < walk.num_col_tiles ? tile_col + Traits::kBlockCols : -1);
     sum.clear();
