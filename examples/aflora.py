@@ -173,7 +173,7 @@ def running_median(numbers: list[float], width: int = 5) -> list[float]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where aflora.png goes.")] = Path("build/examples"),
-    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each method.")] = 40,
+    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each method.")] = 24,
     quick: Annotated[bool, typer.Option(help="A tiny random model: does it all run?")] = False,
 ) -> None:
     """Train LoRA and AFLoRA, print a table, write aflora.png."""
