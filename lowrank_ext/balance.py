@@ -4,13 +4,12 @@
 """
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lowrank_ext.forward_meter import ForwardMeter
 from lowrank_ext.nn.goat import GOATLinear
 
 __all__ = ["ExpertLoad", "balance_loss", "expert_load"]
@@ -57,7 +56,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     return total
 
 
-class ExpertLoad:
+class ExpertLoad(ForwardMeter):
     """Counts which experts a model's tokens choose, between ``with`` and its end; see
     :func:`expert_load`.
 
@@ -66,34 +65,13 @@ class ExpertLoad:
     """
 
     def __init__(self, modules: dict[str, GOATLinear]) -> None:
+        super().__init__(modules)
         self.counts = {
             path: torch.zeros(m.num_experts, dtype=torch.int64, device=m.router_weight.device)
             for path, m in modules.items()
         }
-        self._modules = modules
-        self._handles: list[RemovableHandle] = []
-        # Hooks that come after compilation are not in the compiled code.
-        self._eager = torch.compiler.set_stance("force_eager")
 
-    def __enter__(self) -> Self:
-        self._eager.__enter__()
-        self._handles = [
-            module.register_forward_pre_hook(self._counter(path), with_kwargs=True)
-            for path, module in self._modules.items()
-        ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._eager.__exit__(kind, error, trace)
-
-    def _counter(self, path: str) -> Callable[..., None]:
+    def _meter(self, path: str) -> Callable[..., None]:
         counts = self.counts[path]
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

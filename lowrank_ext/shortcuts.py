@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lowrank_ext.config.checks import check_rank
+from lowrank_ext.forward_meter import ForwardMeter
 from lowrank_ext.merging import merge, unmerge
 from lowrank_ext.nn.chain_state import open_frame
 from lowrank_ext.nn.reslora import ResLoRALinear
@@ -38,7 +38,7 @@ def reslora_call(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class InputSizes:
+class InputSizes(ForwardMeter):
     """Measures the inputs of ResLoRALinears between ``with`` and its end; see
     :func:`reslora_statistics`.
 
@@ -47,22 +47,12 @@ class InputSizes:
     """
 
     def __init__(self, modules: Mapping[str, ResLoRALinear], window: int) -> None:
+        super().__init__(modules)
         self.calls = dict.fromkeys(modules, 0)
         self._modules = modules
         self._sizes = {
             path: torch.zeros(window, device=m.lora_a.device) for path, m in modules.items()
         }
-        self._handles: list[RemovableHandle] = []
-        # Hooks that come after compilation are not in the compiled code.
-        self._eager = torch.compiler.set_stance("force_eager")
-
-    def __enter__(self) -> Self:
-        self._eager.__enter__()
-        self._handles = [
-            module.register_forward_pre_hook(self._meter(path), with_kwargs=True)
-            for path, module in self._modules.items()
-        ]
-        return self
 
     def __exit__(
         self,
@@ -70,9 +60,7 @@ class InputSizes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._eager.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         for path, module in self._modules.items():
             sizes = self._sizes[path]
             if filled := min(self.calls[path], len(sizes)):

@@ -1,0 +1,43 @@
+"""Forward hooks for the length of a ``with`` block."""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class ForwardMeter:
+    """Looks at what modules are called with, from ``with`` to its end; a subclass says how.
+
+    Compiled models run eagerly there: hooks that come after compilation are not in their code.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._watched = modules
+        self._handles: list[RemovableHandle] = []
+        self._eager = torch.compiler.set_stance("force_eager")
+
+    def _meter(self, path: str) -> Callable[..., None]:
+        """The pre-forward hook, with keyword arguments, of the module at ``path``."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._eager.__enter__()
+        self._handles = [
+            module.register_forward_pre_hook(self._meter(path), with_kwargs=True)
+            for path, module in self._watched.items()
+        ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._eager.__exit__(kind, error, trace)
