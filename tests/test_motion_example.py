@@ -1,25 +1,20 @@
 """examples/set_and_sequence.py: that it runs, writes its files, and measures what it says."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from example_scripts import load_example
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "set_and_sequence.py"
-
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("set_and_sequence_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("set_and_sequence")
 
 
 def test_it_runs(example: ModuleType, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """examples/style_adapter.py: that it runs, and that its numbers say what they are taken for."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from example_scripts import load_example
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers")
@@ -14,15 +14,10 @@ pytest.importorskip("matplotlib")
 
 import lowrank_ext as lr
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "style_adapter.py"
-
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("style_adapter_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("style_adapter")
 
 
 def test_it_runs(tmp_path: Path, example: ModuleType) -> None:
