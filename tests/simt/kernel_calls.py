@@ -24,6 +24,21 @@ DTYPES = {
     "fp64": torch.float64,
 }
 
+# (M, K or N, r): ragged in every letter, every block size and rank tile, more than one of them.
+RAGGED_SHAPES = [
+    (1, 1, 1),
+    (15, 63, 3),
+    (16, 130, 16),
+    (17, 65, 17),
+    (63, 17, 8),
+    (64, 64, 65),
+    (65, 16, 32),
+    (130, 15, 64),
+    (65, 130, 1),
+    (130, 65, 33),
+    (65, 63, 130),
+]
+
 
 def acc_dtype(kind: str) -> torch.dtype:
     return torch.float64 if kind == "fp64" else torch.float32

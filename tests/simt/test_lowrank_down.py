@@ -7,6 +7,7 @@ import torch
 from kernel_calls import (
     DTYPES,
     KINDS,
+    RAGGED_SHAPES,
     _simt,
     assert_lean,
     assert_within_rule,
@@ -26,21 +27,7 @@ from lowrank_ext import reference
 
 SEED = 0x1234_5678_9ABC_DEF0
 
-# (M, K, r): ragged in every letter, both block sizes, every rank tile, more than one of them.
-SHAPES = [
-    (1, 1, 1),
-    (15, 63, 3),
-    (16, 130, 16),
-    (17, 65, 17),
-    (63, 17, 8),
-    (64, 64, 65),
-    (65, 16, 32),
-    (130, 15, 64),
-    (65, 130, 1),
-    (130, 65, 33),
-    (65, 63, 130),
-    (2, 130, 128),
-]
+SHAPES = [*RAGGED_SHAPES, (2, 130, 128)]
 
 
 def formula(x, lora_a, rounding):

@@ -5,6 +5,7 @@ import torch
 from kernel_calls import (
     DTYPES,
     KINDS,
+    RAGGED_SHAPES,
     _simt,
     acc_dtype,
     assert_lean,
@@ -25,28 +26,13 @@ from lowrank_ext import reference
 
 SEED = 987_654_321
 
-# (M, K, r): ragged in every letter, every rank tile.
-SHAPES = [
-    (1, 1, 1),
-    (15, 63, 3),
-    (16, 130, 16),
-    (17, 65, 17),
-    (63, 17, 8),
-    (64, 64, 65),
-    (65, 16, 32),
-    (130, 15, 64),
-    (65, 130, 1),
-    (130, 65, 33),
-    (65, 63, 130),
-]
-
 
 def formula(dh, x, rounding):
     return rounding(dh).mT @ rounding(x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", RAGGED_SHAPES)
 def test_shapes(kind, shape):
     rows, cols, rank = shape
     dh, x = integers(rows, rank, kind=kind), integers(rows, cols, kind=kind)

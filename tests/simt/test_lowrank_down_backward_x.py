@@ -5,6 +5,7 @@ import torch
 from kernel_calls import (
     DTYPES,
     KINDS,
+    RAGGED_SHAPES,
     _simt,
     assert_lean,
     assert_within_rule,
@@ -22,20 +23,6 @@ from torch import Tensor
 
 from lowrank_ext import reference
 
-# (M, K, r): ragged in every letter, every block shape and rank tile.
-SHAPES = [
-    (1, 1, 1),
-    (15, 63, 3),
-    (16, 130, 16),
-    (17, 65, 17),
-    (63, 17, 8),
-    (64, 64, 65),
-    (65, 16, 32),
-    (130, 15, 64),
-    (65, 130, 1),
-    (130, 65, 33),
-    (65, 63, 130),
-]
 SEED = -1_234_567_890_123_456_789
 
 
@@ -61,7 +48,7 @@ def run(kind: str, base: Tensor | None, dh: Tensor, lora_a: Tensor, dropout_p: f
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", RAGGED_SHAPES)
 def test_shapes(kind, shape):
     """Dropout of a half scales by two: all sums stay integers."""
     base, dh, lora_a = operands(integers, kind, shape)

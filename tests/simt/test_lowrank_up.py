@@ -7,6 +7,7 @@ import torch
 from kernel_calls import (
     DTYPES,
     KINDS,
+    RAGGED_SHAPES,
     _simt,
     assert_lean,
     assert_within_rule,
@@ -23,21 +24,6 @@ from kernel_calls import (
 from torch import Tensor
 
 SCALING = 2.0
-
-# (M, N, r): ragged in every letter, every block shape and rank tile.
-SHAPES = [
-    (1, 1, 1),
-    (15, 63, 3),
-    (16, 130, 16),
-    (17, 65, 17),
-    (63, 17, 8),
-    (64, 64, 65),
-    (65, 16, 32),
-    (130, 15, 64),
-    (65, 130, 1),
-    (130, 65, 33),
-    (65, 63, 130),
-]
 
 
 def formula(base, h, rank_scale, core, lora_b, out_scale, rounding):
@@ -89,11 +75,13 @@ class Case:
 
 MIDS = ["", "rank_scale core out_scale", "core", "rank_scale", "out_scale"]
 BASES = ["matrix", "bias", "none"]
-VARIANTS = list(itertools.islice(zip(itertools.cycle(MIDS), itertools.cycle(BASES)), len(SHAPES)))
+VARIANTS = list(
+    itertools.islice(zip(itertools.cycle(MIDS), itertools.cycle(BASES)), len(RAGGED_SHAPES))
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shape", "variant"), list(zip(SHAPES, VARIANTS, strict=True)))
+@pytest.mark.parametrize(("shape", "variant"), list(zip(RAGGED_SHAPES, VARIANTS, strict=True)))
 def test_shapes(kind, shape, variant):
     case = Case(integers, kind, shape, *variant)
     case.assert_exact(kind, case.run(kind))

@@ -8,6 +8,7 @@ import torch
 from kernel_calls import (
     DTYPES,
     KINDS,
+    RAGGED_SHAPES,
     _simt,
     acc_dtype,
     assert_lean,
@@ -26,21 +27,7 @@ from torch import Tensor
 
 SCALING = 2.0
 
-# (M, N, r): ragged in every letter; up to rank 64 in one pass where that is cheaper.
-SHAPES = [
-    (1, 1, 1),
-    (15, 63, 3),
-    (16, 130, 16),
-    (17, 65, 17),
-    (63, 17, 8),
-    (64, 64, 65),
-    (65, 16, 32),
-    (130, 15, 64),
-    (65, 130, 1),
-    (130, 65, 33),
-    (65, 63, 130),
-    (580, 70, 16),
-]
+SHAPES = [*RAGGED_SHAPES, (580, 70, 16)]
 MIDS = ["", "rank_scale core out_scale", "core", "rank_scale", "out_scale"]
 OUTPUTS = ("g", "dlora_b", "dout_scale")
 
