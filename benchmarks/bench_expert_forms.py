@@ -9,17 +9,15 @@ Figures are medians over the rounds of time / time of the frozen linear in that 
 dense form's time / the planned one's. A row whose plan is not the fastest form says so.
 """
 
-import argparse
 import ctypes
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import bench_moe
 import torch
-from bench_moe import Case, Data, as_candidate, check, make_data, ours, parse_case
-from timing import Rounds, Table, machine, progress, time_interleaved
+from bench_moe import Case, Data, as_candidate, check, make_data, ours
+from command import Row, options_of, run
+from timing import Rounds, time_interleaved
 from torch import Tensor
 
 import lowrank_ext
@@ -73,7 +71,7 @@ def run_case(case: Case, budget: float) -> Rounds:
         fix_form("planned")
 
 
-def results(case: Case, rounds: Rounds) -> Iterator[dict[str, object]]:
+def results(case: Case, rounds: Rounds) -> Iterator[Row]:
     """One for forward, one for forward + backward."""
     for part in ("forward", "both"):
         ratios = {name: rounds.ratio(name, "frozen", part) for name in FORMS}
@@ -97,56 +95,30 @@ COLUMNS = (
 )
 
 
-def print_result(table: Table, result: dict[str, object]) -> None:
-    table.row(
-        *(result[name] for name in ("dtype", "num_tokens", "in_features", "out_features")),
-        *(result[name] for name in ("num_experts", "top_k", "rank", "dropout", "pass")),
-        f"{result['frozen_ms']:.3f}",
-        *(f"{ratio:.2f}" for ratio in result["ratios"].values()),
-        f"{result['x_dense']:.2f}",
-        "" if result["plan_is_best"] else "the plan is NOT the fastest",
+def cells(row: Row) -> tuple[object, ...]:
+    return (
+        *(row[name] for name in ("dtype", "num_tokens", "in_features", "out_features")),
+        *(row[name] for name in ("num_experts", "top_k", "rank", "dropout", "pass")),
+        f"{row['frozen_ms']:.3f}",
+        *(f"{ratio:.2f}" for ratio in row["ratios"].values()),
+        f"{row['x_dense']:.2f}",
+        "" if row["plan_is_best"] else "the plan is NOT the fastest",
     )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="six cases")
-    which.add_argument(
-        "--case",
-        type=parse_case,
-        action="append",
-        metavar="M,K,N,E,k,r_e,dropout,dtype",
-        help="this case only; may be given several times",
-    )
-    parser.add_argument("--device", choices=("cuda",), default="cuda")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    return parser.parse_args()
 
 
 def main() -> None:
-    options = arguments()
+    options = options_of(__doc__, Case, quick="six cases", devices=("cuda",))
     if not torch.cuda.is_available():
-        raise SystemExit("bench_expert_forms: the CPU has one form for each size; this needs a GPU")
+        print("skipped, no CUDA device: the CPU has one form for each size")
+        return
     cases = options.case or list(quick() if options.quick else grid())
-    where = machine("cuda")
-    print(where)
-    table = Table(COLUMNS)
-    rows = []
-    start = time.perf_counter()
-    for index, case in enumerate(cases, 1):
-        progress(f"{index}/{len(cases)} {case}, {time.perf_counter() - start:.0f} s so far")
-        rounds = run_case(case, options.seconds)
-        progress("")
-        for result in results(case, rounds):
-            print_result(table, result)
-            rows.append(result)
+
+    def rows_of(case: Case) -> Iterator[Row]:
+        return results(case, run_case(case, options.seconds))
+
+    rows = run(options, cases, (), COLUMNS, rows_of, cells)
     wrong = sum(not row["plan_is_best"] for row in rows)
-    print(f"\nin {wrong} of {len(rows)} rows another form than the planned one is faster")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": where, "rows": rows}, file, indent=1)
+    print(f"in {wrong} of {len(rows)} rows another form than the planned one is faster")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ the frozen linear in that round. Rows in which a baseline wins are marked.
 
 import argparse
 import itertools
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from command import DTYPES, Row, loss, options_of, print_losses, run
 from layers import (
-    DTYPES,
     Case,
     Compiled,
     Data,
@@ -28,10 +26,9 @@ from layers import (
     make_data,
     make_ours,
     make_peft,
-    parse_case,
     peft_name,
 )
-from timing import Rounds, Table, machine, progress, time_interleaved, write_json
+from timing import Rounds, time_interleaved
 from torch import nn
 
 # The whole product of these is the grid, less what takes minutes a case (see `too_long`).
@@ -81,7 +78,6 @@ def make_candidates(case: Case, data: Data, dynamic: bool) -> dict[str, nn.Modul
 
 
 COLUMNS = (
-    ("case", 8),
     ("dtype", 8),
     ("M", 5),
     ("K", 5),
@@ -112,7 +108,7 @@ def run_case(case: Case, device: str, budget: float, dynamic: bool) -> Rounds:
     return time_interleaved(candidates, device, budget)
 
 
-def results(case: Case, rounds: Rounds) -> Iterator[dict[str, object]]:
+def results(case: Case, rounds: Rounds) -> Iterator[Row]:
     """One for forward, one for forward + backward."""
     for part, passes in (("forward", 1), ("both", 2)):
         frozen = rounds.median("frozen", part)
@@ -138,42 +134,18 @@ def losses(ratios: dict[str, float]) -> list[str]:
     ]
 
 
-def print_result(table: Table, position: str, result: dict[str, object]) -> None:
-    ratios = result["ratios"]
-    table.row(
-        position,
-        result["dtype"],
-        result["num_rows"],
-        result["in_features"],
-        result["out_features"],
-        result["rank"],
-        result["dropout"],
-        result["pass"],
-        f"{result['frozen_ms']:.3f}",
-        f"{result['frozen_tflops']:.3f}",
+def cells(row: Row) -> tuple[object, ...]:
+    ratios = row["ratios"]
+    return (
+        *(row[name] for name in ("dtype", "num_rows", "in_features", "out_features", "rank")),
+        row["dropout"],
+        row["pass"],
+        f"{row['frozen_ms']:.3f}",
+        f"{row['frozen_tflops']:.3f}",
         *(f"{ratios[name]:.2f}" if name in ratios else "-" for name in RATIOS),
-        result["rounds"],
-        f"LOSES to {'; '.join(result['loses_to'])}" if result["loses_to"] else "",
+        row["rounds"],
+        loss(row),
     )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="a dozen cases")
-    which.add_argument("--full", action="store_true", help="also cases of seconds a call")
-    which.add_argument(
-        "--case",
-        type=parse_case,
-        action="append",
-        metavar="M,K,N,r,dropout,dtype",
-        help="this case only; may be given several times",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per case")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    return parser.parse_args()
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
@@ -186,38 +158,26 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def main() -> None:
-    options = arguments()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = options_of(
+        __doc__, Case, quick="a dozen cases", full="also cases of seconds a call", seconds=2.0
+    )
     allow_many_graphs()
     cases = chosen_cases(options)
     # Compiling takes seconds: a graph per shape for a few cases, graphs for any shape in a grid.
     dynamic = len(cases) > 20
-    where = machine(options.device)
-    print(where)
-    print(
-        "time / time of the frozen linear in the same round, median; forward records for backward"
+    head = (
+        "time / time of the frozen linear in the same round, median; forward records for backward",
+        "ours, peft: adapters in fp32; compile and /base: adapters in the base's dtype",
+        f"peft: {peft_name()}; compile: {'dynamic' if dynamic else 'static'} shapes",
     )
-    print("ours, peft: adapters in fp32; compile and /base: adapters in the base's dtype")
-    print(f"peft: {peft_name()}; compile: {'dynamic' if dynamic else 'static'} shapes\n")
-    table = Table(COLUMNS)
-    rows = []
-    start = time.perf_counter()
-    for index, case in enumerate(cases, 1):
-        progress(f"{index}/{len(cases)} {case}, {time.perf_counter() - start:.0f} s so far")
-        try:
-            rounds = run_case(case, options.device, options.seconds, dynamic)
-        except WrongResult as error:
-            raise SystemExit(f"error: {error}") from None
-        progress("")
-        for result in results(case, rounds):
-            print_result(table, f"{index}/{len(cases)}", result)
-            rows.append(result)
-    lost = sum(bool(row["loses_to"]) for row in rows)
-    seconds = time.perf_counter() - start
-    print(f"\n{lost} of {len(rows)} rows lose to a baseline; {seconds:.0f} s")
-    if options.json:
-        write_json(options.json, {"machine": where, "rows": rows})
+
+    def rows_of(case: Case) -> Iterator[Row]:
+        return results(case, run_case(case, options.device, options.seconds, dynamic))
+
+    try:
+        print_losses(run(options, cases, head, COLUMNS, rows_of, cells))
+    except WrongResult as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

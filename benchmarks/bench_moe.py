@@ -15,20 +15,17 @@ medians over the rounds of time / time of the frozen linear in that round. Candi
     all       every expert on all tokens, times a gate that is zero where it was not chosen
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import Candidate, Rounds, Table, machine, progress, time_interleaved
+from command import DTYPES, Row, loss, options_of, print_losses, run
+from timing import Candidate, Rounds, time_interleaved
 from torch import Tensor, nn
 
 from lowrank_ext import ops, reference
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SCALING = 2.0
 BALANCE = 1e-3  # factor of the balance loss, GOAT's
 
@@ -68,20 +65,6 @@ def grid() -> Iterator[Case]:
 def quick() -> Iterator[Case]:
     for rank in (4, 64):
         yield Case(2048, 1024, 1024, 8, 2, rank, 0.05, "bfloat16")
-
-
-def parse_case(text: str) -> Case:
-    try:
-        *sizes, dropout, dtype = text.split(",")
-        case = Case(*map(int, sizes), float(dropout), dtype)
-    except (TypeError, ValueError):
-        expected = "a case is M,K,N,E,k,r_e,dropout,dtype"
-        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
-    if case.dtype not in DTYPES:
-        raise argparse.ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if min(case[:6]) < 1 or case.top_k > case.num_experts or not 0 <= case.dropout <= 1:
-        raise argparse.ArgumentTypeError(f"sizes must be positive, k <= E: {text!r}")
-    return case
 
 
 class Data(NamedTuple):
@@ -254,7 +237,6 @@ def _compare(what: str, data: Data, got: tuple[Tensor, ...], truth: tuple[Tensor
 # Rows
 
 COLUMNS = (
-    ("case", 6),
     ("dtype", 8),
     ("M", 5),
     ("K", 5),
@@ -284,7 +266,7 @@ def run_case(case: Case, device: str, budget: float) -> Rounds:
     return time_interleaved(candidates, device, budget)
 
 
-def results(case: Case, rounds: Rounds) -> Iterator[dict[str, object]]:
+def results(case: Case, rounds: Rounds) -> Iterator[Row]:
     """One for forward, one for forward + backward."""
     for part in ("forward", "both"):
         ratios = {name: rounds.ratio(name, "frozen", part) for name in STEPS if name != "frozen"}
@@ -299,61 +281,29 @@ def results(case: Case, rounds: Rounds) -> Iterator[dict[str, object]]:
         }
 
 
-def print_result(table: Table, position: str, result: dict[str, object]) -> None:
-    ratios, speedups = result["ratios"], result["speedups"]
-    table.row(
-        position,
-        *(result[name] for name in ("dtype", "num_tokens", "in_features", "out_features")),
-        *(result[name] for name in ("num_experts", "top_k", "rank", "dropout", "pass")),
-        f"{result['frozen_ms']:.3f}",
-        *(f"{ratios[name]:.2f}" for name in ("ours", *RIVALS)),
-        *(f"{speedups[name]:.2f}" for name in ("released", "loop")),
-        result["rounds"],
-        f"LOSES to {'; '.join(result['loses_to'])}" if result["loses_to"] else "",
+def cells(row: Row) -> tuple[object, ...]:
+    return (
+        *(row[name] for name in ("dtype", "num_tokens", "in_features", "out_features")),
+        *(row[name] for name in ("num_experts", "top_k", "rank", "dropout", "pass")),
+        f"{row['frozen_ms']:.3f}",
+        *(f"{row['ratios'][name]:.2f}" for name in ("ours", *RIVALS)),
+        *(f"{row['speedups'][name]:.2f}" for name in ("released", "loop")),
+        row["rounds"],
+        loss(row),
     )
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="two cases")
-    which.add_argument(
-        "--case",
-        type=parse_case,
-        action="append",
-        metavar="M,K,N,E,k,r_e,dropout,dtype",
-        help="this case only; may be given several times",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    return parser.parse_args()
+HEAD = ("time / time of the frozen linear in the same round, median; x: rival's time / ours",)
 
 
 def main() -> None:
-    options = arguments()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = options_of(__doc__, Case, quick="two cases")
     cases = options.case or list(quick() if options.quick else grid())
-    where = machine(options.device)
-    print(where)
-    print("time / time of the frozen linear in the same round, median; x: rival's time / ours\n")
-    table = Table(COLUMNS)
-    rows = []
-    start = time.perf_counter()
-    for index, case in enumerate(cases, 1):
-        progress(f"{index}/{len(cases)} {case}, {time.perf_counter() - start:.0f} s so far")
-        rounds = run_case(case, options.device, options.seconds)
-        progress("")
-        for result in results(case, rounds):
-            print_result(table, f"{index}/{len(cases)}", result)
-            rows.append(result)
-    lost = sum(bool(row["loses_to"]) for row in rows)
-    print(f"\n{lost} of {len(rows)} rows lose to a baseline; {time.perf_counter() - start:.0f} s")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": where, "rows": rows}, file, indent=1)
+
+    def rows_of(case: Case) -> Iterator[Row]:
+        return results(case, run_case(case, options.device, options.seconds))
+
+    print_losses(run(options, cases, HEAD, COLUMNS, rows_of, cells))
 
 
 if __name__ == "__main__":

@@ -11,22 +11,20 @@ the frozen linear; and "branch", what the layer takes beyond the frozen linear o
 over ours. Rows in which PEFT wins are marked.
 """
 
-import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import peft
 import torch
-from timing import Candidate, Rounds, Table, machine, progress, time_interleaved
+from command import DTYPES, Row, loss, options_of, print_losses, run
+from timing import Candidate, Rounds, time_interleaved
 from torch import Tensor, nn
 
 from lowrank_ext import reference
 from lowrank_ext.nn import MultiLoRALinear
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SCALING = 2.0
 
 
@@ -55,21 +53,6 @@ def quick() -> Iterator[Case]:
     for dtype in ("bfloat16", "float32"):
         yield Case(64, 1, 8, 2048, 2048, 16, dtype)
         yield Case(8, 64, 4, 1024, 1024, 16, dtype)
-
-
-def parse_case(text: str) -> Case:
-    try:
-        *sizes, dtype = text.split(",")
-        case = Case(*map(int, sizes), dtype)
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(
-            f"a case is sequences,length,adapters,K,N,r,dtype, got {text!r}"
-        ) from None
-    if case.dtype not in DTYPES or min(case[:-1]) < 1:
-        raise argparse.ArgumentTypeError(
-            f"sizes must be positive and dtype one of {', '.join(DTYPES)}, got {text!r}"
-        )
-    return case
 
 
 class Data(NamedTuple):
@@ -133,7 +116,6 @@ def check(case: Case, data: Data, candidates: dict[str, Candidate]) -> None:
 
 
 COLUMNS = (
-    ("case", 6),
     ("dtype", 8),
     ("B", 4),
     ("T", 4),
@@ -163,7 +145,7 @@ def branch_ratio(rounds: Rounds) -> float:
     return extra["peft"] / extra["ours"]
 
 
-def run_case(case: Case, device: str, budget: float) -> dict[str, object]:
+def run_case(case: Case, device: str, budget: float) -> Row:
     data = make_data(case, device)
     candidates = {
         "frozen": Candidate(lambda: data.linear(data.x), lambda y: None),
@@ -172,65 +154,46 @@ def run_case(case: Case, device: str, budget: float) -> dict[str, object]:
     }
     check(case, data, candidates)
     rounds = time_interleaved(candidates, device, budget)
+    layer = rounds.ratio("peft", "ours", "forward")
     return {
         **case._asdict(),
         "frozen_ms": rounds.median("frozen", "forward") * 1e3,
         "ours": rounds.ratio("ours", "frozen", "forward"),
         "peft": rounds.ratio("peft", "frozen", "forward"),
-        "layer": rounds.ratio("peft", "ours", "forward"),
+        "layer": layer,
         "branch": branch_ratio(rounds),
+        "loses_to": ["peft"] if layer < 1 else [],
         "rounds": len(rounds),
     }
 
 
-def print_result(table: Table, position: str, case: Case, result: dict[str, object]) -> None:
-    b, t, n, k, out, r, dtype = case
-    figures = (f"{result[name]:.2f}" for name in ("ours", "peft", "layer", "branch"))
-    lost = "LOSES to peft" if result["layer"] < 1 else ""
-    frozen = f"{result['frozen_ms']:.3f}"
-    table.row(position, dtype, b, t, n, k, out, r, frozen, *figures, result["rounds"], lost)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="four cases")
-    which.add_argument(
-        "--case",
-        type=parse_case,
-        action="append",
-        metavar="B,T,n,K,N,r,dtype",
-        help="this case only; may be given several times",
+def cells(row: Row) -> tuple[object, ...]:
+    return (
+        *(row[name] for name in ("dtype", "sequences", "length", "adapters")),
+        *(row[name] for name in ("in_features", "out_features", "rank")),
+        f"{row['frozen_ms']:.3f}",
+        *(f"{row[name]:.2f}" for name in ("ours", "peft", "layer", "branch")),
+        row["rounds"],
+        loss(row),
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    return parser.parse_args()
+
+
+HEAD = (
+    "forward of one layer; B sequences of T tokens, n adapters taking turns",
+    "ours, peft: time / time of the frozen linear in the same round, median",
+    "layer: peft / ours; branch: the same for what is beyond the frozen linear",
+)
 
 
 @torch.no_grad()
 def main() -> None:
-    options = arguments()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = options_of(__doc__, Case, quick="four cases")
     cases = options.case or list(quick() if options.quick else grid())
-    where = machine(options.device)
-    print(where)
-    print("forward of one layer; B sequences of T tokens, n adapters taking turns")
-    print("ours, peft: time / time of the frozen linear in the same round, median")
-    print("layer: peft / ours; branch: the same for what is beyond the frozen linear\n")
-    table = Table(COLUMNS)
-    rows = []
-    for index, case in enumerate(cases, 1):
-        progress(f"{index}/{len(cases)} {case}")
-        result = run_case(case, options.device, options.seconds)
-        progress("")
-        print_result(table, f"{index}/{len(cases)}", case, result)
-        rows.append(result)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": where, "rows": rows}, file, indent=1)
+
+    def rows_of(case: Case) -> list[Row]:
+        return [run_case(case, options.device, options.seconds)]
+
+    print_losses(run(options, cases, HEAD, COLUMNS, rows_of, cells))
 
 
 if __name__ == "__main__":

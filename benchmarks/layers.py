@@ -3,7 +3,6 @@
 What the benchmarks time, and the check that each of them computes the right thing first.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import torch
 import torch._dynamo.config
 import torch.fx.experimental._config
 import torch.nn.functional as F
+from command import DTYPES
 from timing import Candidate
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ try:
 except ImportError:
     peft = None
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SCALING = 2.0
 
 
@@ -42,19 +41,6 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         m, k, n, r, p, dtype = self
         return f"{dtype} M={m} K={k} N={n} r={r} dropout={p}"
-
-
-def parse_case(text: str) -> Case:
-    try:
-        m, k, n, r, p, dtype = text.split(",")
-        case = Case(int(m), int(k), int(n), int(r), float(p), dtype)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a case is M,K,N,r,dropout,dtype, got {text!r}") from None
-    if case.dtype not in DTYPES:
-        raise argparse.ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if min(case[:4]) < 1 or not 0 <= case.dropout <= 1:
-        raise argparse.ArgumentTypeError(f"sizes must be positive and dropout in [0, 1]: {text!r}")
-    return case
 
 
 class Data(NamedTuple):
