@@ -83,7 +83,7 @@ void moe_gate(NumberKind kind, const ExpertColumns& columns, const ZPartials& z,
     params.block_probs = dense_matrix(sums.probs, num_blocks, num_experts);
     params.block_counts = dense_matrix(sums.counts, num_blocks, num_experts);
     launch_moe_gate(params, device.stream);
-    launch_moe_balance<Number>(
+    launch_balance<double, int64_t, acc_t>(
         {dense_matrix<const double>(sums.probs, num_blocks, num_experts),
          dense_matrix<const int64_t>(sums.counts, num_blocks, num_experts), static_cast<int>(top_k),
          dense_matrix(routing.counts, 1, num_experts), matrix_of<acc_t>(balance_loss)},

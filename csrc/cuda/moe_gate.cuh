@@ -5,7 +5,7 @@
 //     moe_gate           sums z's splits in their order; per row softmax, top-k (routing.cuh) and
 //                        the chosen experts' weights; h [M, E r] where chosen and exact zeros
 //                        elsewhere, and gated = weight · h
-//     moe_balance        tokens per expert and the loss E Σ_i f_i P_i, from each block's part
+//     balance            tokens per expert and the loss, from each block's part (balance.cuh)
 //     moe_gate_h         gated again, for the backward
 //     moe_gate_backward  from G's splits, G = scaling · dout lora_b: per choice
 //                            dweight_j = Σ_r G[e_j r] h[e_j r]
@@ -26,9 +26,8 @@
 // threads by as many rows as it has groups. Neighbouring lanes own neighbouring columns, so a
 // group's loads are whole sectors. What a row's lanes tell each other beyond the routing goes
 // through the outputs ids, weights and probs, which __syncwarp orders. All statistics are in acc_t;
-// sums over lanes and splits have a fixed order, and those over tokens are in double, by block and
-// then over blocks. Static shared memory: 4 KiB in moe_balance, none elsewhere. Lanes of rows
-// beyond the end take part in the shuffles only.
+// sums over lanes and splits have a fixed order, and those over tokens are in double. No shared
+// memory. Lanes of rows beyond the end take part in the shuffles only.
 //
 // Of G and z only the columns of chosen experts are read; a NaN in another expert's does not
 // matter.
@@ -36,6 +35,7 @@
 
 #include <algorithm>
 
+#include "balance.cuh"
 #include "expert_columns.h"
 #include "partial_sums.cuh"
 #include "routing.cuh"
@@ -247,77 +247,6 @@ __global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
   block.write_h();
   __syncthreads();
   block.write_block_sums(thread);
-}
-
-// ---- balance
-
-template <class Number>
-struct BalanceParams {
-  using acc_t = typename Number::acc_t;
-
-  Matrix<const double> block_probs;    // [num_blocks, E]
-  Matrix<const int64_t> block_counts;  // [num_blocks, E]
-  int top_k;
-  Matrix<int64_t> counts;  // [1, E]
-  Matrix<acc_t> loss;      // [1, 1]
-
-  template <class F>
-  void each_tensor(F&& f) const {
-    f("block_probs", block_probs);
-    f("block_counts", block_counts);
-    f("expert_counts", counts);
-    f("balance_loss", loss);
-  }
-};
-
-// One block: of eight experts at a time, 32 threads add each one's parts, then one adds theirs.
-template <class Number>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
-    moe_balance_kernel(BalanceParams<Number> params) {
-  constexpr int kExperts = 8, kParts = kGateThreads / kExperts;
-  __shared__ double sums[kGateThreads];
-  __shared__ int64_t counts[kGateThreads];
-  const int thread = static_cast<int>(threadIdx.x), in_tile = thread % kExperts;
-  const int64_t num_blocks = params.block_probs.num_rows, num_experts = params.counts.num_cols;
-  double products = 0;  // Σ count · sum of this thread's experts
-  int64_t all_counts = 0;
-  for (int64_t first = 0; first < num_experts; first += kExperts) {
-    const int64_t expert = first + in_tile;
-    double sum = 0;
-    int64_t count = 0;
-    if (expert < num_experts) {
-#pragma unroll 4
-      for (int64_t b = thread / kExperts; b < num_blocks; b += kParts) {
-        sum += *params.block_probs.at(b, expert);
-        count += *params.block_counts.at(b, expert);
-      }
-    }
-    sums[thread] = sum;
-    counts[thread] = count;
-    __syncthreads();
-    if (thread < kExperts && expert < num_experts) {
-      for (int part = 1; part < kParts; ++part) {
-        sum += sums[part * kExperts + thread];
-        count += counts[part * kExperts + thread];
-      }
-      *params.counts.at(0, expert) = count;
-      products += static_cast<double>(count) * sum;
-      all_counts += count;
-    }
-    __syncthreads();
-  }
-  sums[thread] = products;
-  counts[thread] = all_counts;
-  __syncthreads();
-  if (thread != 0) return;
-  for (int i = 1; i < kExperts; ++i) {
-    products += sums[i];
-    all_counts += counts[i];
-  }
-  const double tokens = static_cast<double>(all_counts / params.top_k);
-  const double loss =
-      all_counts == 0 ? 0.0 : static_cast<double>(num_experts) * (products / (tokens * tokens));
-  *params.loss.at(0, 0) = static_cast<typename Number::acc_t>(loss);
 }
 
 // ---- backward
@@ -610,12 +539,6 @@ void launch_moe_gate(GateParams<Number> params, Stream stream) {
   params.lanes = plan.lanes;
   launch_kernel("moe_gate", moe_gate_kernel<Number>,
                 {static_cast<unsigned>(plan.num_blocks), 1, 1, kGateThreads, 0}, params, stream);
-}
-
-template <class Number>
-void launch_moe_balance(const BalanceParams<Number>& params, Stream stream) {
-  launch_kernel("moe_balance", moe_balance_kernel<Number>, {1, 1, 1, kGateThreads, 0}, params,
-                stream);
 }
 
 // A thread for each element.

@@ -11,7 +11,7 @@
 // warps · E · (sizeof(acc_t) + 4) and 4 (32 + E (warps | 1)) bytes, 48 KiB at most.
 //
 // For more tokens route_tokens_kernel does the first part in many blocks, with the warps' sums in
-// the workspace, and route_balance_kernel the second; order_slots the third. Beyond 256 experts a
+// the workspace, and balance.cuh the second; order_slots the third. Beyond 256 experts a
 // row does not fit into a warp's registers: it is read again for each choice, through the cache,
 // and a warp adds to its sums in memory; a lane owns experts lane, lane + 32, ….
 //
@@ -25,6 +25,7 @@
 
 #include <algorithm>
 
+#include "balance.cuh"
 #include "order_slots.cuh"
 #include "routing.cuh"
 
@@ -150,39 +151,6 @@ struct WarpRouter {
   }
 };
 
-// What one warp makes of the warps' sums: a lane's experts are lane, lane + 32, ….
-template <class scalar_t>
-struct BalanceSum {
-  using acc_t = statistics_t<scalar_t>;
-
-  const RouteParams<scalar_t>& params;
-  acc_t products = 0;  // Σ_i counts[i] · (sum of probabilities of i)
-  acc_t chosen = 0;    // Σ_i counts[i]
-
-  // Rows of sums about `expert` (this lane's) on, stride elements apart.
-  __device__ __forceinline__ void add(int expert, const acc_t* prob_sums, const int* choices,
-                                      int num_rows, int stride) {
-    acc_t sum = 0;
-    int64_t count = 0;
-    for (int row = 0; row < num_rows; ++row) {
-      sum += prob_sums[row * stride];
-      count += choices[row * stride];
-    }
-    *params.expert_counts.at(0, expert) = count;
-    products += static_cast<acc_t>(count) * sum;
-    chosen += static_cast<acc_t>(count);
-  }
-
-  __device__ __forceinline__ void store_loss(int lane) {
-    const LaneGroup warp{lane, kWarpSize};
-    products = warp.sum(products);
-    chosen = warp.sum(chosen);
-    if (lane != 0) return;
-    const acc_t tokens = chosen > 0 ? chosen / params.top_k : 1;
-    *params.balance_loss.at(0, 0) = params.num_experts() * (products / tokens / tokens);
-  }
-};
-
 }  // namespace detail
 
 // ---- few tokens: one block
@@ -206,7 +174,7 @@ __global__ void __launch_bounds__(kRouteThreads<scalar_t>)
   router.store_sums(prob_sums + warp * num_experts, choices + warp * num_experts);
   __syncthreads();
   if (warp == 0) {
-    detail::BalanceSum<scalar_t> balance{params};
+    BalanceSum<acc_t, acc_t> balance{params.expert_counts, params.balance_loss, params.top_k};
     for (int expert = lane; expert < num_experts; expert += kWarpSize)
       balance.add(expert, prob_sums + expert, choices + expert, num_warps, num_experts);
     balance.store_loss(lane);
@@ -264,40 +232,6 @@ __global__ void __launch_bounds__(kRouteTokensThreads, sizeof(scalar_t) == 8 ? 3
       prob_sums[expert] += exponential(logit - chosen.max) / sum;
     });
   }
-}
-
-constexpr int kRouteBalanceThreads = 1024;
-
-// One block: the warps share the rows of sums, 32 experts at a time.
-template <class scalar_t>
-__global__ void __launch_bounds__(kRouteBalanceThreads)
-    route_balance_kernel(const RouteParams<scalar_t> params) {
-  using acc_t = statistics_t<scalar_t>;
-  constexpr int kWarps = kRouteBalanceThreads / kWarpSize;
-  const int num_experts = params.num_experts();
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  acc_t* const shared_sums = reinterpret_cast<acc_t*>(dynamic_shared_memory());
-  int* const shared_choices = reinterpret_cast<int*>(shared_sums + kWarps * kWarpSize);
-  detail::BalanceSum<scalar_t> balance{params};
-  for (int first = 0; first < num_experts; first += kWarpSize) {
-    const int expert = first + lane;
-    acc_t sum = 0;
-    int count = 0;
-    if (expert < num_experts) {
-#pragma unroll 4  // several loads in flight
-      for (int64_t row = warp; row < params.prob_sums.num_rows; row += kWarps) {
-        sum += *params.prob_sums.at(row, expert);
-        count += *params.choices.at(row, expert);
-      }
-    }
-    shared_sums[warp * kWarpSize + lane] = sum;
-    shared_choices[warp * kWarpSize + lane] = count;
-    __syncthreads();
-    if (warp == 0 && expert < num_experts)
-      balance.add(expert, shared_sums + lane, shared_choices + lane, kWarps, kWarpSize);
-    __syncthreads();
-  }
-  if (warp == 0) balance.store_loss(lane);
 }
 
 // ---- backward

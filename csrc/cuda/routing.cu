@@ -94,10 +94,11 @@ void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routi
       launch_kernel("route_many_experts", &route_many_experts_kernel<scalar_t>, shape, params,
                     device.stream);
     }
-    launch_kernel(
-        "route_balance", &route_balance_kernel<scalar_t>,
-        {1, 1, 1, kRouteBalanceThreads, kRouteBalanceThreads * (sizeof(acc_t) + sizeof(int))},
-        params, device.stream);
+    launch_balance<acc_t, int, acc_t>(
+        {dense_matrix<const acc_t>(params.prob_sums.data, plan.num_warps, num_experts),
+         dense_matrix<const int>(params.choices.data, plan.num_warps, num_experts), params.top_k,
+         params.expert_counts, params.balance_loss},
+        device.stream);
     order_slots(routing.topk_ids, num_slots, num_experts, /*extra_groups=*/false, routing.order,
                 bytes + parts.order, device);
   });

@@ -268,7 +268,7 @@ def test_traffic():
     tokens, columns = 1024, columns_of(8, 4)
     z = make_z("bf16", tokens, columns, num_splits=2)
     forward, balance = reports_of(lambda: run("bf16", columns, z, 2))
-    assert forward["kernel"] == "moe_gate" and balance["kernel"] == "moe_balance"
+    assert forward["kernel"] == "moe_gate" and balance["kernel"] == "balance"
     read = {one["name"]: one["unique_bytes_read"] for one in forward["tensors"]}
     assert read["z"] <= z.nbytes * (8 + 8) / 40
     written = tokens * (2 * 32 * 2 + 8 * 4 + 2 * 8 + 2 * 4) + 32 * 8 * 16

@@ -13,7 +13,7 @@ from lowrank_ext.ops.moe_route import Routing
 SCALARS = ("bf16", "fp16", "fp32", "fp64")
 INTEGERS = ("topk_ids", "expert_counts", "sorted_slots", "expert_offsets", "slot_positions")
 OPS = torch.ops.lowrank_ext_simt
-MANY_BLOCKS = ["route_tokens", "route_balance"]
+MANY_BLOCKS = ["route_tokens", "balance"]
 ORDER = ["order_slots"]
 ORDER_IN_THREE = ["count_slots", "scan_slot_counts", "scatter_slots"]
 
@@ -72,7 +72,7 @@ def test_more_experts(kind: str, num_tokens: int) -> None:
     mask = torch.rand(num_tokens) < 0.5
     got, reports = route(logits, 3, mask)
     first = ["route_many_experts"] if num_tokens else []
-    assert launches(reports) == [*first, "route_balance", *ORDER]
+    assert launches(reports) == [*first, "balance", *ORDER]
     assert_right(got, logits, 3, mask)
 
 

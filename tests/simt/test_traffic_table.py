@@ -71,7 +71,7 @@ def test_experts_move_what_one_branch_of_their_rank_does(
     """The dense form of moe_lowrank_add, without its copies of the adapters, which have no rows."""
     sizes = traffic.Sizes(256, 2048, 2048, 32, 0.0)
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
-    launches = ["stack_experts", "lowrank_down", "moe_gate", "moe_balance", "lowrank_up"]
+    launches = ["stack_experts", "lowrank_down", "moe_gate", "balance", "lowrank_up"]
     assert [report["kernel"] for report in forward] == launches
     branch, branch_backward = traffic.run_step(simt, sizes._replace(rank=32 + 8), "bf16")
     assert sum(map(traffic.moved, forward[1:])) <= 1.05 * sum(map(traffic.moved, branch))
@@ -197,7 +197,7 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "stack_experts",
             "moe_down",
             "moe_gate",
-            "moe_balance",
+            "balance",
             "moe_gate_h",
             "moe_gate_backward",
             "moe_outer",
