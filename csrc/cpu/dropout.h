@@ -12,7 +12,7 @@
 
 namespace lowrank_ext::cpu {
 
-inline constexpr int kMaskColumns = 128;  // keep bits are drawn for 128 columns at a time
+inline constexpr int kMaskColumns = 64;  // keep bits are drawn a word at a time
 
 struct Dropout {
   uint32_t threshold;  // 0: nothing is dropped; 65536: everything is
@@ -27,7 +27,7 @@ struct Dropout {
 };
 
 inline int64_t mask_words_per_row(int64_t num_cols) {  // 64-bit words
-  return (num_cols + kMaskColumns - 1) / kMaskColumns * (kMaskColumns / 64);
+  return (num_cols + kMaskColumns - 1) / kMaskColumns;
 }
 
 // bits[row][k / 64] bit k % 64 is 1 where (first_row + row, k) is kept. Rows are mask_words_per_row
