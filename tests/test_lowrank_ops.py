@@ -85,12 +85,18 @@ def test_values_and_gradients(
     assert_within_rule(op, tensors, make_dout(tensors), **options)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.executor(every=7)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @several_dtypes
 @pytest.mark.parametrize(
     ("num_rows", "num_in", "num_out", "rank"),
-    [(300, 257, 129, 16), (16, 1024, 512, 64), (1030, 192, 320, 8), (2, 4099, 31, 3)],
+    [
+        (300, 257, 129, 16),
+        (16, 1024, 512, 64),
+        (1030, 192, 320, 8),
+        (2, 4099, 31, 3),
+        (130, 200, 150, 41),
+    ],
 )
 @both_ops
 def test_sizes_that_need_several_blocks(

@@ -1,11 +1,18 @@
-// Products run in the vendor's library, in bf16 where the CPU has bf16 dot products, else in fp32
-// (fp64 for fp64); everything on [M, r] runs in fp32 (fp64).
+// Products run in bf16 where the CPU has bf16 dot products (rank_products.h, outer_sum.h), else in
+// the vendor's library in fp32 (fp64 for fp64); everything on [M, r] runs in fp32 (fp64).
 #include "branch.h"
 
 #include "row_blocks.h"
 
 namespace lowrank_ext::cpu {
 namespace {
+
+// h = scale · x lora_aᵀ of one block of rows, nothing dropped.
+void down(const Operands& ops, const Tensor& h, const Tensor& x, const Tensor& lora_a,
+          double scale) {
+  if (ops.in_bf16()) return features_to_ranks(h, x, lora_a, scale, Dropout{});
+  multiply(h, x, transposed(lora_a), 0.0, scale);
+}
 
 // First pass of the backward, over dout.
 struct UpGradients {
@@ -27,8 +34,10 @@ UpGradients up_backward(const BranchArgs& args, const Operands& ops, const Branc
   RowBlocks blocks(ops, num_rows, dout.size(1), /*masked=*/false);
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dout_block = blocks.load(dout, first, count);
-    if (result.g)
-      multiply(row_block(*result.g, first, count), dout_block, ops.lora_b, 0.0, args.scaling);
+    if (result.g) {
+      const Tensor g_block = row_block(*result.g, first, count);
+      down(ops, g_block, dout_block, transposed(ops.lora_b), args.scaling);
+    }
     if (p_sum) p_sum->add(row_block(*u, first, count), dout_block, nullptr);
   });
   if (p_sum) result.p = transposed_copy(p_sum->result());
@@ -77,9 +86,7 @@ void down_backward(const BranchArgs& args, const Operands& ops, const BranchNeed
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dh_block = row_block(dh, first, count);
     if (dlora_a) {
-      const Tensor x_block =
-          dlora_a->masks() ? row_block(*x, first, count) : blocks.load(*x, first, count);
-      dlora_a->add(dh_block, x_block, blocks.bits());
+      dlora_a->add(dh_block, blocks.load(*x, first, count), blocks.bits());
     }
     if (needs.dx)
       blocks.multiply_into(gradients.dx, first, count, dh_block, ops.lora_a, scale,
@@ -109,6 +116,11 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, co
   if (num_rows == 0) return;
   const Operands ops = prepare(args, x.scalar_type(), num_rows);
   const double scale = ops.dropout.active() ? ops.dropout.scale() : 1.0;
+  if (ops.in_bf16()) {
+    features_to_ranks(h, x, ops.lora_a, scale, ops.dropout);
+    return ranks_to_features(y, mid(ops, h), transposed(ops.lora_b), args.scaling, nullptr,
+                             /*add=*/true);
+  }
   RowBlocks input(ops, num_rows, args.in_features(), /*masked=*/true);
   input.for_each([&](int64_t first, int64_t count) {
     const Tensor h_block =

@@ -1,8 +1,8 @@
-// Down: a task owns four ranks of one adapter and walks over its rows four at a time; 16 fp32
-// registers hold the 4 x 4 dot products over k, 32 columns per instruction. Up: a task owns a range
-// of columns n; lora_b is transposed in registers to vectors of 16 columns by one pair of ranks,
-// the form that the bf16 dot product wants, and these serve every row. Ragged ranks, columns and
-// rows are masked: padding of lora_a and lora_b is never read.
+// Down: a task owns four ranks of one adapter and walks over its rows four at a time
+// (bf16_blocks.h). Up: a task owns a range of columns n; lora_b is transposed in registers to
+// vectors of 16 columns by one pair of ranks, the form that the bf16 dot product wants, and these
+// serve every row. Ragged ranks, columns and rows are masked: padding of lora_a and lora_b is never
+// read.
 #include "few_rows.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bf16_blocks.h"
 #include "features.h"
-#include "isa.h"
 
 namespace lowrank_ext::cpu {
 
@@ -21,12 +21,12 @@ bool has_few_rows() { return features().avx512_bf16; }
 
 namespace {
 
-constexpr int64_t kRanks = 4;          // of a register block, down
-constexpr int64_t kRows = 4;           // of a register block, down and up
-constexpr int64_t kLanes = 16;         // fp32 columns of a register
-constexpr int64_t kColumnBlocks = 16;  // of kLanes columns: a task of the up product
-constexpr int64_t kAhead = 16;         // column blocks from prefetching to use
-constexpr int64_t kMaxPairs = 64;      // pairs of ranks in one go: 4 KiB of transposed lora_b
+constexpr int64_t kRanks = kDotBlock;   // of a register block, down
+constexpr int64_t kRows = kDotBlock;    // of a register block, down and up
+constexpr int64_t kLanes = kBf16Lanes;  // fp32 columns of a register
+constexpr int64_t kColumnBlocks = 16;   // of kLanes columns: a task of the up product
+constexpr int64_t kAhead = 16;          // column blocks from prefetching to use
+constexpr int64_t kMaxPairs = 64;       // pairs of ranks in one go: 4 KiB of transposed lora_b
 // Multiply-adds worth a thread, about 5 us.
 constexpr int64_t kTaskWork = 1 << 18;
 
@@ -53,105 +53,6 @@ int64_t grain(const std::vector<FewRows>& groups, size_t num_tasks, int64_t num_
     work += static_cast<int64_t>(group.x.size()) * group.rank * num_cols;
   const auto count = static_cast<int64_t>(num_tasks);
   return std::max<int64_t>(1, ceil_div(count * kTaskWork, std::max<int64_t>(1, work)));
-}
-
-LOWRANK_EXT_AVX512_BF16 inline __m512bh load32(const uint16_t* p, __mmask32 lanes) {
-  return (__m512bh)_mm512_maskz_loadu_epi16(lanes, p);
-}
-
-// 16 sums to bf16, to nearest even; NaN stays a quiet NaN.
-LOWRANK_EXT_AVX512_BF16 inline __m256i rounded(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-
-LOWRANK_EXT_AVX512_BF16 inline uint16_t rounded(float v) {
-  return static_cast<uint16_t>(_mm256_extract_epi16(rounded(_mm512_set1_ps(v)), 0));
-}
-
-// `next` is the part of lora_a that comes up next, as many ranks of it, or null: its rows are whole
-// pages apart, where the hardware's prefetching stops.
-template <int kNumRows, int kNumRanks>
-LOWRANK_EXT_AVX512_BF16 void down_block(const uint16_t* const* x, const uint16_t* a,
-                                        int64_t a_stride, const uint16_t* next, int64_t num_cols,
-                                        float scale, uint16_t* const* h, int64_t first_rank) {
-  __m512 acc[kNumRows][kNumRanks];
-#pragma GCC unroll 4
-  for (int m = 0; m < kNumRows; ++m)
-#pragma GCC unroll 4
-    for (int j = 0; j < kNumRanks; ++j) acc[m][j] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < num_cols; k += 32) {
-    const auto lanes =
-        static_cast<__mmask32>(num_cols - k >= 32 ? ~0u : (1u << (num_cols - k)) - 1);
-    __m512bh left[kNumRanks];
-#pragma GCC unroll 4
-    for (int j = 0; j < kNumRanks; ++j) {
-      left[j] = load32(a + j * a_stride + k, lanes);
-      if (next != nullptr) _mm_prefetch(next + j * a_stride + k, _MM_HINT_T0);
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < kNumRows; ++m) {
-      const __m512bh right = load32(x[m] + k, lanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kNumRanks; ++j) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], left[j], right);
-    }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < kNumRows; ++m)
-#pragma GCC unroll 4
-    for (int j = 0; j < kNumRanks; ++j)
-      h[m][first_rank + j] = rounded(scale * _mm512_reduce_add_ps(acc[m][j]));
-}
-
-using DownBlock = void (*)(const uint16_t* const*, const uint16_t*, int64_t, const uint16_t*,
-                           int64_t, float, uint16_t* const*, int64_t);
-template <int kNumRows>
-constexpr DownBlock kDownRow[kRanks] = {down_block<kNumRows, 1>, down_block<kNumRows, 2>,
-                                        down_block<kNumRows, 3>, down_block<kNumRows, 4>};
-constexpr const DownBlock* kDownBlocks[kRows] = {kDownRow<1>, kDownRow<2>, kDownRow<3>,
-                                                 kDownRow<4>};
-
-// Eight ranks of one row; where not all exist, those in range, of a row that exists.
-template <bool kAll>
-LOWRANK_EXT_AVX512_BF16 inline __m128i load8(const uint16_t* p, bool exists, __mmask8 in_range) {
-  if constexpr (kAll) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm_maskz_loadu_epi16(exists ? in_range : 0, p);
-}
-
-// Eight ranks of 16 rows, four pairs each, as four vectors of one pair each. Pairs past the last
-// rank come out zero.
-template <bool kAll>
-LOWRANK_EXT_AVX512_BF16 inline void transpose8(__m512i* pairs, const uint16_t* b, int64_t b_stride,
-                                               __mmask8 in_range, int64_t width) {
-  // 128-bit lane L of rows[i] is row 4L + i; a 4 x 4 transpose in each lane follows.
-  __m512i rows[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const uint16_t* p = b + i * b_stride;
-    const int64_t step = 4 * b_stride;
-    __m512i row = _mm512_castsi128_si512(load8<kAll>(p, i < width, in_range));
-    row = _mm512_inserti32x4(row, load8<kAll>(p + step, 4 + i < width, in_range), 1);
-    row = _mm512_inserti32x4(row, load8<kAll>(p + 2 * step, 8 + i < width, in_range), 2);
-    rows[i] = _mm512_inserti32x4(row, load8<kAll>(p + 3 * step, 12 + i < width, in_range), 3);
-  }
-  const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
-  const __m512i low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
-  const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
-  const __m512i high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-  pairs[0] = _mm512_unpacklo_epi64(low01, low23);
-  pairs[1] = _mm512_unpackhi_epi64(low01, low23);
-  pairs[2] = _mm512_unpacklo_epi64(high01, high23);
-  pairs[3] = _mm512_unpackhi_epi64(high01, high23);
-}
-
-// pairs[p] lane i = lora_b[n + i, 2p] in the low half, lora_b[n + i, 2p + 1] in the high half, for
-// `ranks` ranks (odd: the last high half is 0) and the columns n + i that exist, else 0.
-LOWRANK_EXT_AVX512_BF16 inline void transpose_pairs(__m512i* pairs, const uint16_t* b,
-                                                    int64_t b_stride, int64_t ranks,
-                                                    int64_t width) {
-  for (int64_t rank = 0; rank < ranks; rank += 8) {
-    const int64_t count = std::min<int64_t>(8, ranks - rank);
-    const auto in_range = static_cast<__mmask8>((1 << count) - 1);
-    const auto transpose = count == 8 && width == kLanes ? transpose8<true> : transpose8<false>;
-    transpose(pairs + rank / 2, b + rank, b_stride, in_range, width);
-  }
 }
 
 // sums[m] += Σ_p pairs[p] · h_pairs[m][p] for kNumRows rows
@@ -246,9 +147,9 @@ void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, floa
           const auto num_rows = static_cast<int64_t>(group.x.size());
           for (int64_t row = 0; row < num_rows; row += kRows) {
             const int64_t rows = std::min(kRows, num_rows - row);
-            kDownBlocks[rows - 1][ranks - 1](group.x.data() + row, lora_a_of(tasks[i]),
-                                             group.a_stride, row == 0 ? next : nullptr, in_features,
-                                             x_scale, group.h.data() + row, rank);
+            kDotBlocks[rows - 1][ranks - 1](group.x.data() + row, lora_a_of(tasks[i]),
+                                            group.a_stride, row == 0 ? next : nullptr, in_features,
+                                            x_scale, group.h.data() + row, rank);
           }
         }
       });

@@ -260,7 +260,7 @@ double scale_of(const Dropout& dropout) { return dropout.active() ? dropout.scal
 // y [M, N] holds base_out in the segment's rows, h [M, r] zeros.
 void segment_forward(const MultiBranchArgs& args, const Segment& segment, const Dropout& dropout,
                      const Tensor& x, const Tensor& y, const Tensor& h) {
-  const Dtypes dtypes = dtypes_for(x.scalar_type(), segment.rows.num_rows);
+  const Dtypes dtypes = dtypes_for(x.scalar_type(), segment.rows.num_rows, /*own=*/false);
   const Tensor lora_a = operand(lora_a_of(args, segment), dtypes);
   const Tensor lora_b = operand(lora_b_of(args, segment), dtypes);
   SegmentBlocks blocks(segment, dtypes, dropout, x.size(1), y.size(1));
@@ -406,7 +406,7 @@ void segment_backward(const MultiBranchArgs& args, const MultiBranchNeeds& needs
                       const MultiGradients& gradients) {
   const int64_t num_rows = segment.rows.num_rows, rank = segment.rank;
   const int64_t in_features = args.in_features(), out_features = args.out_features();
-  const Dtypes dtypes = dtypes_for(dout.scalar_type(), num_rows);
+  const Dtypes dtypes = dtypes_for(dout.scalar_type(), num_rows, /*own=*/false);
   SegmentBlocks blocks(segment, dtypes, dropout, in_features, out_features);
   const Tensor g = empty({num_rows, rank}, dtypes.compute);  // scaling · dout lora_b
   std::optional<BlockSum> p, q;                              // doutᵀ h and gᵀ drop(x), transposed

@@ -1,6 +1,7 @@
 #include "operands.h"
 
 #include "outer_sum.h"
+#include "rank_products.h"
 
 namespace lowrank_ext::cpu {
 
@@ -8,9 +9,10 @@ namespace lowrank_ext::cpu {
 // bf16 product, whose cost is then all set-up.
 constexpr int64_t kSmallRows = 64;
 
-Dtypes dtypes_for(ScalarType input, int64_t num_rows) {
+Dtypes dtypes_for(ScalarType input, int64_t num_rows, bool own) {
   if (!is_half_size(input)) return {input, input, input};
-  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && num_rows > kSmallRows;
+  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && has_rank_products() &&
+                       (own || num_rows > kSmallRows);
   return {input, in_bf16 ? input : ScalarType::Float, ScalarType::Float};
 }
 
@@ -41,7 +43,7 @@ static Tensor scaled_lora_b(const BranchArgs& args, const Dtypes& dtypes) {
 }
 
 Operands prepare(const BranchArgs& args, ScalarType input, int64_t num_rows) {
-  const Dtypes dtypes = dtypes_for(input, num_rows);
+  const Dtypes dtypes = dtypes_for(input, num_rows, args.rank() <= kMaxOwnRank);
   Operands ops{dtypes,
                dropout_of(args.dropout_p, args.seed),
                operand(args.lora_a, dtypes),

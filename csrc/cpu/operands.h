@@ -15,9 +15,11 @@ struct Dtypes {
   ScalarType accumulate;  // of everything on [M, r] and of the reductions
 
   bool converts() const { return input != compute; }
+  bool in_bf16() const { return compute == ScalarType::BFloat16; }  // of bf16, in rank_products.h
 };
 
-Dtypes dtypes_for(ScalarType input, int64_t num_rows);
+// own: the products are those of rank_products.h, which cost nothing to set up.
+Dtypes dtypes_for(ScalarType input, int64_t num_rows, bool own);
 
 Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed);
 

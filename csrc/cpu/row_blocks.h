@@ -1,5 +1,6 @@
 // Rows go through in blocks small enough to stay in cache: a block is masked or converted into
-// scratch and consumed from there, so no [M, K] or [M, N] temporary exists.
+// scratch and consumed from there, so no [M, K] or [M, N] temporary exists. Where the products run
+// in bf16 they mask by themselves (rank_products.h, outer_sum.h), and a block has keep bits only.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 
 #include "operands.h"
 #include "outer_sum.h"
+#include "rank_products.h"
 
 namespace lowrank_ext::cpu {
 
@@ -15,6 +17,7 @@ namespace lowrank_ext::cpu {
 inline constexpr int64_t kBlockBytes = 1 << 20;
 inline constexpr int64_t kMinBlockRows = 64;
 inline constexpr int64_t kMaxBlockRows = 512;
+inline constexpr int64_t kMaxBitRows = 8192;  // of a block of keep bits
 
 inline int64_t block_rows(int64_t num_cols, int64_t element_size) {
   const int64_t rows = kBlockBytes / std::max<int64_t>(1, num_cols * element_size);
@@ -31,11 +34,13 @@ class RowBlocks {
         masked_(masked && ops.dropout.active()) {
     // Without scratch there is nothing to keep in cache: one product, cut up by the vendor's own
     // blocking.
-    const bool in_one_piece = !masked_ && !ops.converts();
-    const int64_t element_size = ops.compute == ScalarType::Double  ? 8
-                                 : ops.compute == ScalarType::Float ? 4
-                                                                    : 2;
-    block_rows_ = in_one_piece ? num_rows : std::min(num_rows, block_rows(num_cols, element_size));
+    block_rows_ = num_rows;
+    if (ops.in_bf16() && masked_) {
+      block_rows_ = std::min(num_rows, kMaxBitRows);
+    } else if (masked_ || ops.converts()) {
+      const int64_t element_size = ops.compute == ScalarType::Double ? 8 : 4;
+      block_rows_ = std::min(num_rows, block_rows(num_cols, element_size));
+    }
   }
 
   template <typename Body>  // body(first_row, num_rows)
@@ -47,10 +52,10 @@ class RowBlocks {
     }
   }
 
-  // The current block of `matrix`, masked and converted as needed.
+  // The current block of `matrix`, masked and converted as needed; not masked in bf16.
   Tensor load(const Tensor& matrix, int64_t first, int64_t count) {
     const Tensor block = row_block(matrix, first, count);
-    if (!masked_ && !ops_.converts()) return block;
+    if (ops_.in_bf16() || (!masked_ && !ops_.converts())) return block;
     const Tensor target = row_block(scratch(), 0, count);
     if (ops_.converts()) {
       convert(rows_of(target), rows_of(block), 1.0, count, num_cols_, bits());
@@ -65,6 +70,7 @@ class RowBlocks {
   void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
                      const Tensor& right, double scale, bool add) {
     const Tensor block = row_block(target, first, count);
+    if (ops_.in_bf16()) return ranks_to_features(block, left, right, scale, bits(), add);
     if (!masked_ && !ops_.converts()) return multiply(block, left, right, add ? 1.0 : 0.0, scale);
     const Tensor product = row_block(scratch(), 0, count);
     multiply(product, left, right, 0.0, scale);
@@ -103,12 +109,10 @@ class BlockSum {
     zero(sum_);
   }
 
-  // Whether add() takes `right` as it is and drops by `bits`, so that no masked copy is needed.
-  bool masks() const { return dtypes_.compute != dtypes_.accumulate; }
-
-  // left [rows, r] and right [rows, C] in the compute dtype, rows of one block.
+  // left [rows, r] and right [rows, C] in the compute dtype, rows of one block. In bf16 right is
+  // dropped from here by `bits`, else it has been.
   void add(const Tensor& left, const Tensor& right, const uint64_t* bits) {
-    if (!masks()) return multiply(sum_, transposed(left), right, 1.0);
+    if (!dtypes_.in_bf16()) return multiply(sum_, transposed(left), right, 1.0);
     outer_sum(static_cast<float*>(sum_.data_ptr()), left.data_ptr(), left.stride(0), left.size(1),
               right.data_ptr(), right.stride(0), right.size(0), right.size(1), bits);
   }
