@@ -1,4 +1,5 @@
-"""What the ops and modules keep for backward, counted in bytes with saved_tensors_hooks."""
+"""What the ops and modules keep for backward, counted in bytes with saved_tensors_hooks, and what the
+ops allocate on the CPU while they run, as the profiler counts it."""
 
 from collections.abc import Callable
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from conftest import DtypePair
 from lowrank_cases import (
+    BF16,
     FP32,
     MIXED,
     OPS,
@@ -159,3 +161,34 @@ def test_modules(device: str, dropout: float) -> None:
     assert bytes_kept_by(lamda, x) == h_bytes + seed_bytes
     lamda.lora_b.requires_grad_(False)
     assert bytes_kept_by(lamda, x) == h_bytes + seed_bytes
+
+
+# ---- while an op runs
+
+
+def bytes_allocated(run: Callable[[], object]) -> int:
+    """On the CPU, freed again or not."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
+def test_dropout_makes_no_second_x(op: str, dtypes: DtypePair) -> None:
+    """Neither a dropped copy of x nor a product of its size, forward and backward: beside what they
+    return the ops allocate less than half of x."""
+    tensors = make_tensors(op, (8192,), 256, 64, 8, dtypes)
+    trained = ["x", "lora_a", "lora_b"]
+    leaves = frozen(tensors, tuple(trained))
+    run = lambda: call(ops, op, leaves, dropout_p=0.1, seed=seed_tensor(0))  # noqa: E731
+    y = run()
+    dout = torch.ones_like(y)
+    gradient = lambda: torch.autograd.grad(y, [leaves[name] for name in trained], dout)  # noqa: E731
+    returned = [y.nbytes, sum(tensors[name].nbytes for name in trained)]
+    for step, output_bytes in zip((run, gradient), returned, strict=True):
+        allocated = bytes_allocated(step)
+        assert output_bytes <= allocated < output_bytes + tensors["x"].nbytes / 2

@@ -15,6 +15,14 @@ namespace lowrank_ext::cpu {
 inline constexpr int kDotBlock = 4;        // rows and ranks of a block
 inline constexpr int64_t kBf16Lanes = 16;  // fp32 sums, or pairs of bf16, of a register
 
+inline constexpr int64_t num_rank_pairs(int64_t rank) { return (rank + 1) / 2; }
+
+// pairs[p] = row[2p] in the low half, row[2p + 1] in the high half, 0 past the last rank.
+inline void pack_ranks(uint32_t* pairs, const uint16_t* row, int64_t rank) {
+  for (int64_t j = 0; j < rank; j += 2)
+    pairs[j / 2] = row[j] | uint32_t{j + 1 < rank ? row[j + 1] : uint16_t{0}} << 16;
+}
+
 LOWRANK_EXT_AVX512_BF16 inline __m512bh load32(const uint16_t* p, __mmask32 lanes) {
   return (__m512bh)_mm512_maskz_loadu_epi16(lanes, p);
 }

@@ -1,18 +1,11 @@
-// Products run in bf16 where the CPU has bf16 dot products (rank_products.h, outer_sum.h), else in
-// the vendor's library in fp32 (fp64 for fp64); everything on [M, r] runs in fp32 (fp64).
+// Products run in bf16 where the CPU has bf16 dot products, else in fp32 (fp64 for fp64);
+// everything on [M, r] runs in fp32 (fp64).
 #include "branch.h"
 
 #include "row_blocks.h"
 
 namespace lowrank_ext::cpu {
 namespace {
-
-// h = scale · x lora_aᵀ of one block of rows, nothing dropped.
-void down(const Operands& ops, const Tensor& h, const Tensor& x, const Tensor& lora_a,
-          double scale) {
-  if (ops.in_bf16()) return features_to_ranks(h, x, lora_a, scale, Dropout{});
-  multiply(h, x, transposed(lora_a), 0.0, scale);
-}
 
 // First pass of the backward, over dout.
 struct UpGradients {
@@ -36,7 +29,7 @@ UpGradients up_backward(const BranchArgs& args, const Operands& ops, const Branc
     const Tensor dout_block = blocks.load(dout, first, count);
     if (result.g) {
       const Tensor g_block = row_block(*result.g, first, count);
-      down(ops, g_block, dout_block, transposed(ops.lora_b), args.scaling);
+      features_to_ranks(g_block, dout_block, transposed(ops.lora_b), args.scaling, Dropout{});
     }
     if (p_sum) p_sum->add(row_block(*u, first, count), dout_block, nullptr);
   });
@@ -114,7 +107,7 @@ void finish_up_gradients(const BranchArgs& args, const Operands& ops, const Bran
 void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, const Tensor& h) {
   const int64_t num_rows = x.size(0);
   if (num_rows == 0) return;
-  const Operands ops = prepare(args, x.scalar_type(), num_rows);
+  const Operands ops = prepare(args, x.scalar_type());
   const double scale = ops.dropout.active() ? ops.dropout.scale() : 1.0;
   if (ops.in_bf16()) {
     features_to_ranks(h, x, ops.lora_a, scale, ops.dropout);
@@ -125,13 +118,13 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, co
   input.for_each([&](int64_t first, int64_t count) {
     const Tensor h_block =
         ops.converts() ? empty({count, args.rank()}, ops.compute) : row_block(h, first, count);
-    multiply(h_block, input.load(x, first, count), transposed(ops.lora_a), 0.0, scale);
+    features_to_ranks(h_block, input.load(x, first, count), ops.lora_a, scale, Dropout{});
     if (ops.converts())
       convert(rows_of(row_block(h, first, count)), rows_of(h_block), 1.0, count, args.rank());
     const Tensor y_block = row_block(y, first, count);
     const Tensor u = mid(ops, h_block);
     if (!ops.converts()) {
-      multiply(y_block, u, transposed(ops.lora_b), 1.0, args.scaling);
+      ranks_to_features(y_block, u, transposed(ops.lora_b), args.scaling, nullptr, /*add=*/true);
     } else {
       const Tensor branch = empty({count, args.out_features()}, ops.compute);
       multiply(branch, u, transposed(ops.lora_b));
@@ -146,7 +139,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
                                 const std::optional<Tensor>& base_dx) {
   if (dout.size(0) == 0) return gradients_of_no_rows(args, needs, dout);
   BranchGradients gradients = empty_gradients(dout);
-  const Operands ops = prepare(args, dout.scalar_type(), dout.size(0));
+  const Operands ops = prepare(args, dout.scalar_type());
   const UpGradients up = up_backward(args, ops, needs, dout, h);
   if (up.p) finish_up_gradients(args, ops, needs, *up.p, gradients);
   if (!up.g) return gradients;

@@ -78,11 +78,10 @@ constexpr AddPairs kAddPairs[kRows] = {add_pairs<1>, add_pairs<2>, add_pairs<3>,
 
 // h of one group as pairs of ranks, [rows, ceil(rank / 2)], zero past the last rank.
 std::vector<uint32_t> pack_pairs(const FewRows& group) {
-  const int64_t num_pairs = ceil_div(group.rank, 2);
-  std::vector<uint32_t> pairs(group.h.size() * num_pairs, 0);
+  const int64_t num_pairs = num_rank_pairs(group.rank);
+  std::vector<uint32_t> pairs(group.h.size() * num_pairs);
   for (size_t m = 0; m < group.h.size(); ++m)
-    for (int64_t j = 0; j < group.rank; ++j)
-      pairs[m * num_pairs + j / 2] |= uint32_t{group.h[m][j]} << (16 * (j % 2));
+    pack_ranks(pairs.data() + m * num_pairs, group.h[m], group.rank);
   return pairs;
 }
 
@@ -100,7 +99,7 @@ LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_
                                         int64_t width) {
   const auto lanes = static_cast<__mmask16>((1u << width) - 1);
   const auto num_rows = static_cast<int64_t>(group.y.size());
-  const int64_t num_pairs = ceil_div(group.rank, 2);
+  const int64_t num_pairs = num_rank_pairs(group.rank);
   const __m512 factor = _mm512_set1_ps(group.scaling);
   __m512i pairs[kMaxPairs];
   // Above 2 · kMaxPairs ranks the transpose is repeated for every four rows.

@@ -260,13 +260,13 @@ double scale_of(const Dropout& dropout) { return dropout.active() ? dropout.scal
 // y [M, N] holds base_out in the segment's rows, h [M, r] zeros.
 void segment_forward(const MultiBranchArgs& args, const Segment& segment, const Dropout& dropout,
                      const Tensor& x, const Tensor& y, const Tensor& h) {
-  const Dtypes dtypes = dtypes_for(x.scalar_type(), segment.rows.num_rows, /*own=*/false);
+  const Dtypes dtypes = dtypes_for(x.scalar_type());
   const Tensor lora_a = operand(lora_a_of(args, segment), dtypes);
   const Tensor lora_b = operand(lora_b_of(args, segment), dtypes);
   SegmentBlocks blocks(segment, dtypes, dropout, x.size(1), y.size(1));
   blocks.for_each([&](int64_t, int64_t count) {
     const Tensor h_block = empty({count, segment.rank}, dtypes.compute);
-    multiply(h_block, blocks.load_dropped(x), transposed(lora_a), 0.0, scale_of(dropout));
+    features_to_ranks(h_block, blocks.load_dropped(x), lora_a, scale_of(dropout), Dropout{});
     blocks.store(first_columns(h, segment.rank), h_block);
     if (dtypes.converts()) {
       const Tensor branch = empty({count, y.size(1)}, dtypes.compute);
@@ -274,7 +274,8 @@ void segment_forward(const MultiBranchArgs& args, const Segment& segment, const 
       blocks.add(y, branch, segment.scaling);
     } else {
       const Tensor y_block = blocks.load(y);
-      multiply(y_block, h_block, transposed(lora_b), 1.0, segment.scaling);
+      ranks_to_features(y_block, h_block, transposed(lora_b), segment.scaling, nullptr,
+                        /*add=*/true);
       if (!blocks.in_place(y)) blocks.store(y, y_block);
     }
   });
@@ -406,7 +407,7 @@ void segment_backward(const MultiBranchArgs& args, const MultiBranchNeeds& needs
                       const MultiGradients& gradients) {
   const int64_t num_rows = segment.rows.num_rows, rank = segment.rank;
   const int64_t in_features = args.in_features(), out_features = args.out_features();
-  const Dtypes dtypes = dtypes_for(dout.scalar_type(), num_rows, /*own=*/false);
+  const Dtypes dtypes = dtypes_for(dout.scalar_type());
   SegmentBlocks blocks(segment, dtypes, dropout, in_features, out_features);
   const Tensor g = empty({num_rows, rank}, dtypes.compute);  // scaling · dout lora_b
   std::optional<BlockSum> p, q;                              // doutᵀ h and gᵀ drop(x), transposed
@@ -418,14 +419,15 @@ void segment_backward(const MultiBranchArgs& args, const MultiBranchNeeds& needs
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dout_block = blocks.load(dout);
     const Tensor g_block = row_block(g, first, count);
-    if (needs.g()) multiply(g_block, dout_block, *lora_b, 0.0, segment.scaling);
+    if (needs.g())
+      features_to_ranks(g_block, dout_block, transposed(*lora_b), segment.scaling, Dropout{});
     if (p) p->add(blocks.load(first_columns(*h, rank)), dout_block, nullptr);
     if (q) q->add(g_block, blocks.load_dropped(*x), nullptr);
     if (needs.dx) {
       const bool direct = blocks.in_place(gradients.dx) && !dropout.active();
       const Tensor product =
           direct ? blocks.load(gradients.dx) : empty({count, in_features}, dtypes.compute);
-      multiply(product, g_block, *lora_a, 0.0, scale_of(dropout));
+      ranks_to_features(product, g_block, *lora_a, scale_of(dropout), nullptr, /*add=*/false);
       if (!direct) blocks.store_dropped(gradients.dx, product);
     }
   });

@@ -5,14 +5,9 @@
 
 namespace lowrank_ext::cpu {
 
-// Up to this many rows the vendor's fp32 product with a conversion on both sides is faster than its
-// bf16 product, whose cost is then all set-up.
-constexpr int64_t kSmallRows = 64;
-
-Dtypes dtypes_for(ScalarType input, int64_t num_rows, bool own) {
+Dtypes dtypes_for(ScalarType input) {
   if (!is_half_size(input)) return {input, input, input};
-  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && has_rank_products() &&
-                       (own || num_rows > kSmallRows);
+  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && has_rank_products();
   return {input, in_bf16 ? input : ScalarType::Float, ScalarType::Float};
 }
 
@@ -42,8 +37,8 @@ static Tensor scaled_lora_b(const BranchArgs& args, const Dtypes& dtypes) {
   return converted(scaled, dtypes.compute);
 }
 
-Operands prepare(const BranchArgs& args, ScalarType input, int64_t num_rows) {
-  const Dtypes dtypes = dtypes_for(input, num_rows, args.rank() <= kMaxOwnRank);
+Operands prepare(const BranchArgs& args, ScalarType input) {
+  const Dtypes dtypes = dtypes_for(input);
   Operands ops{dtypes,
                dropout_of(args.dropout_p, args.seed),
                operand(args.lora_a, dtypes),

@@ -15,11 +15,11 @@ struct Dtypes {
   ScalarType accumulate;  // of everything on [M, r] and of the reductions
 
   bool converts() const { return input != compute; }
-  bool in_bf16() const { return compute == ScalarType::BFloat16; }  // of bf16, in rank_products.h
+  bool in_bf16() const { return compute == ScalarType::BFloat16; }
 };
 
-// own: the products are those of rank_products.h, which cost nothing to set up.
-Dtypes dtypes_for(ScalarType input, int64_t num_rows, bool own);
+// bf16 where the CPU has products of it, fp32 for other half-size input.
+Dtypes dtypes_for(ScalarType input);
 
 Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed);
 
@@ -33,7 +33,7 @@ struct Operands : Dtypes {
   bool has_mid() const { return core || rank_scale; }
 };
 
-Operands prepare(const BranchArgs& args, ScalarType input, int64_t num_rows);
+Operands prepare(const BranchArgs& args, ScalarType input);
 
 // An adapter tensor as the products read it: rounded to the dtype of x once, then held in the
 // compute dtype.

@@ -70,8 +70,8 @@ class RowBlocks {
   void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
                      const Tensor& right, double scale, bool add) {
     const Tensor block = row_block(target, first, count);
-    if (ops_.in_bf16()) return ranks_to_features(block, left, right, scale, bits(), add);
-    if (!masked_ && !ops_.converts()) return multiply(block, left, right, add ? 1.0 : 0.0, scale);
+    if (ops_.in_bf16() || (!masked_ && !ops_.converts()))
+      return ranks_to_features(block, left, right, scale, bits(), add);
     const Tensor product = row_block(scratch(), 0, count);
     multiply(product, left, right, 0.0, scale);
     const auto store = add ? accumulate : convert;
