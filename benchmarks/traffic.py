@@ -258,13 +258,15 @@ def compiled_registers() -> dict[tuple[str, str, int], int]:
 
 
 def registers(report: Report, number: str, compiled: Mapping[tuple[str, str, int], int]) -> str:
-    """A launch is named as its kernel is, or runs the product that several share."""
+    """A launch is named as its kernel is, or runs the product that several share. Of a kernel that
+    this number has no variant of, such as one of integers, the most that any takes."""
     threads = report["block"][0]
     kernel = report["kernel"]
     for family in (f"{kernel}_kernel", KERNELS_OF.get(kernel, "thin_product_kernel")):
         if (family, number, threads) in compiled:
             return str(compiled[family, number, threads])
-    return "-"
+    own = (f"{kernel}_kernel", threads)
+    return str(max((used for (f, _, t), used in compiled.items() if (f, t) == own), default="-"))
 
 
 # The table

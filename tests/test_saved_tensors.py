@@ -1,5 +1,5 @@
-"""What the ops and modules keep for backward, counted in bytes with saved_tensors_hooks, and what the
-ops allocate on the CPU while they run, as the profiler counts it."""
+"""What the ops and modules keep for backward, counted in bytes with saved_tensors_hooks, and what
+the ops allocate on the CPU while they run, as the profiler counts it."""
 
 from collections.abc import Callable
 

@@ -2,11 +2,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 namespace lowrank_ext::cpu {
 
-static Features detect() {
+static Features of_this_cpu() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -19,9 +21,21 @@ static Features detect() {
 #endif
 }
 
+// As LOWRANK_EXT_CPU limits it.
+static Features allowed() {
+  const char* const variable = std::getenv("LOWRANK_EXT_CPU");
+  const std::string limit = variable == nullptr ? "" : variable;
+  const Features all = of_this_cpu();
+  if (limit.empty() || limit == "avx512_bf16") return all;
+  if (limit == "avx512") return {all.avx512, false};
+  if (limit == "portable") return {false, false};
+  throw std::runtime_error(
+      "lowrank_ext: LOWRANK_EXT_CPU must be avx512_bf16, avx512 or portable, got '" + limit + "'");
+}
+
 const Features& features() {
-  static const Features detected = detect();
-  return detected;
+  static const Features chosen = allowed();
+  return chosen;
 }
 
 static std::string cpu_features() {

@@ -1,4 +1,6 @@
-// What this CPU offers, read once from cpuid. Kernels choose their variant by it.
+// What this CPU offers, read once from cpuid. Kernels choose their variant by it. The environment
+// variable LOWRANK_EXT_CPU (avx512_bf16, avx512, portable) makes it less: for tests and
+// comparisons.
 #pragma once
 
 namespace lowrank_ext::cpu {
