@@ -2,6 +2,7 @@
 the ops allocate on the CPU while they run, as the profiler counts it."""
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -166,21 +167,21 @@ def test_modules(device: str, dropout: float) -> None:
 # ---- while an op runs
 
 
-def bytes_allocated(run: Callable[[], object]) -> int:
-    """On the CPU, freed again or not."""
+def most_bytes_allocated(run: Callable[[], object]) -> int:
+    """On the CPU, at any one time."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run()
-    events = profile.profiler.kineto_results.events()
-    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
 def test_dropout_makes_no_second_x(op: str, dtypes: DtypePair) -> None:
     """Neither a dropped copy of x nor a product of its size, forward and backward: beside what they
-    return the ops allocate less than half of x."""
+    return the ops hold less than half of x."""
     tensors = make_tensors(op, (8192,), 256, 64, 8, dtypes)
     trained = ["x", "lora_a", "lora_b"]
     leaves = frozen(tensors, tuple(trained))
@@ -190,5 +191,5 @@ def test_dropout_makes_no_second_x(op: str, dtypes: DtypePair) -> None:
     gradient = lambda: torch.autograd.grad(y, [leaves[name] for name in trained], dout)  # noqa: E731
     returned = [y.nbytes, sum(tensors[name].nbytes for name in trained)]
     for step, output_bytes in zip((run, gradient), returned, strict=True):
-        allocated = bytes_allocated(step)
+        allocated = most_bytes_allocated(step)
         assert output_bytes <= allocated < output_bytes + tensors["x"].nbytes / 2
