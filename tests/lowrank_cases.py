@@ -9,6 +9,7 @@ Two ways to judge a result, both against reference.py in fp64:
 """
 
 from collections.abc import Callable
+from itertools import combinations
 from types import ModuleType
 
 import pytest
@@ -28,6 +29,7 @@ POSITIONAL = {
 }
 OPS = list(POSITIONAL)
 OPTIONAL = ("core", "rank_scale", "out_scale")
+SUBSETS = [names for size in range(4) for names in combinations(OPTIONAL, size)]
 ADAPTER = ("lora_a", "lora_b", *OPTIONAL)
 
 FP64 = DtypePair(torch.float64, torch.float64)

@@ -1,7 +1,5 @@
 """Any shape, rank, layout and combination of arguments, chosen by hypothesis, on both ops."""
 
-from itertools import combinations
-
 import pytest
 import torch
 from conftest import DtypePair
@@ -11,7 +9,7 @@ from lowrank_cases import (
     LAYOUTS,
     MIXED,
     OPS,
-    OPTIONAL,
+    SUBSETS,
     Layout,
     assert_exact,
     make_dout,
@@ -28,7 +26,6 @@ LAID_OUT = {
     "lowrank_linear": ("x", "weight", "lora_a", "dout"),
     "lowrank_add": ("x", "base_out", "lora_b", "dout"),
 }
-SUBSETS = [names for size in range(4) for names in combinations(OPTIONAL, size)]
 
 
 @pytest.mark.executor

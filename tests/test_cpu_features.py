@@ -26,13 +26,10 @@ CASES = [
 ]
 
 
-def limited(limit: str) -> dict[str, str]:
-    return os.environ | {"LOWRANK_EXT_CPU": limit}
-
-
 def run(*arguments: str, limit: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"LOWRANK_EXT_CPU": limit}
     return subprocess.run(
-        [sys.executable, *arguments], env=limited(limit), cwd=TESTS, capture_output=True, text=True
+        [sys.executable, *arguments], env=environment, cwd=TESTS, capture_output=True, text=True
     )
 
 

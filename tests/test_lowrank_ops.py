@@ -1,7 +1,5 @@
 """What lowrank_linear and lowrank_add have in common: values, gradients, strides, errors."""
 
-from itertools import combinations
-
 import pytest
 import torch
 from conftest import DtypePair
@@ -14,6 +12,7 @@ from lowrank_cases import (
     MIXED,
     OPS,
     OPTIONAL,
+    SUBSETS,
     Layout,
     Tensors,
     assert_exact,
@@ -37,7 +36,6 @@ from torch import Tensor
 
 from lowrank_ext import ops, reference
 
-SUBSETS = [names for size in range(4) for names in combinations(OPTIONAL, size)]
 both_ops = pytest.mark.parametrize("op", OPS)
 several_dtypes = pytest.mark.parametrize(
     "dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"]

@@ -78,9 +78,7 @@ void down_backward(const BranchArgs& args, const Operands& ops, const BranchNeed
   RowBlocks blocks(ops, num_rows, in_features, /*masked=*/true);
   blocks.for_each([&](int64_t first, int64_t count) {
     const Tensor dh_block = row_block(dh, first, count);
-    if (dlora_a) {
-      dlora_a->add(dh_block, blocks.load(*x, first, count), blocks.bits());
-    }
+    if (dlora_a) dlora_a->add(dh_block, blocks.load(*x, first, count), blocks.bits());
     if (needs.dx)
       blocks.multiply_into(gradients.dx, first, count, dh_block, ops.lora_a, scale,
                            base_dx.has_value());
@@ -109,16 +107,13 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const Tensor& y, co
   if (num_rows == 0) return;
   const Operands ops = prepare(args, x.scalar_type());
   const double scale = ops.dropout.active() ? ops.dropout.scale() : 1.0;
-  if (ops.in_bf16()) {
-    features_to_ranks(h, x, ops.lora_a, scale, ops.dropout);
-    return ranks_to_features(y, mid(ops, h), transposed(ops.lora_b), args.scaling, nullptr,
-                             /*add=*/true);
-  }
-  RowBlocks input(ops, num_rows, args.in_features(), /*masked=*/true);
+  // In bf16 the product drops by itself, all rows in one block.
+  const Dropout dropout = ops.in_bf16() ? ops.dropout : Dropout{};
+  RowBlocks input(ops, num_rows, args.in_features(), /*masked=*/!ops.in_bf16());
   input.for_each([&](int64_t first, int64_t count) {
     const Tensor h_block =
         ops.converts() ? empty({count, args.rank()}, ops.compute) : row_block(h, first, count);
-    features_to_ranks(h_block, input.load(x, first, count), ops.lora_a, scale, Dropout{});
+    features_to_ranks(h_block, input.load(x, first, count), ops.lora_a, scale, dropout);
     if (ops.converts())
       convert(rows_of(row_block(h, first, count)), rows_of(h_block), 1.0, count, args.rank());
     const Tensor y_block = row_block(y, first, count);

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "outer_sum.h"
+#include "features.h"
 #include "row_blocks.h"
 
 namespace lowrank_ext::cpu {
@@ -42,7 +42,7 @@ ExpertForm plan_experts(ScalarType compute, int64_t rank) {
 
 ExpertOperands prepare_experts(const ExpertArgs& args, ScalarType input) {
   const ScalarType accumulate = statistics_dtype(input);
-  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum();
+  const bool in_bf16 = input == ScalarType::BFloat16 && features().avx512_bf16;
   const Dtypes dtypes{input, in_bf16 ? input : accumulate, accumulate};
   return {dtypes,
           dropout_of(args.dropout_p, args.seed),

@@ -11,11 +11,8 @@
 #include <stdexcept>
 
 #include "bf16_blocks.h"
-#include "features.h"
 
 namespace lowrank_ext::cpu {
-
-bool has_few_rows() { return features().avx512_bf16; }
 
 #if LOWRANK_EXT_X86
 

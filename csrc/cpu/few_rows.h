@@ -1,15 +1,14 @@
 // The two products of a low-rank branch for a handful of rows that share an adapter (decode): rows
 // are read and written where they lie, so nothing is gathered, and an adapter is read once. At
 // these sizes the vendor's bf16 product costs its set-up several times over.
+//
+// Only where features().avx512_bf16.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 namespace lowrank_ext::cpu {
-
-// Whether the functions below may be called: AVX-512 with bf16 dot products.
-bool has_few_rows();
 
 // One adapter and the rows that use it; all bf16. Row pointers are as many as there are rows.
 struct FewRows {

@@ -13,6 +13,7 @@
 
 #include "../multi_checks.h"
 #include "branch.h"
+#include "features.h"
 #include "few_rows.h"
 #include "matrix.h"
 #include "row_blocks.h"
@@ -282,7 +283,7 @@ void segment_forward(const MultiBranchArgs& args, const Segment& segment, const 
 }
 
 bool goes_by_few_rows(const Segment& segment, ScalarType input) {
-  return input == ScalarType::BFloat16 && has_few_rows() &&
+  return input == ScalarType::BFloat16 && features().avx512_bf16 &&
          segment.rows.num_rows <= few_rows_limit(segment.rank);
 }
 

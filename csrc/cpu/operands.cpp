@@ -1,13 +1,12 @@
 #include "operands.h"
 
-#include "outer_sum.h"
-#include "rank_products.h"
+#include "features.h"
 
 namespace lowrank_ext::cpu {
 
 Dtypes dtypes_for(ScalarType input) {
   if (!is_half_size(input)) return {input, input, input};
-  const bool in_bf16 = input == ScalarType::BFloat16 && has_outer_sum() && has_rank_products();
+  const bool in_bf16 = input == ScalarType::BFloat16 && features().avx512_bf16;
   return {input, in_bf16 ? input : ScalarType::Float, ScalarType::Float};
 }
 

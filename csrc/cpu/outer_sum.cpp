@@ -11,12 +11,9 @@
 #include <vector>
 
 #include "dropout.h"
-#include "features.h"
 #include "isa.h"
 
 namespace lowrank_ext::cpu {
-
-bool has_outer_sum() { return features().avx512_bf16; }
 
 #if LOWRANK_EXT_X86
 

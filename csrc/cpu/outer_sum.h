@@ -1,13 +1,12 @@
 // Sums over rows of bf16 matrices with fp32 accumulators: dlora_a = dhᵀ drop(x) and P = doutᵀ
 // mid(h). The vendor's bf16 product would round every result to bf16.
+//
+// Only where features().avx512_bf16.
 #pragma once
 
 #include <cstdint>
 
 namespace lowrank_ext::cpu {
-
-// Whether outer_sum may be called: AVX-512 with bf16 dot products.
-bool has_outer_sum();
 
 // sum[j, c] += Σ_m left[m, j] · kept(m, c) · right[m, c], m < num_rows, j < rank, c < num_cols.
 // left, right: bf16, row strides in elements; sum: fp32, rows num_cols apart. bits: keep bits of

@@ -10,12 +10,9 @@
 #include <vector>
 
 #include "bf16_blocks.h"
-#include "features.h"
 #include "row_products.h"
 
 namespace lowrank_ext::cpu {
-
-bool has_rank_products() { return features().avx512_bf16; }
 
 #if LOWRANK_EXT_X86
 

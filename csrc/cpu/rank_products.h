@@ -2,15 +2,14 @@
 // way: a row is masked where it is read or written, so neither a masked copy of a matrix nor a
 // product of its size exists. The vendor's product does the work in fp32 and fp64, and in bf16
 // where nothing is dropped and it is faster.
+//
+// In bf16 only where features().avx512_bf16.
 #pragma once
 
 #include "dropout.h"
 #include "matrix.h"
 
 namespace lowrank_ext::cpu {
-
-// Whether the functions below may be called in bf16: AVX-512 with bf16 dot products.
-bool has_rank_products();
 
 // h = scale · drop(x) lora_aᵀ, rounded once. All of one dtype: h [M, r], x [M, K], lora_a [r, K] or
 // a transposed view of [K, r]. Dropout in bf16 only; what is dropped may be NaN.

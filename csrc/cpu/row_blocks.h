@@ -31,15 +31,15 @@ class RowBlocks {
       : ops_(ops),
         num_rows_(num_rows),
         num_cols_(num_cols),
-        masked_(masked && ops.dropout.active()) {
-    // Without scratch there is nothing to keep in cache: one product, cut up by the vendor's own
-    // blocking.
+        masked_(masked && ops.dropout.active()),
+        in_place_(ops.in_bf16() || (!masked_ && !ops.converts())) {
+    // Without scratch there is nothing to keep in cache: one product, cut up by its own blocking.
     block_rows_ = num_rows;
-    if (ops.in_bf16() && masked_) {
-      block_rows_ = std::min(num_rows, kMaxBitRows);
-    } else if (masked_ || ops.converts()) {
+    if (!in_place_) {
       const int64_t element_size = ops.compute == ScalarType::Double ? 8 : 4;
       block_rows_ = std::min(num_rows, block_rows(num_cols, element_size));
+    } else if (masked_) {
+      block_rows_ = std::min(num_rows, kMaxBitRows);
     }
   }
 
@@ -55,7 +55,7 @@ class RowBlocks {
   // The current block of `matrix`, masked and converted as needed; not masked in bf16.
   Tensor load(const Tensor& matrix, int64_t first, int64_t count) {
     const Tensor block = row_block(matrix, first, count);
-    if (ops_.in_bf16() || (!masked_ && !ops_.converts())) return block;
+    if (in_place_) return block;
     const Tensor target = row_block(scratch(), 0, count);
     if (ops_.converts()) {
       convert(rows_of(target), rows_of(block), 1.0, count, num_cols_, bits());
@@ -70,8 +70,7 @@ class RowBlocks {
   void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
                      const Tensor& right, double scale, bool add) {
     const Tensor block = row_block(target, first, count);
-    if (ops_.in_bf16() || (!masked_ && !ops_.converts()))
-      return ranks_to_features(block, left, right, scale, bits(), add);
+    if (in_place_) return ranks_to_features(block, left, right, scale, bits(), add);
     const Tensor product = row_block(scratch(), 0, count);
     multiply(product, left, right, 0.0, scale);
     const auto store = add ? accumulate : convert;
@@ -97,7 +96,7 @@ class RowBlocks {
 
   const Operands& ops_;
   int64_t num_rows_, num_cols_, block_rows_;
-  bool masked_;
+  bool masked_, in_place_;  // in place: products read and write matrices where they lie
   std::optional<Tensor> scratch_, bits_;
 };
 
