@@ -17,8 +17,7 @@ namespace lowrank_ext::cuda {
 
 constexpr int kWarpSize = 32;
 
-// ---- memory
-// ---------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 // The same value, which the compiler no longer knows to be the same: what is computed from it
 // (addresses in tiles: a few integer instructions) is computed here and now, not before a loop and
@@ -149,8 +148,7 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// ---- integers
-// -------------------------------------------------------------------------------------
+// ---- integers -----------------------------------------------------------------------------------
 
 // 0xFFFF in the lower half where low is negative, in the upper half where high is. One prmt, whose
 // selectors above 7 repeat the sign of a byte.
@@ -164,8 +162,7 @@ __device__ __forceinline__ uint32_t sign_masks(int low, int high) {
 #endif
 }
 
-// ---- ldmatrix
-// -------------------------------------------------------------------------------------
+// ---- ldmatrix -----------------------------------------------------------------------------------
 
 // Reads kMatrices (2 or 4) matrices of 8 rows of 16 bytes from shared memory. Lane i holds the
 // address of row i % 8 of matrix i / 8 (with two matrices lanes 16 to 31 hold any valid address).
@@ -211,8 +208,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[kMatrices], 
 #endif
 }
 
-// ---- mma.sync
-// -------------------------------------------------------------------------------------
+// ---- mma.sync -----------------------------------------------------------------------------------
 
 // The bits of value rounded to TF32 (nearest, ties away from zero).
 __device__ __forceinline__ uint32_t tf32_bits(float value) {

@@ -9,8 +9,7 @@
 //     moe_gate_h         gated again, for the backward
 //     moe_gate_backward  from G's splits, G = scaling · dout lora_b: per choice
 //                            dweight_j = Σ_r G[e_j r] h[e_j r]
-//                            dlogit_i  = p_i (b_i - Σ p b) + [i = e_j] w_j (dweight_j - Σ w
-//                            dweight)
+//                            dlogit_i  = p_i (b_i - Σ p b) + [i = e_j] w_j (dweight_j - Σ w dweight)
 //                        with b the balance loss's gradient of the probabilities (the first term
 //                        only of counted tokens), and dz [M, R] = [dlogits, w_j G where chosen]
 //

@@ -5,12 +5,11 @@
 // What is counted are passes over streams of x's size, forward and backward, with K and N alike: x
 // read by the projections down, base read and y written, dout read, x read for the weights'
 // gradients, dx written. A product or a mask costs as much as the passes that take as long:
-//     dense    a read of x and of dout for each tile of columns, whose number is R = E r + E,
-//     padded
+//     dense    a read of x and of dout for each tile of columns, whose number is R = E r + E, padded
 //              under dropout; products with all of R; in the forward, under masks of their own, E
 //              draws
-//     grouped  a read of x for the router and one for each choice, two of dout for each choice; k r
-//              columns, r padded to 16; k draws
+//     grouped  a read of x for the router and one for each choice, two of dout for each choice;
+//              k r columns, r padded to 16; k draws
 // Products: 80 multiply-adds a byte on tensor cores, 6 without (an H100 at 0.5 PFLOP/s, or 30
 // TFLOP/s, and 3 TB/s). Draws: a Philox call makes the mask of 16 bytes in about 70 integer
 // instructions, which at 14 T/s take as long as the 16 bytes at 3 TB/s, so a draw is a pass.

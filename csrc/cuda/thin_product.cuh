@@ -1,9 +1,8 @@
-// C [outer, r] = scale · L R: a large matrix L, streamed once, times a thin one of r columns. This
-// is
-//     lowrank_down          h [M, r] = drop(x) lora_aᵀ              L = drop(x),  R = lora_aᵀ
-//     lowrank_up_backward   G [M, r] = dout (out_scale ⊙ lora_b)    L = dout,     R = out_scale ⊙
-//     lora_b outer sums            P [N, r] = doutᵀ mid(h)                 L = doutᵀ,    R = mid(h)
-//                           dlora_aᵀ [K, r] = drop(x)ᵀ dh           L = drop(x)ᵀ, R = dh
+// C [outer, r] = scale · L R: a large matrix L, streamed once, times a thin one of r columns:
+//     lowrank_down         h [M, r] = drop(x) lora_aᵀ              L = drop(x),   R = lora_aᵀ
+//     lowrank_up_backward  G [M, r] = dout (out_scale ⊙ lora_b)    L = dout,      R = out_scale ⊙ lora_b
+//     outer sums           P [N, r] = doutᵀ mid(h)                 L = doutᵀ,     R = mid(h)
+//                          dlora_aᵀ [K, r] = drop(x)ᵀ dh           L = drop(x)ᵀ,  R = dh
 //
 // A block owns kBlockOuter rows and kRankTile columns of C and one split of the contraction, which
 // it walks in steps of kDepth elements (128 bytes of the large matrix's type): tiles of L (128 ·

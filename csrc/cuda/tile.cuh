@@ -18,8 +18,7 @@
 
 namespace lowrank_ext::cuda {
 
-// ---- global memory
-// --------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
 // [num_rows, num_cols], dense rows, row_stride elements apart (0 repeats one row). An absent
 // argument has no data. vectorized: every row starts on 16 bytes.
@@ -140,8 +139,7 @@ __device__ __forceinline__ void store_pair(const Matrix<T>& matrix, int64_t row,
   }
 }
 
-// ---- shared memory
-// --------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 template <class scalar, int kRows_, int kCols_>
 struct Tile {
@@ -352,8 +350,7 @@ __device__ __forceinline__ void write_pair(const TileT& tile, int row, int col, 
   store_vector<sizeof(Pair)>(tile.at(row, col), &pair);
 }
 
-// ---- products
-// -------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
 // This thread's share of a [kTileM, kTileN] product of a block of kWarpsM x kWarpsN warps; warp w
 // owns rows kWarpTileM · (w / kWarpsN) … and columns kWarpTileN · (w % kWarpsN) ….
