@@ -30,8 +30,8 @@ ForwardResult moe_lowrank_add_cuda(const Tensor& base_out, const Tensor& x,
   const ExpertCall call(args, x);
   const Tensor x_rows = as_matrix(x), base_rows = as_matrix(base_out);
   const ExpertForward pass{
-      any(x_rows),     any(base_rows),    call.routing(probs, ids, weights, counts),
-      scalar_of(loss), any(as_matrix(y)), any(as_matrix(h))};
+      ref(x_rows),      ref(base_rows),    call.routing(probs, ids, weights, counts),
+      scalar_ref(loss), ref(as_matrix(y)), ref(as_matrix(h))};
   const auto forward = call.plan().grouped ? forward_grouped : forward_dense;
   forward(call, pass, x);
   return {y, h, probs, ids, weights, loss, counts};
@@ -76,15 +76,15 @@ BackwardResult moe_lowrank_add_backward_cuda(
   };
   const std::optional<Tensor> x_rows = rows(x), h_rows = rows(h);
   const auto needed = [](bool is_needed, const Tensor& tensor) {
-    return is_needed ? rows_of(tensor) : Any{};
+    return is_needed ? rows_of(tensor) : MatrixRef{};
   };
   const ExpertBackward pass{needs,
-                            any(dout_rows),
-                            any(x_rows),
-                            any(h_rows),
+                            ref(dout_rows),
+                            ref(x_rows),
+                            ref(h_rows),
                             call.routing(probs, ids, weights, counts),
-                            dbalance_loss ? scalar_of(*dbalance_loss) : Any{},
-                            need_dx ? any(as_matrix(dx)) : Any{},
+                            dbalance_loss ? scalar_ref(*dbalance_loss) : MatrixRef{},
+                            need_dx ? ref(as_matrix(dx)) : MatrixRef{},
                             needed(need_drouter_weight, drouter_weight),
                             needed(need_dlora_a, dlora_a),
                             needed(need_dlora_b, dlora_b)};

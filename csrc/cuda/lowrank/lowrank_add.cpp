@@ -1,8 +1,8 @@
 // The branch on top of any base module's output, which is read once, as y is written.
 #include <tuple>
 
-#include "lowrank/branch.h"
 #include "common/tensors.h"
+#include "lowrank/branch.h"
 
 namespace lowrank_ext::cuda {
 

@@ -2,8 +2,8 @@
 // first.
 #include <tuple>
 
-#include "lowrank/branch.h"
 #include "common/tensors.h"
+#include "lowrank/branch.h"
 
 namespace lowrank_ext::cuda {
 namespace {

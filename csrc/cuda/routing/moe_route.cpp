@@ -2,9 +2,10 @@
 // are not looked at by the host, and one that is no expert's has no gradient.
 #include <tuple>
 
-#include "moe_checks.h"
-#include "lowrank/branch.h"
 #include "common/tensors.h"
+#include "lowrank/branch.h"
+#include "moe_checks.h"
+#include "routing/kernels.h"
 
 namespace lowrank_ext::cuda {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_cuda(
@@ -33,13 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_cud
 
   Workspace workspace;
   const int64_t scratch =
-      workspace.reserve(route_workspace_bytes(any(logits), top_k, device.num_sms));
+      workspace.reserve(route_workspace_bytes(ref(logits), top_k, device.num_sms));
   workspace.allocate(router_logits);
-  route(any(logits), top_k, data_of<const bool>(mask),
-        {any(as_matrix(weights)),
+  route(ref(logits), top_k, data_of<const bool>(mask),
+        {ref(as_matrix(weights)),
          data_of<int64_t>(ids),
          data_of<int64_t>(counts),
-         scalar_of(loss),
+         scalar_ref(loss),
          {data_of<int64_t>(sorted), data_of<int64_t>(offsets), data_of<int64_t>(positions)}},
         workspace.at(scratch), device);
   return {weights, ids, counts, loss, sorted, offsets, positions};
@@ -60,9 +61,9 @@ Tensor moe_route_backward_cuda(const std::optional<Tensor>& dtopk_weights,
   const Tensor ids = dense(topk_ids), counts = dense(expert_counts);
   const std::optional<Tensor> dweights =
       dtopk_weights ? std::optional(as_matrix(*dtopk_weights)) : std::nullopt;
-  route_backward(any(dweights), dbalance_loss ? scalar_of(*dbalance_loss) : Any{}, any(logits),
-                 data_of<int64_t>(ids), topk_ids.size(topk_ids.dim() - 1), data_of<int64_t>(counts),
-                 data_of<const bool>(mask), any(as_matrix(dlogits)),
+  route_backward(ref(dweights), dbalance_loss ? scalar_ref(*dbalance_loss) : MatrixRef{},
+                 ref(logits), data_of<int64_t>(ids), topk_ids.size(topk_ids.dim() - 1),
+                 data_of<int64_t>(counts), data_of<const bool>(mask), ref(as_matrix(dlogits)),
                  device_of_kernels(router_logits));
   return dlogits;
 }

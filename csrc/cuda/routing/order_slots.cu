@@ -1,10 +1,10 @@
-#include "routing/slot_order.cuh"
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "common/dispatch.h"
+#include "routing/kernels.h"
+#include "routing/slot_order.cuh"
 
 namespace lowrank_ext::cuda {
 
