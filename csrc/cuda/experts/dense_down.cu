@@ -1,5 +1,5 @@
-// z [M, R] = drop_g(x) W_gᵀ per group of columns, as partial sums: see dropout_product.cuh.
-#include "experts/dropout_product.cuh"
+#include "experts/dense_down.cuh"
+
 #include "experts/kernels.h"
 
 namespace lowrank_ext::cuda {
@@ -34,7 +34,7 @@ void dense_down(ComputeType compute_type, const MatrixRef& x, const MatrixRef& w
     params.groups = DropoutGroups::of(columns, shared_dropout);
     params.scale = static_cast<acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
-    launch_dropout_product("dense_down", plan, params, device.stream);
+    launch_dense_down(plan, params, device.stream);
   });
 }
 

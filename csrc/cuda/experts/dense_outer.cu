@@ -1,5 +1,5 @@
-// dW [R, K] = dz_gᵀ drop_g(x) per group of columns, as partial sums: see dropout_product.cuh.
-#include "experts/dropout_product.cuh"
+#include "experts/dense_outer.cuh"
+
 #include "experts/kernels.h"
 
 namespace lowrank_ext::cuda {
@@ -34,7 +34,7 @@ void dense_outer(ComputeType compute_type, const MatrixRef& dz, const MatrixRef&
     params.groups = DropoutGroups::of(columns, shared_dropout);
     params.scale = static_cast<acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
-    launch_dropout_product("dense_outer", plan, params, device.stream);
+    launch_dense_outer(plan, params, device.stream);
   });
 }
 

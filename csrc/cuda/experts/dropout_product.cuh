@@ -26,19 +26,6 @@
 
 namespace lowrank_ext::cuda {
 
-struct DenseDownOp {  // x [M, K], w [R, K]
-  static constexpr Contraction kLarge = Contraction::kAlongColumns;
-  static constexpr Contraction kThin = Contraction::kAlongColumns;
-  static constexpr bool kSkipsZeros = false;
-  static constexpr const char* kThinName = "w";
-};
-struct DenseOuterOp {  // x [M, K], dz [M, R]; sums are transposed
-  static constexpr Contraction kLarge = Contraction::kAlongRows;
-  static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kSkipsZeros = true;  // of thin's rows, and what is not finite in large
-  static constexpr const char* kThinName = "dz";
-};
-
 template <class Compute>
 ThinProductPlan plan_dropout_product(int64_t outer, int64_t depth, int num_cols, int num_sms) {
   ThinProductPlan plan;
@@ -244,8 +231,7 @@ __device__ __forceinline__ void fill_copies(const DroppedCopies<Traits>& copies,
 }  // namespace detail
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    dropout_product_kernel(typename Traits::Params params) {
+__device__ __forceinline__ void dropout_product(const typename Traits::Params& params) {
   using Op = typename Traits::Op;
   using acc_t = typename Traits::acc_t;
   constexpr int kStages = Traits::kStages;
@@ -313,16 +299,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
-template <class Compute, class Op>
-void launch_dropout_product(const char* name, const ThinProductPlan& plan,
-                            DropoutProductParams<Compute, Op> params, Stream stream) {
+// launch(Traits{}, shape of the launch, params) for the kernel that the plan names.
+template <class Compute, class Op, class F>
+void launch_dropout_product(const ThinProductPlan& plan, DropoutProductParams<Compute, Op> params,
+                            F launch) {
   using Traits = DropoutProductTraits<Compute, Op>;
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
-  launch_kernel(name, dropout_product_kernel<Traits>,
-                {static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
-                 static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads, Traits::kSharedBytes},
-                params, stream);
+  launch(Traits{},
+         LaunchShape{static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
+                     static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads,
+                     Traits::kSharedBytes},
+         params);
 }
 
 }  // namespace lowrank_ext::cuda

@@ -30,8 +30,7 @@ void grouped_up(ComputeType compute_type, const TokenChoices& choices, const Mat
     auto params = params_of<Compute>(choices, gated, lora_b, y);
     params.base = matrix_of<const typename Compute::scalar_t>(base);
     params.scale = static_cast<typename Compute::acc_t>(scaling);
-    launch_grouped_expand<Compute, GroupedUpOp>("grouped_up", params, device.num_sms,
-                                                device.stream);
+    launch_grouped_expand<Compute, GroupedUpOp>(params, device.num_sms, device.stream);
   });
 }
 
@@ -48,8 +47,7 @@ void grouped_down_backward_x(ComputeType compute_type, const TokenChoices& choic
     params.part_scale = static_cast<typename Compute::acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
     params.shared_dropout = shared_dropout;
-    launch_grouped_expand<Compute, GroupedDownBackwardXOp>("grouped_down_backward_x", params,
-                                                           device.num_sms, device.stream);
+    launch_grouped_expand<Compute, GroupedDownBackwardXOp>(params, device.num_sms, device.stream);
   });
 }
 

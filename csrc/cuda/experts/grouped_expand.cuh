@@ -271,8 +271,7 @@ struct ExpertWalk {
 
 // Block (x, y): tokens x · kBlockRows … of the order, column tiles y · col_tiles_per_block ….
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    grouped_expand_kernel(const typename Traits::Params params) {
+__device__ __forceinline__ void grouped_expand(const typename Traits::Params& params) {
   using Sum = typename Traits::Sum;
   using Staging = typename Traits::Staging;
   using Op = typename Traits::Op;
@@ -345,6 +344,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
+// y in the forward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    grouped_up_kernel(const typename Traits::Params params) {
+  grouped_expand<Traits>(params);
+}
+
+// dx in the backward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    grouped_down_backward_x_kernel(const typename Traits::Params params) {
+  grouped_expand<Traits>(params);
+}
+
 // ---- plan
 
 struct GroupedExpandPlan {
@@ -357,7 +370,7 @@ struct GroupedExpandPlan {
 namespace detail {
 
 template <class F>
-void with_expert_expand_shape(int block_rows, F f) {
+void with_grouped_expand_shape(int block_rows, F f) {
   if (block_rows == 16) return f(ExpandShape<1, 2, 16>{});
   return f(ExpandShape<8, 1, 16>{});
 }
@@ -372,13 +385,13 @@ GroupedExpandPlan plan_grouped_expand(int64_t num_tokens, int64_t num_cols, int 
   constexpr int64_t kFewTokens = 64;
   GroupedExpandPlan plan{};
   plan.block_rows = num_tokens <= kFewTokens ? 16 : 128;
-  detail::with_expert_expand_shape(128, [&](auto shape) {
+  detail::with_grouped_expand_shape(128, [&](auto shape) {
     using Traits = GroupedExpandTraits<Compute, decltype(shape), Op>;
     if (Traits::shared_bytes(num_experts, top_k) > detail::kMaxBlockSharedBytes)
       plan.block_rows = 16;
   });
   plan.num_row_blocks = (num_tokens + plan.block_rows - 1) / plan.block_rows;
-  detail::with_expert_expand_shape(plan.block_rows, [&](auto shape) {
+  detail::with_grouped_expand_shape(plan.block_rows, [&](auto shape) {
     using Traits = GroupedExpandTraits<Compute, decltype(shape), Op>;
     const int64_t num_col_tiles = (num_cols + Traits::kBlockCols - 1) / Traits::kBlockCols;
     plan.shared_bytes = Traits::shared_bytes(num_experts, top_k);
@@ -391,18 +404,21 @@ GroupedExpandPlan plan_grouped_expand(int64_t num_tokens, int64_t num_cols, int 
 }
 
 template <class Compute, class Op>
-void launch_grouped_expand(const char* name, GroupedExpandParams<Compute> params, int num_sms,
-                           Stream stream) {
+void launch_grouped_expand(GroupedExpandParams<Compute> params, int num_sms, Stream stream) {
   const GroupedExpandPlan plan = plan_grouped_expand<Compute, Op>(
       params.out.num_rows, params.out.num_cols, params.num_experts(), params.top_k(), num_sms);
   params.col_tiles_per_block = plan.col_tiles_per_block;
-  detail::with_expert_expand_shape(plan.block_rows, [&](auto shape) {
+  detail::with_grouped_expand_shape(plan.block_rows, [&](auto shape) {
     using Traits = GroupedExpandTraits<Compute, decltype(shape), Op>;
-    launch_kernel(
-        name, grouped_expand_kernel<Traits>,
-        {static_cast<unsigned>(plan.num_row_blocks), static_cast<unsigned>(plan.num_col_blocks), 1,
-         Traits::kThreads, static_cast<size_t>(plan.shared_bytes)},
-        params, stream);
+    const LaunchShape launch_shape{static_cast<unsigned>(plan.num_row_blocks),
+                                   static_cast<unsigned>(plan.num_col_blocks), 1, Traits::kThreads,
+                                   static_cast<size_t>(plan.shared_bytes)};
+    if constexpr (Op::kIsBackward) {
+      launch_kernel("grouped_down_backward_x", &grouped_down_backward_x_kernel<Traits>,
+                    launch_shape, params, stream);
+    } else {
+      launch_kernel("grouped_up", &grouped_up_kernel<Traits>, launch_shape, params, stream);
+    }
   });
 }
 

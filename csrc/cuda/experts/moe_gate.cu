@@ -10,13 +10,6 @@ Matrix<const bool> mask_of(const ExpertRouting& routing) {
   return dense_matrix(routing.token_mask, 1, routing.probs.num_rows);
 }
 
-template <class acc_t>
-ChoiceTensors<acc_t> choices_of(const ExpertRouting& routing) {
-  const MatrixRef& weights = routing.weights;
-  return {dense_matrix<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
-          matrix_of<const acc_t>(weights)};
-}
-
 // Of the workspace: each block's sums of probabilities, then its counts.
 struct BlockSums {
   double* probs;
@@ -44,13 +37,6 @@ GateBackwardParams<Compute> gate_backward_params(const DenseColumns& columns,
   params.counts = dense_matrix<const int64_t>(routing.counts, 1, columns.num_experts);
   params.token_mask = mask_of(routing);
   return params;
-}
-
-// [num_splits · num_rows, num_cols] of the accumulator's type.
-template <class acc_t>
-Matrix<const acc_t> slot_sums(const PartialSums& sums, int64_t num_rows, int64_t num_cols) {
-  return {static_cast<const acc_t*>(sums.data), sums.num_splits * num_rows, num_cols,
-          sums.row_stride, false};
 }
 
 }  // namespace
@@ -119,31 +105,6 @@ void dense_gate_backward(ComputeType compute_type, const DenseColumns& columns, 
     params.num_splits = g.num_splits;
     params.dz = matrix_of<typename Compute::scalar_t>(dz);
     launch_moe_gate_backward(params, device.stream);
-  });
-}
-
-void grouped_gate(ComputeType compute_type, const PartialSums& sums, const ExpertRouting& routing,
-                  const MatrixRef& h, const MatrixRef& gated, const Device& device) {
-  dispatch(compute_type, [&](auto compute) {
-    using Compute = decltype(compute);
-    using scalar_t = typename Compute::scalar_t;
-    using acc_t = typename Compute::acc_t;
-    launch_grouped_gate<Compute>(
-        {choices_of<acc_t>(routing), slot_sums<acc_t>(sums, gated.num_rows, gated.num_cols),
-         sums.num_splits, static_cast<int>(gated.num_cols), matrix_of<scalar_t>(h),
-         matrix_of<scalar_t>(gated)},
-        device.stream);
-  });
-}
-
-void grouped_apply_gates(ComputeType compute_type, const ExpertRouting& routing, const MatrixRef& h,
-                         const MatrixRef& gated, const Device& device) {
-  dispatch(compute_type, [&](auto compute) {
-    using Compute = decltype(compute);
-    using scalar_t = typename Compute::scalar_t;
-    launch_grouped_apply_gates<Compute>({choices_of<typename Compute::acc_t>(routing),
-                                         matrix_of<const scalar_t>(h), matrix_of<scalar_t>(gated)},
-                                        device.stream);
   });
 }
 

@@ -35,7 +35,7 @@
 #include <algorithm>
 
 #include "common/partial_sums.cuh"
-#include "experts/dense_columns.h"
+#include "experts/kernels.h"
 #include "routing/balance.cuh"
 #include "routing/topk.cuh"
 
@@ -91,6 +91,20 @@ struct ChoiceTensors {
     f("topk_weights", weights);
   }
 };
+
+template <class acc_t>
+ChoiceTensors<acc_t> choices_of(const ExpertRouting& routing) {
+  const MatrixRef& weights = routing.weights;
+  return {dense_matrix<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
+          matrix_of<const acc_t>(weights)};
+}
+
+// [num_splits · num_rows, num_cols] of the accumulator's type.
+template <class acc_t>
+Matrix<const acc_t> slot_sums(const PartialSums& sums, int64_t num_rows, int64_t num_cols) {
+  return {static_cast<const acc_t*>(sums.data), sums.num_splits * num_rows, num_cols,
+          sums.row_stride, false};
+}
 
 // ---- forward
 
@@ -454,82 +468,6 @@ __global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Compute>)
   }
 }
 
-// ---- slots
-
-template <class Compute>
-struct GroupedGateParams {
-  using scalar_t = typename Compute::scalar_t;
-  using acc_t = typename Compute::acc_t;
-
-  ChoiceTensors<acc_t> choices;
-  Matrix<const acc_t> sums;  // [num_splits · M k, r]
-  int num_splits, rank;
-  Matrix<scalar_t> h;      // [M, E r]
-  Matrix<scalar_t> gated;  // [M k, r]
-
-  template <class F>
-  void each_tensor(F&& f) const {
-    choices.each_tensor(f);
-    f("partials", sums);
-    f("h", h);
-    f("gated", gated);
-  }
-};
-
-// A thread owns an element of h.
-template <class Compute>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Compute>)
-    grouped_gate_kernel(GroupedGateParams<Compute> params) {
-  using scalar_t = typename Compute::scalar_t;
-  using acc_t = typename Compute::acc_t;
-  const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
-  if (i >= params.h.num_rows * params.h.num_cols) return;
-  const int64_t row = i / params.h.num_cols;
-  const int col = static_cast<int>(i % params.h.num_cols), r = col % params.rank;
-  const Choices<acc_t> choices = params.choices.of(row);
-  const int choice = choices.find(col / params.rank);
-  scalar_t h = scalar_t(0.0f);
-  if (choice >= 0) {
-    const int64_t slot = row * choices.top_k + choice, num_slots = params.gated.num_rows;
-    h = convert<scalar_t>(sum_partials(params.sums, params.num_splits, num_slots, slot, r));
-    *params.gated.at(slot, r) = convert<scalar_t>(choices.weights[choice] * convert<acc_t>(h));
-  }
-  *params.h.at(row, col) = h;
-}
-
-template <class Compute>
-struct GroupedApplyGatesParams {
-  using scalar_t = typename Compute::scalar_t;
-  using acc_t = typename Compute::acc_t;
-
-  ChoiceTensors<acc_t> choices;
-  Matrix<const scalar_t> h;  // [M, E r]
-  Matrix<scalar_t> gated;    // [M k, r]
-
-  template <class F>
-  void each_tensor(F&& f) const {
-    choices.each_tensor(f);
-    f("h", h);
-    f("gated", gated);
-  }
-};
-
-// A thread owns an element of gated.
-template <class Compute>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Compute>)
-    grouped_apply_gates_kernel(GroupedApplyGatesParams<Compute> params) {
-  using acc_t = typename Compute::acc_t;
-  const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
-  const int64_t rank = params.gated.num_cols;
-  if (i >= params.gated.num_rows * rank) return;
-  const int64_t slot = i / rank, r = i % rank, top_k = params.choices.ids.num_cols;
-  const int64_t row = slot / top_k, expert = params.choices.of(row).ids[slot % top_k];
-  if (expert < 0 || (expert + 1) * rank > params.h.num_cols) return;
-  const acc_t weight = params.choices.of(row).weights[slot % top_k];
-  *params.gated.at(slot, r) = convert<typename Compute::scalar_t>(
-      weight * convert<acc_t>(*params.h.at(row, expert * rank + r)));
-}
-
 // ---- launch
 
 template <class Compute>
@@ -552,17 +490,6 @@ template <class Compute>
 void launch_dense_apply_gates(const DenseApplyGatesParams<Compute>& params, Stream stream) {
   launch_kernel("dense_apply_gates", dense_apply_gates_kernel<Compute>, gate_shape(params.gated),
                 params, stream);
-}
-
-template <class Compute>
-void launch_grouped_gate(const GroupedGateParams<Compute>& params, Stream stream) {
-  launch_kernel("grouped_gate", grouped_gate_kernel<Compute>, gate_shape(params.h), params, stream);
-}
-
-template <class Compute>
-void launch_grouped_apply_gates(const GroupedApplyGatesParams<Compute>& params, Stream stream) {
-  launch_kernel("grouped_apply_gates", grouped_apply_gates_kernel<Compute>,
-                gate_shape(params.gated), params, stream);
 }
 
 template <class Compute>

@@ -80,4 +80,13 @@ void lowrank_down_backward_x(ComputeType compute_type, const MatrixRef& base, co
                              const MatrixRef& lora_a, const DropoutArgs& dropout,
                              const MatrixRef& dx, const Device& device);
 
+// Partial sums of scale · drop(source)ᵀ thin, source [M, C] and thin [M, r]: part s in rows
+// [s C, (s + 1) C) of data [num_splits · C, r] or, transposed, in rows [s r, (s + 1) r) of data
+// [num_splits · r, C]. finite_only: elements of source that are not finite count as zero.
+PartialSumsSize outer_sum_size(ComputeType compute_type, int64_t num_rows, int64_t num_cols,
+                               int64_t rank, bool transposed, int num_sms);
+void outer_sum(ComputeType compute_type, const MatrixRef& source, const MatrixRef& thin,
+               const DropoutArgs& dropout, double scale, bool transposed, void* partials,
+               const Device& device, bool finite_only = false);
+
 }  // namespace lowrank_ext::cuda

@@ -1,8 +1,8 @@
-// h [M, r] = drop(x) lora_aᵀ: see thin_product.cuh. Where the contraction is split,
-// partial_sums.cuh adds the parts.
+// h [M, r] = drop(x) lora_aᵀ; where the contraction is split, partial_sums.cuh adds the parts.
+#include "lowrank/lowrank_down.cuh"
+
 #include "common/partial_sums.cuh"
 #include "lowrank/kernels.h"
-#include "lowrank/thin_product.cuh"
 
 namespace lowrank_ext::cuda {
 namespace {
@@ -28,8 +28,8 @@ ThinProductParams<Compute, DownOp> params_of(const MatrixRef& x, const MatrixRef
 }
 
 template <class Compute>
-void launch_lowrank_down(const MatrixRef& x, const MatrixRef& lora_a, const MatrixRef& h,
-                         const DropoutArgs& dropout, void* workspace, const Device& device) {
+void down_to_matrix(const MatrixRef& x, const MatrixRef& lora_a, const MatrixRef& h,
+                    const DropoutArgs& dropout, void* workspace, const Device& device) {
   using scalar_t = typename Compute::scalar_t;
   using acc_t = typename Compute::acc_t;
   const int64_t num_rows = x.num_rows, rank = lora_a.num_rows;
@@ -38,12 +38,12 @@ void launch_lowrank_down(const MatrixRef& x, const MatrixRef& lora_a, const Matr
   ThinProductParams<Compute, DownOp> params = params_of<Compute>(x, lora_a, dropout);
   if (plan.num_splits == 1) {
     params.out = matrix_of<scalar_t>(h);
-    return launch_thin_product("lowrank_down", plan, params, device.stream);
+    return launch_lowrank_down(plan, params, device.stream);
   }
   const int64_t stride = padded_to_sector(rank);
   params.partials = {static_cast<acc_t*>(workspace), plan.num_splits * num_rows, stride, stride,
                      true};
-  launch_thin_product("lowrank_down", plan, params, device.stream);
+  launch_lowrank_down(plan, params, device.stream);
   const Matrix<acc_t>& partials = params.partials;
   launch_partial_sums<Compute>({partials.data, partials.num_rows, rank, stride, true},
                                plan.num_splits, {matrix_of<scalar_t>(h), {}}, num_rows, rank,
@@ -66,7 +66,7 @@ void lowrank_down(ComputeType compute_type, const MatrixRef& x, const MatrixRef&
                   const MatrixRef& h, const DropoutArgs& dropout, void* workspace,
                   const Device& device) {
   dispatch(compute_type, [&](auto compute) {
-    launch_lowrank_down<decltype(compute)>(x, lora_a, h, dropout, workspace, device);
+    down_to_matrix<decltype(compute)>(x, lora_a, h, dropout, workspace, device);
   });
 }
 
@@ -91,7 +91,7 @@ void lowrank_down_partials(ComputeType compute_type, const MatrixRef& x, const M
                        z.row_stride, z.row_stride, true};
     const auto plan =
         plan_lowrank_down<Compute>(x.num_rows, x.num_cols, w.num_rows, device.num_sms);
-    launch_thin_product("lowrank_down", plan, params, device.stream);
+    launch_lowrank_down(plan, params, device.stream);
   });
 }
 

@@ -3,7 +3,6 @@
 #include "lowrank/lowrank_up_backward.cuh"
 
 #include "lowrank/kernels.h"
-#include "lowrank/outer_sum.h"
 
 namespace lowrank_ext::cuda {
 namespace {
@@ -84,7 +83,7 @@ struct UpBackwardCall {
     params.partials = g_sums();
     params.rows_per_split = num_rows();
     params.scale = scaling;
-    launch_thin_product("lowrank_up_backward", plan.g, params, stream);
+    launch_lowrank_up_backward_g(plan.g, params, stream);
   }
 
   void pass_for_p(const UpBackwardPlan& plan, ComputeType compute_type,
@@ -97,7 +96,7 @@ struct UpBackwardCall {
       launch_mid_rows<Compute>(
           {matrix_of<const scalar_t>(h), mid_factors(), matrix_of<scalar_t>(left)}, stream);
     }
-    outer_sum("lowrank_up_backward", compute_type, dout, left, DropoutArgs{}, scaling,
+    outer_sum(compute_type, dout, left, DropoutArgs{}, scaling,
               /*transposed=*/false, p_workspace, device);
   }
 

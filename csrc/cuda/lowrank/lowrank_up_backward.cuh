@@ -455,4 +455,23 @@ void launch_mid_rows(const MidRowsParams<Compute>& params, Stream stream) {
                 params, stream);
 }
 
+// ---- G in a pass of its own: the product of thin_product.cuh with L = dout
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    lowrank_up_backward_g_kernel(const typename Traits::Params params) {
+  thin_product<Traits>(params);
+}
+
+template <class Compute>
+void launch_lowrank_up_backward_g(const ThinProductPlan& plan,
+                                  const ThinProductParams<Compute, UpBackwardOp>& params,
+                                  Stream stream) {
+  launch_thin_product(
+      plan, params, [&](auto traits, const LaunchShape& shape, const auto& planned) {
+        launch_kernel("lowrank_up_backward_g", &lowrank_up_backward_g_kernel<decltype(traits)>,
+                      shape, planned, stream);
+      });
+}
+
 }  // namespace lowrank_ext::cuda

@@ -306,8 +306,7 @@ __device__ __forceinline__ void store_transposed_sum(typename Traits::Sum& sum,
 }  // namespace detail
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    thin_product_kernel(typename Traits::Params params) {
+__device__ __forceinline__ void thin_product(const typename Traits::Params& params) {
   using Op = typename Traits::Op;
   const int thread = static_cast<int>(threadIdx.x);
   const detail::ThinProductBlock<Traits> block(params);
@@ -377,34 +376,40 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
 // ---- launch
 
-template <class Compute, class Op, int kBlockOuter, int kRankTile>
-void launch_thin_product_as(const char* name, const ThinProductPlan& plan,
-                            const ThinProductParams<Compute, Op>& params, Stream stream) {
+namespace detail {
+
+template <class Compute, class Op, int kBlockOuter, int kRankTile, class F>
+void launch_thin_product_as(const ThinProductPlan& plan,
+                            const ThinProductParams<Compute, Op>& params, F launch) {
   using Traits = ThinProductTraits<Compute, Op, kBlockOuter, kRankTile>;
-  launch_kernel(name, thin_product_kernel<Traits>,
-                {static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
-                 static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads, Traits::kSharedBytes},
-                params, stream);
+  launch(Traits{},
+         LaunchShape{static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
+                     static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads,
+                     Traits::kSharedBytes},
+         params);
 }
 
-template <class Compute, class Op>
-void launch_thin_product(const char* name, const ThinProductPlan& plan,
-                         ThinProductParams<Compute, Op> params, Stream stream) {
+}  // namespace detail
+
+// launch(Traits{}, shape of the launch, params) for the kernel that the plan names.
+template <class Compute, class Op, class F>
+void launch_thin_product(const ThinProductPlan& plan, ThinProductParams<Compute, Op> params,
+                         F launch) {
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
   if constexpr (Op::kMayBeSmall) {
     if (plan.block_outer == 16)
-      return launch_thin_product_as<Compute, Op, 16, 16>(name, plan, params, stream);
+      return detail::launch_thin_product_as<Compute, Op, 16, 16>(plan, params, launch);
   }
   if constexpr (sizeof(typename Compute::scalar_t) == 2) {
     if (plan.rank_tile == 128)
-      return launch_thin_product_as<Compute, Op, 64, 128>(name, plan, params, stream);
+      return detail::launch_thin_product_as<Compute, Op, 64, 128>(plan, params, launch);
   }
   if (plan.rank_tile == 16)
-    return launch_thin_product_as<Compute, Op, 64, 16>(name, plan, params, stream);
+    return detail::launch_thin_product_as<Compute, Op, 64, 16>(plan, params, launch);
   if (plan.rank_tile == 32)
-    return launch_thin_product_as<Compute, Op, 64, 32>(name, plan, params, stream);
-  launch_thin_product_as<Compute, Op, 64, 64>(name, plan, params, stream);
+    return detail::launch_thin_product_as<Compute, Op, 64, 32>(plan, params, launch);
+  detail::launch_thin_product_as<Compute, Op, 64, 64>(plan, params, launch);
 }
 
 }  // namespace lowrank_ext::cuda

@@ -13,16 +13,13 @@ struct SegmentDownCall {
   using scalar_t = typename Compute::scalar_t;
   using acc_t = typename Compute::acc_t;
 
-  const char* name;
   Device device;
   SegmentDownPlan plan;
   SegmentDownParams<Compute, Op> params{};
 
-  SegmentDownCall(const char* name, const RowGroups& groups, const MatrixRef& large,
-                  const StackRef& thin, int64_t rank, double scale, const DropoutArgs& dropout,
-                  const Device& device)
-      : name(name),
-        device(device),
+  SegmentDownCall(const RowGroups& groups, const MatrixRef& large, const StackRef& thin,
+                  int64_t rank, double scale, const DropoutArgs& dropout, const Device& device)
+      : device(device),
         plan(plan_segment_down<Compute>(groups.num_rows, groups.num_groups, large.num_cols, rank,
                                         device.num_sms)) {
     params.segments = segments_of(groups, rank);
@@ -37,14 +34,14 @@ struct SegmentDownCall {
     const int64_t stride = padded_to_sector(params.segments.max_rank);
     params.partials = {static_cast<acc_t*>(data), plan.num_splits * params.num_rows, stride, stride,
                        true};
-    launch_segment_down(name, plan, params, device.stream);
+    launch_segment_down(plan, params, device.stream);
   }
 
   void to_matrix(const MatrixRef& out, void* workspace) {
     const int64_t rank = out.num_cols;
     if (plan.num_splits == 1) {
       params.out = matrix_of<scalar_t>(out);
-      return launch_segment_down(name, plan, params, device.stream);
+      return launch_segment_down(plan, params, device.stream);
     }
     to_partials(workspace);
     const Matrix<acc_t>& sums = params.partials;
@@ -80,8 +77,8 @@ void segment_down(ComputeType compute_type, const RowGroups& groups, const Matri
                   const StackRef& lora_a, const MatrixRef& h, const DropoutArgs& dropout,
                   void* workspace, const Device& device) {
   dispatch(compute_type, [&](auto compute) {
-    SegmentDownCall<decltype(compute), DownOp>("segment_down", groups, x, lora_a, h.num_cols,
-                                               dropout.scale, dropout, device)
+    SegmentDownCall<decltype(compute), DownOp>(groups, x, lora_a, h.num_cols, dropout.scale,
+                                               dropout, device)
         .to_matrix(h, workspace);
   });
 }
@@ -90,8 +87,8 @@ void segment_down_partials(ComputeType compute_type, const RowGroups& groups, co
                            const StackRef& lora_a, const DropoutArgs& dropout, const PartialSums& h,
                            const Device& device) {
   dispatch(compute_type, [&](auto compute) {
-    SegmentDownCall<decltype(compute), DownOp>(
-        "segment_down", groups, x, lora_a, lora_a.first.num_rows, dropout.scale, dropout, device)
+    SegmentDownCall<decltype(compute), DownOp>(groups, x, lora_a, lora_a.first.num_rows,
+                                               dropout.scale, dropout, device)
         .to_partials(h.data);
   });
 }
@@ -101,8 +98,7 @@ void segment_up_backward(ComputeType compute_type, const RowGroups& groups, cons
                          void* workspace, const Device& device) {
   dispatch(compute_type, [&](auto compute) {
     using Compute = decltype(compute);
-    SegmentDownCall<Compute, UpBackwardOp> call("segment_up_backward", groups, dout, lora_b,
-                                                dh.num_cols, 1.0, {}, device);
+    SegmentDownCall<Compute, UpBackwardOp> call(groups, dout, lora_b, dh.num_cols, 1.0, {}, device);
     call.params.scaling = group_scaling<typename Compute::acc_t>(scaling);
     call.to_matrix(dh, workspace);
   });
@@ -112,8 +108,8 @@ void segment_up_backward_partials(ComputeType compute_type, const RowGroups& gro
                                   const MatrixRef& dout, const StackRef& lora_b, double scaling,
                                   const PartialSums& dh, const Device& device) {
   dispatch(compute_type, [&](auto compute) {
-    SegmentDownCall<decltype(compute), UpBackwardOp>("segment_up_backward", groups, dout, lora_b,
-                                                     lora_b.first.num_cols, scaling, {}, device)
+    SegmentDownCall<decltype(compute), UpBackwardOp>(groups, dout, lora_b, lora_b.first.num_cols,
+                                                     scaling, {}, device)
         .to_partials(dh.data);
   });
 }

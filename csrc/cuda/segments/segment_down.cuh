@@ -155,8 +155,7 @@ __device__ __forceinline__ void store_segment_sum(typename Traits::Sum& sum, uns
 
 // Block (x, y): tile x / num_rank_tiles of the segments, rank tile x % num_rank_tiles, split y.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    segment_down_kernel(const typename Traits::Params params) {
+__device__ __forceinline__ void segment_thin_product(const typename Traits::Params& params) {
   const int thread = static_cast<int>(threadIdx.x);
   const SegmentTile tile =
       find_segment_tile(params.segments, Traits::kBlockOuter,
@@ -178,31 +177,54 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
-// ---- launch
-
-template <class Compute, class Op, int kBlockOuter, int kRankTile>
-void launch_segment_down_as(const char* name, const SegmentDownPlan& plan,
-                            const SegmentDownParams<Compute, Op>& params, Stream stream) {
-  using Traits = SegmentDownTraits<Compute, Op, kBlockOuter, kRankTile>;
-  launch_kernel(name, segment_down_kernel<Traits>,
-                {static_cast<unsigned>(plan.max_tiles * plan.num_rank_tiles),
-                 static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads, Traits::kSharedBytes},
-                params, stream);
+// h in the forward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_down_kernel(const typename Traits::Params params) {
+  segment_thin_product<Traits>(params);
 }
 
+// dh in the backward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_up_backward_kernel(const typename Traits::Params params) {
+  segment_thin_product<Traits>(params);
+}
+
+// ---- launch
+
+namespace detail {
+
+template <class Compute, class Op, int kBlockOuter, int kRankTile>
+void launch_segment_down_as(const SegmentDownPlan& plan,
+                            const SegmentDownParams<Compute, Op>& params, Stream stream) {
+  using Traits = SegmentDownTraits<Compute, Op, kBlockOuter, kRankTile>;
+  const LaunchShape shape{static_cast<unsigned>(plan.max_tiles * plan.num_rank_tiles),
+                          static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads,
+                          Traits::kSharedBytes};
+  if constexpr (std::is_same_v<Op, DownOp>) {
+    launch_kernel("segment_down", &segment_down_kernel<Traits>, shape, params, stream);
+  } else {
+    launch_kernel("segment_up_backward", &segment_up_backward_kernel<Traits>, shape, params,
+                  stream);
+  }
+}
+
+}  // namespace detail
+
 template <class Compute, class Op>
-void launch_segment_down(const char* name, const SegmentDownPlan& plan,
-                         SegmentDownParams<Compute, Op> params, Stream stream) {
+void launch_segment_down(const SegmentDownPlan& plan, SegmentDownParams<Compute, Op> params,
+                         Stream stream) {
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
   if (plan.block_outer == 16)
-    return launch_segment_down_as<Compute, Op, 16, 16>(name, plan, params, stream);
+    return detail::launch_segment_down_as<Compute, Op, 16, 16>(plan, params, stream);
   if constexpr (Compute::kTensorCores) {
     if (plan.rank_tile == 16)
-      return launch_segment_down_as<Compute, Op, 64, 16>(name, plan, params, stream);
-    launch_segment_down_as<Compute, Op, 64, 64>(name, plan, params, stream);
+      return detail::launch_segment_down_as<Compute, Op, 64, 16>(plan, params, stream);
+    detail::launch_segment_down_as<Compute, Op, 64, 64>(plan, params, stream);
   } else {
-    launch_segment_down_as<Compute, Op, 64, 32>(name, plan, params, stream);
+    detail::launch_segment_down_as<Compute, Op, 64, 32>(plan, params, stream);
   }
 }
 

@@ -34,7 +34,7 @@ void segment_up_backward_lora_b(ComputeType compute_type, const RowGroups& group
     auto params = params_of<Compute>(groups, dout, h, dlora_b, /*transposed=*/false);
     params.scaling = group_scaling<typename Compute::acc_t>(scaling);
     params.scale = static_cast<typename Compute::acc_t>(scale);
-    launch_segment_outer("segment_up_backward_lora_b", params, device.stream);
+    launch_segment_outer(params, device.stream);
   });
 }
 
@@ -47,7 +47,7 @@ void segment_down_backward_lora_a(ComputeType compute_type, const RowGroups& gro
     auto params = params_of<Compute>(groups, x, dh, dlora_a, /*transposed=*/true);
     params.scale = static_cast<typename Compute::acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
-    launch_segment_outer("segment_down_backward_lora_a", params, device.stream);
+    launch_segment_outer(params, device.stream);
   });
 }
 

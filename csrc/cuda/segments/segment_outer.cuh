@@ -178,26 +178,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 // ---- launch
 
 template <class Compute, int kRankTile>
-void launch_segment_outer_as(const char* name, SegmentOuterParams<Compute> params, Stream stream) {
+void launch_segment_outer_as(SegmentOuterParams<Compute> params, Stream stream) {
   using Traits = SegmentOuterTraits<Compute, kRankTile>;
   params.num_col_tiles = (params.large.num_cols + Traits::kBlockOuter - 1) / Traits::kBlockOuter;
   params.num_rank_tiles = (params.segments.max_rank + kRankTile - 1) / kRankTile;
   const int64_t num_blocks =
       params.segments.num_groups * params.num_col_tiles * params.num_rank_tiles;
-  launch_kernel(name, segment_outer_kernel<Traits>,
+  launch_kernel("segment_outer", segment_outer_kernel<Traits>,
                 {static_cast<unsigned>(num_blocks), 1, 1, Traits::kThreads, Traits::kSharedBytes},
                 params, stream);
 }
 
 template <class Compute>
-void launch_segment_outer(const char* name, const SegmentOuterParams<Compute>& params,
-                          Stream stream) {
+void launch_segment_outer(const SegmentOuterParams<Compute>& params, Stream stream) {
   if constexpr (Compute::kTensorCores) {
-    if (params.segments.max_rank <= 16)
-      return launch_segment_outer_as<Compute, 16>(name, params, stream);
-    launch_segment_outer_as<Compute, 64>(name, params, stream);
+    if (params.segments.max_rank <= 16) return launch_segment_outer_as<Compute, 16>(params, stream);
+    launch_segment_outer_as<Compute, 64>(params, stream);
   } else {
-    launch_segment_outer_as<Compute, 32>(name, params, stream);
+    launch_segment_outer_as<Compute, 32>(params, stream);
   }
 }
 

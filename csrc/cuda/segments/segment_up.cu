@@ -29,8 +29,7 @@ void segment_up(ComputeType compute_type, const RowGroups& groups, const MatrixR
     params.base = matrix_of<const typename Compute::scalar_t>(base);
     params.scaling = group_scaling<typename Compute::acc_t>(scaling);
     params.scale = 1;
-    launch_segment_up<Compute, UpOp>("segment_up", params, groups.num_rows, device.num_sms,
-                                     device.stream);
+    launch_segment_up<Compute, UpOp>(params, groups.num_rows, device.num_sms, device.stream);
   });
 }
 
@@ -42,8 +41,8 @@ void segment_down_backward_x(ComputeType compute_type, const RowGroups& groups, 
     auto params = params_of<Compute>(groups, dh, lora_a, dx);
     params.scale = static_cast<typename Compute::acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
-    launch_segment_up<Compute, DownBackwardXOp>("segment_down_backward_x", params, groups.num_rows,
-                                                device.num_sms, device.stream);
+    launch_segment_up<Compute, DownBackwardXOp>(params, groups.num_rows, device.num_sms,
+                                                device.stream);
   });
 }
 

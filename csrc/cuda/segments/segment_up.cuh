@@ -176,8 +176,7 @@ __device__ __forceinline__ void copy_rows(const typename Traits::Params& params,
 
 // Block (x, y) owns tile x of the segments and column tiles y · col_tiles_per_block ….
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    segment_up_kernel(const typename Traits::Params params) {
+__device__ __forceinline__ void segment_expand(const typename Traits::Params& params) {
   using scalar_t = typename Traits::scalar_t;
   using MidTile = typename Traits::MidTile;
   using Staging = typename Traits::Staging;
@@ -256,6 +255,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
+// y in the forward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_up_kernel(const typename Traits::Params params) {
+  segment_expand<Traits>(params);
+}
+
+// dx in the backward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_down_backward_x_kernel(const typename Traits::Params params) {
+  segment_expand<Traits>(params);
+}
+
 // ---- plan
 
 struct SegmentUpPlan {
@@ -304,18 +317,22 @@ SegmentUpPlan plan_segment_up(int64_t num_rows, int64_t num_groups, int64_t num_
 }
 
 template <class Compute, class Op>
-void launch_segment_up(const char* name, SegmentUpParams<Compute> params, int64_t num_rows,
-                       int num_sms, Stream stream) {
+void launch_segment_up(SegmentUpParams<Compute> params, int64_t num_rows, int num_sms,
+                       Stream stream) {
   const SegmentUpPlan plan = plan_segment_up<Compute, Op>(
       num_rows, params.segments.num_groups, params.out.num_cols, params.segments.max_rank, num_sms);
   params.col_tiles_per_block = plan.col_tiles_per_block;
   detail::with_segment_up_shape<Compute>(plan.block_rows, [&](auto shape) {
     using Traits = SegmentUpTraits<Compute, decltype(shape), Op>;
-    launch_kernel(
-        name, segment_up_kernel<Traits>,
-        {static_cast<unsigned>(plan.max_tiles), static_cast<unsigned>(plan.num_col_blocks), 1,
-         Traits::kThreads, static_cast<size_t>(plan.shared_bytes)},
-        params, stream);
+    const LaunchShape launch_shape{static_cast<unsigned>(plan.max_tiles),
+                                   static_cast<unsigned>(plan.num_col_blocks), 1, Traits::kThreads,
+                                   static_cast<size_t>(plan.shared_bytes)};
+    if constexpr (std::is_same_v<Op, UpOp>) {
+      launch_kernel("segment_up", &segment_up_kernel<Traits>, launch_shape, params, stream);
+    } else {
+      launch_kernel("segment_down_backward_x", &segment_down_backward_x_kernel<Traits>,
+                    launch_shape, params, stream);
+    }
   });
 }
 
