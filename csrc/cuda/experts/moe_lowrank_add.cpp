@@ -95,14 +95,6 @@ BackwardResult moe_lowrank_add_backward_cuda(
 
 }  // namespace lowrank_ext::cuda
 
-// For benchmarks/bench_expert_forms.py, by ctypes: 0 the dense form, 1 the grouped one, 2 the
-// grouped one with a dense up backward, anything else what is planned.
-extern "C" __attribute__((visibility("default"))) void lowrank_ext_fix_expert_plan(int form) {
-  using lowrank_ext::cuda::ExpertPlan, lowrank_ext::cuda::fixed_expert_plan;
-  const bool is_form = form >= 0 && form <= 2;
-  fixed_expert_plan = is_form ? std::optional(ExpertPlan{form > 0, form == 2}) : std::nullopt;
-}
-
 LOWRANK_EXT_CUDA_IMPL(m) {
   m.impl("moe_lowrank_add", TORCH_BOX(&lowrank_ext::cuda::moe_lowrank_add_cuda));
   m.impl("moe_lowrank_add_backward", TORCH_BOX(&lowrank_ext::cuda::moe_lowrank_add_backward_cuda));

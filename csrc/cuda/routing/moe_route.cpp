@@ -1,5 +1,5 @@
-// Routing of given logits. What is counted and ordered stays on the device: ids of a backward call
-// are not looked at by the host, and one that is no expert's has no gradient.
+// Routing of given logits. Counts and orders stay on the device; the host does not look at the ids
+// of a backward call, and an id outside [0, E) has no gradient.
 #include <tuple>
 
 #include "common/tensors.h"
@@ -32,17 +32,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_cud
   const Tensor sorted = integers(num_slots), offsets = integers(num_experts + 1),
                positions = integers(num_slots);
 
-  Workspace workspace;
-  const int64_t scratch =
-      workspace.reserve(route_workspace_bytes(ref(logits), top_k, device.num_sms));
-  workspace.allocate(router_logits);
+  void* route_workspace = nullptr;
+  const Workspace workspace(router_logits, [&](Scratch& scratch) {
+    route_workspace = scratch.bytes(route_workspace_bytes(ref(logits), top_k, device.num_sms));
+  });
   route(ref(logits), top_k, data_of<const bool>(mask),
         {ref(as_matrix(weights)),
          data_of<int64_t>(ids),
          data_of<int64_t>(counts),
          scalar_ref(loss),
          {data_of<int64_t>(sorted), data_of<int64_t>(offsets), data_of<int64_t>(positions)}},
-        workspace.at(scratch), device);
+        route_workspace, device);
   return {weights, ids, counts, loss, sorted, offsets, positions};
 }
 
