@@ -1,7 +1,5 @@
 """Model surgery: low-rank modules in place of a model's linear modules; and what was done."""
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -12,31 +10,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_ext.config import (
-    AdapterConfig,
-    AFLoRAConfig,
-    BasisLoRAConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    ResLoRAConfig,
-)
-from lowrank_ext.config.base import config_names
-from lowrank_ext.nn.aflora import AFLoRALinear
-from lowrank_ext.nn.basis import BasisLoRALinear
-from lowrank_ext.nn.goat import GOATLinear
-from lowrank_ext.nn.lamda import LaMDALinear
-from lowrank_ext.nn.linear import (
-    LoRALinear,
-    LowRankLinear,
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
     dense_weight,
     linear_features,
 )
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
-from lowrank_ext.nn.reslora import ResLoRALinear
-from lowrank_ext.rank_allocation import allocate_ranks
+from lowrank_ext.registry import Method, config_names, method_of
 from lowrank_ext.targets import (
     find_targets,
     is_from_peft,
@@ -45,14 +28,6 @@ from lowrank_ext.targets import (
     shared_tensors,
 )
 
-MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
-    LoRAConfig: LoRALinear,
-    LaMDAConfig: LaMDALinear,
-    AFLoRAConfig: AFLoRALinear,
-    GOATConfig: GOATLinear,
-    ResLoRAConfig: ResLoRALinear,
-    BasisLoRAConfig: BasisLoRALinear,
-}
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
 # Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
 _FUSED_FLAGS: dict[type[nn.Module], str] = {
@@ -89,17 +64,16 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
     Example:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     """
-    module_class = _checked_method(model, config)
+    method = _checked_method(model, config)
+    module_class = method.module_class
     targets = find_targets(model, config)
-    config = _with_allocated_ranks(model, config, targets)
+    config = method.complete_config(model, config, targets)
     _check_options(model, config, module_class, targets)
     model.requires_grad_(False)
     replace_modules(
         model,
         {
-            module: module_class.from_linear(
-                module, initialise=initialise, **config.module_options(path)
-            )
+            module: module_class.from_linear(module, config.for_module(path), initialise=initialise)
             for path, module in targets.items()
         },
     )
@@ -271,10 +245,11 @@ def _input_embeddings(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Embedding)]
 
 
-def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLinear]:
+def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
-    if type(config) not in MODULE_CLASSES:
+    method = method_of(config) if isinstance(config, AdapterConfig) else None
+    if method is None:
         raise TypeError(f"adapt: config must be a {config_names()}, got {type(config).__name__}")
     for path, module in model.named_modules():
         where = path or "the model itself"
@@ -288,25 +263,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
                 f"adapt: model must carry no PEFT adapter, got peft's "
                 f"{type(module).__qualname__} at {where}; pass the base model"
             )
-    return MODULE_CLASSES[type(config)]
-
-
-def _with_allocated_ranks(
-    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
-) -> AdapterConfig:
-    """LaMDA++: the config with a rank for every target in rank_pattern."""
-    if not isinstance(config, LaMDAConfig) or config.rank_budget is None or config.rank_pattern:
-        return config
-    ranks = allocate_ranks(
-        model,
-        config.r,
-        "|".join(map(re.escape, targets)),  # these paths and no other
-        budget=config.rank_budget,
-        direction=config.direction,
-    )
-    # Anchored, so that no path is taken for the end of a longer one.
-    pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
-    return dataclasses.replace(config, rank_pattern=pattern)
+    return method
 
 
 def _check_options(
@@ -323,12 +280,9 @@ def _check_options(
     for path, module in targets.items():
         features = linear_features(module)
         assert features is not None  # find_targets returns no other modules
-        options = config.module_options(path)
         weight = weights.get(module)
         try:
-            module_class.check_options(
-                *features, **{key: options[key] for key in ("r", "alpha", "dropout", "init")}
-            )
+            module_class.check_fits(*features, config.for_module(path))
             adapter_dtype_for(
                 None if weight is None else weight.dtype,
                 config.adapter_dtype,

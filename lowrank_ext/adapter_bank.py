@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
-from lowrank_ext.checkpoint import LoRATensors, check_adapters, read_lora
-from lowrank_ext.config.checks import did_you_mean, normalised_adapter_dtype
-from lowrank_ext.nn import LowRankLinear
+from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_lora
+from lowrank_ext.checks import did_you_mean, normalised_adapter_dtype
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import ACTIVE_ROWS, ROWS_NUMBERS, MultiLoRALinear, RowsBlock
 from lowrank_ext.targets import is_from_peft
 

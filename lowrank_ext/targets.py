@@ -6,9 +6,9 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lowrank_ext.config.base import ALL_LINEAR, AdapterConfig
-from lowrank_ext.config.checks import did_you_mean, matches_names, matching_pattern
-from lowrank_ext.nn.linear import is_conv1d, linear_features
+from lowrank_ext.checks import did_you_mean, matches_names, matching_pattern
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig
+from lowrank_ext.nn.base_layer import is_conv1d, linear_features
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
 

@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import reference
-from lowrank_ext.config import (
-    AdapterConfig,
-    AFLoRAConfig,
-    BasisLoRAConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    ResLoRAConfig,
-)
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.methods.aflora.config import AFLoRAConfig
+from lowrank_ext.methods.goat.config import GOATConfig
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
+from lowrank_ext.methods.reslora.config import ResLoRAConfig
+from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.nn import (
     AFLoRALinear,
     BasisLoRALinear,

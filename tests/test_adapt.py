@@ -33,16 +33,14 @@ from transformers import (
 )
 
 from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
-from lowrank_ext.config import (
-    AdapterConfig,
-    AFLoRAConfig,
-    BasisLoRAConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    ResLoRAConfig,
-)
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.merging import unload
+from lowrank_ext.methods.aflora.config import AFLoRAConfig
+from lowrank_ext.methods.goat.config import GOATConfig
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
+from lowrank_ext.methods.reslora.config import ResLoRAConfig
+from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 from lowrank_ext.targets import find_targets
 

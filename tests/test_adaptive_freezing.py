@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_ext as lr
-from lowrank_ext.adaptive_freezing import keep_fraction, kth_smallest
+from lowrank_ext.methods.aflora.freezing import keep_fraction, kth_smallest
 from lowrank_ext.nn import AFLoRALinear
 
 RANK, STEPS = 3, 20

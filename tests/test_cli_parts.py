@@ -158,7 +158,7 @@ def some_settings(**changes: Any) -> Settings:
         **{"adapter_dtype": "fp32", "seed": 0, "threads": None, "eval_batches": 1},
         **{"save_every": 0, "compile": False},
     }
-    return Settings(**{**values, **changes})
+    return Settings.from_dict({**values, **changes})
 
 
 def test_settings_survive_json_and_refuse_those_of_another_version() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ext as lr
-from lowrank_ext.freezing import num_frozen_columns
+from lowrank_ext.methods.lamda.freezing import num_frozen_columns
 from lowrank_ext.nn import LaMDALinear
 
 RANK = 6

@@ -594,7 +594,7 @@ def test_padding_does_not_count() -> None:
 
 
 def test_masks_nest_and_end_with_their_block() -> None:
-    from lowrank_ext.nn.goat import current_token_mask
+    from lowrank_ext.methods.goat.token_mask import current_token_mask
 
     x, outer, inner = torch.zeros(2, 3, 4), torch.ones(2, 3), torch.eye(2, 3)
     with pytest.raises(KeyError), lr.token_mask(outer.int()):

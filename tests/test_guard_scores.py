@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from lowrank_ext.cli import guard as command
 from lowrank_ext.cli.main import app
-from lowrank_ext.guard import (
+from lowrank_ext.methods.lora_guard import (
     GuardLoss,
     GuardModel,
     TextScore,
@@ -33,7 +33,7 @@ from lowrank_ext.guard import (
     precision_recall,
     screen,
 )
-from lowrank_ext.guard.screening import _windows, pad
+from lowrank_ext.methods.lora_guard.screening import _windows, pad
 
 CONTEXT = 64
 

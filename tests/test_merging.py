@@ -8,8 +8,9 @@ from module_cases import BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomis
 from torch import nn
 
 from lowrank_ext.adapt import adapt
-from lowrank_ext.config import LaMDAConfig, LoRAConfig
 from lowrank_ext.merging import merge, unload, unmerge
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 
 by_method = pytest.mark.parametrize("method", METHODS, ids=str)

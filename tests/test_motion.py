@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowrank_ext as lr
-from lowrank_ext.motion.stages import basis_modules
+from lowrank_ext.methods.set_and_sequence.stages import basis_modules
 from lowrank_ext.nn import BasisLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

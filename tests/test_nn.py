@@ -41,7 +41,7 @@ from lowrank_ext.nn import (
     LowRankLinear,
     ResLoRALinear,
 )
-from lowrank_ext.nn.linear import top_singular_triples
+from lowrank_ext.nn.init import top_singular_triples
 
 by_method = pytest.mark.parametrize("method", METHODS, ids=str)
 by_any_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ext as lr
-from lowrank_ext.rank_allocation import captured_energy, default_candidates
+from lowrank_ext.methods.lamda.rank_allocation import captured_energy, default_candidates
 
 BUDGETS = {"rank": lambda r: r, "params": lambda r: r * r}
 DIRECTIONS = ("flat_gets_more", "concentrated_gets_more")

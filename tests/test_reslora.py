@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from typer.testing import CliRunner
 
 import lowrank_ext as lr
+from lowrank_ext.methods.reslora.chain_state import current_frame
 from lowrank_ext.nn import ResLoRALinear
-from lowrank_ext.nn.chain_state import current_frame
 
 WIDTH = 8
 SHORTCUTS = ["input", "block", "middle"]

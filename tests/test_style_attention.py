@@ -13,8 +13,8 @@ from test_saved_tensors import storages_kept
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_ext.style import StylePath, StylePathConfig, TwoPathCrossAttention
-from lowrank_ext.style.attention import attend
+from lowrank_ext.methods.style_adapter import StylePath, StylePathConfig, TwoPathCrossAttention
+from lowrank_ext.methods.style_adapter.attention import attend
 
 DIM, TEXT_DIM, HEADS = 24, 10, 3
 BATCH, PIXELS, WORDS, TOKENS = 4, 5, 7, 3

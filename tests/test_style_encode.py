@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from lowrank_ext.style import StyleEmbedder, encode_style
+from lowrank_ext.methods.style_adapter import StyleEmbedder, encode_style
 
 SIZE, PATCH, WIDTH = 12, 4, 16
 PATCHES = (SIZE // PATCH) ** 2

@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import lowrank_ext as lr
-from lowrank_ext.style import StyleEmbedder, StylePathConfig, TwoPathAttnProcessor
+from lowrank_ext.methods.style_adapter import StyleEmbedder, StylePathConfig, TwoPathAttnProcessor
 
 BATCH, WORDS, TOKENS, TEXT_DIM = 4, 6, 3, 12
 SITES = 4  # cross-attentions of tiny_unet

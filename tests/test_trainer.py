@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lowrank_ext as lr
-from lowrank_ext.freezing import num_frozen_columns
+from lowrank_ext.methods.lamda.freezing import num_frozen_columns
 from lowrank_ext.nn import AFLoRALinear, LaMDALinear
 
 RANK, STEPS, ETA = 6, 10, 0.8

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.nn.linear import is_hooked, is_plain
+from lowrank_ext.nn.base_layer import is_hooked, is_plain
 from lowrank_ext.ops._branch import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)

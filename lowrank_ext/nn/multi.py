@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.config.checks import check_alpha
-from lowrank_ext.nn.linear import adapter_dtype_for, dense_weight, is_plain, linear_features
+from lowrank_ext.checks import check_alpha
+from lowrank_ext.nn.base_layer import adapter_dtype_for, dense_weight, is_plain, linear_features
 from lowrank_ext.ops._branch import library
 
 Arguments = ParamSpec("Arguments")

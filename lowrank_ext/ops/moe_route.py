@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    needs_input_grad,
-    register_autograd,
-    register_fakes,
-)
+from lowrank_ext.ops._branch import check_shape, needs_input_grad, register_autograd, register_fakes
 
 _OP = "moe_route"
 
