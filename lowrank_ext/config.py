@@ -107,6 +107,14 @@ class AdapterConfig:
         self._set("alpha_pattern", dict(self.alpha_pattern))
         self._set("adapter_dtype", normalised_adapter_dtype(self.adapter_dtype, owner))
 
+    @classmethod
+    def of(cls, owner: str, **options: Any) -> Self:
+        """The config with these fields; errors name ``owner``, whose arguments they are."""
+        try:
+            return cls(**options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace(cls.__name__, owner, 1)) from None
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen: only while the object is being built
 

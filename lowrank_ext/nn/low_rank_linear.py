@@ -129,11 +129,7 @@ class LowRankLinear(Adapter):
     def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
         """``config`` for a single module, or the one that ``options`` are the fields of."""
         if config is None:
-            try:
-                return cls.config_class(**options)
-            except (TypeError, ValueError) as error:  # in the name of what was called
-                words = str(error).replace(cls.config_class.__name__, cls.__name__, 1)
-                raise type(error)(words) from None
+            return cls.config_class.of(cls.__name__, **options)
         if options:
             raise TypeError(
                 f"{cls.__name__}: give a config or its fields, got a config and {sorted(options)}"
@@ -437,32 +433,18 @@ class LowRankLinear(Adapter):
 
     def adapted_output(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         """The base's output with the branch lora_b core lora_a on it; dropout in training mode."""
-        dropout_p = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {
+            "core": self.core,
+            "rank_scale": self.rank_scale,
+            "out_scale": self.out_scale,
+            "scaling": scaling,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
         if self.base_layer is not None:
-            return ops.lowrank_add(
-                self.base_output(x),
-                x,
-                lora_a,
-                lora_b,
-                core=self.core,
-                rank_scale=self.rank_scale,
-                out_scale=self.out_scale,
-                scaling=scaling,
-                dropout_p=dropout_p,
-            )
+            return ops.lowrank_add(self.base_output(x), x, lora_a, lora_b, **options)
         assert self.weight is not None
-        return ops.lowrank_linear(
-            x,
-            self.weight.t() if self.fan_in_fan_out else self.weight,
-            self.bias,
-            lora_a,
-            lora_b,
-            core=self.core,
-            rank_scale=self.rank_scale,
-            out_scale=self.out_scale,
-            scaling=scaling,
-            dropout_p=dropout_p,
-        )
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return ops.lowrank_linear(x, weight, self.bias, lora_a, lora_b, **options)
 
     def extra_repr(self) -> str:
         base = "" if self.base_layer is not None else f", bias={self.bias is not None}"

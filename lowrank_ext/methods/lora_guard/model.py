@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from lowrank_ext.adapt import HookHandles, prepare_for_checkpointing
 from lowrank_ext.adapter_bank import AdapterBank, check_no_adapters
 from lowrank_ext.checkpoint.lora_files import LoRAFile, LoRATensors, read_lora, write_lora
-from lowrank_ext.checks import check_alpha, check_dropout, check_rank
 from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME, HeadOptions, head_companion, read_head
@@ -113,14 +112,12 @@ class GuardModel(nn.Module):
         adapter_dtype: torch.dtype | str = "float32",
     ) -> None:
         owner = type(self).__name__
-        check_rank(r, owner, "r")
-        check_alpha(alpha, owner, "alpha")
-        check_dropout(dropout, owner)
         names = None if category_names is None else tuple(category_names)
         options = HeadOptions(num_categories, unsafe_head, names)
         options.check(owner)
         _check_base(base_lm, owner)
-        config = LoRAConfig(
+        config = LoRAConfig.of(
+            owner,
             r=r,
             alpha=alpha,
             dropout=dropout,
