@@ -7,17 +7,14 @@ from lowrank_ext._load import load_library
 load_library()  # before the imports below, which declare the Python side of its ops
 
 from lowrank_ext import methods, nn, ops
-from lowrank_ext.adapt import (
-    adapt,
-    prepare_for_checkpointing,
-    summary,
-    trainable_parameters,
-)
+from lowrank_ext.activation_checkpointing import prepare_for_checkpointing
+from lowrank_ext.adapt import adapt
 from lowrank_ext.adapter_bank import AdapterBank
 from lowrank_ext.checkpoint import load_adapter, save_adapter
 from lowrank_ext.integrations.peft import accelerate, decelerate
 from lowrank_ext.merging import merge, unload, unmerge
 from lowrank_ext.methods import *
+from lowrank_ext.summary import summary, trainable_parameters
 
 if TYPE_CHECKING:
     from lowrank_ext.integrations.transformers import FreezeCallback

@@ -1,14 +1,10 @@
 """Model surgery: low-rank modules in place of a model's linear modules; and what was done."""
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from rich.filesize import decimal
-from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import (
@@ -24,7 +20,6 @@ from lowrank_ext.targets import (
     find_targets,
     is_from_peft,
     modules_named,
-    outermost_modules,
     shared_tensors,
 )
 
@@ -127,124 +122,6 @@ def set_fused_encoders(model: nn.Module, on: bool) -> None:
             kept["fused_path_before_adapt"], kept[flag] = kept[flag], 0
 
 
-class TrainableParameters(NamedTuple):
-    """Numbers of parameters; ``percent`` is 100 · trainable / total."""
-
-    trainable: int
-    total: int
-    percent: float
-
-
-def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """How many of the model's parameters train. A parameter with several owners counts once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total = sum(size for size, _ in sizes)
-    trainable = sum(size for size, trains in sizes if trains)
-    return TrainableParameters(trainable, total, 100 * trainable / total if total else 0.0)
-
-
-def summary(model: nn.Module) -> Table:
-    """A rich table of what was adapted: one row for each kind of module and shape, then the rest.
-
-    Size is the memory of the adapter's own tensors (for modules trained whole: of the module).
-
-    Raises:
-        ValueError: the model carries no adapters.
-    """
-    kinds: dict[tuple[str, str, int, int], list[LowRankLinear]] = {}
-    for path, m in lowrank_modules(model, "summary").items():
-        name = path.rpartition(".")[2] or "(model)"
-        kinds.setdefault((name, type(m).__name__, m.in_features, m.out_features), []).append(m)
-    numbers = trainable_parameters(model)
-    table = Table(
-        title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
-        f"({numbers.percent:.3g} %)"
-    )
-    table.add_column("module")
-    table.add_column("kind")
-    for heading in ("count", "in → out", "rank", "scaling", "trainable", "size"):
-        table.add_column(heading, justify="right")
-    for (name, kind, num_in, num_out), modules in kinds.items():
-        own = [t for m in modules for t in m.adapter_tensors().values()]
-        table.add_row(
-            name,
-            kind.removesuffix("Linear"),
-            str(len(modules)),
-            f"{num_in} → {num_out}",
-            _span([m.r for m in modules]),
-            _span([m.scaling for m in modules]),
-            *_trainable_and_size(own),
-        )
-    for name, saved in _saved_modules(model).items():
-        tensors = [*saved.parameters(), *saved.buffers()]
-        table.add_row(name, type(saved).__name__, "1", "", "", "", *_trainable_and_size(tensors))
-    return table
-
-
-class HookHandles:
-    """Removes several hooks at once: ``remove()``, or at the end of a ``with`` block."""
-
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-
-def prepare_for_checkpointing(model: nn.Module) -> HookHandles:
-    """Let gradients reach the adapters through reentrant activation checkpointing.
-
-    Reentrant checkpointing differentiates a block only if one of its inputs requires a gradient,
-    which the output of a frozen embedding does not. A hook makes the output of the input embeddings
-    require one; the embedding weights stay frozen. Call it before or after switching checkpointing
-    on. With ``use_reentrant=False`` it is not needed and only costs an input gradient.
-
-    The embeddings are what ``model.get_input_embeddings()`` returns, else every nn.Embedding.
-
-    Returns:
-        A handle whose ``remove()`` takes the hooks away; also a context manager.
-
-    Raises:
-        ValueError: the model has no embedding; make the input tensor require a gradient instead.
-    """
-    embeddings = _input_embeddings(model)
-    if not embeddings:
-        raise ValueError(
-            f"prepare_for_checkpointing: model must have input embeddings, got a "
-            f"{type(model).__name__} with none; call requires_grad_() on its input instead"
-        )
-    return HookHandles([module.register_forward_hook(_require_grad) for module in embeddings])
-
-
-def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad:
-        output.requires_grad_()
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    if callable(get_embeddings):
-        try:
-            found = get_embeddings()
-        except NotImplementedError:  # transformers raises it where it cannot tell
-            found = None
-        if isinstance(found, nn.Module):
-            return [found]
-    return [m for m in model.modules() if isinstance(m, nn.Embedding)]
-
-
 def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -314,19 +191,3 @@ def _unfreeze(model: nn.Module, config: AdapterConfig) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_()
-
-
-def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Outermost modules that train whole."""
-    config = getattr(model, "lowrank_config", None)
-    return outermost_modules(model, () if config is None else config.modules_to_save)
-
-
-def _trainable_and_size(tensors: list[Tensor]) -> tuple[str, str]:
-    trainable = sum(t.numel() for t in tensors if t.requires_grad)
-    return f"{trainable:,}", decimal(sum(t.numel() * t.element_size() for t in tensors))
-
-
-def _span(values: list[int] | list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} … {high:g}"

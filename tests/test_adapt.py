@@ -32,7 +32,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
+from lowrank_ext.activation_checkpointing import prepare_for_checkpointing
+from lowrank_ext.adapt import adapt
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.merging import unload
 from lowrank_ext.methods.aflora.config import AFLoRAConfig
@@ -42,6 +43,7 @@ from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.methods.reslora.config import ResLoRAConfig
 from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.nn import LoRALinear, LowRankLinear
+from lowrank_ext.summary import summary, trainable_parameters
 from lowrank_ext.targets import find_targets
 
 by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)

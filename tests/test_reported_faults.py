@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_ext.adapt import adapt, prepare_for_checkpointing
+from lowrank_ext.activation_checkpointing import prepare_for_checkpointing
+from lowrank_ext.adapt import adapt
 from lowrank_ext.merging import merge, unload
 from lowrank_ext.methods.aflora.config import AFLoRAConfig
 from lowrank_ext.methods.lamda.config import LaMDAConfig

@@ -24,7 +24,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from lowrank_ext.checks import check_choice, check_rank
@@ -80,7 +79,7 @@ def allocate_ranks(
     ranks = default_candidates(r) if candidates is None else _checked_candidates(candidates, r)
     weights = _target_weights(model, target_modules)
     groups = _shared(weights)
-    shown = track(groups, "spectra", disable=not progress)
+    shown = _with_progress(groups) if progress else groups
     units = [_unit(names, weights[names[0]], ranks, _GAINS[direction]) for names in shown]
     cost = _COSTS[budget]
     chosen = _greedy(units, cost, len(weights) * cost(r))
@@ -104,6 +103,12 @@ def with_allocated_ranks(
     # Anchored, so that no path is taken for the end of a longer one.
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
     return dataclasses.replace(config, rank_pattern=pattern)
+
+
+def _with_progress(groups: list[list[str]]) -> Iterable[list[str]]:
+    from rich.progress import track  # importing lowrank_ext does without
+
+    return track(groups, "spectra")
 
 
 def default_candidates(r: int) -> list[int]:

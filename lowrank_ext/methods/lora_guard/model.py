@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_ext.adapt import HookHandles, prepare_for_checkpointing
+from lowrank_ext.activation_checkpointing import HookHandles, prepare_for_checkpointing
 from lowrank_ext.adapter_bank import AdapterBank, check_no_adapters
 from lowrank_ext.checkpoint.lora_files import LoRAFile, LoRATensors, read_lora, write_lora
 from lowrank_ext.methods.lora.config import LoRAConfig
@@ -24,6 +23,9 @@ from lowrank_ext.nn.base_layer import linear_features
 from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.nn.multi import MultiLoRALinear, in_block
 from lowrank_ext.targets import find_targets
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GUARD = "guard"
 
@@ -297,9 +299,11 @@ class GuardModel(nn.Module):
         base = sum(p.numel() for p in self.base_lm.parameters()) - lora
         return Overhead(base, lora, head, base / (lora + head))
 
-    def summary(self) -> Table:
+    def summary(self) -> "Table":
         """A rich table of :meth:`overhead`, beside a guard that is a model of its own."""
         numbers = self.overhead()
+        from rich.table import Table  # printing is rare, importing lowrank_ext is not
+
         table = Table(
             title=f"a guard model of the base's size has {numbers.ratio:,.0f} x the parameters of "
             "this guard"

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.filesize import decimal
-from rich.table import Table
 from torch import Tensor, nn
 
-from lowrank_ext.adapt import trainable_parameters
 from lowrank_ext.checks import check_finite, check_flag, did_you_mean
 from lowrank_ext.methods.style_adapter.attention import style_path_for
 from lowrank_ext.methods.style_adapter.config import StylePathConfig
 from lowrank_ext.methods.style_adapter.processor import Style, StyleState, TwoPathAttnProcessor
+from lowrank_ext.summary import trainable_parameters
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
     "StyleBlock",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> Table:
+def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "Table":
     """Give every cross-attention of a diffusers UNet a trainable style path; the rest is frozen.
 
     Until :func:`set_style` chooses a style the model computes what it did before, bit for bit.
@@ -220,7 +221,7 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def style_summary(unet: nn.Module) -> Table:
+def style_summary(unet: nn.Module) -> "Table":
     """A rich table of the style paths: a row for each kind of layer.
 
     Raises:
@@ -233,6 +234,9 @@ def style_summary(unet: nn.Module) -> Table:
         sizes = (path.query_dim, path.inner_dim, path.num_heads, path.style_dim)
         kinds.setdefault(sizes, []).append(processor)
     numbers = trainable_parameters(model)
+    from rich.filesize import decimal
+    from rich.table import Table  # printing is rare, importing lowrank_ext is not
+
     table = Table(
         title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
         f"({numbers.percent:.3g} %)"
