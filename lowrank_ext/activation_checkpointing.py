@@ -1,6 +1,5 @@
 """Activation checkpointing of a model whose embeddings are frozen."""
 
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -21,12 +20,7 @@ class HookHandles:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
 

@@ -7,7 +7,7 @@ derives from :class:`AdapterFormat`. What all files share: ``lowrank_ext/checkpo
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +20,24 @@ if TYPE_CHECKING:
 Adapters = dict[str, dict[str, Tensor]]
 
 _PROJECTIONS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+class StoredConfig(NamedTuple):
+    """What adapter_config.json says.
+
+    Attributes:
+        config_class: of the method that it names.
+        fields: all of it.
+        shared: arguments of the config class that every method has, read from the fields.
+        paths: the adapted modules, from the tensor file.
+        where: caller and file, for messages.
+    """
+
+    config_class: "type[AdapterConfig]"
+    fields: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    paths: Collection[str]
+    where: str
 
 
 class AdapterFormat:
@@ -103,20 +121,7 @@ class AdapterFormat:
         """Shapes, by kind, of tensors that a file holds of all modules or of none."""
         return {}
 
-    def options(
-        self,
-        config_class: "type[AdapterConfig]",
-        fields: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        paths: Collection[str],
-        where: str,
-    ) -> dict[str, Any]:
-        """Arguments for the config class, from the fields of a file.
-
-        Args:
-            shared: those that every method has, read already.
-            paths: the adapted modules in the file.
-            where: caller and file, for messages.
-        """
-        own = {key: fields[key] for key in config_class.own_fields if key in fields}
-        return {**shared, **own}
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        """Arguments for the method's config class."""
+        own = stored.config_class.own_fields
+        return {**stored.shared, **{key: stored.fields[key] for key in own if key in stored.fields}}

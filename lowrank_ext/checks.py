@@ -16,6 +16,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def with_article(name: str) -> str:
+    """``"a LoRALinear"``, ``"an AFLoRALinear"``."""
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
 def matching_pattern(keys: Iterable[str], path: str) -> str | None:
     """First key that applies to ``path`` by PEFT's rule, or None."""
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), None)

@@ -12,12 +12,10 @@ class FreezingSchedule(Protocol):
     """Freezes parts of a model's adapters while it trains: ``step()`` once per optimizer step.
 
     Attributes:
-        works_on: the modules that it freezes parts of, "a LaMDALinear", for messages.
         before_optimizer: whether ``step`` comes before ``optimizer.step()``, or after it.
         has_statistics: whether ``state_dict()`` holds tensors beside ``numbers()``.
     """
 
-    works_on: ClassVar[str]
     before_optimizer: ClassVar[bool]
     has_statistics: ClassVar[bool]
 

@@ -96,16 +96,8 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written. An old file is left as it was.
     """
-    weights = serialised(tensors, {})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_synced(temporary, weights)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+    write_file(path, serialised(tensors, {}))
 
 
 def read_adapter_files(where: Path, caller: str) -> AdapterFiles:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lowrank_ext import registry
-from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.adapter_format import Adapters, StoredConfig
 from lowrank_ext.checkpoint.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matching_pattern
@@ -174,10 +174,8 @@ def parsed_config(files: AdapterFiles, method: Method, adapters: Adapters) -> Ad
         "rank_pattern": _used_pattern(fields, "rank_pattern", adapters, where),
     }
     try:
-        options = method.file_format.options(
-            method.config_class, fields, shared, list(adapters), where
-        )
-        return method.config_class(**options)
+        stored = StoredConfig(method.config_class, fields, shared, list(adapters), where)
+        return method.config_class(**method.file_format.options(stored))
     except (TypeError, ValueError) as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 

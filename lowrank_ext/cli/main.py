@@ -20,6 +20,14 @@ from lowrank_ext.cli.settings import Settings, method_names, method_options, par
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -105,19 +113,12 @@ def finetune(
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
-        ),
-    ] = "auto",
+    dtype: Dtype = "auto",
     adapter_dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
     ] = "fp32",
     seed: Annotated[int, typer.Option(help="Initialisation, order of the data, dropout.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
-    ] = None,
+    threads: Threads = None,
     eval_batches: Annotated[
         int, typer.Option(help="Held-out batches per evaluation, at most.")
     ] = 6,
@@ -224,15 +225,8 @@ def guard(
             show_default="the context, at most 512",
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
-    ] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object per text.")] = False,
 ) -> None:
     """Score texts with a guard: the probability that each is unsafe.

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from lowrank_ext.checkpoint.adapter_files import write_file
+from lowrank_ext.checks import with_article
 from lowrank_ext.freezing import FreezingSchedule
 from lowrank_ext.registry import METHODS
 
@@ -87,7 +88,8 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
             found = schedule_class.for_training(model, total_steps, self._options(), optimizer)
             if found is not None:
                 return found
-        names = " or ".join(c.works_on for c in _schedule_classes())
+        scheduled = (m.module_class for m in METHODS.values() if m.schedule_class is not None)
+        names = " or ".join(with_article(module_class.__name__) for module_class in scheduled)
         raise ValueError(
             f"FreezeCallback: model must contain {names}, got a {type(model).__name__} with none"
         )

@@ -41,6 +41,7 @@ from lowrank_ext.methods.aflora.statistics import (
     kth_smallest,
     reduced,
 )
+from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["DECAYS", "AdaptiveFreezeSchedule", "keep_fraction", "kth_smallest"]
 
@@ -126,7 +127,6 @@ class AdaptiveFreezeSchedule:
             optimizer.zero_grad()
     """
 
-    works_on: ClassVar[str] = "an AFLoRALinear"
     before_optimizer: ClassVar[bool] = True
     has_statistics: ClassVar[bool] = True
 
@@ -421,13 +421,8 @@ def _check_numbers(
 
 
 def _scheduled(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, AFLoRALinear)]
-    if not modules:
-        raise ValueError(
-            "AdaptiveFreezeSchedule: model must contain an AFLoRALinear, "
-            f"got a {type(model).__name__} with none"
-        )
-    for path, module in modules:
+    modules = modules_of_kind(model, AFLoRALinear, "AdaptiveFreezeSchedule")
+    for path, module in modules.items():
         for name in ("lora_a", "lora_b"):
             parameter = module.get_parameter(name)
             if parameter.requires_grad:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.forward_meter import ForwardMeter
 from lowrank_ext.methods.goat.module import GOATLinear
+from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["ExpertLoad", "balance_loss", "expert_load"]
 
@@ -39,7 +40,7 @@ def balance_loss(model: nn.Module) -> Tensor:
         >>> loss.backward()
     """
     total: Tensor | None = None
-    modules = _goat_modules(model, "balance_loss")
+    modules = modules_of_kind(model, GOATLinear, "balance_loss")
     for path, module in modules.items():
         loss = module.take_balance_loss()
         if loss is None:
@@ -99,13 +100,4 @@ def expert_load(model: nn.Module) -> ExpertLoad:
         ...     model(**batch)
         >>> load.counts["model.layers.0.self_attn.q_proj"]
     """
-    return ExpertLoad(_goat_modules(model, "expert_load"))
-
-
-def _goat_modules(model: nn.Module, caller: str) -> dict[str, GOATLinear]:
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, GOATLinear)}
-    if not modules:
-        raise ValueError(
-            f"{caller}: model must contain a GOATLinear, got a {type(model).__name__} with none"
-        )
-    return modules
+    return ExpertLoad(modules_of_kind(model, GOATLinear, "expert_load"))

@@ -3,11 +3,9 @@
 The starts, which rebuild the residual base weight, are there but for init="zero".
 """
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowrank_ext.adapter_format import AdapterFormat
-from lowrank_ext.config import AdapterConfig
+from lowrank_ext.adapter_format import AdapterFormat, StoredConfig
 
 
 class GOATFormat(AdapterFormat):
@@ -22,15 +20,8 @@ class GOATFormat(AdapterFormat):
             }
         )
 
-    def options(
-        self,
-        config_class: type[AdapterConfig],
-        fields: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        paths: Collection[str],
-        where: str,
-    ) -> dict[str, Any]:
-        options = super().options(config_class, fields, shared, paths, where)
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        options = super().options(stored)
         if options.get("scale") == "theory":  # lora_alpha is there for other readers
             options |= {"alpha": None, "alpha_pattern": {}}
         return options

@@ -1,6 +1,5 @@
 """The mask of real tokens: which of a batch count for load balancing."""
 
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -39,12 +38,7 @@ class token_mask:  # used like a function
         _token_mask = self.mask
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _token_mask
         _token_mask = self._outer.pop()
 

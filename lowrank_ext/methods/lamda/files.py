@@ -4,11 +4,9 @@ These are the start of lora_b and of core's diagonal; lora_a never changes.
 """
 
 import re
-from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowrank_ext.adapter_format import AdapterFormat
-from lowrank_ext.config import AdapterConfig
+from lowrank_ext.adapter_format import AdapterFormat, StoredConfig
 
 
 class LaMDAFormat(AdapterFormat):
@@ -23,16 +21,9 @@ class LaMDAFormat(AdapterFormat):
             }
         )
 
-    def options(
-        self,
-        config_class: type[AdapterConfig],
-        fields: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        paths: Collection[str],
-        where: str,
-    ) -> dict[str, Any]:
-        options = super().options(config_class, fields, shared, paths, where)
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        options = super().options(stored)
         if options.get("rank_budget") is not None and not options["rank_pattern"]:
             # An empty pattern would have the ranks allocated once more.
-            options["rank_pattern"] = {f"^{re.escape(path)}": options["r"] for path in paths}
+            options["rank_pattern"] = {f"^{re.escape(path)}": options["r"] for path in stored.paths}
         return options

@@ -25,6 +25,7 @@ from lowrank_ext.freezing import (
     stop_training,
 )
 from lowrank_ext.methods.lamda.module import LaMDALinear
+from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["FreezeSchedule", "num_frozen_columns"]
 
@@ -135,7 +136,6 @@ class FreezeSchedule:
             optimizer.zero_grad()
     """
 
-    works_on: ClassVar[str] = "a LaMDALinear"
     before_optimizer: ClassVar[bool] = False
     has_statistics: ClassVar[bool] = False
 
@@ -246,13 +246,8 @@ class FreezeSchedule:
 
 
 def _scheduled(model: nn.Module) -> Iterator[tuple[str, LaMDALinear]]:
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, LaMDALinear)]
-    if not modules:
-        raise ValueError(
-            "FreezeSchedule: model must contain a LaMDALinear, "
-            f"got a {type(model).__name__} with none"
-        )
-    for name, module in modules:
+    modules = modules_of_kind(model, LaMDALinear, "FreezeSchedule")
+    for name, module in modules.items():
         if module.lora_b.requires_grad:
             _check_rows_only(name, module.lora_b)
             yield name, module

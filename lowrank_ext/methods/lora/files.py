@@ -6,13 +6,13 @@ tensor file's metadata lets :meth:`LoRAFormat.unpack` take it apart again.
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_ext.adapter_format import AdapterFormat, Adapters
+from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig
 from lowrank_ext.checkpoint.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, gathered, whole
 from lowrank_ext.config import AdapterConfig
@@ -73,22 +73,15 @@ class LoRAFormat(AdapterFormat):
             return {}
         return {LORA_A_INIT: shapes[LORA_A], LORA_B_INIT: shapes[LORA_B]}
 
-    def options(
-        self,
-        config_class: type[AdapterConfig],
-        fields: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        paths: Collection[str],
-        where: str,
-    ) -> dict[str, Any]:
-        init = fields.get("init_lora_weights", True)
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        init = stored.fields.get("init_lora_weights", True)
         if not isinstance(init, bool | str | None) or init not in _PEFT_INITS:
             raise ValueError(
-                f"{where}: init_lora_weights={init!r} is not supported, it may change base weights "
-                "in a way that the file does not hold; save from PEFT with "
+                f"{stored.where}: init_lora_weights={init!r} is not supported, it may change "
+                "base weights in a way that the file does not hold; save from PEFT with "
                 "path_initial_model_for_weight_conversion"
             )
-        return {**shared, "init": _PEFT_INITS[init]}
+        return {**stored.shared, "init": _PEFT_INITS[init]}
 
 
 def _doubled(numbers: Mapping[str, Any], rslora: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from lowrank_ext.forward_meter import ForwardMeter
 from lowrank_ext.merging import merge, unmerge
 from lowrank_ext.methods.reslora.chain_state import open_frame
 from lowrank_ext.methods.reslora.module import ResLoRALinear
+from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["MergeError", "reslora_call", "reslora_merge_error", "reslora_statistics"]
 
@@ -33,7 +33,7 @@ def reslora_call(model: nn.Module) -> Iterator[None]:
         ...     for block in blocks:  # an nn.ModuleList
         ...         x = block(x)
     """
-    modules = _reslora_modules(model, "reslora_call").values()
+    modules = modules_of_kind(model, ResLoRALinear, "reslora_call").values()
     with open_frame(frozenset(m.chain for m in modules if m.chain is not None)):
         yield
 
@@ -54,13 +54,8 @@ class InputSizes(ForwardMeter):
             path: torch.zeros(window, device=m.lora_a.device) for path, m in modules.items()
         }
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
         for path, module in self._modules.items():
             sizes = self._sizes[path]
             if filled := min(self.calls[path], len(sizes)):
@@ -99,7 +94,7 @@ def reslora_statistics(model: nn.Module, window: int = 100) -> InputSizes:
         >>> lr.merge(model)
     """
     check_rank(window, "reslora_statistics", "window")
-    return InputSizes(_reslora_modules(model, "reslora_statistics"), window)
+    return InputSizes(modules_of_kind(model, ResLoRALinear, "reslora_statistics"), window)
 
 
 class MergeError(NamedTuple):
@@ -130,7 +125,7 @@ def reslora_merge_error(model: nn.Module, forward: Callable[[], Tensor]) -> Merg
         >>> error = lr.reslora_merge_error(model, lambda: model(**batch).logits)
         >>> error.output, max(error.modules.values())
     """
-    modules = _reslora_modules(model, "reslora_merge_error")
+    modules = modules_of_kind(model, ResLoRALinear, "reslora_merge_error")
     for path, module in modules.items():
         if module.merged or (module.training and module.dropout > 0):
             state = "merged" if module.merged else "in training mode with dropout"
@@ -180,12 +175,3 @@ def _comparison(delta: Tensor, squares: Tensor) -> Callable[..., None]:
 
 def _relative(error: Tensor, size: Tensor) -> float:
     return (error / size).item() if error > 0 else 0.0
-
-
-def _reslora_modules(model: nn.Module, caller: str) -> dict[str, ResLoRALinear]:
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, ResLoRALinear)}
-    if not modules:
-        raise ValueError(
-            f"{caller}: model must contain a ResLoRALinear, got a {type(model).__name__} with none"
-        )
-    return modules

@@ -8,6 +8,7 @@ from torch import nn
 
 from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.methods.set_and_sequence.module import BasisLoRALinear
+from lowrank_ext.targets import modules_of_kind
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,13 +87,7 @@ def set_scales(
 
 def basis_modules(model: nn.Module, caller: str) -> dict[str, BasisLoRALinear]:
     """Path and module of every BasisLoRALinear, of which there must be one."""
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, BasisLoRALinear)}
-    if not modules:
-        raise ValueError(
-            f"{caller}: model must contain a BasisLoRALinear, got a {type(model).__name__} with "
-            "none"
-        )
-    return modules
+    return modules_of_kind(model, BasisLoRALinear, caller)
 
 
 def adapted_config(model: nn.Module, caller: str) -> BasisLoRAConfig:

@@ -1,7 +1,6 @@
 """Style paths on a diffusers UNet: adding and removing them, choosing a style and its strength."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,12 +89,7 @@ class StyleBlock:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._state.style = self._earlier
 
 
