@@ -23,7 +23,6 @@ from lowrank_ext.cli import measure, models
 from lowrank_ext.cli.data import (
     Corpus,
     load_documents,
-    shuffled_windows,
     split_documents,
     token_blocks,
 )
@@ -43,6 +42,7 @@ from lowrank_ext.cli.report import (
 )
 from lowrank_ext.cli.settings import Settings, parse_methods
 from lowrank_ext.cli.training import Optimizer, Progress, learning_rate_factor
+from lowrank_ext.methods.set_and_sequence.command_line import shuffled_windows
 
 # ---------------------------------------------------------------------------------------- data
 

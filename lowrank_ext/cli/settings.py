@@ -103,7 +103,8 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; the methods' options stand beside the others."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, **values.pop("options")}
+        options = values.pop("options")
+        return {**values, **options}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
