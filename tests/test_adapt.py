@@ -17,14 +17,12 @@ from module_cases import (
     randomise,
 )
 from rich.console import Console
+from small_models import small_gpt2, small_llama
 from torch import nn
 
 pytest.importorskip("transformers")
 
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -60,17 +58,6 @@ def adapted_paths(model: nn.Module) -> list[str]:
 
 def trainable_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def small_llama(**options) -> LlamaForCausalLM:
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1)
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options)).eval()
-
-
-def small_gpt2() -> GPT2LMHeadModel:
-    sizes = dict(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).eval()
 
 
 TRANSFORMERS = {"llama": small_llama, "gpt2": small_gpt2}

@@ -6,6 +6,7 @@ two files with a ``peft_type`` of their own, most with more tensors per module (
 """
 
 from lowrank_ext.checkpoint.load import load_adapter
+from lowrank_ext.checkpoint.lora_files import LoRATensors
 from lowrank_ext.checkpoint.save import save_adapter, save_as_lora
 
-__all__ = ["load_adapter", "save_adapter", "save_as_lora"]
+__all__ = ["LoRATensors", "load_adapter", "save_adapter", "save_as_lora"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from module_cases import IDS, IN, OUT, TinyLM, conv1d, plain_linear, randomise, weight_of
-from test_saved_tensors import bytes_kept_by
+from saved_bytes import bytes_kept_by
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_saved_tensors import storages_kept
+from saved_bytes import storages_kept
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

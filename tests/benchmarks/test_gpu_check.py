@@ -15,7 +15,7 @@ import torch
 
 from lowrank_ext import _build_info
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DtypePair
 from module_cases import BASES, IN, OUT, RANK, plain_linear, weight_of
-from test_saved_tensors import bytes_kept_by
+from saved_bytes import bytes_kept_by
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint

@@ -23,8 +23,8 @@ import peft
 import rich
 from module_cases import IDS, DoublingLinear, TinyLM
 from peft.tuners import lora
-from test_peft_parity import gpt2, llama, randomise, token_ids
-from test_saved_tensors import bytes_kept_by, storages_kept
+from peft_models import gpt2, llama, randomise, token_ids
+from saved_bytes import bytes_kept_by, storages_kept
 from transformers import BertConfig, BertForSequenceClassification
 
 import lowrank_ext as lr

@@ -11,7 +11,7 @@ import pytest
 import torch
 from module_cases import IDS, IN, OUT, RANK, TinyLM, branch, plain_linear, randomise
 from safetensors.torch import load_file
-from test_saved_tensors import bytes_kept_by
+from saved_bytes import bytes_kept_by
 from torch import Tensor, nn
 
 import lowrank_ext as lr

@@ -10,7 +10,7 @@ import torch
 
 import lowrank_ext  # noqa: F401 - registers the ops
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "ops"
 # What each limit leaves, as `lowrank-ext doctor` names it.
 LIMITS = {"portable": "portable", "avx512": "avx512 portable"}
 CASES = [

@@ -2,12 +2,13 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 
 import lowrank_ext as lr
@@ -15,18 +16,6 @@ from lowrank_ext.methods.lamda.freezing import num_frozen_columns
 from lowrank_ext.nn import LaMDALinear
 
 RANK = 6
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.3, foreach=False),
-    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.3, foreach=True),
-    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.3, fused=True),
-    "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.3, amsgrad=True),
-    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.1),
-    "sgd_nesterov": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, nesterov=True),
-    "sgd_fused": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, fused=True),
-    "rmsprop_centered": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
-}
 
 
 def make_model(

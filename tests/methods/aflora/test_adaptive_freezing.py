@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from distributed_cases import end_worker
-from test_freezing import OPTIMIZERS
-from test_saved_tensors import bytes_kept_by
+from optimizers import OPTIMIZERS
+from saved_bytes import bytes_kept_by
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 import typer
 from module_cases import IDS, Block, TinyLM, conv1d, randomise
-from test_adapt import small_gpt2
-from test_saved_tensors import bytes_kept_by
+from saved_bytes import bytes_kept_by
+from small_models import small_gpt2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -1127,7 +1127,7 @@ def test_repr_names_the_shortcut_and_the_place() -> None:
 
 
 def test_the_example_runs(tmp_path) -> None:
-    example = Path(__file__).parents[1] / "examples" / "reslora.py"
+    example = Path(__file__).parents[3] / "examples" / "reslora.py"
     app = typer.Typer()
     app.command()(runpy.run_path(str(example))["main"])
     result = CliRunner().invoke(app, ["--quick", "--out", str(tmp_path)])

@@ -13,7 +13,7 @@ import lowrank_ext as lr
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "aflora.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "aflora.py"
 
 
 def test_it_runs(tmp_path: Path) -> None:

@@ -446,7 +446,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------ the example
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "guard.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "guard.py"
 
 
 def test_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
