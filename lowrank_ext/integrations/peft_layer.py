@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.nn.linear import is_hooked, is_plain
-from lowrank_ext.ops._branch import HALF_DTYPES
+from lowrank_ext.ops._registration import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
 # Arguments that PEFT hands to its layers and that are not for the base.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowrank_ext import ops
 from lowrank_ext.config.checks import check_alpha
 from lowrank_ext.nn.linear import adapter_dtype_for, dense_weight, is_plain, linear_features
-from lowrank_ext.ops._branch import library
+from lowrank_ext.ops._registration import library
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

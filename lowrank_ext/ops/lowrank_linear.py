@@ -9,17 +9,19 @@ from torch import Tensor
 from lowrank_ext.ops._branch import (
     Branch,
     check_branch,
-    check_shape,
     draw_seed,
     gradient_outputs,
-    needs_input_grad,
     not_needed_as_none,
-    register_autocast,
-    register_autograd,
-    register_fakes,
     save_branch,
     saved_branch,
     tf32_allowed,
+)
+from lowrank_ext.ops._checks import check_shape
+from lowrank_ext.ops._registration import (
+    needs_input_grad,
+    register_autocast,
+    register_autograd,
+    register_fakes,
 )
 
 _OP = "lowrank_linear"

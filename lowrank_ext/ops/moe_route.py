@@ -6,12 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    needs_input_grad,
-    register_autograd,
-    register_fakes,
-)
+from lowrank_ext.ops._checks import check_shape
+from lowrank_ext.ops._registration import needs_input_grad, register_autograd, register_fakes
 
 _OP = "moe_route"
 

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    draw_seed,
+from lowrank_ext.ops._branch import draw_seed, not_needed_as_none
+from lowrank_ext.ops._checks import check_shape
+from lowrank_ext.ops._registration import (
     needs_input_grad,
-    not_needed_as_none,
     register_autocast,
     register_autograd,
     register_fakes,
