@@ -31,9 +31,11 @@ def tf32_allowed(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _tf32_is_set()
 
 
-# Dynamo cannot trace the getter. It guards torch's setting by itself, so a change recompiles.
-@torch.compiler.assume_constant_result
 def _tf32_is_set() -> bool:
+    if torch.compiler.is_compiling():
+        from lowrank_ext.ops._untraced import fp32_precision
+
+        return fp32_precision() == "tf32"
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
