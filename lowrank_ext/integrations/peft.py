@@ -1,15 +1,15 @@
 """``lr.accelerate``: PEFT's LoRA layers on the fused ops, in place, and the way back."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
 import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -18,6 +18,9 @@ from lowrank_ext.integrations.peft_layer import (
     accelerated_class,
     adapter_not_covered,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["AccelerationReport", "accelerate", "decelerate"]
 
@@ -63,6 +66,8 @@ class AccelerationReport:
         decelerate(self.model)
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         total = len(self.accelerated) + len(self.left_alone)
         table = Table(title=f"{len(self.accelerated)} of {total} LoRA layers accelerated")
         table.add_column("layers", justify="right")
@@ -84,6 +89,8 @@ class AccelerationReport:
         return groups
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=_WIDTH)
         console.print(self)
         assert isinstance(console.file, io.StringIO)

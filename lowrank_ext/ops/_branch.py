@@ -1,12 +1,11 @@
 """The arguments of a low-rank branch: their seed, checks, fakes and what backward keeps of them."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._checks import check_shape
+from lowrank_ext.ops._fakes import check_shape, fake_gradients
 
 
 class Branch(NamedTuple):
@@ -21,6 +20,23 @@ class Branch(NamedTuple):
     dropout_p: float
     seed: Tensor | None
     allow_tf32: bool
+
+
+def make_branch(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    core: Tensor | None,
+    rank_scale: Tensor | None,
+    out_scale: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Branch:
+    """The branch of a call on x: its seed drawn where there is none, TF32 as torch is set."""
+    seed = draw_seed(dropout_p, seed, x.device)
+    adapter = (lora_a, lora_b, core, rank_scale, out_scale)
+    return Branch(*adapter, scaling, dropout_p, seed, tf32_allowed(x))
 
 
 def tf32_allowed(x: Tensor) -> bool:
@@ -46,7 +62,7 @@ def draw_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Te
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def check_branch(op: str, branch: Branch, x: Tensor, in_features: int, out_features: int) -> None:
+def check_branch(op: str, branch: Branch, in_features: int, out_features: int) -> None:
     """The shape checks of csrc/checks.h in the same words, for fake tensors."""
     a, b = branch.lora_a, branch.lora_b
     check_shape(
@@ -79,20 +95,10 @@ def check_branch(op: str, branch: Branch, x: Tensor, in_features: int, out_featu
             )
 
 
-def gradient_outputs(
-    dout: Tensor, branch: Branch, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fake outputs of a backward op: dx and five adapter gradients, [0] where not needed."""
-    dx = dout.new_empty((*dout.shape[:-1], branch.lora_a.shape[1]) if needs[0] else (0,))
-    dlora_a, dlora_b, dcore, drank_scale, dout_scale = (
-        tensor.new_empty(tensor.shape) if needed and tensor is not None else dout.new_empty((0,))
-        for tensor, needed in zip(branch[:5], needs[1:], strict=True)
-    )
-    return dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale
-
-
-def not_needed_as_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+def backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Fake of a backward op whose last arguments are the branch and which gradients are needed."""
+    branch, needs = Branch(*args[-15:-6]), args[-6:]
+    return fake_gradients(dout, branch.lora_a.shape[1], branch[:5], needs)
 
 
 def save_branch(ctx: Any, branch: Branch, *others: Tensor | None) -> None:

@@ -4,7 +4,7 @@ The library's own ops are in lowrank_ext; the tests have a second library with t
 CUDA backend run on the CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,19 +41,26 @@ def register_autograd(
 
     That look-up walks the schema at every call: 90 us for an op of eleven arguments, more than the
     whole rest of the call at decode sizes. Our schemas have no defaults, so nothing is lost.
-    `setup_context` is what torch.library.register_autograd documents; `backward` also gets the op
-    that computes the gradients, before the upstream gradients. Gradients of gradients raise, where
-    torch would take that op for a constant.
+    `setup_context` is what torch.library.register_autograd documents. `backward` also gets the op
+    that computes the gradients, before the upstream gradients, of which at least one is not None;
+    it may leave out the Nones behind its last gradient. Gradients of gradients raise, where torch
+    would take that op for a constant.
     """
     backward_op = getattr(getattr(torch.ops, library_name), f"{op_name}_backward").default
 
-    def op_backward(ctx: Any, *gradients: Any) -> Any:
-        return backward(ctx, backward_op, *gradients)
+    def op_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    def op_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        used = any(gradient is not None for gradient in gradients)
+        results = backward(ctx, backward_op, *gradients) if used else ()
+        return (*results, *(None,) * (len(needs_input_grad(ctx)) - len(results)))
 
     def second_backward(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(f"{op_name}: second derivatives are not available")
 
-    _register_formula(library_name, op_name, op_backward, setup_context)
+    _register_formula(library_name, op_name, op_backward, op_setup_context)
     _register_formula(
         library_name, f"{op_name}_backward", second_backward, lambda ctx, inputs, output: None
     )
@@ -94,6 +101,14 @@ def _register_formula(
 def needs_input_grad(ctx: Any) -> tuple[bool, ...]:
     """ctx.needs_input_grad for the op's own arguments, in schema order."""
     return tuple(ctx.needs_input_grad[1:])
+
+
+def needed_gradients(
+    backward_op: Callable[..., Sequence[Tensor]], args: Sequence[Any], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of `backward_op`, whose last arguments are `needs`; None where not needed."""
+    gradients = backward_op(*args, *needs)
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 
 
 def register_autocast(library_name: str, op_name: str, num_base_args: int) -> None:
