@@ -21,7 +21,8 @@ from lowrank_ext.config import LoRAConfig
 from lowrank_ext.config.checks import check_alpha, check_dropout, check_rank
 from lowrank_ext.guard.files import HEAD_NAME, HeadOptions, head_companion, read_head
 from lowrank_ext.nn.linear import LoRALinear, draw_lora_a, linear_features
-from lowrank_ext.nn.multi import MultiLoRALinear, in_block
+from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.rows import in_block
 from lowrank_ext.targets import find_targets
 
 GUARD = "guard"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.nn.linear import is_hooked, is_plain
+from lowrank_ext.nn.rows import ids_of_names, spread
 from lowrank_ext.ops._registration import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
@@ -71,7 +72,7 @@ class AcceleratedLoRA(nn.Module):
             self._check_forward_args(x, *args, **kwargs)
             kwargs = {k: value for k, value in kwargs.items() if k not in _PEFT_ARGUMENTS}
         if rows is not None:
-            ids = [names.index(name) if name in names else -1 for name in rows]
+            ids = spread(ids_of_names(rows, names, x.device), x)
             return self._mixed(self._base(x, *args, **kwargs), x, adapters, ids)
         weight = None if args or kwargs else self._weight_for(x)
         if weight is None:
@@ -138,23 +139,20 @@ class AcceleratedLoRA(nn.Module):
         cast = _autocast_dtype(x) is not None and weight.dtype != torch.float64
         return weight if cast else None
 
-    def _mixed(
-        self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Sequence[int]
-    ) -> Tensor:
-        """``ids``: the adapter of each sequence, -1 for the base alone."""
+    def _mixed(self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Tensor) -> Tensor:
+        """y with the adapter of each row of x added; ids [...], -1 for the base alone."""
         ranks = [adapter.lora_a.shape[0] for adapter in adapters]
         widest = max(ranks)
         lora_a = _stack([F.pad(a.lora_a, (0, 0, 0, widest - a.lora_a.shape[0])) for a in adapters])
         lora_b = _stack([F.pad(a.lora_b, (0, widest - a.lora_b.shape[1])) for a in adapters])
         base_out, x, lora_a, lora_b = _in_one_dtype(x, y, lora_a, lora_b)
-        row_ids = torch.tensor(ids, device=x.device).view(-1, *(1,) * (x.dim() - 2))
         scaling = [adapter.scaling for adapter in adapters]
         added = ops.multi_lowrank_add(
             base_out,
             x,
             lora_a,
             lora_b,
-            row_ids.expand(x.shape[:-1]),
+            ids,
             torch.tensor(scaling, dtype=torch.float64, device=x.device),
             ranks=torch.tensor(ranks, device=x.device),
         )
