@@ -201,7 +201,7 @@ class AdapterBank:
 
     @contextmanager
     def _between_blocks(self, action: str) -> Iterator[None]:
-        """Holds the lock; nothing runs with the stacks meanwhile."""
+        """Raise where a rows block is active; hold the lock, so that none begins meanwhile."""
         with self._lock:
             if self._blocks:
                 raise RuntimeError(

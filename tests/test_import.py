@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# Each costs more than the rest of the import together; who needs one imports it in use.
+# Slow to import; what needs one of them imports it when it is called.
 HEAVY = ("torch._dynamo", "transformers", "peft", "diffusers", "matplotlib")
 
 

@@ -27,11 +27,11 @@ __all__ = ["AccelerationReport", "accelerate", "decelerate"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _OLDEST_PEFT = (0, 18)
-_WIDTH = 160  # of the table as text: what no reason and hardly a path exceeds
+_WIDTH = 160  # columns of the table as text: every reason and most paths fit
 
-# PEFT's layers whose forward is that of lora.Linear written out once more.
+# Classes of PEFT whose forward repeats that of lora.Linear.
 _COVERED_CLASSES = ("peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit")
-# Others, by the names of their classes.
+# Reasons for classes that are left alone, by class name.
 _OTHER_CLASSES = {
     "Embedding": "an embedding is no linear module",
     "Conv1d": "a convolution is no linear module",

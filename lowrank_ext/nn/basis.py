@@ -24,7 +24,7 @@ from lowrank_ext.config.basis import (
 )
 from lowrank_ext.config.checks import check_finite, check_probability
 from lowrank_ext.nn.linear import LowRankLinear, draw_lora_a
-from lowrank_ext.nn.rows import ids_of_block, spread
+from lowrank_ext.nn.rows import ids_of_block, ids_per_row
 from lowrank_ext.ops._branch import draw_seed
 from lowrank_ext.reference import dropout_scale
 
@@ -321,7 +321,7 @@ class BasisLoRALinear(LowRankLinear):
     def _forward_per_sample(self, x: Tensor, p: float) -> Tensor:
         samples = x.shape[0]
         coefficients = self._coefficients(self.residual_scales, p, num_masks=samples)
-        ids = spread(torch.arange(samples, device=x.device), x)
+        ids = ids_per_row(torch.arange(samples, device=x.device), x)
         shape = (samples, *coefficients.shape[-2:])
         return self._forward_stacked(x, coefficients.expand(shape), ids)
 

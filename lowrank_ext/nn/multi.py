@@ -23,8 +23,8 @@ class MultiLoRALinear(nn.Module):
     """LoRA adapters stacked over one base; made by :meth:`from_linear`.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.
-    Nothing requires a gradient at first; ``lora_a`` and ``lora_b`` may. Rows without an adapter
-    have no part in these gradients.
+    ``lora_a`` and ``lora_b`` require no gradient at first. Rows without an adapter add nothing to
+    their gradients.
 
     Attributes:
         weight, bias: the Parameters of a plain nn.Linear base, at their old state-dict keys; None
@@ -60,7 +60,7 @@ class MultiLoRALinear(nn.Module):
         self.bank = bank
         self.dropout = 0.0
         self.names: tuple[str, ...] = ()
-        # Conv1D's product is another call of the vendor's, whose bits a linear need not have.
+        # F.linear need not give the bits of Conv1D's own product: Conv1D stays in base_layer.
         plain = type(base) is nn.Linear and is_plain(base)
         self.register_parameter("weight", base._parameters["weight"] if plain else None)
         self.register_parameter("bias", base._parameters["bias"] if plain else None)
@@ -200,7 +200,8 @@ class MultiLoRALinear(nn.Module):
         )
 
     def _check_no_recomputation(self) -> None:
-        """Outside of a block, and in a backward: the branch would be missing from its gradients."""
+        """Raise where backward runs forward again outside of its block: lora_a's and lora_b's
+        gradients would be missing."""
         if torch.compiler.is_compiling() or not self.lora_a.requires_grad:
             return
         in_block = self.bank in ACTIVE_ROWS.get()

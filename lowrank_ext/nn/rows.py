@@ -51,7 +51,7 @@ class RowsBlock:
                 "multiply the rows of generate: give each name as many times in a row"
             )
         ids = self.ids(layout, x.device)
-        return None if ids is None else spread(ids, x)
+        return None if ids is None else ids_per_row(ids, x)
 
 
 # The blocks that hold now, by the numbers of their owners.
@@ -61,13 +61,13 @@ ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", def
 def ids_of_names(
     names: Sequence[str | None], layout: Sequence[str], device: torch.device
 ) -> Tensor:
-    """int64 [number of names]: the index of each name in ``layout``, -1 where it is not there."""
+    """int64 [number of names]: the index of each name in ``layout``, -1 for a name not in it."""
     ids = [layout.index(name) if name in layout else -1 for name in names]
     return torch.tensor(ids, device=device)
 
 
-def spread(ids: Tensor, x: Tensor) -> Tensor:
-    """The ids [B] of the sequences of x [B, ..., K], for each row of x: [B, ...]."""
+def ids_per_row(ids: Tensor, x: Tensor) -> Tensor:
+    """ids [B] of the sequences of x [B, ..., K], expanded to [B, ...]: one for each row of x."""
     return ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
 
 
@@ -88,10 +88,10 @@ def rows_block(owner: int, names: Sequence[str | None], caller: str) -> Iterator
 
 
 def in_block(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function``, run in the blocks that are active now, whenever and in whatever thread.
+    """``function`` with the blocks that are active now, whenever and in whatever thread it runs.
 
-    For activation checkpointing, whose second run happens in backward: after the block's end, on a
-    GPU in a thread of autograd's.
+    Activation checkpointing needs it: its second run happens in backward, after the block's end and
+    on a GPU in a thread of autograd.
     """
     active = ACTIVE_ROWS.get()
 
@@ -113,7 +113,7 @@ def ids_of_block(x: Tensor, owner: int, layout: tuple[str, ...]) -> Tensor | Non
     the ids are then all -1.
     """
     if torch.compiler.is_compiling():
-        # An op, which looks when it runs: the graph is good for every block.
+        # The op reads the block when it runs: one graph serves every block.
         return torch.ops.lowrank_ext.active_adapter_ids.default(x, owner, list(layout))
     return _ids_now(x, owner, layout)
 

@@ -1,4 +1,4 @@
-"""The arguments of a low-rank branch: their seed, checks, fakes and what backward keeps of them."""
+"""The arguments of a low-rank branch: seed, TF32, shape checks, and what is saved for backward."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from lowrank_ext.ops._fakes import check_shape, fake_gradients
 
 
 class Branch(NamedTuple):
-    """The branch arguments of an op, in schema order."""
+    """The last arguments of lowrank_add and lowrank_linear, in schema order."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -33,7 +33,7 @@ def make_branch(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Branch:
-    """The branch of a call on x: its seed drawn where there is none, TF32 as torch is set."""
+    """The branch of a call on x, with its seed drawn and torch's TF32 setting read."""
     seed = draw_seed(dropout_p, seed, x.device)
     adapter = (lora_a, lora_b, core, rank_scale, out_scale)
     return Branch(*adapter, scaling, dropout_p, seed, tf32_allowed(x))
@@ -48,7 +48,7 @@ def tf32_allowed(x: Tensor) -> bool:
 
 
 def _tf32_is_set() -> bool:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # dynamo cannot trace torch's getter
         from lowrank_ext.ops._untraced import fp32_precision
 
         return fp32_precision() == "tf32"
@@ -56,7 +56,7 @@ def _tf32_is_set() -> bool:
 
 
 def draw_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed to pass on: the caller's, else one from torch's generator where it is needed."""
+    """The caller's seed, or one from torch's generator of ``device`` where dropout needs it."""
     if seed is not None or dropout_p == 0.0:
         return seed
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -64,35 +64,22 @@ def draw_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Te
 
 def check_branch(op: str, branch: Branch, in_features: int, out_features: int) -> None:
     """The shape checks of csrc/checks.h in the same words, for fake tensors."""
-    a, b = branch.lora_a, branch.lora_b
-    check_shape(
-        op,
-        "lora_a",
-        a,
-        a.dim() == 2 and a.shape[0] >= 1 and a.shape[1] == in_features,
-        f"[r, in_features={in_features}]",
-    )
+    a, b, core = branch.lora_a, branch.lora_b, branch.core
+    fits = a.dim() == 2 and a.shape[0] >= 1 and a.shape[1] == in_features
+    check_shape(op, "lora_a", a, fits, f"[r, in_features={in_features}]")
     rank = a.shape[0]
-    check_shape(
-        op,
-        "lora_b",
-        b,
-        b.dim() == 2 and b.shape[0] == out_features and b.shape[1] == rank,
-        f"[out_features={out_features}, r={rank}]",
-    )
-    vectors = (
+    fits = b.dim() == 2 and b.shape[0] == out_features and b.shape[1] == rank
+    check_shape(op, "lora_b", b, fits, f"[out_features={out_features}, r={rank}]")
+    if core is not None:
+        fits = core.dim() == 2 and core.shape[0] == rank and core.shape[1] == rank
+        check_shape(op, "core", core, fits, f"[r={rank}, r={rank}]")
+    for name, vector, size, label in (
         ("rank_scale", branch.rank_scale, rank, "r"),
         ("out_scale", branch.out_scale, out_features, "out_features"),
-    )
-    if branch.core is not None:
-        core = branch.core
-        square = core.dim() == 2 and core.shape[0] == rank and core.shape[1] == rank
-        check_shape(op, "core", core, square, f"[r={rank}, r={rank}]")
-    for name, vector, size, label in vectors:
+    ):
         if vector is not None:
-            check_shape(
-                op, name, vector, vector.dim() == 1 and vector.shape[0] == size, f"[{label}={size}]"
-            )
+            fits = vector.dim() == 1 and vector.shape[0] == size
+            check_shape(op, name, vector, fits, f"[{label}={size}]")
 
 
 def backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -102,7 +89,7 @@ def backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def save_branch(ctx: Any, branch: Branch, *others: Tensor | None) -> None:
-    """Saves the branch's tensors first, then `others`; :func:`saved_branch` gives both back."""
+    """Save the branch and ``others`` for backward."""
     ctx.save_for_backward(*branch[:5], branch.seed, *others)
     ctx.scaling, ctx.dropout_p, ctx.allow_tf32 = (
         branch.scaling,
@@ -112,6 +99,7 @@ def save_branch(ctx: Any, branch: Branch, *others: Tensor | None) -> None:
 
 
 def saved_branch(ctx: Any) -> tuple[Branch, tuple[Any, ...]]:
+    """The branch and the others of :func:`save_branch`."""
     lora_a, lora_b, core, rank_scale, out_scale, seed, *others = ctx.saved_tensors
     adapter = (lora_a, lora_b, core, rank_scale, out_scale)
     branch = Branch(*adapter, ctx.scaling, ctx.dropout_p, seed, ctx.allow_tf32)

@@ -16,6 +16,7 @@ _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def library(name: str) -> torch.library.Library:
+    """Where the Python kernels of torch.ops.<name> are registered."""
     if name not in _LIBRARIES:
         _LIBRARIES[name] = torch.library.Library(name, "IMPL")
     return _LIBRARIES[name]
@@ -27,6 +28,7 @@ def register_fakes(
     fake: Callable[..., Any],
     backward_fake: Callable[..., Any],
 ) -> None:
+    """Fakes of the op and of its backward op."""
     for name, function in ((op_name, fake), (f"{op_name}_backward", backward_fake)):
         torch.library.register_fake(f"{library_name}::{name}", function)
 

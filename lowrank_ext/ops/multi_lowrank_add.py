@@ -47,13 +47,14 @@ def multi_lowrank_add(
 
         y[m] = base_out[m] + scaling[i] · lora_b[i] lora_a[i] drop(x[m]),     i = adapter_ids[m]
 
-    Where i is -1, y[m] has the bits of base_out[m]: nothing is added, not even a zero. Adapters
-    without a row are not read, and their gradients are zeros. With ``ranks`` the rows of lora_a[i]
-    and the columns of lora_b[i] from ranks[i] on are padding: never read, their gradients zeros;
-    rank 0 is no adapter. Every tensor is on x's device. On a GPU the host waits for none of them,
-    and so sees neither ids nor ranks: a row whose id, or whose adapter's rank, is out of range
-    becomes NaN, in y and in dx, and so do the gradients of an adapter that has rows but no valid
-    rank. float32 products are not rounded to TF32 there, whatever torch is set to.
+    Where i is -1, y[m] has the bits of base_out[m]. Adapters without a row are not read, and their
+    gradients are zeros. With ``ranks`` the rows of lora_a[i] and the columns of lora_b[i] from
+    ranks[i] on are padding: not read, their gradients zeros; rank 0 means no adapter. Every tensor
+    is on x's device.
+
+    On a GPU the host reads neither ids nor ranks. A row of y and dx is NaN there where its id or
+    its adapter's rank is out of range; the gradients of an adapter are NaN where it has rows but no
+    valid rank. float32 products are never rounded to TF32.
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
