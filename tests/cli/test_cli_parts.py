@@ -20,12 +20,7 @@ pytest.importorskip("typer")
 from rich.console import Console
 
 from lowrank_ext.cli import measure, models
-from lowrank_ext.cli.data import (
-    Corpus,
-    load_documents,
-    split_documents,
-    token_blocks,
-)
+from lowrank_ext.cli.data import Corpus, load_documents, split_documents, token_blocks
 from lowrank_ext.cli.display import BarDisplay, LineDisplay
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, replace_directory, write_bytes

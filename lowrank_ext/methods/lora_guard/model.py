@@ -21,7 +21,8 @@ from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME, HeadOptions, head_companion, read_head
 from lowrank_ext.nn.base_layer import linear_features
 from lowrank_ext.nn.init import draw_lora_a
-from lowrank_ext.nn.multi import MultiLoRALinear, in_block
+from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.rows import in_block
 from lowrank_ext.targets import find_targets
 
 if TYPE_CHECKING:

@@ -76,17 +76,14 @@ _traced: Frame | None = None
 
 def current_frame() -> Frame | None:
     """The innermost frame of this thread or task."""
-    if torch.compiler.is_compiling():
-        return _untraced_frame() if _traced is None else _traced
-    return _current.get()
+    if not torch.compiler.is_compiling():
+        return _current.get()
+    if _traced is not None:
+        return _traced
+    # Imported while torch.compile traces: torch.compiler.disable imports torch._dynamo.
+    from lowrank_ext.methods.reslora.untraced_frame import untraced_frame
 
-
-@torch.compiler.disable(
-    reason="ResLoRA: the chain's owner runs outside of the compiled function; compile the whole "
-    "model to have one graph"
-)
-def _untraced_frame() -> Frame | None:
-    return _current.get()
+    return untraced_frame(_current)
 
 
 def find_frame(chain: str) -> Frame | None:

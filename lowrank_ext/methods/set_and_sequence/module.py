@@ -24,7 +24,7 @@ from lowrank_ext.methods.set_and_sequence.config import (
 )
 from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
-from lowrank_ext.nn.multi import ids_of_block
+from lowrank_ext.nn.rows import ids_of_block, ids_per_row
 from lowrank_ext.ops._branch import draw_seed
 from lowrank_ext.reference import dropout_scale
 
@@ -290,9 +290,9 @@ class BasisLoRALinear(LowRankLinear):
     def _forward_per_sample(self, x: Tensor, p: float) -> Tensor:
         samples = x.shape[0]
         coefficients = self._coefficients(self.residual_scales, p, num_masks=samples)
-        ids = torch.arange(samples, device=x.device).view(-1, *(1,) * (x.dim() - 2))
+        ids = ids_per_row(torch.arange(samples, device=x.device), x)
         shape = (samples, *coefficients.shape[-2:])
-        return self._forward_stacked(x, coefficients.expand(shape), ids.expand(x.shape[:-1]))
+        return self._forward_stacked(x, coefficients.expand(shape), ids)
 
     def _forward_in_block(self, x: Tensor, ids: Tensor) -> Tensor:
         alone = [{name: 1.0} for name in self.residuals]

@@ -9,7 +9,7 @@ from torch import nn
 from lowrank_ext.checks import did_you_mean
 from lowrank_ext.methods.set_and_sequence.module import IDENTITY, BasisLoRALinear
 from lowrank_ext.methods.set_and_sequence.stages import basis_modules
-from lowrank_ext.nn.multi import ACTIVE_ROWS, ROWS_NUMBERS, RowsBlock
+from lowrank_ext.nn.rows import ROWS_NUMBERS, check_names, rows_block
 
 _LOCK = threading.Lock()
 
@@ -38,17 +38,12 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         ...     velocity = model(latents_of_three, timestep, text)
     """
     caller = "motion.rows"
-    if isinstance(names, str) or not all(isinstance(n, str | None) for n in names):
-        raise TypeError(f"{caller}: names must be a sequence of names and None, got {names!r}")
+    check_names(names, caller)
     modules = basis_modules(model, caller)
     _check(modules, [name for name in names if name is not None], caller)
     number = _number_of(modules)
-    block = RowsBlock([IDENTITY if name is None else name for name in names], caller)
-    token = ACTIVE_ROWS.set({**ACTIVE_ROWS.get(), number: block})
-    try:
+    with rows_block(number, [IDENTITY if name is None else name for name in names], caller):
         yield
-    finally:
-        ACTIVE_ROWS.reset(token)
 
 
 def _check(modules: Mapping[str, BasisLoRALinear], names: Sequence[str], caller: str) -> None:
