@@ -1,4 +1,4 @@
-"""LoRA-Guard on SmolLM2-135M: a language model learns to recognise prompt injections.
+"""LoRA-Guard on SmolLM2-135M: a language model learns to recognize prompt injections.
 
 The texts are those of the package bastioncorpus (MIT licence): attacks of seven kinds, and harmless
 texts that look like attacks. Two thirds train the guard, the rest is scored; texts of one intent,

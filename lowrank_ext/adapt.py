@@ -33,7 +33,7 @@ _FUSED_FLAGS: dict[type[nn.Module], str] = {
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Model:
+def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Model:
     """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
 
     Afterwards exactly the adapters (what of them trains) and ``modules_to_save`` require gradients.
@@ -47,7 +47,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
     Args:
         model: any torch or transformers model; returned.
         config: of the method, see ``lowrank_ext.config``.
-        initialise: False leaves the adapters at zero and the base untouched, for a loader that
+        initialize: False leaves the adapters at zero and the base untouched, for a loader that
             fills them.
 
     Raises:
@@ -68,7 +68,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
     replace_modules(
         model,
         {
-            module: module_class.from_linear(module, config.for_module(path), initialise=initialise)
+            module: module_class.from_linear(module, config.for_module(path), initialize=initialize)
             for path, module in targets.items()
         },
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
 from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_lora
-from lowrank_ext.checks import did_you_mean, normalised_adapter_dtype
+from lowrank_ext.checks import did_you_mean, normalized_adapter_dtype
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.nn.rows import ROWS_NUMBERS, check_names, rows_block
@@ -77,7 +77,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         check_no_adapters(model, "AdapterBank: model")
         self.model = model
-        self.adapter_dtype = normalised_adapter_dtype(adapter_dtype, "AdapterBank")
+        self.adapter_dtype = normalized_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(ROWS_NUMBERS)
         self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
         self._originals: dict[MultiLoRALinear, nn.Module] = {}
@@ -92,7 +92,7 @@ class AdapterBank:
     def load(self, name: str, path: str | os.PathLike[str]) -> None:
         """Load the LoRA checkpoint in the directory ``path`` (PEFT's format) as ``name``.
 
-        use_rslora, rank_pattern and alpha_pattern are honoured; ranks and targets may differ from
+        use_rslora, rank_pattern and alpha_pattern are honored; ranks and targets may differ from
         those of the other adapters. Dropout is not applied. A checkpoint that changes more than
         linear modules, row by row, is refused: modules_to_save, DoRA, trained biases, an initial
         residual (PiSSA that was not converted), LaMDA.

@@ -92,14 +92,14 @@ def check_flag(value: object, owner: str, name: str) -> None:
         raise TypeError(f"{owner}: {name} must be a bool, got {value!r}")
 
 
-def normalised_adapter_dtype(dtype: torch.dtype | str, owner: str) -> str:
+def normalized_adapter_dtype(dtype: torch.dtype | str, owner: str) -> str:
     """The dtype's name without ``torch.``, one of ADAPTER_DTYPES."""
     name = str(dtype).removeprefix("torch.")
     check_choice(name, ADAPTER_DTYPES, owner, "adapter_dtype")
     return name
 
 
-def normalised_names(
+def normalized_names(
     names: str | Iterable[str], owner: str, argument: str
 ) -> str | tuple[str, ...]:
     if isinstance(names, str):

@@ -20,8 +20,8 @@ from lowrank_ext.checks import (
     check_regex,
     did_you_mean,
     matching_pattern,
-    normalised_adapter_dtype,
-    normalised_names,
+    normalized_adapter_dtype,
+    normalized_names,
 )
 
 ALL_LINEAR = "all-linear"
@@ -93,19 +93,19 @@ class AdapterConfig:
                 f"{owner}: modules_to_save must be a sequence of names, "
                 f"got the string {self.modules_to_save!r}"
             )
-        self._set("target_modules", normalised_names(self.target_modules, owner, "target_modules"))
+        self._set("target_modules", normalized_names(self.target_modules, owner, "target_modules"))
         if not self.target_modules:
             raise ValueError(f"{owner}: target_modules must name at least one module, got none")
         if self.exclude_modules is not None:
             self._set(
-                "exclude_modules", normalised_names(self.exclude_modules, owner, "exclude_modules")
+                "exclude_modules", normalized_names(self.exclude_modules, owner, "exclude_modules")
             )
         self._set(
-            "modules_to_save", normalised_names(self.modules_to_save, owner, "modules_to_save")
+            "modules_to_save", normalized_names(self.modules_to_save, owner, "modules_to_save")
         )
         self._set("rank_pattern", dict(self.rank_pattern))
         self._set("alpha_pattern", dict(self.alpha_pattern))
-        self._set("adapter_dtype", normalised_adapter_dtype(self.adapter_dtype, owner))
+        self._set("adapter_dtype", normalized_adapter_dtype(self.adapter_dtype, owner))
 
     @classmethod
     def of(cls, owner: str, **options: Any) -> Self:

@@ -77,7 +77,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def frozen_may_leave() -> bool:
     """Whether a frozen tensor may lose requires_grad.
 
-    Not where torch.distributed is initialised: DDP's reducer and FSDP2's groups are built for a
+    Not where torch.distributed is initialized: DDP's reducer and FSDP2's groups are built for a
     fixed set of trainable parameters.
     """
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())

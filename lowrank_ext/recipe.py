@@ -99,7 +99,7 @@ def _first_stage(model: nn.Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a training loop does for a method beyond minimising the loss with one learning rate.
+    """What a training loop does for a method beyond minimizing the loss with one learning rate.
 
     Attributes:
         parameter_groups: parameters with learning rates of their own.

@@ -85,7 +85,7 @@ class DoublingLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A quantised linear: integer weight, one scale, no floating weight to merge into."""
+    """A quantized linear: integer weight, one scale, no floating weight to merge into."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def weight_of(base: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Give what trains in the adapters below `module` values of order one that no init gives."""
     for layer in module.modules():
         if isinstance(layer, LowRankLinear):
@@ -182,7 +182,7 @@ def lora_product(
         base,
         r=lora_a.shape[0],
         init=init,
-        initialise=False,
+        initialize=False,
         adapter_dtype="base",
         **method.options(lora_a.shape[0]),
         **options,

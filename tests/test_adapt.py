@@ -14,7 +14,7 @@ from module_cases import (
     Block,
     Method,
     TinyLM,
-    randomise,
+    randomize,
 )
 from rich.console import Console
 from small_models import small_gpt2, small_llama
@@ -358,7 +358,7 @@ def test_ties_through_views_are_seen(view) -> None:
     assert not adapted_paths(model)
 
 
-def test_neighbours_in_one_storage_are_not_ties() -> None:
+def test_neighbors_in_one_storage_are_not_ties() -> None:
     model = TinyLM()
     both = torch.randn(2, 8, 8)
     model.layers[0].q_proj.weight = nn.Parameter(both[0])
@@ -555,7 +555,7 @@ def test_fused_encoder_layers_do_not_bypass_the_adapters() -> None:
         assert adapted_paths(model) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
         kept = ~padding
         torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected[kept])
-        randomise(model)
+        randomize(model)
         assert not torch.allclose(model(x, src_key_padding_mask=padding)[kept], expected[kept])
         unload(model)
     assert model.layers[0].activation_relu_or_gelu == 1 and model.use_nested_tensor
@@ -625,6 +625,6 @@ def test_a_meta_model_is_adapted_without_memory() -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     model = adapt(TinyLM(), LoRAConfig(r=2))
-    randomise(model)
+    randomize(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS), model(IDS))

@@ -25,7 +25,7 @@ __all__ = [
     "Companion",
     "read_adapter_files",
     "read_companion",
-    "serialised",
+    "serialized",
     "write_adapter_files",
     "write_tensor_file",
 ]
@@ -62,7 +62,7 @@ def write_adapter_files(
     Raises:
         OSError: a file cannot be written. The old pair is left as it was.
     """
-    weights = serialised(tensors, metadata)
+    weights = serialized(tensors, metadata)
     digest = hashlib.sha256(weights).hexdigest()
     others = {name: companion(digest) for name, companion in companions.items()}
     others[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -97,7 +97,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError: it cannot be written. An old file is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, serialised(tensors, {}))
+    write_file(path, serialized(tensors, {}))
 
 
 def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
@@ -149,7 +149,7 @@ def read_companion(where: Path, name: str, caller: str) -> CompanionFile:
     return CompanionFile(path, _digest(where / WEIGHTS_NAME))
 
 
-def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with PEFT's metadata and ``metadata``."""
     plain: bytes = safetensors.torch.save(dict(tensors), {"format": "pt"})
     if not metadata:

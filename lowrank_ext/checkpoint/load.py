@@ -85,9 +85,9 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     else:
         # PEFT's own PiSSA files lack the starts: the SVD has to be done again.
         residual = config.init in method.module_class.residual_inits
-        initialise = residual and not _has_starts(method, adapters)
+        initialize = residual and not _has_starts(method, adapters)
         try:
-            adapt(model, config, initialise=initialise)
+            adapt(model, config, initialize=initialize)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
     for name, tensors in adapters.items():

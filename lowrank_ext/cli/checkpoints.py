@@ -33,7 +33,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_digest: str) -> Path:
-    """Adapter, optimiser, freezing schedule, RNG and progress, in one directory that appears
+    """Adapter, optimizer, freezing schedule, RNG and progress, in one directory that appears
     whole."""
     path = directory / f"checkpoint-{trainer.progress.step:06d}"
     older = checkpoints(directory)

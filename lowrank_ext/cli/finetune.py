@@ -299,7 +299,7 @@ def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> 
     if settings.compile:
         trainer.model.compile()
     if not found:
-        torch.manual_seed(settings.seed)  # the same dropout draws whatever the initialisation drew
+        torch.manual_seed(settings.seed)  # the same dropout draws whatever the initialization drew
         record_start(job, trainer, display)
     _LOG.info(
         "%s: from step %d, learning rate %g",

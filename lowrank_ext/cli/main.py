@@ -117,7 +117,7 @@ def finetune(
     adapter_dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
     ] = "fp32",
-    seed: Annotated[int, typer.Option(help="Initialisation, order of the data, dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Initialization, order of the data, dropout.")] = 0,
     threads: Threads = None,
     eval_batches: Annotated[
         int, typer.Option(help="Held-out batches per evaluation, at most.")

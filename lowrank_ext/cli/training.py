@@ -170,7 +170,7 @@ class Events:
 
 
 class Trainer:
-    """Model, optimiser, schedule and progress of one method."""
+    """Model, optimizer, schedule and progress of one method."""
 
     def __init__(self, entry: Entry, model: CausalLM, settings: Settings) -> None:
         self.entry = entry

@@ -117,7 +117,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Kept for backward: x and h [M, r] for each layer; no cast or dropped copy of x, no mask.
 
-    Left alone, with the reason in the report: layers that are no linear map, quantised layers with
+    Left alone, with the reason in the report: layers that are no linear map, quantized layers with
     a forward of their own, layers with a forward put on the instance (accelerate's device hooks),
     and layers none of whose adapters is covered (DoRA and other variants, ``lora_bias``). What only
     shows in a call (an adapter of an uncovered kind made active, dtypes that do not fit) goes

@@ -239,7 +239,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _in_one_dtype(x: Tensor, y: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    """y, x and the adapter as the ops take them: a quantised base may answer in another dtype."""
+    """y, x and the adapter as the ops take them: a quantized base may answer in another dtype."""
     if x.dtype == y.dtype or _autocast_dtype(x) is not None:
         return (y, x, *factors)
     wide = torch.promote_types(x.dtype, y.dtype)

@@ -1,4 +1,4 @@
-"""Modules: parameters, initialisation and one op call in forward.
+"""Modules: parameters, initialization and one op call in forward.
 
 A method's module lives in its folder, ``lowrank_ext/methods/<method>/module.py``, and is found here
 by its name: ``lowrank_ext.nn.LoRALinear``.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank_ext.checks import normalised_adapter_dtype
+from lowrank_ext.checks import normalized_adapter_dtype
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ def adapter_dtype_for(
         ValueError: the ops have no such pair: adapters must have the base's dtype, or be float32
             over a bfloat16 or float16 base.
     """
-    name = normalised_adapter_dtype(adapter_dtype, owner)
+    name = normalized_adapter_dtype(adapter_dtype, owner)
     if base_dtype is None:
         return torch.float32 if name == "base" else getattr(torch, name)
     if name == "base" or base_dtype == torch.float64:
@@ -45,7 +45,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _conv1d_class() -> type[nn.Module] | None:
-    # Where transformers has not been imported there is no Conv1D to recognise.
+    # Where transformers has not been imported there is no Conv1D to recognize.
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 

@@ -6,7 +6,7 @@ with x [..., K] and W [N, K]. Most methods have neither core nor scales: these a
 
 A module owns the very Parameters of the module it replaces, so ties survive and the keys
 ``weight`` and ``bias`` of its state dict stay. A base that is more than a plain dense linear
-(quantised, hooked, a subclass with a forward of its own) is kept as ``base_layer`` and the branch
+(quantized, hooked, a subclass with a forward of its own) is kept as ``base_layer`` and the branch
 is added to its output.
 """
 
@@ -160,14 +160,14 @@ class LowRankLinear(Adapter):
         linear: nn.Module,
         config: AdapterConfig | None = None,
         *,
-        initialise: bool = True,
+        initialize: bool = True,
         **options: Any,
     ) -> Self:
         """The adapter over ``linear``: nn.Linear, transformers' Conv1D, or any module with integer
         ``in_features`` and ``out_features`` that maps [..., K] to [..., N].
 
         The base's Parameters are shared and frozen, its train/eval mode is kept.
-        ``initialise=False`` leaves the adapter at zero and the base untouched, for a loader that
+        ``initialize=False`` leaves the adapter at zero and the base untouched, for a loader that
         fills it. The method's options are a ``config`` or the fields of one, ``r=8, alpha=16``.
 
         Raises:
@@ -185,7 +185,7 @@ class LowRankLinear(Adapter):
                 f"in_features and out_features, got {type(linear).__name__}"
             )
         module = cls(*features, config, base=linear, **options)
-        if initialise:
+        if initialize:
             module.reset_adapter()
         return module.train(linear.training)
 
@@ -248,10 +248,10 @@ class LowRankLinear(Adapter):
         return weight
 
     def reset_parameters(self) -> None:
-        """Initialise all the module owns: the base as its class does, then the branch.
+        """Initialize all the module owns: the base as its class does, then the branch.
 
         For a module built on the meta device, after ``to_empty``. To start the adapter anew over a
-        base that has its weights use :meth:`reset_adapter`. A ``base_layer`` initialises itself.
+        base that has its weights use :meth:`reset_adapter`. A ``base_layer`` initializes itself.
         """
         self.merged, self.unmerged_weight, self.residual_taken = False, None, False
         if self.weight is not None and self.fan_in_fan_out:

@@ -57,7 +57,7 @@ def lowrank_add(
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
     Example:
-        >>> y = lowrank_add(quantised_linear(x), x, lora_a, lora_b, scaling=2.0)
+        >>> y = lowrank_add(quantized_linear(x), x, lora_a, lora_b, scaling=2.0)
 
     Source: as :func:`lowrank_ext.ops.lowrank_linear`. In plain torch: lowrank_ext/reference.py.
     """

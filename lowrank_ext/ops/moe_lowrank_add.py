@@ -46,7 +46,7 @@ def moe_lowrank_add(
     """Adds to each row of a base output the `top_k` low-rank experts that a router picks for it.
 
         p = softmax(x router_weightᵀ)
-        w = p of the top_k experts, renormalised to sum to one
+        w = p of the top_k experts, renormalized to sum to one
         y = base_out + scaling · Σ_i w_i lora_b[i] lora_a[i] drop_i(x)   over those experts i
         balance_loss = E Σ_i f_i P_i,  f_i: share of the tokens that chose i,  P_i: mean of p_i
 

@@ -223,7 +223,7 @@ def test_tables_are_printed(
     assert "lowrank_up_kernel<" in printed and "void" not in printed
 
 
-def test_every_pass_is_recognised_by_its_kernel(gpu_measure: ModuleType) -> None:
+def test_every_pass_is_recognized_by_its_kernel(gpu_measure: ModuleType) -> None:
     product = "void lowrank_ext::cuda::thin_product_kernel<lowrank_ext::cuda::Traits<Bf16, {}> >()"
     other = "void lowrank_ext::cuda::{}_kernel<lowrank_ext::cuda::Traits<lowrank_ext::cuda::{}> >()"
     kernels = {

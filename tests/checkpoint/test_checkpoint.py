@@ -140,7 +140,7 @@ CONFIGS: dict[str, Callable[[], AnyConfig]] = {
 
 
 @torch.no_grad()
-def randomise(model: Net) -> None:
+def randomize(model: Net) -> None:
     """Values as after training."""
     generator = torch.Generator().manual_seed(11)
     for parameter in model.parameters():
@@ -154,7 +154,7 @@ def randomise(model: Net) -> None:
 
 def trained(config: AnyConfig, dtype: torch.dtype = torch.float32) -> Net:
     model = lr.adapt(net(dtype), config)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -409,7 +409,7 @@ def test_tied_modules_to_save(tmp_path: Path) -> None:
     """Both owners saved: equal tensors, and the tie survives. One owner saved: refused."""
     both = lora(target_modules=["0"], modules_to_save=["embed", "head"])
     model = lr.adapt(tied_net(), both)
-    randomise(model)
+    randomize(model)
     lr.save_adapter(model, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     assert torch.equal(stored[f"{P}embed.weight"], stored[f"{P}head.weight"])

@@ -160,8 +160,8 @@ def test_settings_survive_json_and_refuse_those_of_another_version() -> None:
     settings = some_settings()
     stored = json.loads(json.dumps(settings.to_dict()))
     assert Settings.from_dict(stored) == settings
-    with pytest.raises(UserError, match="colour"):
-        Settings.from_dict({**stored, "colour": 1})
+    with pytest.raises(UserError, match="color"):
+        Settings.from_dict({**stored, "color": 1})
     del stored["rank"]
     with pytest.raises(UserError, match="rank"):
         Settings.from_dict(stored)

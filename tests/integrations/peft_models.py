@@ -47,7 +47,7 @@ def token_ids(seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, scale: float = 0.2) -> None:
+def randomize(model: nn.Module, scale: float = 0.2) -> None:
     """Values as after training, in adapters and modules_to_save."""
     generator = torch.Generator().manual_seed(11)
     for parameter in model.parameters():

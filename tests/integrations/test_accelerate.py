@@ -23,7 +23,7 @@ import peft
 import rich
 from module_cases import IDS, DoublingLinear, TinyLM
 from peft.tuners import lora
-from peft_models import gpt2, llama, randomise, token_ids
+from peft_models import gpt2, llama, randomize, token_ids
 from saved_bytes import bytes_kept_by, storages_kept
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -73,7 +73,7 @@ def peft_model(name: str = "llama", dtype: torch.dtype = torch.float32, **option
     model = peft.get_peft_model(make(dtype), config).eval()
     if dtype == torch.float64:  # PEFT makes its adapters in the base's dtype, then at most float32
         model.double()
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -185,7 +185,7 @@ def test_bfloat16_models(adapter_float32: bool) -> None:
     theirs = peft.get_peft_model(
         llama(torch.bfloat16), config, autocast_adapter_dtype=adapter_float32
     )
-    randomise(theirs, 0.1)
+    randomize(theirs, 0.1)
     ours = copy.deepcopy(theirs)
     lr.accelerate(ours)
     factor = layers_of(ours)[0].lora_A["default"].weight
@@ -207,7 +207,7 @@ def layer_pair(
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["0"], **options})
     base = nn.Linear(40, 24) if base is None else base
     model = peft.inject_adapter_in_model(config, nn.Sequential(base.to(dtypes.base)))
-    randomise(model)
+    randomize(model)
     layer = model[0].to(device)
     for factors in (layer.lora_A, layer.lora_B):
         factors.to(dtypes.adapter)
@@ -550,7 +550,7 @@ def with_second_adapter(model: nn.Module, **options: Any) -> None:
     own = {"r": 7, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], **options}
     model.add_adapter("second", peft.LoraConfig(**own))
     model.set_adapter("second")
-    randomise(model)
+    randomize(model)
     model.set_adapter("default")
 
 
@@ -678,7 +678,7 @@ def test_adapter_names_differentiate(device: str) -> None:
     for layer in (ours, theirs):
         torch.manual_seed(2)
         layer.update_layer("other", 6, lora_alpha=9, config=peft.LoraConfig(r=6))
-        randomise(layer)
+        randomize(layer)
         layer.double()
         layer.requires_grad_(True)
     names = ["other", "__base__", "default", "other"]
@@ -842,7 +842,7 @@ def test_report_names_every_layer_and_why() -> None:
     names = ["embedding", "conv", "attention", "linear", "doubling"]
     torch.manual_seed(0)
     theirs = peft.get_peft_model(Mixed(), peft.LoraConfig(r=2, target_modules=names))
-    randomise(theirs)
+    randomize(theirs)
     ours = copy.deepcopy(theirs)
     report = lr.accelerate(ours)
     path = "base_model.model."
@@ -892,7 +892,7 @@ def test_target_parameters_and_a_forward_of_its_own() -> None:
         nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)),
         peft.LoraConfig(r=2, target_parameters=["0.weight"], target_modules=["1", "2"]),
     )
-    randomise(theirs)
+    randomize(theirs)
     ours = copy.deepcopy(theirs)
     hooked = ours.base_model.model[1]
     hooked.forward = hooked.forward  # as accelerate's add_hook_to_module does
@@ -926,7 +926,7 @@ def test_a_class_with_a_forward_of_its_own_is_left_alone() -> None:
     assert_close(logits(model), expected)
 
 
-# --------------------------------------------------------------------------- quantised bases
+# --------------------------------------------------------------------------- quantized bases
 
 
 def bitsandbytes_linear(bits: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -946,7 +946,7 @@ def torchao_linear() -> tuple[nn.Module, dict[str, Any]]:
     return linear, {}
 
 
-QUANTISED: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+QUANTIZED: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "Linear8bitLt": lambda: bitsandbytes_linear(8),
     "Linear4bit": lambda: bitsandbytes_linear(4),
     "TorchaoLoraLinear": torchao_linear,
@@ -954,16 +954,16 @@ QUANTISED: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_bases(kind: str, dtype: torch.dtype) -> None:
-    linear, flags = QUANTISED[kind]()
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_bases(kind: str, dtype: torch.dtype) -> None:
+    linear, flags = QUANTIZED[kind]()
     model = nn.Sequential(linear)
     for name, value in flags.items():
         setattr(model, name, value)
     theirs = peft.get_peft_model(
         model, peft.LoraConfig(r=3, target_modules=["0"], lora_dropout=0.0)
     ).eval()
-    randomise(theirs)
+    randomize(theirs)
     layer = theirs.base_model.model[0]
     assert type(layer).__name__ == kind
     ours = copy.deepcopy(theirs)
@@ -1017,7 +1017,7 @@ def test_a_shared_layer_is_one() -> None:
     model = peft.get_peft_model(
         nn.Sequential(block, block), peft.LoraConfig(r=2, target_modules=["0"])
     )
-    randomise(model)
+    randomize(model)
     x = torch.randn(3, 8)
     expected = model(x)
     assert len(lr.accelerate(model).accelerated) == 1
@@ -1031,7 +1031,7 @@ def test_a_model_without_peft_model_around_it() -> None:
         torch.manual_seed(4)
         config = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"])
         models.append(peft.inject_adapter_in_model(config, llama()))
-        randomise(models[-1])
+        randomize(models[-1])
     assert len(lr.accelerate(models[0]).accelerated) == 4
     assert_same_logits(*models)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import gpt2, llama, randomise, token_ids
+from peft_models import gpt2, llama, randomize, token_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -158,7 +158,7 @@ TARGETS: dict[str, list[str] | str] = {
 def test_peft_loads_ours(case: str, tmp_path: Path) -> None:
     ours = CASES[case][0]
     model = lr.adapt(llama(), lr.LoRAConfig(target_modules=TARGETS["names"], **ours))
-    randomise(model)
+    randomize(model)
     lr.save_adapter(model, tmp_path)
     with warnings.catch_warnings():
         # missing, unexpected and unknown keys are warnings in PEFT
@@ -173,7 +173,7 @@ def test_peft_loads_ours(case: str, tmp_path: Path) -> None:
 def test_we_load_peft(case: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=TARGETS["names"], **CASES[case][1])
     reference = peft.get_peft_model(llama(), config)
-    randomise(reference)
+    randomize(reference)
     reference.save_pretrained(tmp_path)
     model = lr.load_adapter(llama(), tmp_path)
     assert_close(logits(model), logits(reference))
@@ -184,14 +184,14 @@ def test_we_load_peft(case: str, tmp_path: Path) -> None:
 def test_every_way_to_name_targets(targets: str, tmp_path: Path) -> None:
     wanted = TARGETS[targets]
     model = lr.adapt(llama(), lr.LoRAConfig(r=3, target_modules=wanted))
-    randomise(model)
+    randomize(model)
     lr.save_adapter(model, tmp_path / "ours")
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
     assert adapter_values(loaded).keys() == adapter_values(model).keys()
     assert_close(logits(loaded), logits(model))
 
     reference = peft.get_peft_model(llama(), peft.LoraConfig(r=3, target_modules=wanted))
-    randomise(reference)
+    randomize(reference)
     reference.save_pretrained(tmp_path / "theirs")
     model = lr.load_adapter(llama(), tmp_path / "theirs")
     assert adapter_values(model).keys() == adapter_values(reference).keys()
@@ -210,7 +210,7 @@ def test_every_way_to_name_targets(targets: str, tmp_path: Path) -> None:
 def test_peft_options_that_narrow_the_targets(options: dict[str, Any], tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules=TARGETS["names"], **options)
     reference = peft.get_peft_model(llama(), config)
-    randomise(reference)
+    randomize(reference)
     reference.save_pretrained(tmp_path)
     model = lr.load_adapter(llama(), tmp_path)
     assert adapter_values(model).keys() == adapter_values(reference).keys()
@@ -222,7 +222,7 @@ def test_conv1d_both_ways(init: str, tmp_path: Path) -> None:
     """GPT-2's Conv1D keeps its weight as [K, N]: fan_in_fan_out in PEFT."""
     targets = ["c_attn", "c_proj"]
     model = lr.adapt(gpt2(), lr.LoRAConfig(r=4, alpha=8, target_modules=targets, init=init))
-    randomise(model)
+    randomize(model)
     lr.save_adapter(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
     loaded = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "ours")
@@ -236,7 +236,7 @@ def test_conv1d_both_ways(init: str, tmp_path: Path) -> None:
         init_lora_weights="pissa" if init == "pissa" else True,
     )
     reference = peft.get_peft_model(gpt2(), config)
-    randomise(reference)
+    randomize(reference)
     reference.save_pretrained(tmp_path / "theirs")
     assert_close(logits(lr.load_adapter(gpt2(), tmp_path / "theirs")), logits(reference))
 
@@ -250,7 +250,7 @@ def test_pissa_converted_by_peft_loads_as_plain_lora(tmp_path: Path) -> None:
     reference.peft_config["default"].init_lora_weights = True
     reference.save_pretrained(tmp_path / "start")
     reference.peft_config["default"].init_lora_weights = "pissa"
-    randomise(reference)
+    randomize(reference)
     expected = logits(reference)
     reference.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
@@ -266,7 +266,7 @@ def test_files_equal_pefts(case: str, dtype: torch.dtype, tmp_path: Path) -> Non
     """The tensor file byte for byte, the config value for value."""
     ours, theirs = CASES[case]
     model = lr.adapt(llama(dtype), lr.LoRAConfig(target_modules=TARGETS["names"], **ours))
-    randomise(model)
+    randomize(model)
     config = peft.LoraConfig(target_modules=TARGETS["names"], **theirs)
     reference = peft.get_peft_model(llama(dtype), config)
     values = dict(model.named_parameters())
@@ -297,7 +297,7 @@ def test_tied_head_saved_by_peft_gets_a_weight_of_its_own(tmp_path: Path) -> Non
     """PEFT trains a copy of the head; loading it must not change the embedding."""
     config = peft.LoraConfig(r=4, target_modules=TARGETS["names"], modules_to_save=["lm_head"])
     reference = peft.get_peft_model(llama(tied=True), config)
-    randomise(reference)
+    randomize(reference)
     reference.save_pretrained(tmp_path)
     model = llama(tied=True)
     embedding = model.model.embed_tokens.weight.detach().clone()
@@ -397,7 +397,7 @@ def test_a_name_that_ends_another_path(tmp_path: Path) -> None:
         return model
 
     model = lr.adapt(make(), lr.LoRAConfig(r=2, alpha=6, target_modules="fc"))
-    randomise(model)
+    randomize(model)
     lr.save_adapter(model, tmp_path)
     x = torch.randn(4, 3)
     loaded = peft.PeftModel.from_pretrained(make(), tmp_path)

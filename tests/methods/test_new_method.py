@@ -105,7 +105,7 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_adapts_and_is_summarised() -> None:
+def test_adapts_and_is_summarized() -> None:
     model = TinyLM()
     expected = model(IDS)
     lr.adapt(model, ToyConfig(r=3, target_modules=["q_proj"]))

@@ -27,7 +27,7 @@ from module_cases import (
     branch,
     conv1d,
     plain_linear,
-    randomise,
+    randomize,
     weight_of,
 )
 from torch import nn
@@ -60,7 +60,7 @@ def make(method: Method, base: nn.Module, **options) -> LowRankLinear:
 
 def make_random(method: Method, base: nn.Module, **options) -> LowRankLinear:
     module = make(method, base, **options)
-    randomise(module)
+    randomize(module)
     return module
 
 
@@ -342,7 +342,7 @@ def test_merged_output_is_the_unmerged_one(method: Method, kind: str) -> None:
 
 def test_delta_weight_is_exact_whatever_the_matmul_precision() -> None:
     module = LoRALinear.from_linear(nn.Linear(64, 64), r=8)
-    randomise(module)
+    randomize(module)
     expected = (module.lora_b.double() @ module.lora_a.double()).float()
     precision = torch.get_float32_matmul_precision()
     try:
@@ -381,7 +381,7 @@ def test_a_residual_is_rebuilt_bit_for_bit_from_its_buffers(method: Method) -> N
     fresh = copy.deepcopy(base)
     trained = make(method, base, alpha=5.0)
     rebuilt = method.module.from_linear(
-        fresh, r=RANK, alpha=5.0, init=method.init, initialise=False, **method.options(RANK)
+        fresh, r=RANK, alpha=5.0, init=method.init, initialize=False, **method.options(RANK)
     )
     assert torch.equal(fresh.weight, rebuilt.weight) and not rebuilt.lora_b.any()
     with torch.no_grad():
@@ -534,7 +534,7 @@ def test_a_base_that_is_not_its_weight_neither_merges_nor_takes_an_svd(kind: str
     assert module.to_linear(merge=False) is base
 
 
-def test_a_quantised_base_has_adapters_in_float32() -> None:
+def test_a_quantized_base_has_adapters_in_float32() -> None:
     module = LoRALinear.from_linear(Int8Linear(IN, OUT, torch.bfloat16), r=RANK)
     y = module(torch.randn(2, IN, dtype=torch.bfloat16))
     y.sum().backward()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from lowrank_ext.checks import check_number, matches_names, normalised_names
+from lowrank_ext.checks import check_number, matches_names, normalized_names
 from lowrank_ext.config import AdapterConfig
 
 
@@ -45,7 +45,7 @@ class AFLoRAConfig(AdapterConfig):
         # out_scale starts at zero: with rank_scale zero too all gradients would be zero for ever.
         check_number(self.rank_scale_init, owner, "rank_scale_init", positive=True)
         if self.live_modules is not None:
-            self._set("live_modules", normalised_names(self.live_modules, owner, "live_modules"))
+            self._set("live_modules", normalized_names(self.live_modules, owner, "live_modules"))
 
     def is_live(self, path: str) -> bool:
         """Whether the projections of the module at ``path`` train at first."""

@@ -89,7 +89,7 @@ class AdaptiveFreezeSchedule:
     cannot be.) A step whose gradients are not finite leaves the scores alone. Apart from the steps
     that decide, and from a GradScaler's scale, the host waits for nothing.
 
-    Where torch.distributed is initialised, frozen projections keep requires_grad with a zero
+    Where torch.distributed is initialized, frozen projections keep requires_grad with a zero
     gradient that :meth:`step` takes away (see ``frozen_may_leave``), so x stays saved for backward.
     All ranks take the decision of the first; the entries of DTensors are counted where they are.
 

@@ -89,7 +89,7 @@ class ExpertLoad(ForwardMeter):
 def expert_load(model: nn.Module) -> ExpertLoad:
     """Counts the tokens that each expert of each GOATLinear gets from all forwards in a block.
 
-    Works in both modes and on compiled models, which run eagerly in the block; honours
+    Works in both modes and on compiled models, which run eagerly in the block; honors
     ``lr.token_mask``.
 
     Raises:

@@ -19,7 +19,7 @@ class GOATConfig(AdapterConfig):
     """GOAT and plain mixtures of LoRA experts: a router picks top_k of num_experts per token.
 
     (Fan et al., arXiv 2502.16894.) y = x Wᵀ + bias + scaling · Σ wᵢ Bᵢ Aᵢ dropᵢ(x) over the chosen
-    experts, whose weights w are the router's probabilities, renormalised. The balance loss of the
+    experts, whose weights w are the router's probabilities, renormalized. The balance loss of the
     routers is added to the task's with ``lr.balance_loss``. Such an adapter cannot be merged.
 
     Attributes:

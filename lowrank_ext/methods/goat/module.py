@@ -17,7 +17,7 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 class GOATLinear(LowRankLinear):
     """GOAT (Fan et al., arXiv 2502.16894), and with init="zero" a plain mixture of LoRA experts.
 
-        p = softmax(x router_weightᵀ),    w = p of the top_k experts, renormalised
+        p = softmax(x router_weightᵀ),    w = p of the top_k experts, renormalized
         y = x Wᵀ + bias + scaling · Σ wᵢ Bᵢ Aᵢ dropᵢ(x)   over those experts
 
     The router sees x without dropout.

@@ -116,7 +116,7 @@ class FreezeSchedule:
     Call :meth:`step` once after each ``optimizer.step()``. Between the two the frozen columns may
     hold what the optimizer made of them. Once all columns of a module are frozen, its lora_b has
     requires_grad False and grad None, and autograd does no work for it. Where torch.distributed is
-    initialised it keeps requires_grad (see :func:`frozen_may_leave`); its gradient is zero then,
+    initialized it keeps requires_grad (see :func:`frozen_may_leave`); its gradient is zero then,
     and its values are still restored.
 
     Build it after ``fully_shard``; a lora_b that is a DTensor must be replicated or sharded on

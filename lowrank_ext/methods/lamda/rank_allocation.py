@@ -9,9 +9,9 @@ as the budget allows, the module with the largest gain per added cost goes up to
 
 The first is largest for a flat spectrum (captured energy grows by the largest factor), the second
 for a concentrated one (missing energy falls by the largest factor), whatever the rank. The plain
-difference E(next) - E(now) has no such direction: at ranks far below min(N, K) it favours
+difference E(next) - E(now) has no such direction: at ranks far below min(N, K) it favors
 concentrated spectra, and flat ones where the others are exhausted. The paper (arXiv 2406.12832)
-says that a normalised energy score drives the ranks; formula, candidates and budget are our choice.
+says that a normalized energy score drives the ranks; formula, candidates and budget are our choice.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from lowrank_ext.checkpoint.adapter_files import Companion, read_companion, serialised
+from lowrank_ext.checkpoint.adapter_files import Companion, read_companion, serialized
 from lowrank_ext.checks import check_rank
 
 HEAD_NAME = "guard_head.safetensors"
@@ -60,7 +60,7 @@ def head_companion(options: HeadOptions, tensors: Mapping[str, Tensor]) -> Compa
 
     def content(adapter_digest: str) -> bytes:
         described = asdict(options) | {"adapter_sha256": adapter_digest}
-        return serialised(tensors, {_KEY: json.dumps(described, sort_keys=True)})
+        return serialized(tensors, {_KEY: json.dumps(described, sort_keys=True)})
 
     return content
 

@@ -141,7 +141,7 @@ def _check_vocabulary(model: GuardModel, largest_id: int) -> None:
 
 
 def _windows(tokens: list[int], length: int) -> list[list[int]]:
-    """Parts of at most ``length`` tokens that cover all; neighbours overlap by half."""
+    """Parts of at most ``length`` tokens that cover all; neighbors overlap by half."""
     if len(tokens) <= length:
         return [tokens]
     step = max(1, length // 2)

@@ -417,7 +417,7 @@ def _can_be_kept(sources: tuple[Tensor, ...]) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
         return False
-    # Inference tensors have no version; meta and fake ones no memory to recognise them by.
+    # Inference tensors have no version; meta and fake ones no memory to recognize them by.
     return not any(
         t.is_inference() or t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in sources
     )

@@ -12,7 +12,7 @@ from lowrank_ext.checks import (
     check_flag,
     check_rank,
     did_you_mean,
-    normalised_adapter_dtype,
+    normalized_adapter_dtype,
 )
 
 
@@ -61,7 +61,7 @@ class StylePathConfig:
         check_choice(self.lam, ("layer", "global"), owner, "lam")
         check_finite(self.lam_init, owner, "lam_init")
         check_choice(self.init, self.inits, owner, "init")
-        dtype = normalised_adapter_dtype(self.adapter_dtype, owner)
+        dtype = normalized_adapter_dtype(self.adapter_dtype, owner)
         object.__setattr__(self, "adapter_dtype", dtype)
 
     def to_dict(self) -> dict[str, Any]:

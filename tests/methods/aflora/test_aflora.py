@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from module_cases import IDS, IN, OUT, RANK, TinyLM, branch, plain_linear, randomise
+from module_cases import IDS, IN, OUT, RANK, TinyLM, branch, plain_linear, randomize
 from safetensors.torch import load_file
 from saved_bytes import bytes_kept_by
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ def aflora(base: nn.Module | None = None, **options: Any) -> AFLoRALinear:
     return AFLoRALinear.from_linear(base or plain_linear(), **{"r": RANK, **options})
 
 
-def randomised(base: nn.Module | None = None, **options: Any) -> AFLoRALinear:
+def randomized(base: nn.Module | None = None, **options: Any) -> AFLoRALinear:
     module = aflora(base, **options)
-    randomise(module)
+    randomize(module)
     return module
 
 
@@ -84,7 +84,7 @@ def test_gradients_are_the_papers(adapter: str) -> None:
     """dB = b ⊙ Q and db = rowsum(B ⊙ Q) with Q = s dyᵀ u, u = d ⊙ h; dA = d ⊙ K and
     dd = rowsum(A ⊙ K) with K = pᵀ x, p = s (dy ⊙ b) B."""
     dtype = getattr(torch, adapter)
-    module = randomised(plain_linear(dtype), alpha=6.0, adapter_dtype=adapter)
+    module = randomized(plain_linear(dtype), alpha=6.0, adapter_dtype=adapter)
     x = torch.randn(ROWS, IN, dtype=dtype, requires_grad=True)
     dy = torch.randn(ROWS, OUT, dtype=dtype)
     module(x).backward(dy)
@@ -125,7 +125,7 @@ def test_bytes_kept_for_backward(device: str, dropout: float) -> None:
 def test_the_branch_is_lora_with_folded_vectors(device: str) -> None:
     """A' = diag(d) A, B' = diag(b) B: forward, and the merged weight."""
     base = plain_linear(torch.float64).to(device)
-    module = randomised(base, alpha=2.0)
+    module = randomized(base, alpha=2.0)
     folded = LoRALinear.from_linear(copy.deepcopy(base), r=RANK, alpha=2.0)
     with torch.no_grad():
         folded.lora_a.copy_(module.rank_scale.unsqueeze(1) * module.lora_a)
@@ -143,7 +143,7 @@ def test_the_branch_is_lora_with_folded_vectors(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_merging_rounds_once(dtype: torch.dtype) -> None:
-    module = randomised(nn.Linear(48, 40, dtype=dtype))
+    module = randomized(nn.Linear(48, 40, dtype=dtype))
     a, b = module.lora_a.double(), module.lora_b.double()
     delta = module.out_scale.double().unsqueeze(1) * ((b * module.rank_scale.double()) @ a)
     expected = (module.weight.double() + delta.float().double()).to(dtype)
@@ -153,7 +153,7 @@ def test_merging_rounds_once(dtype: torch.dtype) -> None:
 
 def test_autocast_and_half_bases_agree_with_the_definition() -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        module = randomised(nn.Linear(64, 48, dtype=dtype), r=8)
+        module = randomized(nn.Linear(64, 48, dtype=dtype), r=8)
         x = torch.randn(ROWS, 64, dtype=dtype)
         y = module(x)
         base = nn.functional.linear(x.double(), module.weight.double(), module.bias.double())
@@ -161,7 +161,7 @@ def test_autocast_and_half_bases_agree_with_the_definition() -> None:
         assert y.dtype == dtype
         bound = 8 * torch.finfo(dtype).eps * expected.abs().max()
         assert (y.double() - expected).abs().max() <= bound
-    module = randomised()
+    module = randomized()
     with torch.autocast("cpu", torch.bfloat16):
         y = module(torch.randn(5, IN))
         y.sum().backward()
@@ -170,7 +170,7 @@ def test_autocast_and_half_bases_agree_with_the_definition() -> None:
 
 
 def test_compiles_with_any_number_of_rows_and_notices_freezing() -> None:
-    module = randomised()
+    module = randomized()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for live in (True, False):
         module.lora_a.requires_grad_(live)
@@ -265,7 +265,7 @@ def test_bad_live_modules() -> None:
 
 def test_rank_may_exceed_the_layer_and_k_v_may_be_narrow() -> None:
     """The released GLUE scripts use 1024 on layers of 768; square is not the same as attention."""
-    module = randomised(r=4 * IN)
+    module = randomized(r=4 * IN)
     x = torch.randn(ROWS, IN)
     expected = nn.functional.linear(x, module.weight, module.bias) + branch(module, x)
     torch.testing.assert_close(module(x), expected.float(), rtol=1e-4, atol=1e-4)
@@ -273,7 +273,7 @@ def test_rank_may_exceed_the_layer_and_k_v_may_be_narrow() -> None:
 
 def test_file_keys(tmp_path: Path) -> None:
     model = lr.adapt(TinyLM(), lr.AFLoRAConfig(r=2, alpha=3, target_modules=["up_proj"]))
-    randomise(model)
+    randomize(model)
     lr.save_adapter(model, tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     shapes = {"lora_A": (2, 8), "lora_B": (16, 2), "lora_rank_scale": (2,), "lora_out_scale": (16,)}
@@ -292,7 +292,7 @@ def test_merge_unmerge_unload_on_a_model() -> None:
     plain = TinyLM()
     model = lr.adapt(copy.deepcopy(plain), lr.AFLoRAConfig(r=4))
     assert torch.equal(model(IDS), plain(IDS))
-    randomise(model)
+    randomize(model)
     y = model(IDS)
     assert not torch.allclose(y, plain(IDS))
     assert lr.merge(model) is model
@@ -313,7 +313,7 @@ def test_summary_counts_what_trains() -> None:
 
 
 def test_copies_and_pickles() -> None:
-    module = randomised(dropout=0.1)
+    module = randomized(dropout=0.1)
     x = torch.randn(ROWS, IN)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(other.eval()(x), module.eval()(x))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from module_cases import IDS, IN, OUT, TinyLM, conv1d, plain_linear, randomise, weight_of
+from module_cases import IDS, IN, OUT, TinyLM, conv1d, plain_linear, randomize, weight_of
 from saved_bytes import bytes_kept_by
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +30,7 @@ def goat_model(**options) -> nn.Module:
     """Two blocks whose six linears have four experts each, adapters at random values."""
     config = {"r": 4, "num_experts": 4, "top_k": 2, "balance_coefficient": 0.5, **options}
     model = lr.adapt(TinyLM(), lr.GOATConfig(**config))
-    randomise(model)
+    randomize(model)
     return model.train()
 
 
@@ -127,7 +127,7 @@ def test_unload_and_reset_restore_the_base(init: str, dtype: torch.dtype) -> Non
     base = plain_linear(dtype)
     weight = base.weight.detach().clone()
     module = goat(base, init=init)
-    randomise(module)
+    randomize(module)
     one_rounding = dict(rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
     torch.testing.assert_close(module.original_weight(), weight, **one_rounding)
     module.reset_adapter()
@@ -249,7 +249,7 @@ def test_it_cannot_be_merged_and_says_why() -> None:
 def test_an_expert_without_tokens_is_not_run(expert_rank: int) -> None:
     """Expert 0 is poisoned, so that running it on any token shows."""
     module = goat(nn.Linear(64, 48), r=4 * expert_rank, num_experts=4, init="zero", dropout=0.2)
-    randomise(module)
+    randomize(module)
     with torch.no_grad():
         module.router_weight[0] = 0
         module.router_weight[1:] = 1

@@ -109,7 +109,7 @@ def brute_force(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_brute_force(seed: int) -> None:
-    """With one step size and log E concave in r, the greedy order maximises the sum of log E."""
+    """With one step size and log E concave in r, the greedy order maximizes the sum of log E."""
     generator = torch.Generator().manual_seed(100 + seed)
     decays = (2 * torch.rand(5, generator=generator)).tolist()
     candidates = [2, 4, 6, 8]

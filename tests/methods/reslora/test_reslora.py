@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
-from module_cases import IDS, Block, TinyLM, conv1d, randomise
+from module_cases import IDS, Block, TinyLM, conv1d, randomize
 from saved_bytes import bytes_kept_by
 from small_models import small_gpt2
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def stack(
 ) -> Stack:
     config = lr.ResLoRAConfig(**{"r": 2, "shortcut": shortcut, **options})
     model = lr.adapt(Stack(depth, dtype).to(device), config)
-    randomise(model)
+    randomize(model)
     return model.train()
 
 
@@ -193,7 +193,7 @@ def test_ranks_and_scalings_may_differ_along_a_chain(shortcut: str) -> None:
         alpha_pattern={r"layers\.2\..*": 5},
     )
     model = lr.adapt(Stack(3, torch.float64), config)
-    randomise(model)
+    randomize(model)
     x = inputs(dtype=torch.float64)
     torch.testing.assert_close(model(x), Definition(model)(x))
     if shortcut == "middle":
@@ -264,7 +264,7 @@ def test_other_bases(shortcut: str) -> None:
         start = model(x)
         lr.adapt(model, lr.ResLoRAConfig(r=2, shortcut=shortcut, adapter_dtype="float64"))
         torch.testing.assert_close(model(x), start)
-        randomise(model)
+        randomize(model)
         first, second = model[0][0], model[1][0]
         assert (first.position, second.position) == (0, 1) and second.earlier().__next__() is first
         seen = {}
@@ -414,7 +414,7 @@ def test_chains_run_through_nested_lists() -> None:
     model = adapted(nn.Sequential(Down(), Down()))
     (paths,) = chains(model).values()
     assert paths == [f"{i}.attentions.{j}.to_q" for i in range(2) for j in range(2)]
-    randomise(model)
+    randomize(model)
     x = torch.randn(3, 4)
     modules = [model.get_submodule(path) for path in paths]
     expected, previous = x, x
@@ -435,7 +435,7 @@ def test_encoder_and_decoder_have_chains_of_their_own(shortcut: str) -> None:
     adapted(model, shortcut)
     torch.testing.assert_close(model(**ids).logits, before)
     assert all(len(paths) == 2 for paths in chains(model).values())
-    randomise(model)
+    randomize(model)
     together = model(**ids).logits
     assert not torch.allclose(together, before)
     encoded = model.get_encoder()(input_ids=ids["input_ids"])  # on its own, as generate does
@@ -463,7 +463,7 @@ def test_a_sequential_may_be_called_or_looped_over(shortcut: str) -> None:
             return x
 
     model = adapted(Net(), shortcut)
-    randomise(model)
+    randomize(model)
     x = inputs()
     expected = model(x)
     assert torch.equal(model.body(x), expected)
@@ -678,7 +678,7 @@ def test_the_model_stays_what_it_was() -> None:
 @by_shortcut
 def test_checkpointing_by_transformers(shortcut: str, use_reentrant: bool) -> None:
     model = adapted(llama(3), shortcut, dropout=0.2)
-    randomise(model)
+    randomize(model)
     model.train()
     embeddings = model.get_input_embeddings()(IDS).detach()
 
@@ -764,7 +764,7 @@ def test_calls_that_cannot_be_told_apart_are_refused(shortcut: str) -> None:
             return first + checkpoint(self.layers[1], constant, use_reentrant=False)
 
     fixed = adapted(Fixed(), shortcut)
-    randomise(fixed)
+    randomize(fixed)
     for _ in range(2):  # one after the other they can
         fixed(inputs()).sum().backward()
     first, second = fixed(inputs()), fixed(inputs())
@@ -831,7 +831,7 @@ def test_blocks_compiled_one_by_one(shortcut: str) -> None:
 @by_shortcut
 def test_generation_and_hidden_states(shortcut: str) -> None:
     model = adapted(llama(3), shortcut)
-    randomise(model)
+    randomize(model)
     options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
     cached, whole = (model.generate(IDS, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, whole)
@@ -848,7 +848,7 @@ def test_generation_and_hidden_states(shortcut: str) -> None:
 @by_shortcut
 def test_checkpoints(shortcut: str, tmp_path) -> None:
     model = adapted(TinyLM(), shortcut, pre_num=1)
-    randomise(model)
+    randomize(model)
     plain = TinyLM()
     plain.load_state_dict(
         {n: v for n, v in model.state_dict().items() if "lora_" not in n}, strict=True
@@ -1037,7 +1037,7 @@ def test_a_compiled_model_is_measured_too() -> None:
 @by_stateful
 def test_inputs_of_size_zero_count_as_equal(shortcut: str) -> None:
     model = adapted(Stack(2), shortcut, merge="input")
-    randomise(model)
+    randomize(model)
     for module in model.modules():
         if isinstance(module, ResLoRALinear):
             module.input_rms = torch.zeros(())

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from distributed_cases import end_worker
-from module_cases import Block, randomise
+from module_cases import Block, randomize
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +33,7 @@ def model_and_batch(shortcut: str, checkpointed: bool) -> tuple[nn.Module, Tenso
     """The same numbers in every process."""
     torch.manual_seed(0)
     model = lr.adapt(Blocks(checkpointed), lr.ResLoRAConfig(r=2, shortcut=shortcut))
-    randomise(model)
+    randomize(model)
     return model, torch.randn(WORLD * ROWS, 5, WIDTH)
 
 

@@ -31,7 +31,7 @@ def make(base: nn.Module | None = None, **options: Any) -> BasisLoRALinear:
 
 
 @torch.no_grad()
-def randomise(layer: BasisLoRALinear) -> BasisLoRALinear:
+def randomize(layer: BasisLoRALinear) -> BasisLoRALinear:
     """Every tensor of the adapter at values of order one, frozen or not."""
     for tensor in layer.adapter_tensors().values():
         tensor.copy_(torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5)
@@ -43,7 +43,7 @@ def at_stage(stage: int, base: nn.Module | None = None, **options: Any) -> Basis
     layer = make(base, **options)
     if stage == 2:
         layer.begin_residual_stage("dance")
-    return randomise(layer).train()
+    return randomize(layer).train()
 
 
 def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -153,7 +153,7 @@ def test_a_mask_that_drops_everything(basis: str, mask_per: str) -> None:
 
     stage1 = layer.eval()(x).detach()
     layer.begin_residual_stage("dance")
-    randomise_residuals(layer)
+    randomize_residuals(layer)
     y = layer.train()(x)
     if mask_per == "call":
         assert torch.equal(y, stage1)
@@ -164,7 +164,7 @@ def test_a_mask_that_drops_everything(basis: str, mask_per: str) -> None:
 
 
 @torch.no_grad()
-def randomise_residuals(layer: BasisLoRALinear) -> None:
+def randomize_residuals(layer: BasisLoRALinear) -> None:
     for name in layer.residuals:
         layer._residual(name).normal_()
 
@@ -275,7 +275,7 @@ def test_scales_and_several_residuals(basis: str) -> None:
     layer.begin_residual_stage("wave")
     assert layer.residual_scales == {"dance": 0.0, "wave": 1.0}
     assert set(trained(layer)) == {"lora_residual_wave"}
-    randomise_residuals(layer)
+    randomize_residuals(layer)
     x = torch.randn(5, IN, dtype=torch.float64)
 
     def expected(identity: float, dance: float, wave: float) -> Tensor:

@@ -44,19 +44,19 @@ def test_look_and_motion_are_told_apart(example: ModuleType) -> None:
 
 
 def test_the_base_model_does_not_know_the_path(example: ModuleType) -> None:
-    """The clips that it is made from run straight; the concept's centre turns."""
+    """The clips that it is made from run straight; the concept's center turns."""
     frames = example.FRAMES
 
-    def centre(clip: torch.Tensor) -> torch.Tensor:
+    def center(clip: torch.Tensor) -> torch.Tensor:
         cover = (clip + 1).abs().sum(0)  # [F, H, W]
         axis = torch.arange(example.SIZE).float()
         y, x = (cover.sum(dim) @ axis / cover.sum((1, 2)) for dim in (2, 1))
         return torch.stack([y, x], dim=1)
 
     motion = torch.tensor([0.2, -0.3, 0.6, 0.5])
-    steps = centre(example.target_clip()).diff(dim=0)
+    steps = center(example.target_clip()).diff(dim=0)
     turned = torch.cosine_similarity(steps[0], steps[-1], dim=0)
     assert turned < 0.5
     straight = example.drifting_clip(torch.tensor(False), torch.ones(3), motion, frames)
-    moves = centre(straight).diff(dim=0)
+    moves = center(straight).diff(dim=0)
     assert (torch.cosine_similarity(moves[:-1], moves[1:], dim=1) > 0.9).all()
