@@ -1,7 +1,5 @@
 """``lr.accelerate``: PEFT's LoRA layers on the fused ops, in place, and the way back."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import io
@@ -65,7 +63,7 @@ class AccelerationReport:
         """:func:`decelerate` for the model."""
         decelerate(self.model)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
         from rich.table import Table
 
         total = len(self.accelerated) + len(self.left_alone)
