@@ -1,4 +1,4 @@
-"""The low-rank branch on the output of any base module."""
+"""lowrank_add: a low-rank branch on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def lowrank_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Adds a low-rank branch to a base output that some other module made from x.
+    """Adds a low-rank branch to the output that a base module computed from x.
 
         h = drop(x) lora_aᵀ
         y = base_out + scaling · out_scale ⊙ (((h ⊙ rank_scale) coreᵀ) lora_bᵀ)

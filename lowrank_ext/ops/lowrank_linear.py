@@ -1,4 +1,4 @@
-"""Dense base and low-rank branch in one op."""
+"""lowrank_linear: dense base and low-rank branch in one op."""
 
 from collections.abc import Callable
 from typing import Any
@@ -115,7 +115,7 @@ def _backward(
     needs = (need_dx, *need_branch)
     saved = (x if needs[1] else None, weight, h)
     dx, *dbranch = needed_gradients(backward_op, (dout, *saved, *branch), needs)
-    # A base that trains (a module to save, a tied block) is outside the low-rank path: plain torch.
+    # A base that trains (modules_to_save, a tied weight) is rare: its gradients are plain torch.
     dweight = _as_rows(dout).mT @ _as_rows(x) if need_dweight else None
     dbias = dout.sum_to_size(dout.shape[-1]) if need_dbias else None
     return (dx, dweight, dbias, *dbranch)
