@@ -55,7 +55,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
             that an init would change is tied to another module, or the model carries adapters
             already. All of this is checked before the first change.
 
-    Example:
+    Examples:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     """
     method = _checked_method(model, config)

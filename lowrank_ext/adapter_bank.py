@@ -43,8 +43,8 @@ class AdapterBank:
     """LoRA adapters of one model, side by side, chosen per sequence.
 
     The first adapter that targets a linear module replaces it by a
-    :class:`~lowrank_ext.nn.MultiLoRALinear`; unloading the last one puts the original module back.
-    Inside a :meth:`rows` block each sequence of a batch runs with its own adapter, or with none.
+    ``lowrank_ext.nn.MultiLoRALinear``; unloading the last one puts the original module back.
+    Inside a ``rows`` block each sequence of a batch runs with its own adapter, or with none.
     Sequences without one have the bits that the plain model computes for the same batch. Modules
     that an adapter does not target compute the base's output for its sequences.
 
@@ -61,9 +61,9 @@ class AdapterBank:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: model carries adapters of :func:`lowrank_ext.adapt`, of PEFT or of another bank.
+        ValueError: model carries adapters of ``lowrank_ext.adapt``, of PEFT or of another bank.
 
-    Example:
+    Examples:
         >>> bank = lr.AdapterBank(model)
         >>> bank.load("french", "adapters/french")
         >>> bank.load("legal", "adapters/legal")

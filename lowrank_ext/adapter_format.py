@@ -2,7 +2,7 @@
 
 Beside PEFT's fields the config file holds the method's ``own_fields``; the tensor file holds, for
 each module, the tensors that ``adapter_shapes`` of its config names. A method with other files
-subclasses :class:`AdapterFormat`. Code for all files: ``lowrank_ext/checkpoint``.
+subclasses ``AdapterFormat``. Code for all files: ``lowrank_ext/checkpoint``.
 """
 
 import re
@@ -76,7 +76,7 @@ class AdapterFormat:
         return self.kinds.get(attribute, f"{attribute}.weight")
 
     def attribute_of(self, kind: str) -> str:
-        """The inverse of :meth:`kind_of`."""
+        """The inverse of ``kind_of``."""
         return self._attributes.get(kind, kind.removesuffix(".weight"))
 
     def kind_in(self, key: str) -> str | None:
@@ -112,7 +112,7 @@ class AdapterFormat:
         return {key: getattr(config, key) for key in config.own_fields}, {}
 
     def unpack(self, files: "AdapterFiles", adapters: Adapters) -> tuple["AdapterFiles", Adapters]:
-        """Convert what :meth:`tensors` and :meth:`fields` wrote to the tensors of modules."""
+        """Convert what ``tensors`` and ``fields`` wrote to the tensors of modules."""
         return files, adapters
 
     def optional(

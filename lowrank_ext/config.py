@@ -173,7 +173,7 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that :meth:`to_dict` described.
+        """The config that ``to_dict`` described.
 
         Called on AdapterConfig, ``peft_type`` selects the method; called on a subclass, it may be
         absent.

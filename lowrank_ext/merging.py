@@ -50,7 +50,7 @@ def unload(model: Model, merge: bool = False) -> Model:
     Parameters stay frozen as ``adapt`` left them. A single adapted module yields its plain module.
 
     Raises:
-        ValueError, TypeError: as :func:`merge`.
+        ValueError, TypeError: as ``merge``.
     """
     modules = lowrank_modules(model, "unload")
     if merge:

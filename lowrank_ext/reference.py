@@ -72,7 +72,7 @@ def dropout_mask(
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, expert: int = 0) -> Tensor:
-    """x ⊙ mask / (1 - p) with the mask of :func:`dropout_mask`; rows are all leading dims of x."""
+    """x ⊙ mask / (1 - p) with the mask of ``dropout_mask``; rows are all leading dims of x."""
     if dropout_threshold(dropout_p) == 0:
         return x
     if seed is None:
@@ -127,7 +127,7 @@ def lowrank_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x weightᵀ + bias + branch, the branch of :func:`lowrank_add`."""
+    """y = x weightᵀ + bias + branch, the branch of ``lowrank_add``."""
     return lowrank_add(
         torch.nn.functional.linear(x, weight, bias),
         x,
@@ -176,7 +176,7 @@ def moe_route(
     """Top-k routing of [..., E] logits, in fp32 (fp64 for fp64 logits).
 
     Returns topk_weights, topk_ids, expert_counts, balance_loss, sorted_slots, expert_offsets and
-    slot_positions, as :func:`lowrank_ext.ops.moe_route` describes them.
+    slot_positions, as ``lowrank_ext.ops.moe_route`` describes them.
     """
     num_experts = router_logits.shape[-1]
     logits = _statistics(router_logits)

@@ -91,7 +91,7 @@ def write_adapter_files(
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Replace the safetensors file ``path`` as a whole; its directory is created if missing.
 
-    Tensors as for :func:`write_adapter_files`.
+    Tensors as for ``write_adapter_files``.
 
     Raises:
         OSError: it cannot be written. An old file is left as it was.

@@ -57,7 +57,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         ValueError: a file is damaged, does not fit the model or uses what is not supported; the
             message names file and key. Raised before the model is touched.
 
-    Example:
+    Examples:
         >>> model = lr.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "out/adapter")
     """
     if unwrapped(model) is not model:

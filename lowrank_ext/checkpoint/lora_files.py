@@ -55,8 +55,8 @@ class LoRAFile(NamedTuple):
 def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> LoRAFile:
     """The LoRA in the directory ``path`` by module path of ``model``, which is not changed.
 
-    Refused, beside what :func:`load_adapter` refuses: everything that is more than a branch on the
-    output of linear modules. A pissa file that :func:`save_adapter` wrote is read as the LoRA of
+    Refused, beside what ``load_adapter`` refuses: everything that is more than a branch on the
+    output of linear modules. A pissa file that ``save_adapter`` wrote is read as the LoRA of
     rank 2r that it holds.
 
     Raises:
@@ -102,11 +102,11 @@ def write_lora(
     caller: str,
     companions: Mapping[str, Companion],
 ) -> None:
-    """Write the LoRA ``file`` of ``model`` as :func:`save_adapter` does, for adapters whose modules
+    """Write the LoRA ``file`` of ``model`` as ``save_adapter`` does, for adapters whose modules
     are no LowRankLinear.
 
     Args:
-        companions: more files of the same save, see :func:`write_adapter_files`.
+        companions: more files of the same save, see ``write_adapter_files``.
 
     Raises:
         ValueError: a tensor is on the meta device or sharded. Nothing is written.

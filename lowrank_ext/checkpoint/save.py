@@ -39,7 +39,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             parameter of modules_to_save is tied to one that would not be saved. Nothing is written.
         OSError: the files cannot be written. The directory holds what it held before.
 
-    Example:
+    Examples:
         >>> lr.save_adapter(model, "out/adapter")
     """
     model = unwrapped(model)
@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> None:
     """Write the branches of ``model`` in evaluation mode as an ordinary LoRA.
 
-    For methods whose branch is a product of two factors; otherwise as :func:`save_adapter`.
+    For methods whose branch is a product of two factors; otherwise as ``save_adapter``.
     """
     model = unwrapped(model)
     modules = lowrank_modules(model, caller)

@@ -44,7 +44,7 @@ _OTHER_CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class AccelerationReport:
-    """What :func:`accelerate` did: ``print(report)`` and rich's ``print`` show it as a table.
+    """What ``accelerate`` did: ``print(report)`` and rich's ``print`` show it as a table.
 
     Attributes:
         model: the model.
@@ -60,7 +60,7 @@ class AccelerationReport:
     partly: Mapping[str, str]
 
     def undo(self) -> None:
-        """:func:`decelerate` for the model."""
+        """``decelerate`` for the model."""
         decelerate(self.model)
 
     def __rich__(self) -> "Table":
@@ -132,7 +132,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         TypeError: model is no nn.Module.
         ValueError: model carries no LoRA layer of PEFT.
 
-    Example:
+    Examples:
         >>> model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_dropout=0.05))
         >>> print(lr.accelerate(model))
 

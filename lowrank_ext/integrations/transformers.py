@@ -25,15 +25,15 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
     """Runs the freezing schedule of LaMDA or AFLoRA, whichever the model has, in the Trainer.
 
     T is the Trainer's number of optimizer steps. AFLoRA's scores use the gradients before clipping
-    and, with fp16, unscaled (see :class:`lowrank_ext.AdaptiveFreezeSchedule`). The schedule is
+    and, with fp16, unscaled (see ``lowrank_ext.AdaptiveFreezeSchedule``). The schedule is
     saved in the Trainer's checkpoints, AFLoRA's statistics in a separate file beside the model's.
     On resume the saved values take precedence over the arguments, so that nothing frozen is
     unfrozen when the resumed run has another length.
 
     Args:
         eta: fraction of T after which everything is frozen.
-        bucket: LaMDA's, see :class:`lowrank_ext.FreezeSchedule`.
-        start, decay, window: AFLoRA's, see :class:`lowrank_ext.AdaptiveFreezeSchedule`.
+        bucket: LaMDA's, see ``lowrank_ext.FreezeSchedule``.
+        start, decay, window: AFLoRA's, see ``lowrank_ext.AdaptiveFreezeSchedule``.
 
     Raises:
         ValueError: an argument is out of range, or when training begins for a model with neither a
@@ -41,7 +41,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
         FileNotFoundError: when a run with AFLoRA is resumed and the statistics of its checkpoint
             are neither there nor in ``args.resume_from_checkpoint``.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, train_dataset=data, callbacks=[FreezeCallback(eta=0.3)])
     """
 

@@ -174,7 +174,7 @@ class LowRankLinear(Adapter):
             ValueError: an option is out of range, or an SVD init meets a base without a dense
                 weight.
 
-        Example:
+        Examples:
             >>> layer = LoRALinear.from_linear(nn.Linear(64, 32), r=8, alpha=16)
         """
         features = linear_features(linear)
@@ -250,7 +250,7 @@ class LowRankLinear(Adapter):
         """Initialize everything that the module owns: the base as its class does, then the branch.
 
         For a module built on the meta device, after ``to_empty``. To restart only the adapter use
-        :meth:`reset_adapter`. A ``base_layer`` initializes itself.
+        ``reset_adapter``. A ``base_layer`` initializes itself.
         """
         self.merged, self.unmerged_weight, self.residual_taken = False, None, False
         if self.weight is not None and self.fan_in_fan_out:
@@ -326,7 +326,7 @@ class LowRankLinear(Adapter):
 
     @classmethod
     def disconnect(cls, model: nn.Module) -> None:
-        """Undo what :meth:`connect` did to other modules of the model."""
+        """Undo what ``connect`` did to other modules of the model."""
 
     def check_mergeable(self) -> None:
         """Raise ValueError if a value that the merged weight depends on is missing."""
@@ -382,7 +382,7 @@ class LowRankLinear(Adapter):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base weight the bits it had before :meth:`merge`. Harmless when not merged."""
+        """Give the base weight the bits it had before ``merge``. Harmless when not merged."""
         if not self.merged:
             return
         assert self.unmerged_weight is not None

@@ -20,7 +20,7 @@ from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
 class MultiLoRALinear(nn.Module):
-    """LoRA adapters stacked over one base; made by :meth:`from_linear`.
+    """LoRA adapters stacked over one base; made by ``from_linear``.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.
     ``lora_a`` and ``lora_b`` require no gradient at first. Rows without an adapter add nothing to
@@ -89,7 +89,7 @@ class MultiLoRALinear(nn.Module):
                 and ``out_features``.
             ValueError: the ops do not support the pair of dtypes.
 
-        Example:
+        Examples:
             >>> layer = MultiLoRALinear.from_linear(nn.Linear(64, 32))
             >>> layer.add("french", lora_a, lora_b, scaling=2.0)
             >>> y = layer(x, adapter_ids)  # x [B, T, 64], adapter_ids int64 [B, T]

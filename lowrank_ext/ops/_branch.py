@@ -100,7 +100,7 @@ def save_branch(ctx: Any, branch: Branch, *others: Tensor | None) -> None:
 
 
 def saved_branch(ctx: Any) -> tuple[Branch, tuple[Any, ...]]:
-    """The branch and ``others`` that :func:`save_branch` saved."""
+    """The branch and ``others`` that ``save_branch`` saved."""
     lora_a, lora_b, core, rank_scale, out_scale, seed, *others = ctx.saved_tensors
     adapter = (lora_a, lora_b, core, rank_scale, out_scale)
     branch = Branch(*adapter, ctx.scaling, ctx.dropout_p, seed, ctx.allow_tf32)

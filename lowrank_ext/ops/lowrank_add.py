@@ -48,7 +48,7 @@ def lowrank_add(
         base_out: [..., out_features], dtype of x; not modified.
         x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
         lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed: as in
-            :func:`lowrank_ext.ops.lowrank_linear`.
+            ``lowrank_ext.ops.lowrank_linear``.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -56,10 +56,10 @@ def lowrank_add(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> y = lowrank_add(quantized_linear(x), x, lora_a, lora_b, scaling=2.0)
 
-    Source: as :func:`lowrank_ext.ops.lowrank_linear`. In plain torch: lowrank_ext/reference.py.
+    Source: as ``lowrank_ext.ops.lowrank_linear``. In plain torch: lowrank_ext/reference.py.
     """
     branch = make_branch(x, lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed)
     y, _ = torch.ops.lowrank_ext.lowrank_add.default(base_out, x, *branch)

@@ -13,7 +13,7 @@ _OP = "moe_route"
 
 
 class Routing(NamedTuple):
-    """What :func:`moe_route` returns; T tokens, E experts, k choices per token."""
+    """What ``moe_route`` returns; T tokens, E experts, k choices per token."""
 
     topk_weights: Tensor
     topk_ids: Tensor
@@ -56,7 +56,7 @@ def moe_route(router_logits: Tensor, *, top_k: int, token_mask: Tensor | None = 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> weights, ids, *_ = moe_route(x @ router_weight.T, top_k=2)
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), loss of Fedus et al. 2021 (arXiv 2101.03961),

@@ -65,7 +65,7 @@ def multi_lowrank_add(
         adapter_ids: int64 [...], from -1 to n - 1: an id for each row, any strides.
         scaling: float32 or float64 [n]; gets no gradient.
         ranks: int64 [n], from 0 to r; None: r for all.
-        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`.
+        dropout_p, seed: as in ``lowrank_ext.ops.lowrank_linear``.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -74,7 +74,7 @@ def multi_lowrank_add(
         RuntimeError: an argument has the wrong shape, dtype or device, on a CPU an id or a rank is
             out of range, or scaling requires a gradient; nothing has been computed then.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([0, -1, 2])  # a sequence each; x [3, T, K]
         >>> y = multi_lowrank_add(base(x), x, a, b, ids[:, None].expand(3, T), scaling)
 

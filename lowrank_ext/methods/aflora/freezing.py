@@ -9,7 +9,7 @@ projection, with G its gradient at optimizer step t = 0, 1, …, all elementwise
     score    mean of all entries of Ī ⊙ U
 
 Between the steps start · T and eta · T the fraction rho(t) falls from 1 to 0, see
-:func:`keep_fraction`. At each end of a window in between, tau is the k-th smallest entry of Ī ⊙ U
+``keep_fraction``. At each end of a window in between, tau is the k-th smallest entry of Ī ⊙ U
 over all N entries of all live projections, k = int(N (1 - rho)), and every projection with
 score < tau is frozen. tau is an entry and a score is a mean, so rho is not the fraction of the
 projections that stay. From step eta · T on everything is frozen.
@@ -78,7 +78,7 @@ def check_schedule(owner: str, eta: object, start: object, decay: object, window
 class AdaptiveFreezeSchedule:
     """Freezes the trainable lora_a and lora_b of the model's AFLoRALinears, one after another.
 
-    Call :meth:`step` once per optimizer step, after the last backward and before
+    Call ``step`` once per optimizer step, after the last backward and before
     ``optimizer.step()``. What it freezes then loses its gradient, so that the optimizer does not
     move it any more, its requires_grad and its optimizer state; once a lora_a is frozen, its module
     keeps no x for backward. The vectors go on training.
@@ -90,7 +90,7 @@ class AdaptiveFreezeSchedule:
     that decide, and from a GradScaler's scale, the host waits for nothing.
 
     Where torch.distributed is initialized, frozen projections keep requires_grad with a zero
-    gradient that :meth:`step` takes away (see ``frozen_may_leave``), so x stays saved for backward.
+    gradient that ``step`` takes away (see ``frozen_may_leave``), so x stays saved for backward.
     All ranks take the decision of the first; the entries of DTensors are counted where they are.
 
     Args:
@@ -101,7 +101,7 @@ class AdaptiveFreezeSchedule:
             None stands for eta / 3. The released code for GLUE has eta 0.3 and start 0.05 or 0.1,
             that for LLaMA 0.7 and 0.3.
         decay: ``"cubic"``, as for GLUE, or ``"quadratic"``, as for LLaMA; see
-            :func:`keep_fraction`.
+            ``keep_fraction``.
         window: optimizer steps in a window, at whose ends decisions fall.
         beta1, beta2: memory of Ī and of U, at least 0 and below 1.
         optimizer: if given, its state for a projection is dropped when that is frozen.
@@ -113,7 +113,7 @@ class AdaptiveFreezeSchedule:
         step_count: optimizer steps so far.
         frozen_at: for each frozen projection, by name, the step that froze it.
 
-    To resume, load the model's weights first, then call :meth:`load_state_dict`.
+    To resume, load the model's weights first, then call ``load_state_dict``.
 
     Raises:
         ValueError: an argument is out of range, or the model has no AFLoRALinear.

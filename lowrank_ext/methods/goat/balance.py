@@ -35,7 +35,7 @@ def balance_loss(model: nn.Module) -> Tensor:
         RuntimeError: gradients are enabled, but were not when a module ran, as in reentrant
             checkpointing: its router would never be balanced.
 
-    Example:
+    Examples:
         >>> loss = model(**batch).loss + lr.balance_loss(model)
         >>> loss.backward()
     """
@@ -59,7 +59,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 class ExpertLoad(ForwardMeter):
     """Counts which experts a model's tokens choose, between ``with`` and its end; see
-    :func:`expert_load`.
+    ``expert_load``.
 
     Attributes:
         counts: for every GOATLinear, by path, the tokens that chose each expert, int64 [E].
@@ -95,7 +95,7 @@ def expert_load(model: nn.Module) -> ExpertLoad:
     Raises:
         ValueError: the model has no GOATLinear.
 
-    Example:
+    Examples:
         >>> with lr.expert_load(model) as load:
         ...     model(**batch)
         >>> load.counts["model.layers.0.self_attn.q_proj"]

@@ -17,7 +17,7 @@ class token_mask:  # used like a function
     It changes the balance loss and the counted load, never the output. With activation
     checkpointing backward belongs inside the block, as it runs forward once more.
 
-    Example:
+    Examples:
         >>> with lr.token_mask(batch["attention_mask"]):
         ...     loss = model(**batch).loss + lr.balance_loss(model)
         ...     loss.backward()

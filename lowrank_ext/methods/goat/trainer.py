@@ -14,7 +14,7 @@ else:
 
 
 class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
-    """Adds GOAT's :func:`lowrank_ext.balance_loss` to the loss of any transformers Trainer.
+    """Adds GOAT's ``lowrank_ext.balance_loss`` to the loss of any transformers Trainer.
 
     Each micro-batch of an accumulated step adds its share. Tokens that a two-dimensional
     ``attention_mask`` of the batch masks out do not count (see ``lowrank_ext.token_mask``). The
@@ -24,7 +24,7 @@ class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
         ValueError: when training begins for a model without a GOATLinear.
         RuntimeError: when a step begins under nn.DataParallel, whose replicas keep their losses.
 
-    Example:
+    Examples:
         >>> class BalancedTrainer(lr.BalanceLossMixin, Trainer): ...
         >>> BalancedTrainer(model, args, train_dataset=data).train()
     """

@@ -113,14 +113,14 @@ class FreezeSchedule:
         bucket: columns are frozen in multiples of this, for graphs that are captured or compiled.
         optimizer: if given, its state for a lora_b is dropped when all columns are frozen.
 
-    Call :meth:`step` once after each ``optimizer.step()``. Between the two the frozen columns may
+    Call ``step`` once after each ``optimizer.step()``. Between the two the frozen columns may
     hold what the optimizer made of them. Once all columns of a module are frozen, its lora_b has
     requires_grad False and grad None, and autograd does no work for it. Where torch.distributed is
-    initialized it keeps requires_grad (see :func:`frozen_may_leave`); its gradient is zero then,
+    initialized it keeps requires_grad (see ``frozen_may_leave``); its gradient is zero then,
     and its values are still restored.
 
     Build it after ``fully_shard``; a lora_b that is a DTensor must be replicated or sharded on
-    dim 0. To resume, load the model's weights first, then call :meth:`load_state_dict`: the saved
+    dim 0. To resume, load the model's weights first, then call ``load_state_dict``: the saved
     lora_b holds the frozen values.
 
     Raises:

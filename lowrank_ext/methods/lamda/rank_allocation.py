@@ -69,7 +69,7 @@ def allocate_ranks(
         TypeError: r or a candidate is no int, or a target has no dense weight.
         ValueError: an argument is out of range, a target is missing, a weight holds inf or nan.
 
-    Example:
+    Examples:
         >>> allocate_ranks(model, 32, ["q_proj", "v_proj"])
         {'model.layers.0.self_attn.q_proj': 16, 'model.layers.0.self_attn.v_proj': 48, …}
     """

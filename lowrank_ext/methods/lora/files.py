@@ -1,7 +1,7 @@
 """LoRA's files: PEFT's own, and PiSSA as a plain LoRA of twice the rank, which any PEFT reads.
 
 With init="pissa" the file holds A = [A; A_init] and B = [B, -B_init] over the original base. The
-tensor file's metadata lets :meth:`LoRAFormat.unpack` take it apart again.
+tensor file's metadata lets ``LoRAFormat.unpack`` take it apart again.
 """
 
 import json
@@ -98,7 +98,7 @@ def _doubled(numbers: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
 
 
 def _numbers_before_doubling(files: AdapterFiles) -> dict[str, Any] | None:
-    """r, lora_alpha and patterns of a PiSSA file that :class:`LoRAFormat` wrote, else None.
+    """r, lora_alpha and patterns of a PiSSA file that ``LoRAFormat`` wrote, else None.
 
     None also for one whose config has been edited since: it is then the plain LoRA that it says.
     """
