@@ -85,9 +85,9 @@ class AdaptiveFreezeSchedule:
 
     The scores use the accumulated, reduced gradients. Clipping these by norm or unscaling them,
     before or after the call, does not change the scores: the norm is also taken at the end of each
-    backward, and its change since then is undone. (Clipping by value is not one factor, so it cannot be
-    undone.) A step with gradients that are not finite does not change the scores. The host waits
-    for the device only in steps that decide, and for the scale of a GradScaler.
+    backward, and its change since then is undone. (Clipping by value is not one factor, so it
+    cannot be undone.) A step with gradients that are not finite does not change the scores. The
+    host waits for the device only in steps that decide, and for the scale of a GradScaler.
 
     Where torch.distributed is initialized, frozen projections keep requires_grad, and ``step``
     removes their zero gradients (see ``frozen_may_leave``); x stays saved for backward. All ranks
@@ -98,8 +98,8 @@ class AdaptiveFreezeSchedule:
             are not trainable are left alone.
         total_steps: T, the optimizer steps of the whole training.
         eta, start: fractions of T between which projections are frozen; from eta · T on all are.
-            None stands for eta / 3. The released code for GLUE has eta 0.3 and start 0.05 or 0.1,
-            that for LLaMA 0.7 and 0.3.
+            start None stands for eta / 3. The released code for GLUE has eta 0.3 and start 0.05 or
+            0.1, that for LLaMA 0.7 and 0.3.
         decay: ``"cubic"``, as for GLUE, or ``"quadratic"``, as for LLaMA; see
             ``keep_fraction``.
         window: optimizer steps in a window; decisions are made at its end.

@@ -1,21 +1,21 @@
-"""What the modules of a chain hand to each other during one call of a model.
+"""Tensors that the modules of a chain pass to each other during one call of a model.
 
-A *chain* is a row of modules that run one after another, such as the q_proj of every block. What
-one leaves for the next lives in a ``Frame``, which exists only while the *owner* of the chain
-(the module that runs the blocks) is in its forward. So no tensor outlives the call, nested calls
-have frames of their own, and so have threads and asyncio tasks: the frame is a context variable.
+A *chain* is a sequence of modules that run one after another, such as the q_proj of every block.
+The tensors are kept in a ``Frame``, which exists only during the forward of the chain's *owner*,
+the module that runs the blocks. So no tensor outlives the call; nested calls, threads and asyncio
+tasks have separate frames, as the current frame is a context variable.
 
-The owner, and the blocks in between, get a subclass of their own class whose ``forward`` does this;
-name, module and signature stay those of the class.
+The class of the owner, and of the blocks in between, becomes a subclass whose ``forward`` manages
+the frame; its name, module and signature stay those of the class.
 
-Activation checkpointing runs a block once more during backward, when the call is over.
+Activation checkpointing reruns a block during backward, when the call is over.
 
 - Where a module calls its ``_gradient_checkpointing_func`` (transformers, diffusers), states become
-  inputs and outputs of what is checkpointed. Both kinds of checkpointing work, since gradients take
-  the same way.
-- Where torch's ``checkpoint(block, x, use_reentrant=False)`` is called around a block, the states
-  that the block found are kept with the graph, and found again by x, which the second run gets too.
-- With ``use_reentrant=True`` around a block gradients could not leave it through the chain: the
+  inputs and outputs of the checkpointed function. Gradients flow through them, so both kinds of
+  checkpointing work.
+- Where torch's ``checkpoint(block, x, use_reentrant=False)`` is called around a block, the block's
+  incoming states are kept with the graph and looked up by x, which the second run receives too.
+- With ``use_reentrant=True`` around a block, gradients could not leave it through the chain: the
   second run finds no frame, and the chain's modules raise.
 """
 
@@ -35,7 +35,7 @@ __all__ = ["ChainState", "Frame", "carry_chains", "find_frame", "open_frame", "s
 
 
 class ChainState(NamedTuple):
-    """What the module at ``position`` of a chain has left for the next ones."""
+    """Tensors that the module at ``position`` of a chain stored for later modules."""
 
     position: int
     tensors: tuple[Tensor, ...]
@@ -45,10 +45,10 @@ class Frame:
     """The states of some chains during one call.
 
     Attributes:
-        chains: the chains whose states are here.
-        outer: the frame that was current before.
-        states: by chain.
-        sums: the last sum of two tensors: siblings with the same input share it.
+        chains: the chains whose states this frame holds.
+        outer: the enclosing frame.
+        states: the last state of each chain.
+        sums: cache of the last sum (a, b, a + b), which siblings with the same input share.
         carried: whether checkpointing passes the states as arguments.
     """
 
@@ -62,15 +62,15 @@ class Frame:
         self.carried = carried
 
     def sum_of(self, a: Tensor, b: Tensor) -> Tensor:
-        """a + b, the same tensor when asked for the same two once more in a row."""
+        """a + b; the same tensor as the call before returned, if a and b are the same."""
         if self.sums is None or self.sums[0] is not a or self.sums[1] is not b:
             self.sums = (a, b, a + b)
         return self.sums[2]
 
 
 _current: ContextVar[Frame | None] = ContextVar("current_frame", default=None)
-# Dynamo cannot trace a context variable. What it traces is one function, in which this is None
-# before and after.
+# The current frame while dynamo traces, which cannot trace a context variable. It is None before
+# and after the traced function.
 _traced: Frame | None = None
 
 
@@ -80,7 +80,7 @@ def current_frame() -> Frame | None:
         return _current.get()
     if _traced is not None:
         return _traced
-    # Imported while torch.compile traces: torch.compiler.disable imports torch._dynamo.
+    # Imported while tracing only, because it imports torch._dynamo.
     from lowrank_ext.methods.reslora.untraced_frame import untraced_frame
 
     return untraced_frame(_current)
@@ -105,7 +105,7 @@ def _installed(frame: Frame | None) -> Iterator[None]:
 
 @contextmanager
 def open_frame(chains: frozenset[str]) -> Iterator[None]:
-    """A ``with`` block in which ``chains`` start anew."""
+    """A ``with`` block in which ``chains`` start without states."""
     with _installed(Frame(chains, _current.get())):
         yield
 
@@ -114,7 +114,7 @@ def open_frame(chains: frozenset[str]) -> Iterator[None]:
 
 
 def carry_chains(module: nn.Module, chains: frozenset[str] = frozenset()) -> None:
-    """Make ``module`` an owner of ``chains``, or with none a block that checkpointing may wrap."""
+    """Make ``module`` an owner of ``chains``; without chains, a block that may be checkpointed."""
     if "_plain_class" not in vars(type(module)):
         module.__class__ = _carrying_class(type(module))
     vars(module)["_owned_chains"] = getattr(module, "_owned_chains", frozenset()) | chains
@@ -149,13 +149,13 @@ def _new_carrying_class(plain: type[nn.Module]) -> type[nn.Module]:
         "__doc__": plain.__doc__,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
-        "__reduce_ex__": reduce,  # pickle would look for the class by its name
+        "__reduce_ex__": reduce,  # pickle cannot find the class by name
         "forward": forward,
         "_plain_class": plain,
         "_owned_chains": frozenset(),
         "_gradient_checkpointing_func": property(_checkpoint_function, _set_checkpoint_function),
     }
-    # As a class statement would: with the metaclass of the plain class.
+    # Like a class statement, this uses the metaclass of the plain class.
     return types.new_class(plain.__name__, (plain,), exec_body=lambda body: body.update(namespace))
 
 
@@ -200,17 +200,17 @@ def _run_traced(
         _traced = outer
 
 
-# -------------------------------------------------------- checkpointing inside of the owner's code
+# --------------------------------------------------------- checkpointing called by owner or blocks
 
 
 class _Layout(NamedTuple):
-    """Frames with numbers in place of their tensors, innermost first."""
+    """Frames, innermost first, with indices in place of their tensors."""
 
     frames: list[tuple[frozenset[str], dict[str, tuple[int, list[int]]]]]
 
 
 def _layout(frame: Frame | None, tensors: list[Tensor]) -> _Layout:
-    """Describes ``frame`` and its outer ones; appends the tensors that ``tensors`` lacks."""
+    """Layout of ``frame`` and its outer frames; appends tensors that ``tensors`` lacks."""
     numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
     frames = []
     while frame is not None:
@@ -244,7 +244,7 @@ def _fill(
 
 
 class _CarryingCheckpoint:
-    """A checkpoint function that passes the current frame's states in and out of what it runs."""
+    """A checkpoint function that passes the current frame's states through the checkpointed one."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -255,7 +255,7 @@ class _CarryingCheckpoint:
             return self.function(run, *args, **kwargs)
         given: list[Tensor] = []
         before, num_given = _layout(frame, given), len(given)
-        # Filled by the first run. No tensor is in here: it would live as long as the graph.
+        # Set by the first run. Holds no tensor, which would live as long as the graph.
         after: dict[str, Any] = {}
 
         def carried(*inputs: Any, **options: Any) -> tuple[Any, ...]:
@@ -267,7 +267,7 @@ class _CarryingCheckpoint:
             leaves, after["spec"] = pytree.tree_flatten(result)
             return (*leaves, *tensors[num_given:])
 
-        # Flat: reentrant checkpointing sees no tensor inside of a tuple.
+        # Flattened, because reentrant checkpointing ignores tensors inside of a tuple.
         outputs = self.function(carried, *given, *args, **kwargs)
         num_leaves = after["spec"].num_leaves
         tensors = [*given, *outputs[num_leaves:]]
@@ -285,7 +285,7 @@ def _checkpoint_function(module: nn.Module) -> Callable[..., Any]:
         raise AttributeError(
             f"{type(module).__name__} has no attribute '_gradient_checkpointing_func'"
         )
-    # Under dynamo the checkpointed region sees the traced frame as it is.
+    # Under dynamo the checkpointed region reads the traced frame directly.
     return function if torch.compiler.is_compiling() else _CarryingCheckpoint(function)
 
 
@@ -297,9 +297,9 @@ def _set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) ->
 
 
 class _Note:
-    """The frames that a block found, for the second run of one of its calls.
+    """The frames at a block's call, for the second run of that call.
 
-    Lives as long as the graph of that call: the graph owns it, and x refers to it weakly.
+    Owned by the call's graph, so it lives as long; x refers to it weakly.
     """
 
     def __init__(self, frame: Frame) -> None:
@@ -310,7 +310,7 @@ class _Note:
         return _rebuilt(self.layout, self.tensors, carried=False)
 
     def leave_to(self, result: Any) -> None:
-        """Make the graph of a block's ``result`` the owner."""
+        """Make the graph of the block's ``result`` own this note."""
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 owned: dict[Any, Any] = leaf.grad_fn.metadata  # type: ignore[assignment]
@@ -321,9 +321,9 @@ class _Note:
 def _frame_of_block(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Frame | None, _Note | None]:
-    """The frame for a call of ``module``, and a note of it where the call may run once more.
+    """The frame for a call of ``module``, and a note of it if the call may be rerun.
 
-    It is the current one, or in a second run the one of the first.
+    A first run has the current frame, a second run that of the first.
     """
     frame = _current.get()
     if frame is not None and frame.carried:
@@ -340,7 +340,7 @@ def _frame_of_block(
                 "x.view_as(x)"
             )
         return (notes[0].frame() if notes else frame), None
-    # Only where something intercepts what autograd saves: there checkpointing may be at work.
+    # Without saved-tensor hooks no checkpointing is active, so the call is not rerun.
     if frame is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return frame, None
     note = _Note(frame)
@@ -349,7 +349,7 @@ def _frame_of_block(
 
 
 def _notes(module: nn.Module, x: Tensor) -> list[_Note]:
-    """The notes on x of calls of ``module`` whose graphs are alive."""
+    """The notes on x for calls of ``module`` whose graphs are alive."""
     references = vars(x).get("_chain_notes", {}).get(id(module), [])
     references[:] = [reference for reference in references if reference() is not None]
     return [note for reference in references if (note := reference()) is not None]

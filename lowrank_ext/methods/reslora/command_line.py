@@ -1,4 +1,4 @@
-"""ResLoRA on the command line: a name for each shortcut."""
+"""ResLoRA on the command line: a recipe for each shortcut."""
 
 from collections.abc import Callable
 from typing import Any

@@ -12,27 +12,27 @@ MERGES = ("weight", "input")
 
 @dataclass(kw_only=True, frozen=True)
 class ResLoRAConfig(AdapterConfig):
-    """ResLoRA: LoRA whose branches reach back to the same projection of earlier blocks.
+    """ResLoRA: LoRA with shortcuts from the same projection in earlier blocks.
 
-    (Shi et al., arXiv 2402.18039.) The modules of one name in consecutive blocks are a chain, of
-    which module n computes, with x its input, A and B its lora_a and lora_b and s its scaling:
+    (Shi et al., arXiv 2402.18039.) The modules of one name in consecutive blocks form a chain.
+    Module n computes, with x its input, A and B its lora_a and lora_b and s its scaling:
 
         input   y_n = W x_n + bias + s B_n A_n drop(x_n + x_{n-1}),  2 x_0 for the first module
         block   y_n = W x_n + bias + Σ_{j=0..m} s_{n-j} B_{n-j} A_{n-j} drop_j(x_n)
         middle  y_n = W x_n + bias + s B_n Σ_{j=0..m} A_{n-j} drop(x_{n-j})
 
-    with m = min(pre_num, n). Gradients flow through the shortcuts. There are no parameters beside
-    LoRA's. A chain breaks where in or out features change (``middle``: or the rank).
+    with m = min(pre_num, n). Gradients flow through the shortcuts. The parameters are LoRA's. A
+    chain breaks where in or out features change (``middle``: or the rank).
 
     Attributes:
         shortcut: ``"input"``, ``"block"`` or ``"middle"``.
-        pre_num: how many earlier blocks count, at least 1, or -1 for all; not used by ``"input"``,
-            which has one.
+        pre_num: number of earlier blocks in the sums, at least 1, or -1 for all; ``"input"`` does
+            not use it and reaches one.
         shared_dropout: one dropout mask for all terms of ``"block"`` instead of one for each.
-        merge: how the input of an earlier block is estimated in a merged weight, as a multiple of
-            this block's. ``"weight"``: from the norms of the merged weights. ``"input"``: from the
-            sizes of the inputs, which ``lr.reslora_statistics`` has measured. ``"block"`` merges
-            exactly and needs no estimate.
+        merge: how a merged weight estimates the input of an earlier block as a multiple of this
+            block's. ``"weight"``: from the norms of the merged weights. ``"input"``: from the sizes
+            of the inputs that ``lr.reslora_statistics`` measured. ``"block"`` merges exactly and
+            needs no estimate.
     """
 
     peft_type: ClassVar[str] = "RESLORA"

@@ -1,4 +1,4 @@
-"""ResLoRA around a model: sizes of inputs, what merging changes, and blocks called one by one."""
+"""ResLoRA on whole models: calls of single blocks, sizes of inputs, errors of merging."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +20,10 @@ __all__ = ["MergeError", "reslora_call", "reslora_merge_error", "reslora_statist
 
 @contextmanager
 def reslora_call(model: nn.Module) -> Iterator[None]:
-    """A ``with`` block that counts as one call of the model: its chains start anew at the start.
+    """A ``with`` block that acts as one call of the model: it starts the model's chains.
 
     For code that calls the blocks of a model itself. A forward of the model, or of the module that
-    contains the blocks, needs none.
+    contains the blocks, does not need it.
 
     Raises:
         ValueError: the model has no ResLoRALinear.
@@ -39,11 +39,10 @@ def reslora_call(model: nn.Module) -> Iterator[None]:
 
 
 class InputSizes(ForwardMeter):
-    """Measures the inputs of ResLoRALinears between ``with`` and its end; see
-    ``reslora_statistics``.
+    """Measures the inputs of ResLoRALinears inside a ``with`` block; see ``reslora_statistics``.
 
     Attributes:
-        calls: how many inputs of each module have counted, by path.
+        calls: number of measured inputs of each module, by path.
     """
 
     def __init__(self, modules: Mapping[str, ResLoRALinear], window: int) -> None:
@@ -69,7 +68,7 @@ class InputSizes(ForwardMeter):
             x = args[0] if args else kwargs["x"]
             if x.numel():
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
-                # A ring on the module's device: nothing waits for the numbers.
+                # A ring buffer on the module's device, so that the host does not wait.
                 sizes[self.calls[path] % len(sizes)] = wide.square().mean().sqrt()
                 self.calls[path] += 1
 
@@ -77,12 +76,12 @@ class InputSizes(ForwardMeter):
 
 
 def reslora_statistics(model: nn.Module, window: int = 100) -> InputSizes:
-    """Measures, for ``merge="input"``, how large the inputs of the modules are in a block's calls.
+    """Measures the sizes of the modules' inputs, for ``merge="input"``, inside a ``with`` block.
 
     Each module gets ``input_rms``: the mean over its last ``window`` calls of the root mean square
     of its input (which, unlike the norm of the released code, does not depend on the size of a
-    batch). Nothing waits for the device. Works in both modes and on compiled models, which run
-    eagerly in the block.
+    batch). The host does not wait for the device. Works in both modes and on compiled models, which
+    run eagerly in the block.
 
     Raises:
         ValueError: the model has no ResLoRALinear, or window is below 1.
@@ -98,8 +97,8 @@ def reslora_statistics(model: nn.Module, window: int = 100) -> InputSizes:
 
 
 class MergeError(NamedTuple):
-    """Relative errors |merged - exact| / |exact|: of what forward returns, and of each module's
-    output on the inputs that it has in the exact model, by path."""
+    """Relative errors |merged - exact| / |exact|: of the tensor that forward returns, and by path
+    of each module's output for its inputs in the exact model."""
 
     output: float
     modules: dict[str, float]
@@ -107,10 +106,10 @@ class MergeError(NamedTuple):
 
 @torch.no_grad()
 def reslora_merge_error(model: nn.Module, forward: Callable[[], Tensor]) -> MergeError:
-    """What merging would change in an output; the model is as before afterwards.
+    """Relative errors that merging would cause; the model is as before afterwards.
 
-    Runs ``forward`` once with the shortcuts and once with merged weights. For ``block``, which
-    merges exactly, what is left is rounding. Compiled models run eagerly.
+    Runs ``forward`` once with the shortcuts and once with merged weights. ``block`` merges exactly,
+    up to rounding. Compiled models run eagerly.
 
     Args:
         model: not merged, in evaluation mode.
@@ -160,7 +159,7 @@ def reslora_merge_error(model: nn.Module, forward: Callable[[], Tensor]) -> Merg
 
 
 def _comparison(delta: Tensor, squares: Tensor) -> Callable[..., None]:
-    """Adds |y_merged - y|² and |y|² of each call to ``squares``."""
+    """A hook that adds |y_merged - y|² and |y|² of each call to ``squares``."""
 
     def compare(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor

@@ -1,4 +1,4 @@
-"""ResLoRALinear, whose branch reaches back to earlier modules of its chain, and the chains."""
+"""ResLoRALinear: LoRA with shortcuts from earlier modules of its chain; and the chains."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -34,17 +34,18 @@ class ResLoRALinear(LowRankLinear):
     ``lr.adapt`` makes the chains; a module on its own is the first of one. lora_a [r, K] (Kaiming,
     PEFT's numbers) and lora_b [N, r] (zero) train.
 
-    ``block`` is one stacked branch of rank Σ r. While dropout acts on it with a mask for each
-    term, it runs as experts of which all are chosen. Sums of ``middle`` are kept in float32
-    (float64 for float64 inputs).
+    ``block`` is one stacked branch of rank Σ r. With a dropout mask for each term, it runs as a
+    mixture of experts that chooses all of them. Sums of ``middle`` are kept in float32 (float64 for
+    float64 inputs).
 
-    Modules of ``input`` and ``middle`` take what earlier ones left in the call of the module that
-    runs them all, see ``chain_state.py``. A chain that is run again within the call starts anew.
+    Modules of ``input`` and ``middle`` read tensors that earlier modules stored during the same
+    call of the module that runs them all, see ``chain_state.py``. A chain that is run again within
+    the call starts anew.
 
     Attributes:
-        shortcut, pre_num, shared_dropout, merge_estimate (``merge`` there): as in
-            ``ResLoRAConfig``.
-        chain: name of the chain; None where there is no other module in it.
+        shortcut, pre_num, shared_dropout, merge_estimate: as in ``ResLoRAConfig``, where
+            merge_estimate is called merge.
+        chain: name of the chain; None where it has no other module.
         position: n.
         input_rms: mean over calls of the root mean square of x, a scalar that
             ``lr.reslora_statistics`` measures, or None.
@@ -64,7 +65,7 @@ class ResLoRALinear(LowRankLinear):
         self.merge_estimate = config.merge
         self.chain: str | None = None
         self.position = 0
-        # In a tuple, so that it is no submodule: the model has it elsewhere.
+        # A tuple, so that the module does not become a submodule of this one.
         self._previous: tuple[ResLoRALinear, ...] = ()
         self._merged_norm: Tensor | None = None
         self.register_buffer("input_rms", None, persistent=False)
@@ -76,7 +77,7 @@ class ResLoRALinear(LowRankLinear):
     # ---------------------------------------------------------------------------------- the chain
 
     def follow(self, chain: str, previous: "ResLoRALinear | None") -> None:
-        """Make this module the next of ``chain`` after ``previous``, or its first."""
+        """Make this module the successor of ``previous`` in ``chain``, or its first module."""
         self.chain = chain
         self.position = 0 if previous is None else previous.position + 1
         self._previous = () if previous is None else (previous,)
@@ -89,14 +90,14 @@ class ResLoRALinear(LowRankLinear):
             yield module
 
     def reached(self) -> list["ResLoRALinear"]:
-        """Those of ``earlier`` that this module's branch reaches."""
+        """The modules of ``earlier`` that contribute to this module's branch."""
         if self.shortcut == "input":
             return list(self._previous)
         return list(itertools.islice(self.earlier(), None if self.pre_num == -1 else self.pre_num))
 
     @classmethod
     def connect(cls, model: nn.Module) -> None:
-        """Chain the model's modules of this class and let their owners carry the states."""
+        """Make the chains of the model's modules of this class, and their owners carry states."""
         for pattern, modules in _modules_by_pattern(model).items():
             for number, chain in enumerate(_chains(modules)):
                 name = f"{pattern}#{number}@{next(_NUMBERS)}"
@@ -109,7 +110,7 @@ class ResLoRALinear(LowRankLinear):
 
     @classmethod
     def disconnect(cls, model: nn.Module) -> None:
-        """Undo ``connect`` for what lies around the modules."""
+        """Undo ``connect`` for the modules around the chains."""
         for module in model.modules():
             stop_carrying(module)
 
@@ -119,8 +120,10 @@ class ResLoRALinear(LowRankLinear):
         """x [..., K] to [..., N] in x's dtype.
 
         Raises:
-            RuntimeError: the module has earlier ones in its chain, of which nothing is known here.
-            ValueError: x has not as many rows as their input, or only some of them are merged.
+            RuntimeError: the module is not the first of its chain and is called outside of a call
+                that carries the chain's states.
+            ValueError: x and the input of earlier modules differ in their leading dimensions, or
+                only some modules of the chain are merged.
         """
         if self.merged:
             return self.base_output(x)
@@ -139,7 +142,7 @@ class ResLoRALinear(LowRankLinear):
         return y
 
     def _frame(self) -> Frame | None:
-        """Where the states of the chain are; None for a first module that nobody follows here."""
+        """The frame with the chain's states; None for a first module outside of such a frame."""
         frame = None if self.chain is None else find_frame(self.chain)
         if frame is None and self.position > 0:
             raise RuntimeError(
@@ -199,7 +202,7 @@ class ResLoRALinear(LowRankLinear):
     def _middle_output(
         self, state: ChainState | None, x: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # An identity on the other side gives either half of the branch alone.
+        # An identity for the other factor gives one half of the branch.
         identity = torch.eye(self.r, dtype=self.lora_a.dtype, device=x.device)
         h = ops.lowrank_add(
             x.new_zeros((*x.shape[:-1], self.r)),
@@ -224,7 +227,7 @@ class ResLoRALinear(LowRankLinear):
         if len(terms) == 1:
             return self._first_output(x)
         lora_a = [module.lora_a.to(self.lora_a) for module in terms]
-        # One scaling for all: the others' relative to it go into their lora_b.
+        # The op has one scaling: the ratio of the others' to it is multiplied into their lora_b.
         lora_b = [
             module.lora_b.to(self.lora_b) * (module.scaling / self.scaling)
             if module.scaling != self.scaling
@@ -239,7 +242,7 @@ class ResLoRALinear(LowRankLinear):
         return ops.moe_lowrank_add(
             self.base_output(x),
             x,
-            # Experts draw masks of their own. All are chosen with the weight 1 / len(terms).
+            # Each expert draws its own mask. All are chosen, with weight 1 / len(terms).
             self.lora_a.new_zeros(len(terms), self.in_features),
             stacked_a,
             stacked_b,
@@ -262,7 +265,7 @@ class ResLoRALinear(LowRankLinear):
                 )
 
     def delta_weight(self) -> Tensor:
-        """What a merged weight adds, [N, K]; fp32 (fp64 for fp64 adapters), differentiable.
+        """The change of a merged weight, [N, K]; fp32 (fp64 for fp64 adapters), differentiable.
 
         With ratio_j the estimate of |x_{n-j}| / |x_n|:
 
@@ -298,7 +301,7 @@ class ResLoRALinear(LowRankLinear):
         """The estimates of |x_{n-j}| / |x_n| for j = 1, 2, …, scalars in fp64."""
         sizes: list[Tensor]
         if self._estimates_from_weights():
-            # Each module is taken to multiply the size of its input by its weight's norm.
+            # Estimate: each module multiplies the size of its input by the norm of its weight.
             n = len(norms)
             own, sizes = norms[-1:], [norms[max(n - 1 - j, 0)] for j in range(1, len(reached) + 1)]
         else:
@@ -323,8 +326,8 @@ class ResLoRALinear(LowRankLinear):
     def merge(self) -> None:
         """As ``LowRankLinear.merge``; exact for ``block``, else see ``delta_weight``.
 
-        The modules of a chain must all be merged or none. What the estimate changes is measured by
-        ``lr.reslora_merge_error``.
+        The modules of a chain must all be merged or none. ``lr.reslora_merge_error`` measures the
+        error of the estimate.
 
         Raises:
             TypeError: as ``LowRankLinear.merge``.
@@ -337,7 +340,7 @@ class ResLoRALinear(LowRankLinear):
         if self._estimates_from_weights() and self.chain is not None:
             norm = self._norm_of_merged(self._norms_before())
         super().merge()
-        self._merged_norm = norm  # which later modules of the chain ask for
+        self._merged_norm = norm  # for later modules of the chain
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -360,7 +363,7 @@ def _ratio(earlier: Tensor, own: Tensor, device: torch.device) -> Tensor:
 
 
 def _modules_by_pattern(model: nn.Module) -> dict[str, dict[str, ResLoRALinear]]:
-    """The model's modules by path, in its order, grouped by what their paths have in common."""
+    """The model's modules by path, in its order, grouped by the pattern of their paths."""
     found: dict[str, dict[str, ResLoRALinear]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ResLoRALinear):
@@ -369,9 +372,9 @@ def _modules_by_pattern(model: nn.Module) -> dict[str, dict[str, ResLoRALinear]]
 
 
 def _pattern(model: nn.Module, path: str) -> str:
-    """``path`` with a star for each number that says how deep in the model a module is.
+    """``path`` with a star for each number that is the index of a block.
 
-    Within a block a number in an nn.Sequential is a name: it tells parts apart.
+    Within a block the numbers of an nn.Sequential with unlike modules stay: they are names.
     """
     parts: list[str] = []
     container = model
@@ -384,7 +387,7 @@ def _pattern(model: nn.Module, path: str) -> str:
 
 
 def _has_parts(container: nn.Module) -> bool:
-    """Whether it is an nn.Sequential of modules that are not all alike."""
+    """Whether ``container`` is an nn.Sequential whose modules differ in class or features."""
 
     def kind(module: nn.Module) -> tuple[object, ...]:
         sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
@@ -394,7 +397,7 @@ def _has_parts(container: nn.Module) -> bool:
 
 
 def _chains(modules: Mapping[str, ResLoRALinear]) -> Iterator[dict[str, ResLoRALinear]]:
-    """The chains of two or more, cut where a module does not fit the one before."""
+    """The chains of two or more modules, cut where a module does not fit its predecessor."""
     chain: dict[str, ResLoRALinear] = {}
     last = None
     for path, module in modules.items():
@@ -417,7 +420,7 @@ def _fits(previous: ResLoRALinear, module: ResLoRALinear) -> bool:
 def _carry(model: nn.Module, chain: str, paths: list[str]) -> None:
     """Make the modules around a chain carry its states."""
     split = [path.split(".")[:-1] for path in paths]
-    levels = zip(*split, strict=True)  # one pattern, so all are as deep
+    levels = zip(*split, strict=True)  # one pattern, so all have equal depth
     depth = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, levels)))
     common = split[0][:depth]
     for owner in _owners(model, common):
@@ -431,7 +434,8 @@ def _carry(model: nn.Module, chain: str, paths: list[str]) -> None:
 def _owners(model: nn.Module, parts: list[str]) -> Iterator[nn.Module]:
     """The innermost module at or above ``parts`` that has a forward.
 
-    An nn.Sequential may also be looped over by the module that has it, so that is an owner too.
+    The parent of an nn.Sequential may loop over its modules instead of calling it, so the parent is
+    an owner too.
     """
     for end in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:end]))

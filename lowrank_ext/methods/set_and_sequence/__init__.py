@@ -1,4 +1,4 @@
-"""Set-and-Sequence: its adapters here, what it does to whole models in ``motion``."""
+"""Set-and-Sequence: config and module here, functions on whole models in ``motion``."""
 
 from lowrank_ext.adapter_format import AdapterFormat
 from lowrank_ext.methods.set_and_sequence import motion

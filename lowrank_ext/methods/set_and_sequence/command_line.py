@@ -1,4 +1,4 @@
-"""Set-and-Sequence on the command line: text out of order first, then text as it is."""
+"""Set-and-Sequence on the command line: shuffled windows of text first, then the text itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,8 +46,8 @@ def set_steps(run: Run) -> int:
 
 
 def shuffled_windows(tokens: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    """Each row of tokens [batch, seq_len] cut into windows, in an order of its own; what is left of
-    a row stays at its end."""
+    """tokens [batch, seq_len] with the windows of each row in a random order; a remainder shorter
+    than a window stays at the row's end."""
     batch, seq_len = tokens.shape
     num_windows = seq_len // window
     whole = tokens[:, : num_windows * window].reshape(batch, num_windows, window)

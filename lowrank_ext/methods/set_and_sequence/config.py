@@ -14,27 +14,27 @@ MASK_UNITS = ("call", "sample")
 
 @dataclass(kw_only=True, frozen=True)
 class BasisLoRAConfig(AdapterConfig):
-    """Set-and-Sequence: what a clip shows first, how it moves second, over one shared basis.
+    """Set-and-Sequence: learns a clip's appearance, then its motion, over one shared basis.
 
     (arXiv 2502.14844.) Stage 1 ("set": unordered frames) trains a LoRA. Stage 2 ("sequence": whole
     clips), begun by ``lr.motion.begin_residual_stage``, freezes it and trains a residual on one of
     its factors, the coefficients; the other factor is the basis that both stages share. In training
-    an element mask drops coefficients.
+    an elementwise mask drops coefficients.
 
     Attributes:
         basis: the factor that stage 2 keeps: ``"down"``: lora_a; the coefficients are lora_b
             [N, r] and stage 2 keeps no input for backward. ``"up"``: lora_b; the coefficients are
             lora_a [r, K].
         coef_dropout: probability of dropping a coefficient in stage 1.
-        residual_coef_dropout: the same of the residual in stage 2.
+        residual_coef_dropout: the same for the residual in stage 2.
         mask_rescale: multiply the coefficients that are kept by 1 / (1 - p).
         mask_per: ``"call"``: one mask in each forward of a module. ``"sample"``: one for each index
             of the input's first dimension.
-        mask_identity: let the mask of stage 2 fall on the sum of frozen and trained coefficients,
-            and not on the residual alone.
-        residuals: names of the residuals there are, in the order of their stages; the last one
-            trains. ``begin_residual_stage`` adds to it.
-        init: how the basis starts: ``"kaiming"``, uniform in ±1/sqrt(features) (with
+        mask_identity: in stage 2, mask the sum of frozen and trained coefficients instead of the
+            residual alone.
+        residuals: names of the residuals, in the order of their stages; the last one trains.
+            ``begin_residual_stage`` appends to it.
+        init: of the basis: ``"kaiming"``, uniform in ±1/sqrt(features) (with
             ``basis="down"`` PEFT's numbers), or ``"gaussian"``, with standard deviation 1/r. The
             coefficients start at zero.
     """
@@ -94,12 +94,13 @@ class BasisLoRAConfig(AdapterConfig):
 
 
 def residual_attribute(name: str) -> str:
-    """What the Parameter of the residual ``name`` is called in its module."""
+    """Attribute name of the Parameter of the residual ``name`` in its module."""
     return f"lora_residual_{name}"
 
 
 def check_residual_name(name: object, present: Sequence[str], owner: str) -> None:
-    """A name becomes part of state-dict keys and of keys in files, hence no dots."""
+    """Raise unless ``name`` is valid and new. It becomes part of state-dict keys and of keys in
+    files, hence no dots."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(
             f"{owner}: the name of a residual must consist of letters, digits, _ and -, "

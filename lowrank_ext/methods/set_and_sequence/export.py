@@ -1,4 +1,4 @@
-"""Export to what others read: an ordinary LoRA of the same rank, for PEFT or for diffusers."""
+"""Export as an ordinary LoRA of the same rank, for PEFT or for diffusers."""
 
 import os
 from pathlib import Path
@@ -25,16 +25,16 @@ def export_lora(
 ) -> None:
     """Write identity and residuals at their present scales into ``path``, as one ordinary LoRA.
 
-    They share the basis, so the sum has the rank of each. The model is left as it is.
+    They share the basis, so the rank of their sum is that of each. The model is not changed.
 
     Args:
-        path: a directory, made if need be.
+        path: a directory, created if missing.
         format: ``"peft"``: adapter_config.json and adapter_model.safetensors, for
             ``PeftModel.from_pretrained`` and ``lr.load_adapter``. ``"diffusers"``:
             pytorch_lora_weights.safetensors, for ``load_lora_weights`` of a pipeline and
-            ``load_lora_adapter`` of a model; the scaling is multiplied into lora_B, because that
-            file has no place for it that every version reads.
-        component: what the model is called in its pipeline, the prefix of the keys for diffusers.
+            ``load_lora_adapter`` of a model; the scaling is multiplied into lora_B, because not
+            every version of diffusers reads it from that file.
+        component: name of the model in its pipeline, the prefix of the keys for diffusers.
 
     Raises:
         ValueError: the model was not adapted with BasisLoRAConfig, format is neither of the two, or

@@ -2,9 +2,8 @@
 
     y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) Bᵀ,    B = s_id lora_b + Σ s_i (mask ⊙ residual_i)
 
-with ``basis="down"``; with ``"up"`` the sum stands in the place of lora_a. The sum is as small as
-the weights, [N, r], and the branch then is the ordinary op's: the mask never meets an [M, N]
-tensor.
+with ``basis="down"``; with ``"up"`` the sum replaces lora_a. The mask acts on the sum, [N, r], and
+the ordinary op computes the branch with it, so no [M, N] tensor is masked.
 """
 
 import math
@@ -28,7 +27,7 @@ from lowrank_ext.nn.rows import ids_of_block, ids_per_row
 from lowrank_ext.ops._branch import draw_seed
 from lowrank_ext.reference import dropout_scale
 
-# Name of the rows without a residual in the layout of a rows block; no residual can have it.
+# Name of rows without a residual in the layout of a rows block; it is no valid residual name.
 IDENTITY = ""
 
 
@@ -37,20 +36,20 @@ class BasisLoRALinear(LowRankLinear):
 
     The basis is lora_a and the coefficients are lora_b with ``basis="down"``, the other way round
     with ``"up"``. Stage 1 trains both. ``begin_residual_stage`` freezes them and adds a
-    residual of the coefficients' shape, zero at first, which alone trains: the Parameter
-    ``lora_residual_<name>``. Several residuals may share the basis; what is computed is their sum,
-    each times its scale of ``set_scales``.
+    residual of the coefficients' shape, initially zero, the only Parameter that trains:
+    ``lora_residual_<name>``. Several residuals may share the basis; forward uses their sum, each
+    times its scale of ``set_scales``.
 
     In training mode elements of the coefficients are dropped: of lora_b in stage 1, of the trained
-    residual in stage 2. The mask is drawn by the op's own dropout, so backward draws it again from
-    its seed and none is kept. ``residual_coef_dropout=1`` or a scale of 0 leaves stage 1, bit for
-    bit. In stage 2 with ``basis="down"`` backward needs h [M, r] and no x.
+    residual in stage 2. The op's dropout draws the mask, so backward draws it again from the seed
+    and no mask is kept. With ``residual_coef_dropout=1`` or a scale of 0 the output is that of
+    stage 1, bit for bit. In stage 2 with ``basis="down"`` backward needs h [M, r] and no x.
 
-    Inits, both with coefficients of zero:
-        ``kaiming``: the basis uniform in ±1/sqrt(K) (``basis="up"``: ±1/sqrt(N)). With "down" these
-            are PEFT's numbers after the same ``torch.manual_seed``.
-        ``gaussian``: the basis normal with standard deviation 1/r.
-    Drawn in fp32 on the CPU.
+    Inits, both with coefficients of zero, drawn in fp32 on the CPU:
+
+    - ``kaiming``: the basis uniform in ±1/sqrt(K) (``basis="up"``: ±1/sqrt(N)). With "down" these
+      are PEFT's numbers after the same ``torch.manual_seed``.
+    - ``gaussian``: the basis normal with standard deviation 1/r.
 
     r is at most min(K, N).
 
@@ -59,7 +58,7 @@ class BasisLoRALinear(LowRankLinear):
             ``BasisLoRAConfig``.
         identity_scale: factor of the coefficients of stage 1.
         residual_scales: factor of each residual, by name, in the order of their stages. A new stage
-            sets those of the earlier residuals to 0: each is trained on the identity alone.
+            sets those of earlier residuals to 0, so each is trained over the identity alone.
 
     Examples:
         >>> layer = BasisLoRALinear.from_linear(nn.Linear(64, 32), r=8)
@@ -83,7 +82,7 @@ class BasisLoRALinear(LowRankLinear):
         self.mask_identity = config.mask_identity
         self.identity_scale = 1.0
         self.residual_scales: dict[str, float] = {}
-        self.rows_number = -1  # of the model, once lr.motion.rows has been used on it
+        self.rows_number = -1  # set by lr.motion.rows: the model's number
         for name in config.residuals:
             self._add_residual(name)
 
@@ -91,7 +90,7 @@ class BasisLoRALinear(LowRankLinear):
     def check_fits(cls, in_features: int, out_features: int, config: AdapterConfig) -> None:
         super().check_fits(in_features, out_features, config)
         smaller = min(in_features, out_features)
-        if config.r > smaller:  # the directions of a basis could not be independent
+        if config.r > smaller:  # else the basis vectors are linearly dependent
             raise ValueError(
                 f"{cls.__name__}: r must be at most min(in_features, out_features)={smaller}, "
                 f"got {config.r}"
@@ -136,7 +135,7 @@ class BasisLoRALinear(LowRankLinear):
     def _add_residual(self, name: str) -> None:
         self.residual_scales = {**dict.fromkeys(self.residual_scales, 0.0), name: 1.0}
         for parameter in (self.lora_a, self.lora_b, *map(self._residual, self.residuals[:-1])):
-            # A gradient that is left over would let an optimizer move what is frozen.
+            # An optimizer would still apply a remaining gradient.
             parameter.requires_grad_(False).grad = None
         self.register_parameter(
             residual_attribute(name), nn.Parameter(torch.zeros_like(self._identity))
@@ -156,13 +155,13 @@ class BasisLoRALinear(LowRankLinear):
     def begin_residual_stage(
         self, name: str = "motion", *, coef_dropout: float | None = None
     ) -> None:
-        """Freeze all there is and add the residual ``name``, zero, which from now on trains.
+        """Freeze all adapter tensors and add the residual ``name``, zero, which trains from now on.
 
-        The output stays what it was with the earlier residuals at scale 0. An optimizer made before
-        knows nothing of the new Parameter: make a new one.
+        The output is unchanged, except that earlier residuals get scale 0. Make a new optimizer: an
+        old one does not have the new Parameter.
 
         Args:
-            coef_dropout: of the new stage; None: ``residual_coef_dropout`` as it is.
+            coef_dropout: of the new stage; None keeps ``residual_coef_dropout``.
 
         Raises:
             ValueError: the name is taken or has other characters than letters, digits, _ and -,
@@ -179,15 +178,16 @@ class BasisLoRALinear(LowRankLinear):
         identity: float | None = None,
         motion: float | Mapping[str, float] | None = None,
     ) -> None:
-        """Weigh the coefficients: ``identity`` those of stage 1, ``motion`` the residuals.
+        """Set the scales: ``identity`` of the coefficients of stage 1, ``motion`` of the residuals.
 
         Args:
-            identity: None leaves it as it is.
-            motion: a number for all residuals, or numbers by name; the others stay.
+            identity: None keeps it.
+            motion: a number for all residuals, or numbers by name; the others keep theirs.
 
         Raises:
-            ValueError: a number is not finite, a name is unknown, a number is given for motion and
-                there is no residual yet, or the adapter is merged. TypeError: it is no number.
+            ValueError: a number is not finite, a name is unknown, motion is given before the first
+                residual stage, or the adapter is merged.
+            TypeError: a scale is no number.
         """
         scales = self.checked_scales(identity, motion, f"{type(self).__name__}.set_scales")
         self.identity_scale, self.residual_scales = scales
@@ -198,7 +198,7 @@ class BasisLoRALinear(LowRankLinear):
         motion: float | Mapping[str, float] | None,
         caller: str,
     ) -> tuple[float, dict[str, float]]:
-        """identity_scale and residual_scales as ``set_scales`` would leave them."""
+        """identity_scale and residual_scales as ``set_scales`` would set them."""
         self._check_unmerged(caller)
         if motion is not None and not self.residual_scales:
             raise ValueError(f"{caller}: motion must be None before a residual stage, got {motion}")
@@ -233,7 +233,7 @@ class BasisLoRALinear(LowRankLinear):
     ) -> Tensor:
         """s_id identity + Σ sᵢ residualᵢ in the coefficients' shape, masked with probability p.
 
-        With ``num_masks`` a stack of that many, each with a mask of its own, if anything is masked.
+        With ``num_masks``, if anything is masked, a stack of that many, each with its own mask.
         """
         mask_sum = self.trained_residual is None or self.mask_identity
         weighted: list[tuple[Tensor, float]] = [(self._identity, self.identity_scale)]
@@ -241,7 +241,7 @@ class BasisLoRALinear(LowRankLinear):
             masked = p > 0 and scale != 0 and name == self.trained_residual and not mask_sum
             residual: Tensor = self._residual(name)
             weighted.append((self._masked(residual, p, num_masks) if masked else residual, scale))
-        # What has scale 0 is left out and what has scale 1 taken as it is, so that no bit changes.
+        # Terms of scale 0 are left out and those of scale 1 not multiplied, so that no bit changes.
         terms = [t if scale == 1 else scale * t for t, scale in weighted if scale != 0]
         total = sum(terms[1:], terms[0]) if terms else torch.zeros_like(self._identity)
         return self._masked(total, p, num_masks) if mask_sum and p > 0 else total
@@ -249,14 +249,14 @@ class BasisLoRALinear(LowRankLinear):
     def _masked(self, coefficients: Tensor, p: float, num_masks: int | None) -> Tensor:
         """drop(coefficients), or a stack of ``num_masks`` of them.
 
-        By way of the op's dropout of x between two identities: backward draws the mask again from
-        the seed, under a compiler and activation checkpointing too, and keeps nothing of the
-        coefficients' size.
+        Computed by the op's dropout of x with identities as lora_a and lora_b: backward draws the
+        mask again from the seed, under torch.compile and activation checkpointing too, and nothing
+        of the coefficients' size is kept.
         """
         rows = coefficients if self.basis == "down" else coefficients.mT  # [features, r]
         if num_masks is not None:
             rows = rows.expand(num_masks, *rows.shape)
-        kept = 1 / dropout_scale(p) if p < 1 else 0.0  # part of the elements that are kept
+        kept = 1 / dropout_scale(p) if p < 1 else 0.0  # share of the elements that are kept
         identity = torch.eye(self.r, dtype=rows.dtype, device=rows.device)
         with torch.autocast(rows.device.type, enabled=False):
             masked, _ = torch.ops.lowrank_ext.lowrank_add.default(
@@ -296,13 +296,13 @@ class BasisLoRALinear(LowRankLinear):
 
     def _forward_in_block(self, x: Tensor, ids: Tensor) -> Tensor:
         alone = [{name: 1.0} for name in self.residuals]
-        # The last one is for compiled code, which also runs outside of blocks; its ids are -1 then.
+        # The last one is for compiled code outside of a block, where all ids are -1.
         choices: list[dict[str, float]] = [{}, *alone, self.residual_scales]
         stack = torch.stack([self._coefficients(scales, 0.0) for scales in choices])
         return self._forward_stacked(x, stack, torch.where(ids < 0, len(choices) - 1, ids))
 
     def _forward_stacked(self, x: Tensor, coefficients: Tensor, ids: Tensor) -> Tensor:
-        """Each row of x with the coefficients [n, …] that its id chooses."""
+        """Output for x in which each row uses the coefficients, of [n, …], at its id."""
         basis = self._basis_factor.expand(coefficients.shape[0], *self._basis_factor.shape)
         down = self.basis == "down"
         return ops.multi_lowrank_add(
@@ -326,7 +326,7 @@ class BasisLoRALinear(LowRankLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.rows_number = -1  # a copy is no part of the model that the number stands for
+        self.rows_number = -1  # a copy does not belong to the model of that number
 
     def extra_repr(self) -> str:
         scales = "".join(f", {name}={scale:g}" for name, scale in self.residual_scales.items())

@@ -1,8 +1,8 @@
-"""One residual in files of its own, to be put on any model that has the same basis.
+"""Files of a single residual, which can be loaded into any model with the same basis.
 
-The two files of an adapter, but with the tensors ``<path>.lora_residual_<name>.weight`` alone. The
-weights' metadata say of each module what scaling it had and the SHA-256 of its basis, by which
-``load_residual`` knows the basis again.
+The two files of an adapter, with the tensors ``<path>.lora_residual_<name>.weight`` alone. The
+weights' metadata hold each module's scaling and the SHA-256 of its basis, which ``load_residual``
+compares with the model's.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ _BASIS_KEY = "lowrank_ext_basis"  # metadata: scaling and basis_digest by module
 def save_residual(model: nn.Module, path: str | os.PathLike[str], name: str = "motion") -> None:
     """Write the residual ``name`` of ``model`` into the directory ``path``, without its basis.
 
-    Atomic, as ``lr.save_adapter`` is. ``lr.load_adapter`` refuses such a file: it needs the basis
-    that the residual was trained on, from the adapter of stage 1.
+    Atomic, like ``lr.save_adapter``. ``lr.load_adapter`` refuses such a file, because a residual
+    needs the basis that it was trained on, from the adapter of stage 1.
 
     Raises:
         ValueError: the model was not adapted with BasisLoRAConfig, has no such residual, or is
@@ -74,18 +74,18 @@ def save_residual(model: nn.Module, path: str | os.PathLike[str], name: str = "m
 def load_residual(model: Model, path: str | os.PathLike[str], name: str | None = None) -> Model:
     """Add the residual in the directory ``path`` to ``model``; returns it.
 
-    A new stage is begun, as by ``begin_residual_stage``, and filled. The residual gets scale 1 and
-    trains; those that were there before get scale 0.
+    Begins a new stage, as ``begin_residual_stage`` does, with the file's values. The residual gets
+    scale 1 and trains; earlier residuals get scale 0.
 
     Args:
         model: adapted with BasisLoRAConfig and holding the basis that the residual was trained on:
             the adapter of stage 1, or one with other residuals.
-        name: what to call it here; None: as in the file.
+        name: name of the residual in the model; None: as in the file.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file is damaged or holds no residual, the name is taken, or modules, shapes,
-            scalings or the basis are not those that it was trained on; the message names the file.
+            scalings or the basis differ from those of its training; the message names the file.
             Nothing has changed then.
 
     Examples:
@@ -101,15 +101,15 @@ def load_residual(model: Model, path: str | os.PathLike[str], name: str | None =
     begin_residual_stage(model, stored if name is None else name)
     with torch.no_grad():
         for where, module in modules.items():
-            assert module.trained_residual is not None  # it has just been begun
+            assert module.trained_residual is not None  # begin_residual_stage has set it
             own = module.get_parameter(residual_attribute(module.trained_residual))
             own.copy_(tensors[where])
     return model
 
 
 def _mark(module: BasisLoRALinear) -> dict[str, Any]:
-    """What a residual depends on. The digest is of values: the same in every dtype that holds
-    them."""
+    """Scaling and digest of the basis that a residual depends on. The digest is of the values in
+    fp64, so it is the same in every dtype that represents them."""
     basis = module.lora_a if module.basis == "down" else module.lora_b
     values = basis.detach().cpu().double().contiguous()
     digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
@@ -136,7 +136,7 @@ def _checked_tensors(
     config: BasisLoRAConfig,
     modules: Mapping[str, BasisLoRALinear],
 ) -> dict[str, Tensor]:
-    """The file's tensors by module path; all of them fit."""
+    """The file's tensors by module path; raises ValueError if one does not fit."""
     keys = {where: f"{_PREFIX}{where}.{residual_attribute(name)}.weight" for where in modules}
     if files.config.get("basis") != config.basis:
         raise _differs(files, "basis", config.basis, files.config.get("basis"))

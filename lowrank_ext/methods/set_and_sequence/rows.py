@@ -1,4 +1,4 @@
-"""A residual of its own for each row of a batch."""
+"""rows: a different residual for each row of a batch."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,21 +16,20 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """A ``with`` block in which row b of every batch moves by the residual ``names[b]``.
+    """A ``with`` block in which row b of every batch uses the residual ``names[b]``.
 
-    None stands for the identity alone. A row's residual counts with factor 1, whatever
-    ``set_scales`` says of residuals; the identity's factor holds. The first dimension of every
-    input of an adapted module must be the batch.
+    None stands for the identity alone. A row's residual has scale 1, whatever ``set_scales`` has
+    set for it; the identity keeps its scale. The first dimension of every input of an adapted
+    module must be the batch.
 
     The block belongs to the current context (contextvars): other threads and tasks are not
     affected, and a thread started inside it does not inherit it. A second run by activation
-    checkpointing must happen inside it. A model that was compiled is compiled anew once, at its
-    first block.
+    checkpointing must happen inside it. A compiled model is recompiled once, at its first block.
 
     Raises:
         ValueError: the model has no BasisLoRALinear or is merged, or a name is unknown; inside the
             block: the batch has another number of rows.
-        TypeError: ``names`` is a string, or holds something else than strings and None.
+        TypeError: ``names`` is a string, or has an item that is neither a string nor None.
         RuntimeError: the model is in training mode.
 
     Examples:
@@ -61,7 +60,7 @@ def _check(modules: Mapping[str, BasisLoRALinear], names: Sequence[str], caller:
 
 
 def _number_of(modules: Mapping[str, BasisLoRALinear]) -> int:
-    """The number under which the model's modules look for their block, given at first use."""
+    """The number by which the model's modules find their block, assigned at first use."""
     with _LOCK:
         numbers = {module.rows_number for module in modules.values()}
         if len(numbers) > 1 or -1 in numbers:

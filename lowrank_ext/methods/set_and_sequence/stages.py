@@ -1,4 +1,4 @@
-"""The stages of a model adapted with BasisLoRAConfig, and the weights of what they learned."""
+"""The stages of a model adapted with BasisLoRAConfig, and the scales of their coefficients."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ def begin_residual_stage(
 ) -> Model:
     """Freeze everything in ``model`` and add a residual ``name`` to every module; returns it.
 
-    The residuals start at zero and are all that trains; the basis, the identity, earlier residuals
-    and modules_to_save stay as they are, bit for bit. Earlier residuals get scale 0. Make a new
-    optimizer afterwards. A model that is to be wrapped (DDP, FSDP) is wrapped after this call.
+    Only the new residuals train, from zero; the basis, the identity, earlier residuals and
+    modules_to_save never change. Earlier residuals get scale 0. Make a new optimizer afterwards,
+    and wrap the model (DDP, FSDP) after this call.
 
     Args:
         model: adapted with ``lr.adapt(model, lr.BasisLoRAConfig(...))``, or loaded.
@@ -29,7 +29,7 @@ def begin_residual_stage(
 
     Raises:
         ValueError: the model was not adapted with BasisLoRAConfig or is merged, the name is taken
-            or no name, or coef_dropout is no probability. Nothing has changed then.
+            or invalid, or coef_dropout is no probability. Nothing has changed then.
 
     Examples:
         >>> lr.motion.begin_residual_stage(model, name="dance")
@@ -48,7 +48,7 @@ def begin_residual_stage(
         ),
     )
     for parameter in model.parameters():
-        # A gradient that is left over would let an optimizer move what is frozen.
+        # An optimizer would still apply a remaining gradient.
         parameter.requires_grad_(False).grad = None
     for module in modules.values():
         module.begin_residual_stage(name, coef_dropout=coef_dropout)
@@ -62,17 +62,17 @@ def set_scales(
     identity: float | None = None,
     motion: float | Mapping[str, float] | None = None,
 ) -> Model:
-    """Weigh what the stages learned in every module of ``model``; returns it.
+    """Set the scales of identity and residuals in every module of ``model``; returns it.
 
     ``identity`` is the factor of the coefficients of stage 1, ``motion`` that of the residuals: a
-    number for all of them, or numbers by name, where the others stay. Both start at 1; a new stage
-    sets the earlier residuals to 0. With motion 0 the output is that of stage 1, bit for bit; with
-    both 0 it is the base model's. Scales are not saved with the adapter.
+    number for all of them, or numbers by name, where the others keep theirs. Both start at 1; a new
+    stage sets the earlier residuals to 0. With motion 0 the output is that of stage 1, bit for bit;
+    with both 0 it is the base model's. Scales are not saved with the adapter.
 
     Raises:
         ValueError: the model has no BasisLoRALinear or is merged, a name is unknown, motion is
-            given before a residual stage, or a number is not finite. TypeError: it is no number.
-            Nothing has changed then.
+            given before a residual stage, or a number is not finite. Nothing has changed then.
+        TypeError: a scale is no number. Nothing has changed then.
 
     Examples:
         >>> lr.motion.set_scales(model, identity=0.6, motion={"dance": 1.0, "wave": 0.5})
@@ -86,12 +86,12 @@ def set_scales(
 
 
 def basis_modules(model: nn.Module, caller: str) -> dict[str, BasisLoRALinear]:
-    """Path and module of every BasisLoRALinear, of which there must be one."""
+    """Path and module of every BasisLoRALinear; raises ValueError without one."""
     return modules_of_kind(model, BasisLoRALinear, caller)
 
 
 def adapted_config(model: nn.Module, caller: str) -> BasisLoRAConfig:
-    """The config that ``lr.adapt`` or ``lr.load_adapter`` has left on the model."""
+    """The config that ``lr.adapt`` or ``lr.load_adapter`` has stored on the model."""
     config = getattr(model, "lowrank_config", None)
     if not isinstance(config, BasisLoRAConfig):
         got = "no config" if config is None else f"a {type(config).__name__}"
