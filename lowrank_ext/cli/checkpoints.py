@@ -1,5 +1,5 @@
-"""Where an interrupted run continues: OUT[/method]/checkpoint-<step>, written whole, the previous
-one removed after."""
+"""Checkpoints for --resume: OUT[/method]/checkpoint-<step>, each written atomically before the
+previous one is removed."""
 
 import dataclasses
 import re
@@ -33,8 +33,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_digest: str) -> Path:
-    """Adapter, optimizer, freezing schedule, RNG and progress, in one directory that appears
-    whole."""
+    """Saves adapter, optimizer, freezing schedule, RNG and progress, atomically."""
     path = directory / f"checkpoint-{trainer.progress.step:06d}"
     older = checkpoints(directory)
     with new_directory(path) as temporary:
@@ -57,10 +56,10 @@ def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_dige
 def restore_trainer(
     entry: Entry, base: CausalLM, settings: Settings, path: Path, text_digest: str
 ) -> Trainer:
-    """A trainer that goes on where `save_checkpoint` left off; takes the base model over."""
+    """The trainer that `save_checkpoint` saved; adapts the base model in place."""
     with as_user_error(
         f"cannot read {path / _STATE}", Exception
-    ):  # pickle, zip, tensors: many kinds
+    ):  # pickle, zip and tensors raise many kinds
         state = torch.load(path / _STATE, weights_only=True)
     if state["text_digest"] != text_digest:
         raise UserError(f"the text or the tokenizer has changed since {path} was written")
@@ -75,6 +74,6 @@ def restore_trainer(
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Once the result is written, nothing is left to continue."""
+    """Removes all checkpoints, once the result is written."""
     for path in checkpoints(directory):
         shutil.rmtree(path, ignore_errors=True)

@@ -73,14 +73,14 @@ _SETTINGS = "settings.json"
 _RESULT = "result.json"
 _LOG = logging.getLogger("lowrank_ext.finetune")
 # Per parameter a run writes its value, two AdamW moments, an fp32 master and up to three statistics
-# of a freezing schedule; the old checkpoint goes after the new.
+# of a freezing schedule; two checkpoints exist while the old one is replaced.
 _BYTES_PER_STORED_PARAMETER = 2 * 4 * 7
 
 
 @dataclass
 class Job:
-    """What all methods of a run share. `base` is never trained: methods get copies, and it is the
-    frozen model that they are measured against."""
+    """What all methods of a run share. `base` is never trained: methods train copies of it and are
+    compared with it as the frozen model."""
 
     settings: Settings
     out: Path
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def batch(self) -> Tensor:
-        """The batch that everything is measured on: the first one."""
+        """The batch of all measurements: the first one."""
         return self.corpus.train_batch(0, self.settings.batch, self.settings.seed)
 
     @property
@@ -135,7 +135,7 @@ def stored_settings(out: Path) -> Settings:
 def prepare(
     settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
 ) -> Job:
-    """Loads model and text and checks everything that can be checked before the first step."""
+    """Loads model and text, with all checks that are possible before the first step."""
     source = find_model(settings.model)
     dtype = resolve_dtype(settings.dtype)
     resolve_adapter_dtype(settings.adapter_dtype, dtype)
@@ -160,7 +160,7 @@ def make_job(
     loaded: LoadedModel,
     corpus: Corpus,
 ) -> Job:
-    """Freezes the base model and measures what it keeps for backward."""
+    """Freezes the base model and measures the bytes that it keeps for backward."""
     base = loaded.model.requires_grad_(False)
     if settings.compile:
         base.compile()
@@ -182,7 +182,7 @@ def make_job(
 
 
 def start_over(settings: Settings, out: Path) -> None:
-    """Removes what an earlier run left to continue, then stores the settings of this one."""
+    """Removes checkpoints and results of an earlier run, then stores the settings of this one."""
     for method in settings.methods:
         directory = settings.method_directory(out, method)
         remove_checkpoints(directory)
@@ -191,7 +191,7 @@ def start_over(settings: Settings, out: Path) -> None:
 
 
 def describe(job: Job) -> None:
-    """Two lines about model and text."""
+    """Prints two lines about model and text."""
     settings, corpus = job.settings, job.corpus
     held_out = sum(rows.numel() for rows in job.held_out)
     job.console.print(
@@ -206,14 +206,14 @@ def describe(job: Job) -> None:
 
 
 def _details(settings: Settings) -> str:
-    """What the methods add to the line; alike for several of them, once."""
+    """The methods' clauses for the line; equal ones appear once."""
     clauses = (recipe.describe(settings) for recipe in settings.recipes())
     return "".join(f"; {clause}" for clause in dict.fromkeys(clauses) if clause is not None)
 
 
 def run_or_reuse(job: Job, method: str) -> Result:
-    """The stored result when a resumed run has it, else a new one. Raises Interrupted when the
-    user stops."""
+    """The stored result if a resumed run has one, else a new one. Raises Interrupted when the user
+    stops."""
     directory = job.settings.method_directory(job.out, method)
     if job.resume and (directory / _RESULT).is_file():
         job.console.print(f"{method}: already finished", markup=False)
@@ -230,13 +230,13 @@ def run_or_reuse(job: Job, method: str) -> Result:
 
 
 def run_frozen(job: Job, entry: Entry) -> Result:
-    """The base model itself: held-out loss, and what forward + backward through it costs."""
+    """Measures the base model: held-out loss, and the cost of forward + backward."""
     with display_for(job, entry) as display:
         display.phase("evaluating")
         loss = held_out_loss(job.base, job.held_out)
         display.phase("measuring")
         with PeakMemory() as peak:
-            # The frozen model takes both turns, hence half the rounds.
+            # The frozen model is timed in both roles, hence half the rounds.
             timing = interleaved_timing(
                 job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
             )
@@ -267,8 +267,7 @@ def run_frozen(job: Job, entry: Entry) -> Result:
 
 
 def run_method(job: Job, entry: Entry, directory: Path) -> Result:
-    """Trains one method from the common start (or from its checkpoint), saves it, then measures
-    it."""
+    """Trains one method from the common start or from its checkpoint, saves and measures it."""
     with display_for(job, entry) as display:
         trainer = start_trainer(job, entry, directory, display)
         with PeakMemory() as peak:
@@ -283,13 +282,12 @@ def run_method(job: Job, entry: Entry, directory: Path) -> Result:
 
 
 def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> Trainer:
-    """A new trainer, evaluated and measured before its first step, or the one that a checkpoint
-    holds."""
+    """A new trainer, evaluated and measured before its first step, or that of a checkpoint."""
     settings = job.settings
     found = checkpoints(directory) if job.resume else []
     display.phase("continuing" if found else "preparing")
     torch.manual_seed(settings.seed)
-    # The copy shares nothing with the frozen model and, made by deepcopy, is not compiled yet.
+    # A deep copy shares nothing with the frozen model and is not compiled yet.
     base = copy.deepcopy(job.base)
     if found:
         trainer = restore_trainer(entry, base, settings, found[-1], job.text_digest)
@@ -299,7 +297,7 @@ def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> 
     if settings.compile:
         trainer.model.compile()
     if not found:
-        torch.manual_seed(settings.seed)  # the same dropout draws whatever the initialization drew
+        torch.manual_seed(settings.seed)  # dropout must not depend on the draws of the init
         record_start(job, trainer, display)
     _LOG.info(
         "%s: from step %d, learning rate %g",
@@ -311,15 +309,14 @@ def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> 
 
 
 def bytes_to_write(job: Job, model: CausalLM) -> int:
-    """A generous estimate of the disk space that adapter and checkpoints take."""
+    """An upper estimate of the disk space of adapter and checkpoints."""
     added = count(model.parameters()) - job.num_parameters
     trained = count(trainable_parameters(model))
     return 16 * MEBIBYTE + _BYTES_PER_STORED_PARAMETER * max(added, trained)
 
 
 def record_start(job: Job, trainer: Trainer, display: Display) -> None:
-    """Numbers from before the first step. None of them draws from the random generator that
-    training uses."""
+    """Measures before the first step, without draws from training's random generator."""
     trainer.progress.trainable_at_start = count(trainable_parameters(trainer.model))
     trainer.progress.saved_bytes_at_start = saved_bytes(
         trainer.model, lambda: training_loss(trainer.model, job.batch, trainer.training)[1]
@@ -332,7 +329,7 @@ def record_start(job: Job, trainer: Trainer, display: Display) -> None:
 
 
 def events_for(job: Job, directory: Path, display: Display) -> Events:
-    """Progress goes to the display and the log, checkpoints to `directory`."""
+    """Events that send progress to the display and the log, and checkpoints to `directory`."""
 
     def on_step(progress: Progress) -> None:
         display.update(progress)
@@ -351,8 +348,7 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
 
 
 def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path) -> Result:
-    """Bytes and time after the last step, in training mode, on the batch that the frozen model
-    gets too."""
+    """Measures bytes and time after the last step, in training mode, on `job.batch`."""
     model, progress = trainer.model, trainer.progress
 
     def loss_of() -> Tensor:
@@ -386,7 +382,7 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
 
 
 def stop_if_requested(job: Job, method: str, step: int) -> None:
-    """Raises Interrupted with the command that goes on."""
+    """Raises Interrupted, with the command that resumes the run, if the user has stopped it."""
     if job.stop.requested:
         raise Interrupted(
             f"stopped {method} after step {step} of {job.settings.steps}, everything is saved; "
@@ -427,7 +423,7 @@ def finish(job: Job, results: list[Result]) -> None:
 
 @contextmanager
 def log_file(path: Path, append: bool) -> Iterator[None]:
-    """Sends the log of this run, and the warnings of libraries, to a file and nowhere else."""
+    """Sends the log of this run, and the warnings of libraries, to a file only."""
     with cannot_write(path):
         handler = logging.FileHandler(path, mode="a" if append else "w")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

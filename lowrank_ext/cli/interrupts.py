@@ -26,5 +26,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # os.write: a handler may run while the console holds its lock.
+        # os.write, because the handler may run while the console holds its lock.
         os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

@@ -1,4 +1,4 @@
-"""The entry point: options, and the place where errors become one line and an exit code."""
+"""The entry point: options of the commands, and errors as one line and an exit code."""
 
 import dataclasses
 import sys
@@ -155,7 +155,7 @@ def finetune(
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    """Paths become absolute, so that a run can be continued from another directory."""
+    """The settings, with absolute paths, so that a run can be resumed from another directory."""
     methods, is_comparison = parse_methods(options["method"], options["compare"])
     model = options["model"]
     derived: dict[str, Any] = {
@@ -172,8 +172,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _check_same_settings(context: typer.Context, asked: Settings, stored: Settings) -> None:
-    """Raises UserError when an option given with --resume differs from the run that is to be
-    continued."""
+    """Raises UserError when an option given with --resume differs from the resumed run's."""
     for option in context.params:
         source = context.get_parameter_source(option)
         if source is None or source.name != "COMMANDLINE" or option in ("out", "resume"):

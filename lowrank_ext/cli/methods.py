@@ -1,6 +1,6 @@
-"""What ``--method`` takes: the recipes of all methods, and the baselines beside them.
+"""The names that ``--method`` takes: the recipes of all methods, and the baselines.
 
-One entry each: how it changes the base model, and how its result is saved and loaded again.
+Each has an entry, which changes the base model, saves the result and loads it again.
 """
 
 import re
@@ -25,13 +25,13 @@ _REGEX_CHARACTERS = re.compile(r"[*+?()\[\]{}|\\^$]")
 
 
 class Entry(ABC):
-    """What a name on the command line stands for.
+    """A method or baseline on the command line.
 
     Attributes:
         name: as users type it.
-        saved_name: the directory that holds its result, or None where there is none to save.
-        training: what the training loop does for it.
-        trains: whether there is anything to train.
+        saved_name: name of the directory with its result, or None if nothing is saved.
+        training: its additions to the training loop.
+        trains: whether it has parameters to train.
     """
 
     saved_name: str | None = "adapter"
@@ -42,8 +42,8 @@ class Entry(ABC):
         self.name = name
 
     def build(self, model: CausalLM, settings: Settings) -> CausalLM:
-        """Turns the base model, in place, into what trains. Raises UserError for targets that do
-        not exist."""
+        """Adapts the base model in place for training. Raises UserError for targets that do not
+        exist."""
         with as_user_error(f"cannot set up {self.name}", ValueError, TypeError):
             return self._build(model, settings)
 
@@ -56,7 +56,7 @@ class Entry(ABC):
         return directory / self.saved_name
 
     def load(self, model: CausalLM, settings: Settings, directory: Path) -> CausalLM:
-        """Turns the base model, in place, into what `save` wrote, ready to go on training."""
+        """Loads what `save` wrote into the base model, in place, ready to continue training."""
         if self.saved_name is None:
             return self.build(model, settings)
         path = directory / self.saved_name
@@ -74,7 +74,7 @@ class Entry(ABC):
 
 
 class Frozen(Entry):
-    """The base model with every weight frozen: what all others are measured against."""
+    """The base model with every weight frozen, with which all others are compared."""
 
     saved_name = None
     trains = False
@@ -113,7 +113,7 @@ class Full(Entry):
 
 
 class PeftLoRA(Entry):
-    """PEFT's LoRA, as it is or accelerated."""
+    """PEFT's LoRA, plain or accelerated by ``lr.accelerate``."""
 
     def __init__(self, name: str, accelerated: bool) -> None:
         super().__init__(name)
@@ -180,7 +180,7 @@ class Adapted(Entry):
 
 
 def entry(name: str) -> Entry:
-    """What the method ``name`` of valid settings stands for."""
+    """The entry of the method ``name`` of valid settings."""
     return next(found for found in _entries() if found.name == name)
 
 
@@ -206,8 +206,7 @@ def parse_targets(targets: str) -> str | list[str]:
 
 
 def _peft_autocast(model: CausalLM, settings: Settings) -> bool:
-    """PEFT keeps adapters in the base's dtype, or in fp32 when asked to autocast: the two that we
-    allow too."""
+    """Whether PEFT keeps adapters in fp32 (autocast_adapter_dtype), else the base's dtype."""
     return resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model)) is torch.float32
 
 
@@ -224,7 +223,7 @@ def base_dtype(model: CausalLM) -> torch.dtype:
 
 
 def trainable_parameters(model: CausalLM) -> list[nn.Parameter]:
-    """In the order of model.parameters(), each once."""
+    """The parameters that train, each once, in the order of model.parameters()."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -1,4 +1,4 @@
-"""The options that methods have of their own, as options of a command."""
+"""Adds the methods' own options to a command."""
 
 import inspect
 from collections.abc import Callable
@@ -13,12 +13,12 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def with_method_options(after: str) -> Callable[[Command], Command]:
-    """Give a command, in the place of its ``**keywords``, the options of all methods.
+    """Replace a command's ``**keywords`` by the options of all methods.
 
     typer reads a command's options from its signature.
 
     Args:
-        after: the option of the command that they follow in its help.
+        after: the option of the command that precedes them in its help.
     """
 
     def decorate(command: Command) -> Command:

@@ -1,4 +1,4 @@
-"""What the user asked for, checked before anything is loaded."""
+"""The settings of a run, which are checked before anything is loaded."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.recipe import Option, Recipe
 
-# What the methods are held against, and learning rates that work for it on the default model and
-# text. The methods themselves: the recipes in the registry.
+# Baselines, and learning rates that work for them on the default model and text. The methods are
+# the recipes in the registry.
 BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelerated": 3e-3}
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
@@ -20,7 +20,7 @@ ADAPTER_DTYPES = ("fp32", "bf16", "base")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides the numbers of a run; stored as settings.json for --resume."""
+    """Everything that determines the results of a run; stored as settings.json for --resume."""
 
     model: str | None
     text: tuple[str, ...]
@@ -84,7 +84,7 @@ class Settings:
                 raise UserError(problem)
 
     def recipes(self) -> list[Recipe]:
-        """Those of the run's methods that are no baselines, in the order of the list."""
+        """The recipes of the run's methods, baselines left out, in the order of the list."""
         return [recipe for recipe in registry.recipes() if recipe.name in self.methods]
 
     def learning_rate(self, method: str) -> float:
@@ -101,14 +101,14 @@ class Settings:
         return out / method if self.compare else out
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; the methods' options stand beside the others."""
+        """JSON-serializable, the methods' options beside the others."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         options = values.pop("options")
         return {**values, **options}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """Raises UserError when the stored settings are not those of this version."""
+        """The settings of `to_dict`. Raises UserError for those of another version."""
         own = {option.name for option in method_options()}
         known = {field.name for field in dataclasses.fields(cls)} - {"options"} | own
         if set(values) != known:
@@ -121,12 +121,12 @@ class Settings:
 
 
 def method_names() -> list[str]:
-    """What --method takes."""
+    """The names that --method takes."""
     return [*BASELINES, *(recipe.name for recipe in registry.recipes())]
 
 
 def method_options() -> list[Option]:
-    """The options of all methods; one that several methods have appears once, with all they say."""
+    """The options of all methods; a shared option appears once, with the help of each method."""
     found: dict[str, Option] = {}
     for recipe in registry.recipes():
         for option in recipe.options:
@@ -138,8 +138,7 @@ def method_options() -> list[Option]:
 
 
 def parse_methods(method: str | None, compare: str | None) -> tuple[tuple[str, ...], bool]:
-    """(methods, whether they are compared) from --method and --compare; LoRA when neither is
-    given."""
+    """(methods, whether they are compared) from --method and --compare; without both LoRA."""
     if method is not None and compare is not None:
         raise UserError("give --method for one method or --compare for several, not both")
     if compare is None:

@@ -19,14 +19,14 @@ from lowrank_ext.recipe import Training
 
 WARM_UP_FRACTION = 0.1
 MAX_GRAD_NORM = 1.0
-# fp16 gradients below 6e-8 are lost; a constant factor is enough for the short range of adapter
+# fp16 gradients below 6e-8 are lost; a constant factor suffices for the small range of adapter
 # gradients.
 FP16_LOSS_SCALE = 1024.0
 NUM_EVALUATIONS = 4
 
 
 def training_loss(model: CausalLM, tokens: Tensor, training: Training) -> tuple[Tensor, Tensor]:
-    """`model_loss`, and what is to be differentiated: with what the method adds to it."""
+    """`model_loss`, and the loss for backward, which includes the method's extra loss."""
     loss = model_loss(model, tokens)
     return loss, loss if training.extra_loss is None else loss + training.extra_loss(model)
 
@@ -41,7 +41,7 @@ def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
 def count_experts(
     model: CausalLM, batches: list[Tensor], training: Training
 ) -> dict[str, list[int]] | None:
-    """How many tokens of the batches each expert gets, by module; None without experts."""
+    """Number of tokens of the batches that each expert gets, by module; None without experts."""
     if training.expert_load is None:
         return None
     with training.expert_load(model) as load:
@@ -62,8 +62,7 @@ def held_out_loss(model: CausalLM, batches: list[Tensor]) -> float:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth, then cosine to zero; depends on the step alone, so it
-    needs no state."""
+    """Linear warm-up over the first tenth, then cosine to zero; a function of the step alone."""
     warm_up = max(1, round(WARM_UP_FRACTION * steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -71,8 +70,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW that steps in fp32. A bf16 or fp16 parameter has an fp32 master that is rounded into it
-    once per step, so that small updates are not lost; the rule is the same for every method."""
+    """AdamW in fp32. A bf16 or fp16 parameter has an fp32 master that is rounded into it once per
+    step, so that small updates are not lost; the same for every method."""
 
     def __init__(
         self, groups: Sequence[tuple[list[nn.Parameter], float]], loss_scale: float
@@ -124,14 +123,14 @@ class Optimizer:
                 parameter.copy_(master)
 
     def forget_frozen(self) -> None:
-        """Drops the moments of parameters that train no more."""
+        """Drops the moments of frozen parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if not parameter.requires_grad:
                 master.grad = None
                 self.adamw.state.pop(master, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state and the masters of half-size parameters."""
+        """AdamW's state and the fp32 masters."""
         pairs = zip(self.parameters, self.masters, strict=True)
         masters = [None if master is parameter else master.detach() for parameter, master in pairs]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
@@ -147,7 +146,7 @@ class Optimizer:
 
 @dataclass
 class Progress:
-    """What a run has seen so far; stored in checkpoints."""
+    """Steps, losses and times of a run so far; stored in checkpoints."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -162,7 +161,7 @@ class Progress:
 
 @dataclass
 class Events:
-    """Called by `train` after a step, for a checkpoint, and to ask whether the user stops it."""
+    """Callbacks of `train`: after a step, for a checkpoint, and whether the user stops the run."""
 
     on_step: Callable[[Progress], None]
     on_checkpoint: Callable[["Trainer"], None]
@@ -182,12 +181,12 @@ class Trainer:
         self.freezing = self.training.schedule(model, settings)
 
     def _new_optimizer(self) -> Optimizer:
-        """For what trains now."""
+        """An optimizer of the parameters that train now."""
         loss_scale = FP16_LOSS_SCALE if base_dtype(self.model) is torch.float16 else 1.0
         return Optimizer(self._parameter_groups(), loss_scale)
 
     def _parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """(parameters, learning rate) pairs: those without a rate of their own first."""
+        """(parameters, learning rate) pairs, those with the run's rate first."""
         rate = self.settings.learning_rate(self.entry.name)
         groups = self.training.parameter_groups(self.model)
         named = {id(parameter) for parameters, _ in groups for parameter in parameters}
@@ -212,10 +211,10 @@ class Trainer:
 
     def _update(self) -> None:
         if self.freezing is not None and self.freezing.before_optimizer:
-            self.freezing.step()  # what it freezes gets no update any more
+            self.freezing.step()  # before the update, which frozen parameters must not get
         factor = learning_rate_factor(*self._stage_position())
         updated = self.optimizer.step(factor)
-        # With a loss scale the scaled gradient may overflow now and then; that step is skipped.
+        # A scaled gradient may overflow occasionally; that step is skipped.
         self._check_finite("gradient", updated or self.optimizer.loss_scale != 1)
         self.progress.skipped_steps += not updated
         if self.freezing is not None:
@@ -224,7 +223,7 @@ class Trainer:
             self.optimizer.forget_frozen()
 
     def _stage_position(self) -> tuple[int, int]:
-        """Step and steps of the present stage, or of the whole training where it has none."""
+        """Step and number of steps of the present stage, or of a training without stages."""
         step, stages = self.progress.step, self.training.stages
         if not stages:
             return step, self.settings.steps
@@ -233,7 +232,7 @@ class Trainer:
         return step - before, stages[present].num_steps(self.settings)
 
     def _enter_stage(self) -> None:
-        """Begins the next stage, once its first step has come."""
+        """Begins the next stage if the present one has had all its steps."""
         stages, present = self.training.stages, self.training.stage_of(self.model)
         if present + 1 >= len(stages):
             return
@@ -243,7 +242,7 @@ class Trainer:
             self.optimizer = self._new_optimizer()
 
     def next_batch(self, corpus: Corpus) -> Tensor:
-        """Of the next step, as its stage takes it."""
+        """The batch of the next step, as transformed by its stage."""
         settings, step = self.settings, self.progress.step
         tokens = corpus.train_batch(step, settings.batch, settings.seed)
         stages = self.training.stages

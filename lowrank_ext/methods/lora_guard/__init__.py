@@ -1,4 +1,4 @@
-"""LoRA-Guard: a model that generates as its base does and judges texts through LoRA and a head."""
+"""LoRA-Guard: a model that generates like its base and classifies texts by LoRA and a head."""
 
 from lowrank_ext.methods.lora_guard.loss import GuardLoss, positive_weights
 from lowrank_ext.methods.lora_guard.metrics import (

@@ -1,8 +1,8 @@
-"""The third file of a guard, ``guard_head.safetensors``: its head, and which adapter it belongs to.
+"""The third file of a guard, ``guard_head.safetensors``: its head and the digest of its adapter.
 
 The adapter's two files are PEFT's. The head's metadata holds the options of the model and the
-digest of the adapter's weights, so that a head is never put on another adapter; the three files are
-replaced together, see ``lowrank_ext.adapter_files``.
+digest of the adapter's weights, so that a head is never used with another adapter. The three files
+are replaced together, see ``lowrank_ext/checkpoint/adapter_files.py``.
 """
 
 import json
@@ -23,7 +23,7 @@ _KEY = "lowrank_ext_guard"
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What a guard's outputs mean."""
+    """Layout of a guard's outputs."""
 
     num_categories: int
     unsafe_head: bool = True
@@ -56,7 +56,7 @@ class HeadOptions:
 
 
 def head_companion(options: HeadOptions, tensors: Mapping[str, Tensor]) -> Companion:
-    """The file's bytes, given the digest of the adapter's weights."""
+    """Makes the file's bytes from the digest of the adapter's weights."""
 
     def content(adapter_digest: str) -> bytes:
         described = asdict(options) | {"adapter_sha256": adapter_digest}

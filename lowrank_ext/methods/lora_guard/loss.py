@@ -1,4 +1,4 @@
-"""The loss of LoRA-Guard, weighted by how rare its positives are."""
+"""The loss of LoRA-Guard, with rare positives weighted up."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from lowrank_ext.checks import check_number
 def positive_weights(labels: Tensor, limit: float = 100.0) -> Tensor:
     """negatives / positives of each column of ``labels`` [N, C], float32 [C], in 1/limit … limit.
 
-    Without the limit a category that has no positive would weigh infinitely, and one that has no
-    negative nothing at all.
+    Without the limit a category without positives would have an infinite weight, and one without
+    negatives weight 0.
 
     Raises:
         ValueError: labels is not [N, C] with at least one row, or limit is below 1.
@@ -34,13 +34,14 @@ class GuardLoss(nn.Module):
     per positive of the training labels; a row is unsafe when any of its categories is positive.
 
     Args:
-        labels: of the training set, [N, C], true or 1 where a text is of a category.
+        labels: of the training set, [N, C], true or 1 where a text belongs to a category.
         unsafe_share: share, from 0 to 1. For a model with ``unsafe_head=False``, whose unsafe logit
             is the largest of its categories', 0 trains the categories alone.
         limit: bound of pos_weight and of its inverse.
 
     Attributes:
-        unsafe_pos_weight [1], category_pos_weight [C]: float32 buffers.
+        unsafe_pos_weight: float32 buffer [1].
+        category_pos_weight: float32 buffer [C].
 
     Raises:
         ValueError: an argument is out of range.
@@ -67,7 +68,7 @@ class GuardLoss(nn.Module):
         """A scalar, float32 (float64 for float64 logits), from logits [G, 1] and [G, C].
 
         Args:
-            labels: [G, C]. G = 0 gives 0, differentiable.
+            labels: [G, C]. With G = 0 the loss is 0, differentiable.
 
         Raises:
             ValueError: the shapes do not fit.

@@ -9,8 +9,7 @@ from torch import Tensor
 class PrecisionRecall(NamedTuple):
     """The curve, from the highest threshold to the lowest: float64 [k] each, k distinct scores.
 
-    precision[i] and recall[i] are those of calling everything unsafe that scores thresholds[i] or
-    more.
+    precision[i] and recall[i] hold if every score of at least thresholds[i] is called unsafe.
     """
 
     precision: Tensor
@@ -46,7 +45,7 @@ def precision_recall(labels: Tensor, scores: Tensor) -> PrecisionRecall:
 def average_precision(labels: Tensor, scores: Tensor) -> float:
     """AUPRC as the average precision: Σ (recallᵢ - recallᵢ₋₁) · precisionᵢ, without interpolation.
 
-    A constant score has the share of positives, the baseline.
+    A constant score gives the share of positives, the baseline.
 
     Raises:
         ValueError: as ``precision_recall``.

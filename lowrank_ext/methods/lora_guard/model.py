@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GUARD = "guard"
 
-# Where the backbone's hook leaves its hidden states; None: nobody asks for them.
+# Where the backbone's hook stores its hidden states; None: they are not stored.
 _KEPT: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("kept_hidden", default=None)
 
 
@@ -46,7 +46,7 @@ class GuardOutput(NamedTuple):
 
 
 class Overhead(NamedTuple):
-    """Numbers of parameters. ``ratio``: how often the guard's own fit into the base."""
+    """Numbers of parameters; ``ratio`` is base / (lora + head)."""
 
     base: int
     lora: int
@@ -61,14 +61,13 @@ class GuardModel(nn.Module):
         guard         head(f'(x)[last real token])        f' with W + alpha / r · lora_b lora_a
 
     Rows that generate have the bits that the base computes for the same batch: the same products
-    are called on the same shapes, and nothing is added to their outputs, not even a zero. (The base
-    meant is one that requires no gradients, as it does here: torch.matmul takes another product for
-    some weights that do.) The base is never merged, cast or written to. Only lora_a, lora_b and the
-    head train.
+    run on the same shapes, and nothing is added to their outputs. (This compares with a base that
+    requires no gradients, as here; torch.matmul takes another product for some weights that do.)
+    The base is never merged, cast or written to. Only lora_a, lora_b and the head train.
 
     Args:
-        base_lm: a causal language model of transformers, on its final device; taken over and
-            changed in place until ``unload``.
+        base_lm: a causal language model of transformers, on its final device; changed in place
+            until ``unload``.
         r, alpha, dropout: of the adapters, as in ``lowrank_ext.LoRAConfig``.
         targets: its target_modules; names that match nothing raise.
         num_categories: C, kinds of unsafe content.
@@ -83,7 +82,7 @@ class GuardModel(nn.Module):
     Attributes:
         head: nn.Linear, hidden size to outputs.
         bank: the ``lowrank_ext.AdapterBank`` that holds the adapters under the name "guard".
-        lora_config, head_options: what was asked for.
+        lora_config, head_options: the options.
 
     Raises:
         TypeError: base_lm is no causal language model of transformers, or an argument has the wrong
@@ -147,7 +146,7 @@ class GuardModel(nn.Module):
             module.lora_a.requires_grad_()
             module.lora_b.requires_grad_()
         like = next(iter(modules.values())).lora_a
-        self.head = nn.utils.skip_init(  # whoever calls this fills it
+        self.head = nn.utils.skip_init(  # the callers initialize or load it
             nn.Linear,
             _hidden_size(base_lm),
             options.num_outputs,
@@ -157,7 +156,7 @@ class GuardModel(nn.Module):
         self.training = base_lm.training
         self.head.train(base_lm.training)
         self._checkpointing: HookHandles | None = None
-        # Stays: hooks must not come and go while other threads run the model.
+        # Never removed: hooks must not change while other threads run the model.
         self._hook = self.backbone.register_forward_hook(_keep_hidden)
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -166,30 +165,30 @@ class GuardModel(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """The transformer below the base's lm_head, which both tasks run through.
+        """The transformer below the base's lm_head, which both tasks use.
 
         ``model.backbone.forward = torch.compile(model.backbone.forward)`` compiles it for both.
         """
         return self.base_lm.base_model
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of the base model: its arguments, its result, its bits."""
+        """``generate`` of the base model: same arguments and, bit for bit, the same result."""
         return self.base_lm.generate(*args, **kwargs)
 
     def guard(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GuardOutput:
-        """Judge every row: the logits of its last real token.
+        """Classify every row by its last real token.
 
         Args:
             input_ids: int [B, T], padded on either side with any id.
-            attention_mask: [B, T], 0 where a token is padding. None: all are real; that an id is
-                the pad id is never taken for padding, since it may be a text's own end-of-text.
+            attention_mask: [B, T], 0 where a token is padding. None: all tokens are real, also the
+                pad id, which may be a text's end-of-text token.
 
         Returns:
             unsafe_logits [B, 1], category_logits [B, C]; the sigmoid of each is its probability.
 
         Raises:
-            ValueError: a shape is wrong or, on a CPU, a row has no real token. On a GPU, where
-                looking would stop the host, such a row gets NaN.
+            ValueError: a shape is wrong or, on a CPU, a row has no real token. On a GPU, where the
+                check would stall the host, such a row gets NaN.
         """
         return self(input_ids, attention_mask)
 
@@ -200,16 +199,16 @@ class GuardModel(nn.Module):
         rows: Sequence[bool] | None = None,
         **lm_options: Any,
     ) -> GuardOutput:
-        """Rows to judge and rows to generate from, in one batch.
+        """Rows to classify and rows to generate from, in one batch.
 
-        The rows with ``rows[b]`` false have the logits and the cache, bit for bit, of
-        ``base_lm(input_ids, attention_mask, **lm_options)`` on the whole batch; those of guard rows
-        mean nothing there.
+        In ``lm_output`` the rows with ``rows[b]`` false have the logits and the cache, bit for bit,
+        of ``base_lm(input_ids, attention_mask, **lm_options)`` on the whole batch; ignore those of
+        guard rows.
 
         Args:
             input_ids, attention_mask: as in ``guard``.
-            rows: B bools, true for the rows to judge. None: all; the lm_head is not run then, and
-                positions are counted from each row's first real token.
+            rows: B bools, true for the rows to classify. None: all; the lm_head is not run then,
+                and positions are counted from each row's first real token.
             lm_options: for the base model (with ``rows=None``: for its backbone), such as
                 use_cache or position_ids.
 
@@ -242,7 +241,7 @@ class GuardModel(nn.Module):
     def _judge_all(
         self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
     ) -> Tensor:
-        if not len(input_ids):  # which transformers' models cannot run
+        if not len(input_ids):  # transformers' models cannot run an empty batch
             return self.head.weight.new_zeros((*input_ids.shape, self.head.in_features))
         options = {"use_cache": False} | options
         if attention_mask is not None and self._takes_positions and "position_ids" not in options:
@@ -275,8 +274,8 @@ class GuardModel(nn.Module):
     def enable_checkpointing(self, *, use_reentrant: bool = False) -> None:
         """Activation checkpointing of the base's layers, for training the guard.
 
-        The base's own ``gradient_checkpointing_enable`` runs layers again in backward, where it is
-        no longer known which rows the guard judged; this one remembers.
+        The base's own ``gradient_checkpointing_enable`` reruns layers in backward without the
+        information which rows are the guard's; this method keeps it.
         """
         self.disable_checkpointing()
         self.base_lm._set_gradient_checkpointing(
@@ -294,16 +293,16 @@ class GuardModel(nn.Module):
     # ------------------------------------------------------------------------------- reporting
 
     def overhead(self) -> Overhead:
-        """How many parameters the guard adds; a parameter with several owners counts once."""
+        """How many parameters the guard adds; a shared parameter counts once."""
         lora = sum(m.lora_a.numel() + m.lora_b.numel() for m in self._adapted().values())
         head = sum(p.numel() for p in self.head.parameters())
         base = sum(p.numel() for p in self.base_lm.parameters()) - lora
         return Overhead(base, lora, head, base / (lora + head))
 
     def summary(self) -> "Table":
-        """A rich table of ``overhead``, beside a guard that is a model of its own."""
+        """A rich table of ``overhead``, compared with a separate guard model."""
         numbers = self.overhead()
-        from rich.table import Table  # printing is rare, importing lowrank_ext is not
+        from rich.table import Table  # here, so that import lowrank_ext stays fast
 
         table = Table(
             title=f"a guard model of the base's size has {numbers.ratio:,.0f} x the parameters of "
@@ -325,7 +324,7 @@ class GuardModel(nn.Module):
     # -------------------------------------------------------------------------------- keeping
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write adapter and head, and nothing of the base, into the directory ``path``.
+        """Write adapter and head, without the base, into the directory ``path``.
 
         The adapter is PEFT's LoRA checkpoint of the base model; the head is in a third file. All
         three are replaced together.
@@ -356,10 +355,10 @@ class GuardModel(nn.Module):
         trainable: bool = True,
         adapter_dtype: torch.dtype | str = "float32",
     ) -> Self:
-        """The guard in the directory ``path`` over ``base_lm``, which it was trained on.
+        """The guard in the directory ``path`` over ``base_lm``, the model it was trained on.
 
         Args:
-            trainable: False leaves nothing that requires a gradient.
+            trainable: with False no parameter requires a gradient.
 
         Raises:
             FileNotFoundError: one of the three files is missing.
@@ -378,7 +377,7 @@ class GuardModel(nn.Module):
         return model if trainable else model.requires_grad_(False)
 
     def unload(self) -> Any:
-        """The base model as it was before, with its own modules; nothing of it trains.
+        """The original base model with its own modules; no parameter of it requires a gradient.
 
         The guard must not be used afterwards.
         """
@@ -393,9 +392,9 @@ class GuardModel(nn.Module):
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
-    """Position of the last nonzero in each row of ``attention_mask`` [B, T], int64 [B]; -1 without.
+    """Position of the last nonzero in each row of ``attention_mask`` [B, T], int64 [B]; -1 if none.
 
-    Right for padding on the right, on the left or in between, whatever the pad id is.
+    Works for padding on the right, on the left or in between, and for any pad id.
     """
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return torch.where(attention_mask != 0, positions, -1).amax(-1)
@@ -420,7 +419,7 @@ def _checkpoint_rows(use_reentrant: bool, function: Any, *args: Any) -> Any:
 
 def _new_adapter(module: nn.Module, config: LoRAConfig) -> LoRATensors:
     features = linear_features(module)
-    assert features is not None  # find_targets returns no other modules
+    assert features is not None  # find_targets returns only modules with features
     num_in, num_out = features
     shapes = LoRALinear(num_in, num_out, r=config.r, device="meta")
     lora_a = draw_lora_a(shapes)

@@ -1,4 +1,4 @@
-"""Texts to scores: tokens, windows of long texts, batches of similar length."""
+"""Scores of texts: tokenizing, windows of long texts, batches of similar length."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from lowrank_ext.methods.lora_guard.model import GuardModel
 
 
 class TextScore(NamedTuple):
-    """Probabilities of one text: that it is unsafe, and that it is of each category."""
+    """Probabilities that one text is unsafe, and that it belongs to each category."""
 
     unsafe: float
     categories: Mapping[str, float]
@@ -25,7 +25,7 @@ class _Window(NamedTuple):
 
 
 def conversation(prompt: str | None = None, response: str | None = None) -> str:
-    """The text to judge: a prompt, a response, or both turns, a blank line between them.
+    """The text to classify: a prompt, a response, or both with a blank line between them.
 
     Raises:
         ValueError: neither is given.
@@ -49,14 +49,14 @@ def screen(
 ) -> list[TextScore]:
     """Score texts, in their order, with the model in evaluation mode.
 
-    A text longer than ``max_length`` tokens is read in windows that overlap by half, and each of
-    its probabilities is the largest of all windows': nothing is cut off. Batches are made of texts
+    A text longer than ``max_length`` tokens is split into windows that overlap by half, without
+    truncation; each of its probabilities is the largest over its windows. Batches are made of texts
     of similar length.
 
     Args:
         tokenizer: of the base model; called as in training, special tokens included.
         batch_size: rows per batch.
-        max_length: at most this many tokens at a time. None: the model's context, 512 at most.
+        max_length: tokens per window. None: the model's context, 512 at most.
         on_progress: called after each batch with the number of texts that it finished.
 
     Raises:
@@ -103,7 +103,7 @@ def screen(
 
 
 def category_names(model: GuardModel) -> tuple[str, ...]:
-    """The model's own, or "0", "1", …"""
+    """The model's category names, or "0", "1", … without any."""
     options = model.head_options
     return options.category_names or tuple(map(str, range(options.num_categories)))
 
@@ -141,7 +141,7 @@ def _check_vocabulary(model: GuardModel, largest_id: int) -> None:
 
 
 def _windows(tokens: list[int], length: int) -> list[list[int]]:
-    """Parts of at most ``length`` tokens that cover all; neighbors overlap by half."""
+    """Windows of at most ``length`` tokens that cover ``tokens``; neighbors overlap by half."""
     if len(tokens) <= length:
         return [tokens]
     step = max(1, length // 2)
@@ -150,7 +150,7 @@ def _windows(tokens: list[int], length: int) -> list[list[int]]:
 
 
 def _probabilities(model: GuardModel, windows: Sequence[_Window]) -> Tensor:
-    """float64 [B, 1 + C] on the CPU."""
+    """Unsafe and category probabilities of each window, float64 [B, 1 + C] on the CPU."""
     device = model.head.weight.device
     ids, mask = pad([window.tokens for window in windows])
     unsafe, categories, _ = model.guard(ids.to(device), mask.to(device))

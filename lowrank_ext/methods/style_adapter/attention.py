@@ -2,8 +2,8 @@
 
     out = (softmax(q K_tᵀ / √d) V_t + λ softmax(q_s K_sᵀ / √d) V_s) to_outᵀ + bias
 
-Two softmaxes: style tokens never take attention from the prompt, as they would if both kinds of
-token stood in one. (StyleAdapter, Wang et al., arXiv 2309.01770.)
+With two softmaxes style tokens do not compete with the prompt for attention, as they would in a
+common one. (StyleAdapter, Wang et al., arXiv 2309.01770.)
 """
 
 import math
@@ -32,9 +32,9 @@ def attend(
 
 
 class _KeysValues(NamedTuple):
-    """K_s and V_s of one style, and what they were computed from."""
+    """K_s and V_s of one style, and the tensors from which they were computed."""
 
-    # Detached: they keep no graph, and their memory cannot be given to a tensor taken for them.
+    # Detached: they keep no graph, but keep their memory, so its address identifies them.
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
     autocast: torch.dtype | None
@@ -48,14 +48,13 @@ class StylePath(nn.Module):
         K_s = f_s to_k_styleᵀ,    V_s = f_s to_v_styleᵀ,    q_s = q  (or x to_q_styleᵀ)
         style = softmax(q_s K_sᵀ / √d) (λ scale V_s)
 
-    λ multiplies the values, in float32, which is the same as multiplying the output, without an
-    activation that would have to be saved for dλ.
+    λ multiplies the values, in float32. That equals multiplying the output, but saves no activation
+    for dλ.
 
-    K_s and V_s do not depend on the timestep: where no gradient is wanted they are computed once
-    and kept until the style or a weight changes, in place included (by an optimizer or
-    load_state_dict; a write through ``.data`` is seen only if it replaces the memory). They are not
-    kept under torch.compile, whose graph cannot see such changes: there both products are part of
-    the graph.
+    K_s and V_s do not depend on the timestep. Where no gradient is needed they are computed once
+    and cached until the style or a weight changes, also in place (by an optimizer or
+    load_state_dict; a write through ``.data`` is detected only if it replaces the memory). Under
+    torch.compile, whose graph cannot detect such changes, they are computed at each call.
 
     Args:
         query_dim: features of x.
@@ -118,7 +117,7 @@ class StylePath(nn.Module):
         self.lam = nn.Parameter(torch.full((), lam_init, dtype=wide, device=device))
         for projection in self.children():
             assert isinstance(projection, nn.Linear)
-            # Drawn in fp32 on the CPU: a seed gives the same start on every device, in every dtype.
+            # Drawn in fp32 on the CPU, so that a seed gives the same start for all devices, dtypes.
             bound = 1 / math.sqrt(projection.in_features)
             start = torch.empty(projection.weight.shape, device="cpu").uniform_(-bound, bound)
             with torch.no_grad():
@@ -128,7 +127,7 @@ class StylePath(nn.Module):
         self._kept: _KeysValues | None = None
 
     def acts(self, tokens: Tensor | None, scale: float | Tensor = 1.0) -> bool:
-        """Whether there is anything to add: a style with tokens, and a scale other than 0.0."""
+        """Whether the style path adds to the output: there are tokens, and scale is not 0.0."""
         if tokens is None or tokens.shape[1] == 0:
             return False
         return isinstance(scale, Tensor) or scale != 0
@@ -142,7 +141,7 @@ class StylePath(nn.Module):
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         kept = self._kept
         if kept is None or kept.autocast != autocast or not _same(kept, sources):
-            # Usable later in training too, whatever mode this call is made in.
+            # A call in inference mode must not cache tensors that training cannot use.
             with torch.inference_mode(False), torch.no_grad():
                 key, value = self._project(tokens)
                 detached = tuple(t.detach() for t in sources)
@@ -163,7 +162,7 @@ class StylePath(nn.Module):
         """λ · scale · style attention [B, S, C], in query's dtype, before any output projection.
 
         Args:
-            hidden_states: x [B, S, query_dim]; read only with queries of the style path's own.
+            hidden_states: x [B, S, query_dim]; read only if the style path has its own queries.
             query: the text path's queries [B, S, C].
             tokens: [N, n, style_dim]. N divides B, and row b has style b mod N: with N prompts, and
                 their unconditional halves before them, both halves have the prompt's style.
@@ -186,14 +185,14 @@ class StylePath(nn.Module):
         return attend(query, key, tiled(value, batch, "the batch"), self.num_heads)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}  # a copy has weights of its own
+        return {**super().__getstate__(), "_kept": None}  # the cache is for this module's weights
 
     def _apply(self, fn: Any, recurse: bool = True) -> "StylePath":
         lam = self.lam.detach()
         super()._apply(fn, recurse)
         self._kept = None
         wide = torch.promote_types(self.lam.dtype, torch.float32)
-        if self.lam.dtype != wide:  # .half() is meant for the weights
+        if self.lam.dtype != wide:  # .half() must not change λ
             self.lam.data = lam.to(self.lam.device, wide)
         return self
 
@@ -202,7 +201,7 @@ class StylePath(nn.Module):
 
 
 def tiled(tensor: Tensor, rows: int, what: str) -> Tensor:
-    """[N, …] repeated as a whole to [rows, …]."""
+    """[N, …] repeated to [rows, …]: row b is row b mod N."""
     have = tensor.shape[0]
     if have == rows:
         return tensor
@@ -227,10 +226,10 @@ def two_path_attention(
     scale: float | Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Both paths and the output projection, [B, S, query_dim]; the text path's q, k, v are given.
+    """Both paths and the output projection, [B, S, query_dim], from the text path's q, k and v.
 
-    The two outputs are added before the projection they share. A sum of two bf16 or fp16 tensors is
-    taken in fp32 and rounded once.
+    With a shared projection the two outputs are added before it. A sum of two bf16 or fp16 tensors
+    is taken in fp32 and rounded once.
     """
     text = attend(query, key, value, path.num_heads, mask)
     style = path(hidden_states, query, tokens, scale)
@@ -248,7 +247,7 @@ class TwoPathCrossAttention(nn.Module):
         out = (softmax(q K_tᵀ / √d) V_t + λ softmax(q_s K_sᵀ / √d) V_s) to_outᵀ + bias
 
     (StyleAdapter, Wang et al., arXiv 2309.01770, in which λ is learned.) For a diffusers UNet use
-    ``lr.style.add_style_path``; this is the layer by itself.
+    ``lr.style.add_style_path``; this is a stand-alone layer.
 
     Args:
         query_dim: features of x.
@@ -313,8 +312,8 @@ class TwoPathCrossAttention(nn.Module):
         """x [B, S, query_dim] and text [B, T, context_dim] to [B, S, query_dim].
 
         Args:
-            style: tokens [N, n, style_dim], N = 1 or a divisor of B; None, no tokens (n = 0) and
-                scale 0.0 leave the text path by itself.
+            style: tokens [N, n, style_dim], N = 1 or a divisor of B. With None, without tokens
+                (n = 0) or with scale 0.0 the output is that of the text path alone.
             scale: factor of λ: a number, or one for each row, [B].
             text_mask: bool or additive, broadcastable to [B, num_heads, S, T].
 
@@ -343,10 +342,10 @@ def style_path_for(
     to_out: nn.Module,
     owner: str,
 ) -> StylePath:
-    """A style path beside the given projections of a text path, as ``config`` wants it.
+    """A style path with the options of ``config`` for the given projections of a text path.
 
     Raises:
-        ValueError: the text path's weights do not allow it.
+        ValueError: the text path's weights do not fit the options.
     """
     text_dim, inner_dim = _features(to_k, owner, "to_k")
     query_dim, _ = _features(to_q, owner, "to_q")
@@ -412,12 +411,12 @@ def _linear(projection: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _can_be_kept(sources: tuple[Tensor, ...]) -> bool:
-    """Whether what is computed from ``sources`` needs no graph, and their changes can be seen."""
+    """Whether K_s and V_s of ``sources`` need no graph, and changes of these can be detected."""
     if torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
         return False
-    # Inference tensors have no version; meta and fake ones no memory to recognize them by.
+    # Inference tensors have no version; meta and fake ones have no address.
     return not any(
         t.is_inference() or t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in sources
     )

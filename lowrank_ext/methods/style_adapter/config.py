@@ -1,4 +1,4 @@
-"""Configuration of StyleAdapter's style path: what the paper leaves open, as options."""
+"""Configuration of StyleAdapter's style path: choices that the paper leaves open."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,16 +22,16 @@ class StylePathConfig:
 
     Attributes:
         style_dim: size of a style token; None stands for that of a text token.
-        share_query: the style path asks with the text path's queries; otherwise with queries of its
-            own, whose projection starts as a copy of the text path's.
-        share_out: the text path's output projection serves both; otherwise the style path has its
-            own, which starts as a copy.
-        lam: ``"layer"``, a coefficient for each attention layer, or ``"global"``, one for all.
-        lam_init: what it starts from. With 0 the output starts as the base model's, and until λ has
-            moved nothing but λ has a gradient.
-        init: how keys and values start. ``"text"``: as copies of the text path's projections, which
-            needs style_dim to be a text token's size. ``"random"``: uniform in ±1/sqrt(style_dim).
-            ``"zero"``: keys so, values zero, and the output starts as the base model's.
+        share_query: both paths use the text path's queries; with False the style path has its own
+            query projection, which starts as a copy of the text path's.
+        share_out: both paths use the text path's output projection; with False the style path has
+            its own, which starts as a copy.
+        lam: ``"layer"``, one λ for each attention layer, or ``"global"``, one for all.
+        lam_init: initial λ. With 0 the output starts as the base model's, and while λ is 0 only λ
+            has a nonzero gradient.
+        init: of the key and value projections. ``"text"``: copies of the text path's, which needs
+            style_dim to be a text token's size. ``"random"``: uniform in ±1/sqrt(style_dim).
+            ``"zero"``: random keys and zero values, so the output starts as the base model's.
         adapter_dtype: of the style path's weights, ``"base"`` or a floating dtype, by name or as
             ``torch.dtype``. With a float64 base they are always float64. λ is never narrower than
             float32.

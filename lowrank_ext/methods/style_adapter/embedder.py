@@ -12,13 +12,13 @@ __all__ = ["StyleEmbedder"]
 
 
 class StyleEmbedder(nn.Module):
-    """StyEmb of StyleAdapter (Wang et al., arXiv 2309.01770): learned queries read the features.
+    """StyEmb of StyleAdapter (Wang et al., arXiv 2309.01770): learned queries attend to features.
 
         tokens = LN(blocks(LN([features; queries]))) at the queries' positions · proj
 
-    The queries are appended to the features, all pass through pre-norm transformer blocks, and only
-    what stands at the queries' positions is read. Without position embeddings: features are a set,
-    of any size, so those of several references may stand one after the other.
+    The queries are appended to the features, all pass through pre-norm transformer blocks, and the
+    outputs at the queries' positions are the style tokens. There are no position embeddings: the
+    features are a set of any size, so those of several references may be concatenated.
 
     The paper's sizes could not be confirmed. The defaults are those of the style adapter of
     T2I-Adapter, by the same group: 38.6 M parameters, for CLIP ViT-L/14 and Stable Diffusion 1.5.
@@ -26,13 +26,13 @@ class StyleEmbedder(nn.Module):
     Args:
         width: size of a feature.
         out_dim: size of a style token.
-        num_tokens: queries, and so style tokens, of an image set.
+        num_tokens: number of queries, and so of style tokens of an image set.
         num_layers, num_heads: of the blocks, which have an MLP of 4 · width with GELU.
         dtype, device: of the weights.
 
     Attributes:
-        queries [num_tokens, width], proj [width, out_dim]: start from N(0, 1/width), drawn in fp32
-            on the CPU.
+        queries: [num_tokens, width], from N(0, 1/width), drawn in fp32 on the CPU.
+        proj: [width, out_dim], likewise.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.

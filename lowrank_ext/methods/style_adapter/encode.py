@@ -1,4 +1,4 @@
-"""encode_style: features of reference images that say how they look rather than what they show."""
+"""encode_style: features of reference images that carry their style rather than their content."""
 
 from typing import Any
 
@@ -24,29 +24,29 @@ def encode_style(
 
         e_i = p_i + pos_π(i),    features = ViT(e),    i = 1 … L patches
 
-    The three measures by which StyleAdapter (Wang et al., arXiv 2309.01770) keeps the content of a
-    reference out of its style: position embeddings are shuffled among the patches; the class
-    embedding, which gathers what is shown, is left out together with its position; and the
-    features of several references are used together, one after the other.
+    StyleAdapter (Wang et al., arXiv 2309.01770) keeps a reference's content out of its style by
+    three measures: position embeddings are shuffled among the patches; the class embedding, which
+    aggregates the content, is left out together with its position; and the features of several
+    references are concatenated.
 
     Args:
-        vision_model: transformers' CLIPVisionModel or CLIPVisionModelWithProjection. Nothing of it
-            trains: no graph is recorded.
+        vision_model: transformers' CLIPVisionModel or CLIPVisionModelWithProjection. It does not
+            train: no graph is recorded.
         images: pixel values [N · references, channels, size, size], prepared as the model's
-            processor does. The references of a set stand together.
+            processor does. The references of a set are consecutive.
         shuffle: draw a permutation π for each image; False: every patch keeps its own position.
-        drop_cls: leave the class embedding out; with False features have L + 1 rows per image, of
-            which the first is the class's, whose position stays.
+        drop_cls: leave the class embedding out; with False features have L + 1 rows per image, the
+            first for the class embedding, whose position is not shuffled.
         references: images in a set.
         seed: of the permutations; None draws from torch's generator of the CPU. The same seed gives
             the same permutations on every device.
 
     Returns:
-        The last hidden states in the model's dtype, without the final LayerNorm, which CLIP has for
-        the class alone.
+        The last hidden states in the model's dtype, without the final LayerNorm, which CLIP applies
+        to the class embedding alone.
 
     Raises:
-        TypeError: vision_model has not CLIP's parts, or an option is of the wrong type.
+        TypeError: vision_model lacks CLIP's parts, or an option is of the wrong type.
         ValueError: images do not fit the model or ``references``.
 
     Examples:

@@ -1,13 +1,13 @@
-"""save_style and load_style: the style path, its embedder and nothing of the models they serve.
+"""save_style and load_style: files of the style path and its embedder, without the base models.
 
-The same two files as every adapter's, replaced as a pair (``lowrank_ext.adapter_files``). With P
-for ``unet.<path of the attention>``:
+The same two files as every adapter's, replaced as a pair (lowrank_ext/checkpoint/adapter_files.py).
+With P for ``unet.<path of the attention>``:
 
     P.to_k_style.weight [C, style_dim]    P.to_v_style.weight [C, style_dim]
-    P.to_q_style.weight [C, query_dim]      but with share_query
-    P.to_out_style.weight [query_dim, C]    but with share_out
+    P.to_q_style.weight [C, query_dim]      with share_query=False
+    P.to_out_style.weight [query_dim, C]    with share_out=False
     P.lam []                                unet.lam [] with one λ for all layers
-    embedder.<name in its state dict>       where there is a StyleEmbedder
+    embedder.<name in its state dict>       if a StyleEmbedder is saved
 """
 
 import os
@@ -41,11 +41,11 @@ def save_style(
 ) -> None:
     """Write the style path of ``unet``, and the embedder that makes its tokens, into a directory.
 
-    Tensors keep their dtype. Which style is set, and the scales, are not saved.
+    Tensors keep their dtype. The present style and the scales are not saved.
 
     Raises:
         TypeError: embedder is no StyleEmbedder.
-        ValueError: there is no style path. Nothing is written.
+        ValueError: the model has no style path. Nothing is written.
         OSError: the files cannot be written. The directory holds what it held before.
 
     Examples:
@@ -69,10 +69,10 @@ def save_style(
 
 
 def load_style(unet: nn.Module, path: str | os.PathLike[str]) -> StyleEmbedder | None:
-    """Give ``unet`` the style path that ``save_style`` wrote, and return its embedder if any.
+    """Load the style path that ``save_style`` wrote into ``unet``; returns its embedder, if any.
 
-    A model without a style path gets one, as from ``add_style_path``; one that has it, of the same
-    options, gets the values.
+    A model without a style path gets one, as from ``add_style_path``; a style path with the same
+    options gets the file's values.
 
     Returns:
         The embedder, on the device of the style path, in the dtype of the file.
@@ -116,7 +116,7 @@ def _tensors(
     config: StylePathConfig,
     embedder: StyleEmbedder | None,
 ) -> dict[str, Tensor]:
-    """The tensors themselves, by their names in a file."""
+    """The style path's and the embedder's tensors, by their names in a file."""
     tensors: dict[str, Tensor] = {}
     for path, processor in processors.items():
         for name, parameter in processor.style_path.named_parameters():

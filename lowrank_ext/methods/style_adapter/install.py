@@ -1,4 +1,4 @@
-"""Style paths on a diffusers UNet: adding and removing them, choosing a style and its strength."""
+"""Style paths on a diffusers UNet: adding and removing them, setting a style and its strength."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,12 @@ __all__ = [
 def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "Table":
     """Give every cross-attention of a diffusers UNet a trainable style path; the rest is frozen.
 
-    Until ``set_style`` chooses a style the model computes what it did before, bit for bit.
+    Until ``set_style`` sets a style, the model's output is unchanged, bit for bit.
 
     Args:
         unet: a UNet2DConditionModel, or another model with diffusers' ``attn_processors``, whose
-            cross-attentions use AttnProcessor2_0, diffusers' default. Also inside a wrapper, such
-            as torch.compile's.
+            cross-attentions use AttnProcessor2_0, diffusers' default. It may be inside a wrapper,
+            such as torch.compile's.
         config: options; None stands for ``StylePathConfig()``.
 
     Returns:
@@ -45,9 +45,9 @@ def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "T
 
     Raises:
         ImportError: diffusers is not installed.
-        TypeError: unet is or contains no such model, or config is of another type.
-        ValueError: it has a style path already, no cross-attention, or one that is not supported.
-            Nothing has changed then.
+        TypeError: unet neither is nor contains such a model, or config is of another type.
+        ValueError: it has a style path already, no cross-attention, or an unsupported one. Nothing
+            has changed then.
 
     Examples:
         >>> lr.style.add_style_path(unet)
@@ -65,22 +65,22 @@ def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "T
 
 
 def remove_style_path(unet: nn.Module) -> None:
-    """Put the former processors back. The model's weights stay frozen.
+    """Put the original processors back. The model's weights stay frozen.
 
     Raises:
-        ValueError: there is no style path.
+        ValueError: the model has no style path.
     """
     model = find_unet(unet, "remove_style_path")
     for path, processor in style_processors(model, "remove_style_path").items():
         attention = model.get_submodule(path)
-        # Not by set_processor, which reports that trained weights are lost.
+        # set_processor would warn that trained weights are lost.
         del attention._modules["processor"]
         attention.processor = processor.base
     del model.style_path_config
 
 
 class StyleBlock:
-    """What ``set_style`` returns: as a context manager it ends its style."""
+    """Result of ``set_style``: as a context manager it restores the earlier style at its end."""
 
     def __init__(self, state: StyleState, style: Style | None) -> None:
         self._state, self._earlier = state, state.style
@@ -100,21 +100,21 @@ def set_style(
     rows: Tensor | Sequence[float] | None = None,
     unconditional: bool = True,
 ) -> StyleBlock:
-    """Let all forwards from now on use ``style``, or none.
+    """Set the style of all following forwards; None for no style.
 
     Args:
         unet: a model with a style path.
         style: tokens [N, n, style_dim], as a StyleEmbedder makes them, for batches of N rows or of
             a multiple: row b has style b mod N, so with classifier-free guidance both halves have
-            it. Or a sequence with one entry for each of N rows, [n, style_dim], or None for a plain
-            row. Tokens that need a gradient keep their graph until another style is set; with
-            activation checkpointing backward belongs before that.
-        rows: factors of λ for N rows, or for a multiple of them; 0 makes a row plain.
-        unconditional: False leaves the first half of every batch plain: the unconditional half, in
-            the order of diffusers' pipelines.
+            it. Or a sequence with one entry for each of N rows, [n, style_dim], or None for a row
+            without style. Tokens that need a gradient keep their graph until another style is set;
+            with activation checkpointing, run backward before that.
+        rows: factors of λ for N rows, or for a multiple of them; 0 gives a row without style.
+        unconditional: False gives the first half of every batch no style: the unconditional half,
+            in the order of diffusers' pipelines.
 
     Returns:
-        For ``with set_style(...):``, at whose end the earlier style is back; else to be ignored.
+        A context manager for ``with set_style(...):``, which restores the earlier style at its end.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the style is as before.
@@ -131,7 +131,7 @@ def set_style(
             f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
         )
     if tokens.is_inference():
-        with torch.inference_mode(False):  # inference tensors have no version to tell changes by
+        with torch.inference_mode(False):  # inference tensors have no version
             tokens = tokens.clone()
     factors = _row_factors(rows, plain, len(tokens))
     factors = None if factors is None else factors.to(tokens.device)
@@ -139,7 +139,8 @@ def set_style(
 
 
 def _stacked(styles: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """[N, n, style_dim] with zeros for plain rows, and 0 for plain rows and 1 for others."""
+    """[N, n, style_dim] with zeros for rows without style, and factors [N], 0 for these rows and
+    1 for others, or None without such rows."""
     for tokens in styles:
         if tokens is not None and (not isinstance(tokens, Tensor) or tokens.dim() != 2):
             got = list(tokens.shape) if isinstance(tokens, Tensor) else repr(tokens)
@@ -178,13 +179,13 @@ def _row_factors(
 
 
 def set_style_scale(unet: nn.Module, scale: float | Mapping[str, float]) -> None:
-    """Set the factor of λ: 1 is as trained, 0 leaves the style out, also of the computation.
+    """Set the factor of λ: 1 is as trained; with 0 the style path is not computed.
 
     Args:
         unet: a model with a style path.
         scale: one number for all layers; or numbers by module path, ``"up_blocks"``,
-            ``"down_blocks.1"`` or the whole path of an attention, of which the longest counts.
-            Layers that no key names get 0, as in diffusers' set_ip_adapter_scale.
+            ``"down_blocks.1"`` or the whole path of an attention; the longest match applies. Layers
+            without a match get 0, as in diffusers' set_ip_adapter_scale.
 
     Raises:
         TypeError: a factor is no number.
@@ -219,7 +220,7 @@ def style_summary(unet: nn.Module) -> "Table":
     """A rich table of the style paths: a row for each kind of layer.
 
     Raises:
-        ValueError: there is no style path.
+        ValueError: the model has no style path.
     """
     model = find_unet(unet, "style_summary")
     kinds: dict[tuple[int, int, int, int], list[TwoPathAttnProcessor]] = {}
@@ -229,7 +230,7 @@ def style_summary(unet: nn.Module) -> "Table":
         kinds.setdefault(sizes, []).append(processor)
     numbers = trainable_parameters(model)
     from rich.filesize import decimal
-    from rich.table import Table  # printing is rare, importing lowrank_ext is not
+    from rich.table import Table  # here, so that import lowrank_ext stays fast
 
     table = Table(
         title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
@@ -263,11 +264,11 @@ def _span(values: Sequence[float]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} … {high:.4g}"
 
 
-# ------------------------------------------------------------------- what the rest of style/ uses
+# ------------------------------------------------------------------ shared with files.py
 
 
 def find_unet(model: nn.Module, caller: str) -> Any:
-    """The diffusers model that ``model`` is or wraps."""
+    """The diffusers model that ``model`` is or contains."""
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(getattr(type(module), "attn_processors", None), property):
@@ -279,7 +280,7 @@ def find_unet(model: nn.Module, caller: str) -> Any:
 
 
 def style_processors(model: nn.Module, caller: str) -> dict[str, TwoPathAttnProcessor]:
-    """By the path of their attention module, in the order of the model."""
+    """The model's style processors by path of their attention module, in the model's order."""
     found = {
         path.removesuffix(".processor"): module
         for path, module in model.named_modules()
@@ -293,7 +294,7 @@ def style_processors(model: nn.Module, caller: str) -> dict[str, TwoPathAttnProc
 def make_processors(
     model: nn.Module, config: StylePathConfig, caller: str
 ) -> dict[str, TwoPathAttnProcessor]:
-    """New processors for all cross-attentions of ``model``, which is not touched."""
+    """New processors for all cross-attentions of ``model``, which is not changed."""
     try:
         from diffusers.models.attention_processor import Attention, AttnProcessor2_0
     except ImportError as error:
@@ -335,7 +336,7 @@ def make_processors(
 
 
 def _check_supported(attn: Any, owner: str) -> None:
-    """The text path repeats what AttnProcessor2_0 does in the cross-attention of a transformer."""
+    """Raise where AttnProcessor2_0 would do more for ``attn`` than the text path repeats."""
     unusual = {
         "spatial_norm": attn.spatial_norm is not None,
         "group_norm": attn.group_norm is not None,
@@ -352,10 +353,10 @@ def _check_supported(attn: Any, owner: str) -> None:
 def install(
     model: Any, processors: Mapping[str, TwoPathAttnProcessor], config: StylePathConfig
 ) -> None:
-    """Freeze ``model`` and let its attentions use ``processors``."""
+    """Freeze ``model`` and put ``processors`` into its attentions."""
     model.requires_grad_(False)
     for path, processor in processors.items():
         attention = model.get_submodule(path)
-        del attention.processor  # an attribute, which a submodule of the same name cannot replace
+        del attention.processor  # a plain attribute blocks a submodule of its name
         attention.processor = processor.train(model.training)
     model.style_path_config = config

@@ -1,6 +1,6 @@
 """TwoPathAttnProcessor: two-path attention as an attention processor of diffusers.
 
-Nothing here imports diffusers: a processor is what an ``Attention`` module calls with itself.
+It needs no import of diffusers: an ``Attention`` module calls its processor with itself.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ __all__ = ["Style", "StyleState", "TwoPathAttnProcessor"]
 
 
 class Style(NamedTuple):
-    """A style in use: tokens [N, n, style_dim], and which rows of a batch it is for."""
+    """A style in use: tokens [N, n, style_dim], and the rows of a batch that have it."""
 
     tokens: Tensor
     rows: Tensor | None = None  # factors of λ, [R] with N | R
@@ -35,28 +35,28 @@ class Style(NamedTuple):
 
 
 class StyleState:
-    """Holds the style of a UNet; one for all its processors."""
+    """The present style of a UNet, shared by its processors."""
 
     def __init__(self) -> None:
         self.style: Style | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model goes on in the same style, without the graph that made it.
+        # A copy of the model keeps the style, without its autograd graph.
         style = self.style
         return {"style": None if style is None else style._replace(tokens=style.tokens.detach())}
 
 
 class TwoPathAttnProcessor(nn.Module):
-    """What ``add_style_path`` puts into each cross-attention of a diffusers UNet.
+    """The processor that ``add_style_path`` puts into each cross-attention of a diffusers UNet.
 
-    Without a style, and with ``style_scale`` 0, it calls the processor that it replaces: every bit
-    is the unmodified model's.
+    Without a style, or with ``style_scale`` 0, it calls the processor that it replaced, so the
+    output has the unmodified model's bits.
 
     Args:
-        style_path: the trained half.
-        state: which style to use.
-        base: the processor that was there, diffusers' AttnProcessor2_0, whose arithmetic the text
-            path repeats.
+        style_path: the trained path.
+        state: holds the present style.
+        base: the replaced processor, diffusers' AttnProcessor2_0, whose arithmetic the text path
+            repeats.
 
     Attributes:
         style_scale: factor of λ in this layer, set by ``set_style_scale``.
@@ -69,7 +69,7 @@ class TwoPathAttnProcessor(nn.Module):
         self.base = base
         self.style_scale = 1.0
 
-    # diffusers passes on only those arguments that it finds in this signature.
+    # diffusers passes only arguments that are in this signature.
     def __call__(
         self,
         attn: Any,
