@@ -52,7 +52,7 @@ class AdapterBank:
     and unloading build the stacks anew and must happen outside of all ``rows`` blocks; a compiled
     model is then compiled again, while entering a block never costs a compilation.
 
-    A deep copy or an unpickled bank has a model and blocks of its own.
+    A deep copy or an unpickled bank has its own model and blocks.
 
     Args:
         model: a plain model on its final device; the bank changes it in place.
@@ -99,8 +99,8 @@ class AdapterBank:
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: the name is taken, or a file is damaged, belongs to another model or uses
-                what is not supported; the message names file and key. The model is as it was.
+            ValueError: the name is taken, or a file is damaged, belongs to another model or uses an
+                unsupported option; the message names file and key. The model is as it was.
             RuntimeError: a ``rows`` block is active.
         """
         self._check_new("load", name)

@@ -105,7 +105,7 @@ def normalized_names(
     if isinstance(names, str):
         check_regex(names, owner, argument)
         return names
-    # A set has no order of its own; sorted, the config is the same in every process.
+    # The order of a set differs between processes; sorted, the config does not.
     ordered = tuple(sorted(names) if isinstance(names, set | frozenset) else names)
     for name in ordered:
         if not isinstance(name, str) or not name:

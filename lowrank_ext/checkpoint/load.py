@@ -45,7 +45,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     init_lora_weights="pissa" (whose SVD is then repeated, as PEFT does). What cannot be computed
     exactly here (DoRA, trained biases, …) is refused. Adapters keep the file's dtype if it is the
     base's or float32, else they become float32 (float64 over a float64 base). A saved module whose
-    weight is tied in the model gets a weight of its own where the file's values ask for it.
+    weight is tied in the model is untied if the file's values of the two differ.
 
     Args:
         model: on its final device, not merged, not sharded.
@@ -54,8 +54,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, does not fit the model or uses what is not supported; the
-            message names file and key. Raised before the model is touched.
+        ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
+            message names file and key. Raised before the model is changed.
 
     Examples:
         >>> model = lr.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "out/adapter")

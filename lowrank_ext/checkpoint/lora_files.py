@@ -61,7 +61,7 @@ def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> Lo
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, does not fit the model or uses what is not supported; the
+        ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
             message names file and key.
     """
     files = read_adapter_files(Path(path), caller)

@@ -31,7 +31,7 @@ def check_ties(model: nn.Module, saved: Mapping[str, nn.Module], caller: str) ->
 
 
 def untie(model: nn.Module, key: str, keeps_training: bool) -> None:
-    """Give the parameter named ``key`` memory of its own; its former partners keep the old one."""
+    """Replace the parameter named ``key`` by a copy that is tied to no other."""
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     tied = module.get_parameter(name)

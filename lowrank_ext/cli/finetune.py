@@ -282,7 +282,7 @@ def run_method(job: Job, entry: Entry, directory: Path) -> Result:
 
 
 def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> Trainer:
-    """A new trainer, evaluated and measured before its first step, or that of a checkpoint."""
+    """A trainer from a checkpoint, or a new one, evaluated and measured before its first step."""
     settings = job.settings
     found = checkpoints(directory) if job.resume else []
     display.phase("continuing" if found else "preparing")

@@ -60,7 +60,9 @@ class Entry(ABC):
         if self.saved_name is None:
             return self.build(model, settings)
         path = directory / self.saved_name
-        with as_user_error(f"cannot load {path}", Exception):  # whatever the library raises
+        with as_user_error(
+            f"cannot load {path}", Exception
+        ):  # libraries raise many kinds
             return self._load(model, settings, path)
 
     @abstractmethod
@@ -98,7 +100,7 @@ class Full(Entry):
         return model.requires_grad_(True)
 
     def _save(self, model: CausalLM, tokenizer: Any, directory: Path) -> None:
-        # A model read from GGUF says so in its config; what is written here is plain safetensors.
+        # The config of a model read from GGUF says so, but the files written here are safetensors.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None

@@ -122,7 +122,7 @@ class AcceleratedLoRA(nn.Module):
         return ""
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
-        """The base's weight [N, K] where ``lowrank_linear`` computes what the base does."""
+        """The base's weight [N, K] if ``lowrank_linear`` can replace the base, else None."""
         base = self._modules["base_layer"]
         assert base is not None
         weight: Tensor | None = base._parameters.get("weight")

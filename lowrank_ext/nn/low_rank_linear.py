@@ -40,7 +40,7 @@ class LowRankLinear(Adapter):
             fields as keyword arguments, such as ``r=8``.
         bias: whether the base has a bias.
         base: the module whose weights are taken over (``from_linear`` passes it); without it the
-            module makes a weight [N, K] and a bias of its own, on ``device`` and of ``dtype``.
+            module makes its own weight [N, K] and bias, on ``device`` and of ``dtype``.
 
     Attributes:
         weight, bias: the base's Parameters, frozen; weight is [N, K], or [K, N] with
@@ -223,7 +223,7 @@ class LowRankLinear(Adapter):
         weight = self.base_parameter
         if weight is not None:
             return weight.dtype, weight.device
-        tensors = [*self.parameters(), *self.buffers()]  # of a base_layer in a format of its own
+        tensors = [*self.parameters(), *self.buffers()]  # of a base_layer without a dense weight
         return None, tensors[0].device if tensors else torch.device("cpu")
 
     @property
@@ -264,7 +264,7 @@ class LowRankLinear(Adapter):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Give the adapter its initial values; the layer then computes what its base did.
+        """Give the adapter its initial values; the layer's output is then its base's.
 
         Bit for bit where the branch starts at zero; with a residual init the base weight becomes
         round(W - initial branch), so the sum carries the rounding of one subtraction. On the meta
@@ -297,7 +297,7 @@ class LowRankLinear(Adapter):
 
     @torch.no_grad()
     def restore_base(self) -> None:
-        """Undo ``take_residual``: the base weight is what it was, to one rounding of its dtype."""
+        """Undo ``take_residual``: restore the base weight, to one rounding of its dtype."""
         if self.residual_taken:
             self._add_to_weight(self._require_weight("restore_base"), self._initial_delta())
             self.residual_taken = False

@@ -30,11 +30,13 @@ class MultiLoRALinear(nn.Module):
         weight, bias: the Parameters of a plain nn.Linear base, at their old state-dict keys; None
             where ``base_layer`` holds a base of another kind.
         names: the adapters, in the order of their ids.
-        lora_a [n, r, K], lora_b [n, N, r]: Parameters, of the base's dtype (float32 over a base
-            without a dense weight) unless ``adapter_dtype`` says float32.
+        lora_a: Parameter [n, r, K], of the base's dtype (float32 over a base without a dense
+            weight) unless ``adapter_dtype`` is float32.
+        lora_b: Parameter [n, N, r], of the same dtype.
         dropout: probability of dropping an element of a branch's input in training mode, by default
             0; rows without an adapter have no branch.
-        scaling [n], ranks [n]: float64 and int64 buffers.
+        scaling: float64 buffer [n].
+        ranks: int64 buffer [n].
         bank: number of the AdapterBank whose ``rows`` blocks apply here, or -1.
     """
 

@@ -121,8 +121,8 @@ def default_candidates(r: int) -> list[int]:
 def captured_energy(weight: Tensor, ranks: Iterable[int]) -> list[Energy]:
     """(E(r), 1 - E(r)) of a weight [N, K] for each rank, in float64.
 
-    From the eigenvalues of the smaller Gram matrix, which are the squared singular values. Both are
-    sums of their own, so neither loses digits to a subtraction from 1. A zero weight counts as
+    From the eigenvalues of the smaller Gram matrix, which are the squared singular values. Each of
+    the two is a sum, so neither loses digits to a subtraction from 1. A zero weight counts as
     captured: (1, 0).
     """
     short = weight if weight.shape[0] <= weight.shape[1] else weight.mT
