@@ -60,9 +60,7 @@ class Entry(ABC):
         if self.saved_name is None:
             return self.build(model, settings)
         path = directory / self.saved_name
-        with as_user_error(
-            f"cannot load {path}", Exception
-        ):  # libraries raise many kinds
+        with as_user_error(f"cannot load {path}", Exception):  # libraries raise many kinds
             return self._load(model, settings, path)
 
     @abstractmethod

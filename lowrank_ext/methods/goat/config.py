@@ -26,8 +26,8 @@ class GOATConfig(AdapterConfig):
         r: total rank; every expert has r / num_experts of it, so num_experts must divide r (and
             every rank in rank_pattern).
         alpha: as elsewhere, None stands for r; used by scale ``"alpha_over_re"``.
-        dropout: drawn separately for every expert; the router sees x without it. The paper has
-            0.05.
+        dropout: drawn separately for every expert; the router sees x without it. 0.05 in the
+            paper.
         init: ``"goat"``: the singular triples of W are cut into num_experts segments and each
             expert starts from the first r / num_experts of its segment, divided by rho.
             ``"goat_mini"``: from the last ones. Both subtract residual_factor times the sum of all
