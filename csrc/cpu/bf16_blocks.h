@@ -1,4 +1,4 @@
-// What the products of bf16 rows and ranks have in common (few_rows.cpp, rank_products.cpp): blocks
+// What the products of bf16 rows and ranks have in common (small_segments.cpp, shrink_expand.cpp): blocks
 // of dot products, 4 x 4 fp32 registers of sums at the most, 32 columns per instruction; and 16
 // columns by pairs of ranks, the form that the dot product wants where ranks are summed over.
 #pragma once

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "../checks.h"
-#include "../gradients.h"
+#include "../ops/branch.h"
 
 namespace lowrank_ext::cpu {
 

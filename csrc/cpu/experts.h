@@ -1,9 +1,9 @@
 // What the two forms of moe_lowrank_add on the CPU share: operands, masks, the router, and the sums
 // over each expert's rows.
 //
-// By row (experts_by_row.cpp): every token multiplies its row with the rows of its own experts.
+// By row (experts_per_token.cpp): every token multiplies its row with the rows of its own experts.
 // Nothing is gathered; best where the experts are small.
-// By group (experts_by_group.cpp): tokens are gathered by expert and the vendor multiplies each
+// By group (experts_grouped.cpp): tokens are gathered by expert and the vendor multiplies each
 // group with its expert; best where the experts are large.
 //
 // Slot t k + j is token t's j-th choice; buffers of T k rows are in the order of SlotOrder.
@@ -13,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "../moe_checks.h"
+#include "../ops/moe_lowrank_add.h"
 #include "dropout.h"
 #include "operands.h"
 #include "routing.h"

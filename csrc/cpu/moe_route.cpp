@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../moe_checks.h"
+#include "../ops/moe_lowrank_add.h"
 #include "routing.h"
 #include "small_matrix.h"
 

@@ -1,5 +1,5 @@
 // An adapter per row. Rows that share an adapter form a segment; adapters without rows are not
-// read. A segment of few bf16 rows goes through few_rows.h where it lies. Otherwise, where all rows
+// read. A segment of few bf16 rows goes through small_segments.h where it lies. Otherwise, where all rows
 // share one adapter, the branch of lowrank_add does the work; and other segments go block by block
 // through the vendor's products, gathered first where their rows are not neighbours. Ranks beyond
 // an adapter's own are padding, which is never read; rows with id -1, and rows of an adapter of
@@ -11,12 +11,12 @@
 #include <tuple>
 #include <vector>
 
-#include "../multi_checks.h"
+#include "../ops/multi_lowrank_add.h"
 #include "branch.h"
 #include "features.h"
-#include "few_rows.h"
 #include "matrix.h"
 #include "row_blocks.h"
+#include "small_segments.h"
 
 namespace lowrank_ext::cpu {
 namespace {
@@ -24,7 +24,7 @@ namespace {
 constexpr const char* kOp = "multi_lowrank_add";
 constexpr const char* kBackwardOp = "multi_lowrank_add_backward";
 
-// Up to this many rows a segment goes through few_rows.h; above, the vendor's bf16 product wins.
+// Up to this many rows a segment goes through small_segments.h; above, the vendor's bf16 product wins.
 constexpr int64_t few_rows_limit(int64_t rank) { return rank <= 32 ? 128 : 64; }
 
 constexpr int64_t kCopyGrain = 64;  // rows per task: a few us at usual widths

@@ -1,6 +1,6 @@
 // Rows go through in blocks small enough to stay in cache: a block is masked or converted into
 // scratch and consumed from there, so no [M, K] or [M, N] temporary exists. Where the products run
-// in bf16 they mask by themselves (rank_products.h, outer_sum.h), and a block has keep bits only.
+// in bf16 they mask by themselves (shrink_expand.h, outer_sum.h), and a block has keep bits only.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 #include "operands.h"
 #include "outer_sum.h"
-#include "rank_products.h"
+#include "shrink_expand.h"
 
 namespace lowrank_ext::cpu {
 

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "../checks.h"
-#include "../gradients.h"
+#include "../ops/branch.h"
 
 namespace lowrank_ext::cuda {
 

@@ -5,7 +5,7 @@
 // Grouped (experts_grouped.cu): slots sorted by expert, each multiplied with its own expert only.
 #pragma once
 
-#include "../moe_checks.h"
+#include "../ops/moe_lowrank_add.h"
 #include "matrix.h"
 #include "plan_experts.h"
 

@@ -2,7 +2,7 @@
 // are not looked at by the host, and one that is no expert's has no gradient.
 #include <tuple>
 
-#include "../moe_checks.h"
+#include "../ops/moe_lowrank_add.h"
 #include "branch.h"
 #include "matrix.h"
 

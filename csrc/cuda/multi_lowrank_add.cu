@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../multi_checks.h"
+#include "../ops/multi_lowrank_add.h"
 #include "matrix.h"
 
 namespace lowrank_ext::cuda {

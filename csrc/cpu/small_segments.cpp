@@ -3,7 +3,7 @@
 // vectors of 16 columns by one pair of ranks, the form that the bf16 dot product wants, and these
 // serve every row. Ragged ranks, columns and rows are masked: padding of lora_a and lora_b is never
 // read.
-#include "few_rows.h"
+#include "small_segments.h"
 
 #include <torch/csrc/stable/ops.h>
 

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "checks.h"
-#include "matrix.h"
+#include "../checks.h"
+#include "../matrix.h"
 
 namespace lowrank_ext {
 

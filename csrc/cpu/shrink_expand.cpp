@@ -2,7 +2,7 @@
 // multiplies them by four ranks at a time (bf16_blocks.h). From ranks: a register block is eight
 // rows by 32 columns; two ranks are interleaved into pairs, the form that the bf16 dot product
 // wants.
-#include "rank_products.h"
+#include "shrink_expand.h"
 
 #include <torch/csrc/stable/ops.h>
 

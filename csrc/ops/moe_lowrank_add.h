@@ -1,7 +1,7 @@
 // Argument checks of moe_route and moe_lowrank_add, shared by both backends like those of checks.h.
 #pragma once
 
-#include "checks.h"
+#include "../checks.h"
 
 namespace lowrank_ext {
 

@@ -1,7 +1,7 @@
 // Argument checks of multi_lowrank_add and its backward, shared by the backends.
 #pragma once
 
-#include "checks.h"
+#include "../checks.h"
 
 namespace lowrank_ext {
 
