@@ -1,0 +1,225 @@
+// An adapter per row. order_slots sorts the rows by adapter, on the device, and the kernels of
+// segment_*.cuh walk the segments where they lie: one launch for all adapters' down projections and
+// one for all up projections. The ids' and the ranks' values are never seen by the host: rows whose
+// id or rank is out of range become NaN.
+#include <tuple>
+#include <vector>
+
+#include "ops/multi_lowrank_add.h"
+#include "common/tensors.h"
+
+namespace lowrank_ext::cuda {
+namespace {
+
+constexpr const char* kOp = "multi_lowrank_add";
+constexpr const char* kBackwardOp = "multi_lowrank_add_backward";
+
+// A stack whose matrices have dense rows.
+AnyStack any_stack(const Tensor& stack) {
+  const Any first{stack.data_ptr(), element_type(stack.scalar_type()), stack.size(1), stack.size(2),
+                  stack.stride(1)};
+  return {first, stack.size(0), stack.stride(0)};
+}
+
+// The rows by adapter.
+class Rows {
+ public:
+  RowGroups groups;
+
+  Rows(const MultiBranchArgs& args, int64_t num_rows, Workspace& workspace, const Device& device)
+      : ids_(dense(args.adapter_ids)), ranks_(dense(args.ranks)), workspace_(workspace) {
+    const int64_t n = args.num_adapters();
+    rows_offset_ = workspace.reserve(num_rows * 8);
+    offsets_offset_ = workspace.reserve((n + 3) * 8);
+    scratch_offset_ = workspace.reserve(order_slots_workspace_bytes(num_rows, n, device.num_sms));
+    groups = {nullptr, nullptr, nullptr, num_rows, n};
+    groups.ranks = data_of<const int64_t>(ranks_);
+  }
+
+  // Once the workspace is allocated.
+  void order(const Device& device) {
+    const SlotOrder order{static_cast<int64_t*>(workspace_.at(rows_offset_)),
+                          static_cast<int64_t*>(workspace_.at(offsets_offset_)), nullptr};
+    order_slots(data_of<const int64_t>(ids_), groups.num_rows, groups.num_groups,
+                /*extra_groups=*/true, order, workspace_.at(scratch_offset_), device);
+    groups.rows = order.sorted_slots;
+    groups.offsets = order.offsets;
+  }
+
+ private:
+  const Tensor ids_;
+  const std::optional<Tensor> ranks_;
+  const Workspace& workspace_;
+  int64_t rows_offset_, offsets_offset_, scratch_offset_;
+};
+
+// The stacks as the kernels read them: in x's dtype, with dense rows. One that is so is used where
+// it lies; another is copied as a whole, since the adapters in use are not known here.
+class Stacks {
+ public:
+  AnyStack lora_a, lora_b;
+
+  Stacks(const MultiBranchArgs& args, ScalarType input, bool with_lora_a, bool with_lora_b,
+         Workspace& workspace)
+      : input_(input), copies_(input, workspace) {
+    if (with_lora_a) take(args.lora_a, lora_a);
+    if (with_lora_b) take(args.lora_b, lora_b);
+  }
+  Stacks(const Stacks&) = delete;  // copies_ points into this object
+
+  // Once the workspace is allocated.
+  void round(const Device& device) { copies_.round(device); }
+
+ private:
+  void take(const Tensor& tensor, AnyStack& stack) {
+    const int64_t n = tensor.size(0), num_rows = tensor.size(1), num_cols = tensor.size(2);
+    const bool dense_rows = tensor.stride(2) == 1 && tensor.stride(1) >= num_cols &&
+                            (n == 1 || tensor.stride(0) >= num_rows * tensor.stride(1));
+    if (tensor.numel() == 0 || (dense_rows && tensor.scalar_type() == input_)) {
+      stack = any_stack(tensor);
+      return;
+    }
+    const bool one_matrix = n == 1 || tensor.stride(0) == num_rows * tensor.stride(1);
+    kept_.push_back(one_matrix ? tensor : torch::stable::contiguous(tensor));
+    const Tensor& source = kept_.back();
+    copies_.add({source.data_ptr(), element_type(source.scalar_type()), n * num_rows, num_cols,
+                 source.stride(1)},
+                source.stride(2), stack.first);
+    stack.first.num_rows = num_rows;
+    stack.num_groups = n;
+    stack.group_stride = num_rows * stack.first.row_stride;
+  }
+
+  const ScalarType input_;
+  AdapterCopies copies_;
+  std::vector<Tensor> kept_;
+};
+
+// The schema has no flag that allows TF32, so it is not used.
+NumberKind kind_of(ScalarType dtype) { return number_kind(dtype, /*allow_tf32=*/false); }
+
+// x, base_out, y and h are matrices.
+void forward(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x, const Tensor& y,
+             const Tensor& h) {
+  const int64_t num_rows = x.size(0);
+  if (num_rows == 0) return;
+  const Device device = device_of_kernels(x);
+  const NumberKind kind = kind_of(x.scalar_type());
+  const Tensor scaling = dense(args.scaling);
+
+  Workspace workspace;
+  Rows rows(args, num_rows, workspace, device);
+  Stacks stacks(args, x.scalar_type(), true, true, workspace);
+  const int64_t down = workspace.reserve(segment_down_workspace_bytes(
+      kind, num_rows, args.num_adapters(), args.in_features(), args.rank(), device.num_sms));
+  workspace.allocate(x);
+
+  rows.order(device);
+  stacks.round(device);
+  segment_down(kind, rows.groups, any(x), stacks.lora_a, any(h),
+               dropout_of(args.dropout_p, args.seed), workspace.at(down), device);
+  segment_up(kind, rows.groups, any(base_out), any(h), stacks.lora_b, any(scaling), any(y), device);
+}
+
+// Empty ([0]) where not needed.
+struct MultiGradients {
+  Tensor dx, dlora_a, dlora_b;
+};
+
+MultiGradients allocate_gradients(const MultiBranchArgs& args, const MultiBranchNeeds& needs,
+                                  const Tensor& dout) {
+  const ScalarType dtype = dout.scalar_type();
+  const bool no_rows = dout.size(0) == 0;
+  const auto gradient = [&](bool needed, const Tensor& stack) {
+    if (!needed) return empty({0}, dtype, dout);
+    return no_rows ? zeros_like(stack) : dense_like(stack);
+  };
+  return {
+      needs.dx ? empty({dout.size(0), args.in_features()}, dtype, dout) : empty({0}, dtype, dout),
+      gradient(needs.dlora_a, args.lora_a), gradient(needs.dlora_b, args.lora_b)};
+}
+
+MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& needs,
+                        const Tensor& dout, const std::optional<Tensor>& x,
+                        const std::optional<Tensor>& h) {
+  const MultiGradients gradients = allocate_gradients(args, needs, dout);
+  const int64_t num_rows = dout.size(0);
+  if (num_rows == 0 || !(needs.g() || needs.dlora_b)) return gradients;
+  const Device device = device_of_kernels(dout);
+  const ScalarType input = dout.scalar_type();
+  const NumberKind kind = kind_of(input);
+  const DropoutArgs dropout = dropout_of(args.dropout_p, args.seed);
+  const Tensor scaling = dense(args.scaling);
+
+  Workspace workspace;
+  Rows rows(args, num_rows, workspace, device);
+  Stacks stacks(args, input, needs.dx, needs.g(), workspace);
+  const ScratchMatrix dh_scratch =
+      reserve_matrix(workspace, input, needs.g() ? num_rows : 0, args.rank());
+  const int64_t up_backward = workspace.reserve(
+      needs.g() ? segment_down_workspace_bytes(kind, num_rows, args.num_adapters(),
+                                               args.out_features(), args.rank(), device.num_sms)
+                : 0);
+  workspace.allocate(dout);
+  const Any dh = placed(dh_scratch, workspace);
+
+  rows.order(device);
+  stacks.round(device);
+  if (needs.dlora_b)
+    segment_up_backward_lora_b(kind, rows.groups, any(dout), any(h), any(scaling),
+                               /*scale=*/1.0, any_stack(gradients.dlora_b), device);
+  if (!needs.g()) return gradients;
+  segment_up_backward(kind, rows.groups, any(dout), stacks.lora_b, any(scaling), dh,
+                      workspace.at(up_backward), device);
+  if (needs.dlora_a)
+    segment_down_backward_lora_a(kind, rows.groups, dh, any(x), dropout,
+                                 any_stack(gradients.dlora_a), device);
+  if (needs.dx)
+    segment_down_backward_x(kind, rows.groups, dh, stacks.lora_a, dropout, any(gradients.dx),
+                            device);
+  return gradients;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> multi_lowrank_add_cuda(const Tensor& base_out, const Tensor& x,
+                                                  const Tensor& lora_a, const Tensor& lora_b,
+                                                  const Tensor& adapter_ids, const Tensor& scaling,
+                                                  const std::optional<Tensor>& ranks,
+                                                  double dropout_p,
+                                                  const std::optional<Tensor>& seed) {
+  const MultiBranchArgs args{lora_a, lora_b, adapter_ids, scaling, ranks, dropout_p, seed};
+  check_multi_forward(kOp, args, base_out, x);
+  const DeviceGuard guard(x.get_device_index());
+
+  Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type(), x);
+  Tensor h = empty(with_last_dim(x, args.rank()), x.scalar_type(), x);
+  forward(args, as_matrix(base_out), as_matrix(x), as_matrix(y), as_matrix(h));
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> multi_lowrank_add_backward_cuda(
+    const Tensor& dout, const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+    const Tensor& lora_a, const Tensor& lora_b, const Tensor& adapter_ids, const Tensor& scaling,
+    const std::optional<Tensor>& ranks, double dropout_p, const std::optional<Tensor>& seed,
+    bool need_dx, bool need_dlora_a, bool need_dlora_b) {
+  const MultiBranchArgs args{lora_a, lora_b, adapter_ids, scaling, ranks, dropout_p, seed};
+  const MultiBranchNeeds needs{need_dx, need_dlora_a, need_dlora_b};
+  check_multi_backward(kBackwardOp, args, needs, dout, x, h);
+  const DeviceGuard guard(dout.get_device_index());
+
+  const auto rows = [](const std::optional<Tensor>& saved) {
+    return saved ? std::optional(as_matrix(*saved)) : saved;
+  };
+  MultiGradients gradients = backward(args, needs, as_matrix(dout), rows(x), rows(h));
+  if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
+  return {gradients.dx, gradients.dlora_a, gradients.dlora_b};
+}
+
+}  // namespace lowrank_ext::cuda
+
+LOWRANK_EXT_CUDA_IMPL(m) {
+  m.impl("multi_lowrank_add", TORCH_BOX(&lowrank_ext::cuda::multi_lowrank_add_cuda));
+  m.impl("multi_lowrank_add_backward",
+         TORCH_BOX(&lowrank_ext::cuda::multi_lowrank_add_backward_cuda));
+}
