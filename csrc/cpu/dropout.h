@@ -19,7 +19,7 @@ struct Dropout {
   uint64_t seed;
 
   bool active() const { return threshold != 0; }
-  // 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will do.
+  // 1 / (1 - p) for p rounded to the threshold: 1 without dropout, and 1 where nothing is kept.
   double scale() const { return threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold); }
   static uint32_t threshold_of(double p) {
     return static_cast<uint32_t>(std::nearbyint(p * 65536));

@@ -3,8 +3,8 @@
 
 #include <optional>
 
-#include "../checks.h"
 #include "dropout.h"
+#include "ops/branch.h"
 #include "small_matrix.h"
 
 namespace lowrank_ext::cpu {

@@ -36,8 +36,7 @@ class RowBlocks {
     // Without scratch there is nothing to keep in cache: one product, cut up by its own blocking.
     block_rows_ = num_rows;
     if (!in_place_) {
-      const int64_t element_size = ops.compute == ScalarType::Double ? 8 : 4;
-      block_rows_ = std::min(num_rows, block_rows(num_cols, element_size));
+      block_rows_ = std::min(num_rows, block_rows(num_cols, size_of(ops.compute)));
     } else if (masked_) {
       block_rows_ = std::min(num_rows, kMaxBitRows);
     }
@@ -70,7 +69,7 @@ class RowBlocks {
   void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
                      const Tensor& right, double scale, bool add) {
     const Tensor block = row_block(target, first, count);
-    if (in_place_) return ranks_to_features(block, left, right, scale, bits(), add);
+    if (in_place_) return expand(block, left, right, scale, bits(), add);
     const Tensor product = row_block(scratch(), 0, count);
     multiply(product, left, right, 0.0, scale);
     const auto store = add ? accumulate : convert;

@@ -185,8 +185,8 @@ Tensor pairs_of(const Tensor& lora) {
 
 }  // namespace
 
-void features_to_ranks(const Tensor& h, const Tensor& x, const Tensor& lora_a, double scale,
-                       const Dropout& dropout) {
+void shrink(const Tensor& h, const Tensor& x, const Tensor& lora_a, double scale,
+            const Dropout& dropout) {
   if (!dropout.active() && vendor_is_faster(h))
     return multiply(h, x, transposed(lora_a), 0.0, scale);
   const Bf16Matrix rows(x), out(h);
@@ -212,8 +212,8 @@ void features_to_ranks(const Tensor& h, const Tensor& x, const Tensor& lora_a, d
   });
 }
 
-void ranks_to_features(const Tensor& y, const Tensor& h, const Tensor& lora, double scale,
-                       const uint64_t* bits, bool add) {
+void expand(const Tensor& y, const Tensor& h, const Tensor& lora, double scale,
+            const uint64_t* bits, bool add) {
   if (bits == nullptr && vendor_is_faster(h)) return multiply(y, h, lora, add ? 1.0 : 0.0, scale);
   const Bf16Matrix out(y), left(h);
   const int64_t num_cols = lora.size(1), rank = lora.size(0);
@@ -242,13 +242,12 @@ void ranks_to_features(const Tensor& y, const Tensor& h, const Tensor& lora, dou
 
 #else
 
-void features_to_ranks(const Tensor& h, const Tensor& x, const Tensor& lora_a, double scale,
-                       const Dropout&) {
+void shrink(const Tensor& h, const Tensor& x, const Tensor& lora_a, double scale, const Dropout&) {
   multiply(h, x, transposed(lora_a), 0.0, scale);
 }
 
-void ranks_to_features(const Tensor& y, const Tensor& h, const Tensor& lora, double scale,
-                       const uint64_t*, bool add) {
+void expand(const Tensor& y, const Tensor& h, const Tensor& lora, double scale, const uint64_t*,
+            bool add) {
   multiply(y, h, lora, add ? 1.0 : 0.0, scale);
 }
 

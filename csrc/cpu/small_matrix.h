@@ -14,11 +14,16 @@ inline void zero(const Tensor& tensor) {
   std::memset(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size());
 }
 
-inline Tensor converted(const Tensor& matrix, ScalarType dtype) {
-  if (matrix.scalar_type() == dtype) return matrix;
-  Tensor result = empty({matrix.size(0), matrix.size(1)}, dtype);
+// A dense buffer of its own.
+inline Tensor fresh_copy(const Tensor& matrix, ScalarType dtype) {
+  const Tensor result = empty({matrix.size(0), matrix.size(1)}, dtype);
   convert(rows_of(result), rows_of(matrix), 1.0, matrix.size(0), matrix.size(1));
   return result;
+}
+
+// The matrix itself where it has the dtype.
+inline Tensor converted(const Tensor& matrix, ScalarType dtype) {
+  return matrix.scalar_type() == dtype ? matrix : fresh_copy(matrix, dtype);
 }
 
 template <typename Body>
@@ -96,18 +101,9 @@ inline Tensor transposed_copy(const Tensor& matrix) {
   return result;
 }
 
-inline Tensor rounded_to(const Tensor& matrix, const Tensor& like, double scale) {
-  Tensor result = empty({matrix.size(0), matrix.size(1)}, like.scalar_type());
-  convert(rows_of(result), rows_of(matrix), scale, matrix.size(0), matrix.size(1));
-  return result;
-}
-
-inline Tensor vector_rounded_to(const Tensor& vector, const Tensor& like) {
-  const int64_t n = vector.numel();
-  Tensor result = empty({n}, like.scalar_type());
-  convert({result.data_ptr(), like.scalar_type(), n}, {vector.data_ptr(), vector.scalar_type(), n},
-          1.0, 1, n);
-  return result;
+// target = scale · matrix, rounded once to target's dtype.
+inline void round_into(const Tensor& target, const Tensor& matrix, double scale) {
+  convert(rows_of(target), rows_of(matrix), scale, matrix.size(0), matrix.size(1));
 }
 
 }  // namespace lowrank_ext::cpu

@@ -29,25 +29,26 @@ constexpr int64_t kTaskWork = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which group and which part of it a flat task index means.
+// Which segment and which part of it a flat task index means.
 struct Task {
-  size_t group;
+  size_t segment;
   int64_t part;
 };
 
-template <typename NumParts>  // num_parts(group)
-std::vector<Task> tasks_of(const std::vector<FewRows>& groups, const NumParts& num_parts) {
+template <typename NumParts>  // num_parts(segment)
+std::vector<Task> tasks_of(const std::vector<SmallSegment>& segments, const NumParts& num_parts) {
   std::vector<Task> tasks;
-  for (size_t group = 0; group < groups.size(); ++group)
-    for (int64_t part = 0; part < num_parts(groups[group]); ++part) tasks.push_back({group, part});
+  for (size_t segment = 0; segment < segments.size(); ++segment)
+    for (int64_t part = 0; part < num_parts(segments[segment]); ++part)
+      tasks.push_back({segment, part});
   return tasks;
 }
 
 // Tasks per thread at least, so that small calls stay on one.
-int64_t grain(const std::vector<FewRows>& groups, size_t num_tasks, int64_t num_cols) {
+int64_t grain(const std::vector<SmallSegment>& segments, size_t num_tasks, int64_t num_cols) {
   int64_t work = 0;
-  for (const FewRows& group : groups)
-    work += static_cast<int64_t>(group.x.size()) * group.rank * num_cols;
+  for (const SmallSegment& segment : segments)
+    work += static_cast<int64_t>(segment.x.size()) * segment.rank * num_cols;
   const auto count = static_cast<int64_t>(num_tasks);
   return std::max<int64_t>(1, ceil_div(count * kTaskWork, std::max<int64_t>(1, work)));
 }
@@ -73,31 +74,31 @@ LOWRANK_EXT_AVX512_BF16 inline void add_pairs(__m512* sums, const __m512i* pairs
 using AddPairs = void (*)(__m512*, const __m512i*, int64_t, const uint32_t*, int64_t);
 constexpr AddPairs kAddPairs[kRows] = {add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
 
-// h of one group as pairs of ranks, [rows, ceil(rank / 2)], zero past the last rank.
-std::vector<uint32_t> pack_pairs(const FewRows& group) {
-  const int64_t num_pairs = num_rank_pairs(group.rank);
-  std::vector<uint32_t> pairs(group.h.size() * num_pairs);
-  for (size_t m = 0; m < group.h.size(); ++m)
-    pack_ranks(pairs.data() + m * num_pairs, group.h[m], group.rank);
+// h of one segment as pairs of ranks, [rows, ceil(rank / 2)], zero past the last rank.
+std::vector<uint32_t> pack_pairs(const SmallSegment& segment) {
+  const int64_t num_pairs = num_rank_pairs(segment.rank);
+  std::vector<uint32_t> pairs(segment.h.size() * num_pairs);
+  for (size_t m = 0; m < segment.h.size(); ++m)
+    pack_ranks(pairs.data() + m * num_pairs, segment.h[m], segment.rank);
   return pairs;
 }
 
 // Asks for the columns of lora_b that come up kAhead blocks later: left to the hardware, which does
 // not see through the transposing order, cold adapters take three times as long.
-inline void prefetch_lora_b(const FewRows& group, int64_t n, int64_t out_features) {
+inline void prefetch_lora_b(const SmallSegment& segment, int64_t n, int64_t out_features) {
   const int64_t last = std::min(n + (kAhead + 1) * kLanes, out_features);
   for (int64_t i = n + kAhead * kLanes; i < last; ++i) {
-    const uint16_t* row = group.lora_b + i * group.b_stride;
-    for (int64_t j = 0; j < group.rank; j += 32) _mm_prefetch(row + j, _MM_HINT_T0);
+    const uint16_t* row = segment.lora_b + i * segment.b_stride;
+    for (int64_t j = 0; j < segment.rank; j += 32) _mm_prefetch(row + j, _MM_HINT_T0);
   }
 }
 
-LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_pairs, int64_t n,
-                                        int64_t width) {
+LOWRANK_EXT_AVX512_BF16 void expand_columns(const SmallSegment& segment, const uint32_t* h_pairs,
+                                            int64_t n, int64_t width) {
   const auto lanes = static_cast<__mmask16>((1u << width) - 1);
-  const auto num_rows = static_cast<int64_t>(group.y.size());
-  const int64_t num_pairs = num_rank_pairs(group.rank);
-  const __m512 factor = _mm512_set1_ps(group.scaling);
+  const auto num_rows = static_cast<int64_t>(segment.y.size());
+  const int64_t num_pairs = num_rank_pairs(segment.rank);
+  const __m512 factor = _mm512_set1_ps(segment.scaling);
   __m512i pairs[kMaxPairs];
   // Above 2 · kMaxPairs ranks the transpose is repeated for every four rows.
   for (int64_t row = 0; row < num_rows; row += kRows) {
@@ -107,66 +108,67 @@ LOWRANK_EXT_AVX512_BF16 void up_columns(const FewRows& group, const uint32_t* h_
     for (int64_t first = 0; first < num_pairs; first += kMaxPairs) {
       const int64_t some = std::min(kMaxPairs, num_pairs - first);
       if (row == 0 || num_pairs > kMaxPairs)
-        transpose_pairs(pairs, group.lora_b + n * group.b_stride + 2 * first, group.b_stride,
-                        std::min(2 * some, group.rank - 2 * first), width);
+        transpose_pairs(pairs, segment.lora_b + n * segment.b_stride + 2 * first, segment.b_stride,
+                        std::min(2 * some, segment.rank - 2 * first), width);
       kAddPairs[count - 1](sums, pairs, some, h_pairs + row * num_pairs + first, num_pairs);
     }
     // All loads before the stores, which at row distances of a power of two would hold them up.
     for (int64_t m = 0; m < count; ++m) {
       const __m512i wide =
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, group.y[row + m] + n));
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, segment.y[row + m] + n));
       const __m512 base = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
       sums[m] = _mm512_fmadd_ps(factor, sums[m], base);
     }
     for (int64_t m = 0; m < count; ++m)
-      _mm256_mask_storeu_epi16(group.y[row + m] + n, lanes, rounded(sums[m]));
+      _mm256_mask_storeu_epi16(segment.y[row + m] + n, lanes, rounded(sums[m]));
   }
 }
 
 }  // namespace
 
-void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, float x_scale) {
-  const std::vector<Task> tasks =
-      tasks_of(groups, [](const FewRows& group) { return ceil_div(group.rank, kRanks); });
+void shrink_small_segments(const std::vector<SmallSegment>& segments, int64_t in_features,
+                           float x_scale) {
+  const std::vector<Task> tasks = tasks_of(
+      segments, [](const SmallSegment& segment) { return ceil_div(segment.rank, kRanks); });
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const auto lora_a_of = [&](const Task& task) {
-    const FewRows& group = groups[task.group];
-    return group.lora_a + task.part * kRanks * group.a_stride;
+    const SmallSegment& segment = segments[task.segment];
+    return segment.lora_a + task.part * kRanks * segment.a_stride;
   };
   torch::stable::parallel_for(
-      0, num_tasks, grain(groups, tasks.size(), in_features), [&](int64_t begin, int64_t end) {
+      0, num_tasks, grain(segments, tasks.size(), in_features), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const FewRows& group = groups[tasks[i].group];
+          const SmallSegment& segment = segments[tasks[i].segment];
           const int64_t rank = tasks[i].part * kRanks;
-          const int64_t ranks = std::min(kRanks, group.rank - rank);
+          const int64_t ranks = std::min(kRanks, segment.rank - rank);
           const uint16_t* next = i + 1 < end ? lora_a_of(tasks[i + 1]) : nullptr;
-          const auto num_rows = static_cast<int64_t>(group.x.size());
+          const auto num_rows = static_cast<int64_t>(segment.x.size());
           for (int64_t row = 0; row < num_rows; row += kRows) {
             const int64_t rows = std::min(kRows, num_rows - row);
-            kDotBlocks[rows - 1][ranks - 1](group.x.data() + row, lora_a_of(tasks[i]),
-                                            group.a_stride, row == 0 ? next : nullptr, in_features,
-                                            x_scale, group.h.data() + row, rank);
+            kDotBlocks[rows - 1][ranks - 1](segment.x.data() + row, lora_a_of(tasks[i]),
+                                            segment.a_stride, row == 0 ? next : nullptr,
+                                            in_features, x_scale, segment.h.data() + row, rank);
           }
         }
       });
 }
 
-void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features) {
+void expand_small_segments(const std::vector<SmallSegment>& segments, int64_t out_features) {
   std::vector<std::vector<uint32_t>> h_pairs;
-  for (const FewRows& group : groups) h_pairs.push_back(pack_pairs(group));
+  for (const SmallSegment& segment : segments) h_pairs.push_back(pack_pairs(segment));
   constexpr int64_t kColumns = kColumnBlocks * kLanes;
   const std::vector<Task> tasks =
-      tasks_of(groups, [&](const FewRows&) { return ceil_div(out_features, kColumns); });
+      tasks_of(segments, [&](const SmallSegment&) { return ceil_div(out_features, kColumns); });
   torch::stable::parallel_for(
-      0, static_cast<int64_t>(tasks.size()), grain(groups, tasks.size(), out_features),
+      0, static_cast<int64_t>(tasks.size()), grain(segments, tasks.size(), out_features),
       [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t first = tasks[i].part * kColumns;
           const int64_t last = std::min(first + kColumns, out_features);
           for (int64_t n = first; n < last; n += kLanes) {
-            prefetch_lora_b(groups[tasks[i].group], n, out_features);
-            up_columns(groups[tasks[i].group], h_pairs[tasks[i].group].data(), n,
-                       std::min(kLanes, last - n));
+            prefetch_lora_b(segments[tasks[i].segment], n, out_features);
+            expand_columns(segments[tasks[i].segment], h_pairs[tasks[i].segment].data(), n,
+                           std::min(kLanes, last - n));
           }
         }
       });
@@ -174,12 +176,12 @@ void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features) {
 
 #else
 
-void few_rows_down(const std::vector<FewRows>&, int64_t, float) {
-  throw std::logic_error("few_rows_down: called on a CPU without bf16 dot products");
+void shrink_small_segments(const std::vector<SmallSegment>&, int64_t, float) {
+  throw std::logic_error("shrink_small_segments: called on a CPU without bf16 dot products");
 }
 
-void few_rows_up(const std::vector<FewRows>&, int64_t) {
-  throw std::logic_error("few_rows_up: called on a CPU without bf16 dot products");
+void expand_small_segments(const std::vector<SmallSegment>&, int64_t) {
+  throw std::logic_error("expand_small_segments: called on a CPU without bf16 dot products");
 }
 
 #endif

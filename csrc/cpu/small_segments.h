@@ -11,7 +11,7 @@
 namespace lowrank_ext::cpu {
 
 // One adapter and the rows that use it; all bf16. Row pointers are as many as there are rows.
-struct FewRows {
+struct SmallSegment {
   const uint16_t* lora_a;  // [rank, K], row stride a_stride
   int64_t a_stride;
   const uint16_t* lora_b;  // [N, rank], row stride b_stride
@@ -19,15 +19,16 @@ struct FewRows {
   int64_t rank;
   float scaling;
   std::vector<const uint16_t*> x;  // [K]
-  std::vector<uint16_t*> h;        // [rank], written by few_rows_down
-  std::vector<uint16_t*> y;        // [N], added to by few_rows_up
+  std::vector<uint16_t*> h;        // [rank], written by shrink_small_segments
+  std::vector<uint16_t*> y;        // [N], added to by expand_small_segments
 };
 
-// h[m, j] = x_scale · Σ_k x[m, k] lora_a[j, k] for all groups, rounded once; fp32 sums in a fixed
+// h[m, j] = x_scale · Σ_k x[m, k] lora_a[j, k] for all segments, rounded once; fp32 sums in a fixed
 // order.
-void few_rows_down(const std::vector<FewRows>& groups, int64_t in_features, float x_scale);
+void shrink_small_segments(const std::vector<SmallSegment>& segments, int64_t in_features,
+                           float x_scale);
 
 // y[m, n] += scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
-void few_rows_up(const std::vector<FewRows>& groups, int64_t out_features);
+void expand_small_segments(const std::vector<SmallSegment>& segments, int64_t out_features);
 
 }  // namespace lowrank_ext::cpu

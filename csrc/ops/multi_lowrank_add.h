@@ -1,19 +1,27 @@
-// Argument checks of multi_lowrank_add and its backward, shared by the backends.
+// y = base_out + scaling[i] · lora_b[i] lora_a[i] drop(x), i the row's adapter id, on any backend:
+// checks and outputs.
 #pragma once
 
-#include "../checks.h"
+#include <tuple>
+
+#include "checks.h"
+#include "ops/outputs.h"
+#include "ops/unpack.h"
 
 namespace lowrank_ext {
 
-// The arguments of multi_lowrank_add beside base_out and x.
+// What forward and backward both take.
 struct MultiBranchArgs {
   Tensor lora_a;                // [n, r, K]
   Tensor lora_b;                // [n, N, r]
-  Tensor adapter_ids;           // int64, one for each row; -1: none
+  Tensor adapter_ids;           // int64 [...], -1 for rows without an adapter
   Tensor scaling;               // [n], fp32 or fp64
-  std::optional<Tensor> ranks;  // int64 [n]: what of r is not padding
+  std::optional<Tensor> ranks;  // int64 [n]: the ranks of an adapter that are not padding
   double dropout_p;
   std::optional<Tensor> seed;  // int64, one element
+
+  using Arguments = std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, double,
+                               std::optional<Tensor>>;
 
   int64_t num_adapters() const { return lora_a.size(0); }
   int64_t rank() const { return lora_a.size(1); }
@@ -21,13 +29,18 @@ struct MultiBranchArgs {
   int64_t out_features() const { return lora_b.size(1); }
 };
 
+// Which gradients a backward call is asked for.
 struct MultiBranchNeeds {
   bool dx, dlora_a, dlora_b;
+
+  using Arguments = std::tuple<bool, bool, bool>;
 
   bool g() const { return dx || dlora_a; }
 };
 
-// All but the values of adapter_ids and ranks, which lie on the device.
+// ---- checks
+
+// The values of adapter_ids and ranks, which lie on the device, are not looked at.
 inline void check_multi_branch(const char* op, const MultiBranchArgs& args, const Tensor& like,
                                const char* like_name, int64_t in_features, int64_t out_features) {
   const Tensor &a = args.lora_a, &b = args.lora_b, &ids = args.adapter_ids;
@@ -39,10 +52,7 @@ inline void check_multi_branch(const char* op, const MultiBranchArgs& args, cons
       b.dim() == 3 && b.size(0) == a.size(0) && b.size(1) == out_features && b.size(2) == a.size(1),
       n + ", out_features=" + std::to_string(out_features) + ", r=" + std::to_string(a.size(1)) +
           "]");
-  bool one_per_row = ids.dim() == like.dim() - 1;
-  for (int64_t dim = 0; one_per_row && dim < ids.dim(); ++dim)
-    one_per_row = ids.size(dim) == like.size(dim);
-  check_shape(op, "adapter_ids", ids, one_per_row,
+  check_shape(op, "adapter_ids", ids, is_per_row(ids, like),
               std::string(like_name) + "'s leading dimensions, an id for each row");
   const auto check_vector = [&](const char* name, const Tensor& vector) {
     check_shape(op, name, vector, vector.dim() == 1 && vector.size(0) == a.size(0), n + "]");
@@ -51,12 +61,8 @@ inline void check_multi_branch(const char* op, const MultiBranchArgs& args, cons
   if (args.ranks) check_vector("ranks", *args.ranks);
   for (const auto& [name, tensor] : {std::pair{"lora_a", &a}, std::pair{"lora_b", &b}})
     check_adapter_dtype(op, name, *tensor, like, like_name);
-  const auto check_int64 = [&](const char* name, const Tensor& tensor) {
-    check(tensor.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64, got ",
-          dtype_name(tensor.scalar_type()));
-  };
-  check_int64("adapter_ids", ids);
-  if (args.ranks) check_int64("ranks", *args.ranks);
+  check_dtype(op, "adapter_ids", ids, ScalarType::Long);
+  if (args.ranks) check_dtype(op, "ranks", *args.ranks, ScalarType::Long);
   const ScalarType scaling_dtype = args.scaling.scalar_type();
   check(scaling_dtype == ScalarType::Float || scaling_dtype == ScalarType::Double, op,
         ": scaling must be float32 or float64, got ", dtype_name(scaling_dtype));
@@ -68,28 +74,62 @@ inline void check_multi_branch(const char* op, const MultiBranchArgs& args, cons
   check_dropout(op, args.dropout_p, args.seed, like, like_name);
 }
 
-inline void check_multi_forward(const char* op, const MultiBranchArgs& args, const Tensor& base_out,
-                                const Tensor& x) {
-  check_input_dtype(op, "x", x);
-  check_shape(op, "x", x, x.dim() >= 1, "[..., in_features]");
-  check_shape(op, "base_out", base_out, leading_dims_match(base_out, x),
-              "x's leading dimensions and out_features");
-  check_same_dtype(op, "base_out", base_out, x, "x");
-  check_same_device(op, "base_out", base_out, x, "x");
-  check_multi_branch(op, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
+inline void check_multi_lowrank_add(const MultiBranchArgs& args, const Tensor& base_out,
+                                    const Tensor& x) {
+  constexpr const char* kOp = "multi_lowrank_add";
+  check_x_and_base_out(kOp, x, base_out);
+  check_multi_branch(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
 }
 
-inline void check_multi_backward(const char* op, const MultiBranchArgs& args,
-                                 const MultiBranchNeeds& needs, const Tensor& dout,
-                                 const std::optional<Tensor>& x, const std::optional<Tensor>& h) {
-  check_input_dtype(op, "dout", dout);
-  check_shape(op, "lora_a", args.lora_a, args.lora_a.dim() == 3, "[n, r, in_features]");
-  check_shape(op, "lora_b", args.lora_b, args.lora_b.dim() == 3, "[n, out_features, r]");
-  check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == args.out_features(),
+inline void check_multi_lowrank_add_backward(const MultiBranchArgs& args,
+                                             const MultiBranchNeeds& needs, const Tensor& dout,
+                                             const std::optional<Tensor>& x,
+                                             const std::optional<Tensor>& h) {
+  constexpr const char* kOp = "multi_lowrank_add_backward";
+  check_input_dtype(kOp, "dout", dout);
+  check_shape(kOp, "lora_a", args.lora_a, args.lora_a.dim() == 3, "[n, r, in_features]");
+  check_shape(kOp, "lora_b", args.lora_b, args.lora_b.dim() == 3, "[n, out_features, r]");
+  check_shape(kOp, "dout", dout,
+              dout.dim() >= 1 && dout.size(dout.dim() - 1) == args.out_features(),
               "[..., out_features=" + std::to_string(args.out_features()) + "]");
-  check_multi_branch(op, args, dout, "dout", args.in_features(), args.out_features());
-  check_saved(op, "x", x, needs.dlora_a, dout, "in_features", args.in_features());
-  check_saved(op, "h", h, needs.dlora_b, dout, "r", args.rank());
+  check_multi_branch(kOp, args, dout, "dout", args.in_features(), args.out_features());
+  check_saved(kOp, "x", x, needs.dlora_a, dout, "in_features", args.in_features());
+  check_saved(kOp, "h", h, needs.dlora_b, dout, "r", args.rank());
+}
+
+// ---- outputs
+
+// Empty ([0]) where not needed.
+struct MultiBranchGradients {
+  Tensor dx, dlora_a, dlora_b;
+};
+
+// forward(args, base_out [M, N], x [M, K], y [M, N], h [M, r]) writes y and h.
+template <auto forward>
+std::tuple<Tensor, Tensor> multi_lowrank_add(const Tensor& base_out, const Tensor& x,
+                                             const MultiBranchArgs& args) {
+  check_multi_lowrank_add(args, base_out, x);
+  const auto [y, h] = branch_outputs(x, args.out_features(), args.rank());
+  forward(args, as_matrix(base_out), as_matrix(x), as_matrix(y), as_matrix(h));
+  return {y, h};
+}
+
+// backward(args, needs, dout [M, N], x [M, K], h [M, r], gradients) writes what is needed, x and h
+// where the needed gradients take them. Without rows dlora_a and dlora_b are zeros already.
+template <auto backward>
+std::tuple<Tensor, Tensor, Tensor> multi_lowrank_add_backward(const Tensor& dout,
+                                                              const std::optional<Tensor>& x,
+                                                              const std::optional<Tensor>& h,
+                                                              const MultiBranchArgs& args,
+                                                              const MultiBranchNeeds& needs) {
+  check_multi_lowrank_add_backward(args, needs, dout, x, h);
+  const Tensor dout_rows = as_matrix(dout);
+  const ParameterGradients fresh(dout, dout_rows.size(0) == 0);
+  const Tensor dx = input_gradient(dout, needs.dx, args.in_features());
+  const MultiBranchGradients gradients{as_matrix(dx), fresh.of(args.lora_a, needs.dlora_a),
+                                       fresh.of(args.lora_b, needs.dlora_b)};
+  backward(args, needs, dout_rows, as_matrix(x), as_matrix(h), gradients);
+  return {dx, gradients.dlora_a, gradients.dlora_b};
 }
 
 }  // namespace lowrank_ext

@@ -5,9 +5,9 @@
 // Grouped (experts_grouped.cu): slots sorted by expert, each multiplied with its own expert only.
 #pragma once
 
-#include "ops/moe_lowrank_add.h"
 #include "common/tensors.h"
 #include "experts/plan_experts.h"
+#include "ops/moe_lowrank_add.h"
 
 namespace lowrank_ext::cuda {
 
@@ -55,9 +55,9 @@ struct ExpertCall {
     return plan_experts(
         {num_experts, rank, top_k, element_size(input), drops(), drops() && !shared_dropout});
   }
-  ExpertRouting routing(const Tensor& probs, const Tensor& ids, const Tensor& weights,
-                        const Tensor& counts) const {
-    return {rows_of(probs), rows_of(weights), data_of<int64_t>(ids), data_of<int64_t>(counts),
+  ExpertRouting routing(const RoutingTensors& tensors) const {
+    return {any(tensors.router_probs), any(tensors.topk_weights),
+            data_of<int64_t>(tensors.topk_ids), data_of<int64_t>(tensors.expert_counts),
             data_of<const bool>(token_mask)};
   }
 };
