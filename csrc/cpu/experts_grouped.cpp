@@ -1,6 +1,6 @@
-// Tokens gathered by expert, the vendor's product per group, and a combine by token in the order of
-// its choices, which does not depend on the order of the groups. The [T k, N] products exist for a
-// strip of columns at a time.
+// Tokens are gathered by expert, the vendor multiplies each group, and every token sums its choices in
+// their order, whatever the order of the groups. The [T k, N] products exist for a strip of columns at
+// a time.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -113,8 +113,8 @@ void mid_backward(const ExpertBackward& call, const Matrix& g, const TokenGradie
   });
 }
 
-// One strip of dx: columns [first, first + width) of dlogits router_weight + Σ_j drop_j'(dh_j
-// lora_a[ids[j]]), the products dh lora_a [T k, width] given.
+// Columns [first, first + width) of dx = dlogits router_weight + Σ_j drop_j'(dh_j lora_a[ids[j]]) from
+// product [T k, width], these columns of dh lora_a.
 template <typename storage_t>
 void write_strip_of_dx(const ExpertBackward& call, const TokenGradients& gradients,
                        const Matrix& product, int64_t first, int64_t width) {

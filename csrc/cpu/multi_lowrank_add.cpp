@@ -1,8 +1,7 @@
 // multi_lowrank_add on the CPU: an adapter per row. Rows that share an adapter form a segment;
-// adapters without rows are not read. Where all rows share one adapter, lowrank_add's branch does
-// the work. Otherwise segments of few bf16 rows go through small_segments.h, and other segments
-// block by block through shrink and expand. Ranks beyond an adapter's own are padding, which is
-// never read.
+// adapters without rows are not read. Segments of few bf16 rows go through small_segments.h; a segment
+// of all rows is a branch like lowrank_add's; other segments go block by block through shrink and
+// expand. Ranks beyond an adapter's own are padding, which is never read.
 #include "ops/multi_lowrank_add.h"
 
 #include <cstring>
@@ -138,7 +137,7 @@ class SmallSegmentsForward {
     return static_cast<uint16_t*>(matrix.data_ptr()) + index * matrix.stride(0);
   }
 
-  // bf16 with dense rows: a part of the stack where that is so already.
+  // bf16 with dense rows: the part of the stack itself where it is that.
   static Tensor operand_of(const Tensor& matrix, const Dtypes& dtypes) {
     const bool as_is = matrix.scalar_type() == dtypes.input && matrix.stride(1) == 1;
     return as_is ? matrix : operand(matrix, dtypes);
@@ -153,7 +152,7 @@ class SmallSegmentsForward {
   const Dropout& dropout_;
   const Tensor &x_, &y_, &h_;
   std::vector<SmallSegment> segments_;
-  std::deque<Tensor> kept_;  // references to its entries stay good
+  std::deque<Tensor> kept_;  // a deque: references to its entries stay valid
 };
 
 void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x,

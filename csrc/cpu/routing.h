@@ -12,9 +12,9 @@ namespace lowrank_ext::cpu {
 
 inline int64_t* ids_of(const Tensor& tensor) { return static_cast<int64_t*>(tensor.data_ptr()); }
 
-// One token. ids: the top_k experts in descending order of their logits; a tie goes to the lower id
-// and NaN counts as greater than any number, so that any row gives distinct ids. weights: softmax
-// over the chosen logits. probs: softmax over all.
+// One token. ids: the top_k experts in descending order of their logits. A tie goes to the lower id,
+// and NaN is greater than any number, so any row gives distinct ids. weights: softmax over the chosen
+// logits. probs: softmax over all.
 template <typename acc_t>
 void route_row(const acc_t* logits,                         // [E]
                acc_t* probs, acc_t* weights, int64_t* ids,  // [E], [k], [k]

@@ -1,7 +1,6 @@
-// To ranks: a thread masks eight rows at a time into scratch that stays in its caches, and
-// multiplies them by four ranks at a time (bf16_blocks.h). From ranks: a register block is eight
-// rows by 32 columns; two ranks are interleaved into pairs, the form that the bf16 dot product
-// wants.
+// shrink: a thread masks eight rows at a time into scratch that stays in its caches, and multiplies
+// them by four ranks at a time (bf16_blocks.h). expand: a register block is eight rows by 32 columns;
+// two ranks are interleaved into pairs, the operand layout of the bf16 dot product.
 #include "shrink_expand.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -18,13 +17,13 @@ namespace lowrank_ext::cpu {
 
 namespace {
 
-// Beyond both the vendor's bf16 product is faster, by up to 10 %; at a few rows its set-up is all.
+// Beyond both the vendor's bf16 product is faster, by up to 10 %; at a few rows its set-up dominates.
 constexpr int64_t kMaxOwnRank = 32;
 constexpr int64_t kMaxOwnRows = 256;
 
 constexpr int64_t kRowGrain = 32;  // rows per task, about 20 us
-constexpr int kGroupRows = 8;      // that pass by four ranks while these are in L1
-constexpr int kExpandRows = 8;     // of a register block, from ranks
+constexpr int kGroupRows = 8;      // multiplied by four ranks while these are in L1
+constexpr int kExpandRows = 8;     // of a register block of expand
 constexpr int64_t kLanes = kBf16Lanes;
 constexpr int kVectors = 2;  // of kLanes columns
 constexpr int64_t kExpandColumns = kLanes * kVectors;
@@ -73,7 +72,7 @@ class MaskedRows {
   std::vector<uint64_t> bits_;
 };
 
-// The pairs of `width` columns: rows of b, to out[p · num_cols].
+// out[p · num_cols + i] = pair p of ranks of row i of b, i < width.
 LOWRANK_EXT_AVX512_BF16 void pack_columns(uint32_t* out, const uint16_t* b, int64_t b_stride,
                                           int64_t rank, int64_t num_cols, int64_t width) {
   const auto lanes = static_cast<__mmask16>((1u << width) - 1);
@@ -96,7 +95,7 @@ struct ExpandRows {
   float scale;
 };
 
-// 16 columns of a row of y; `lanes` exist, of which `kept` take part in the sum.
+// 16 columns of a row of y; `lanes` exist, and `sum` counts in the `kept` ones.
 template <bool kAdd>
 LOWRANK_EXT_AVX512_BF16 inline void store_columns(uint16_t* y, __m512 sum, float scale,
                                                   __mmask16 lanes, __mmask16 kept) {
@@ -166,7 +165,8 @@ void expand_block(const ExpandRows& rows, int64_t count) {
   }
 }
 
-// lora [r, N] as pairs of ranks: [num_pairs, N] of 32 bits, the last second of an odd number 0.
+// lora [r, N] as pairs of ranks: [num_pairs, N] of 32 bits. Of an odd rank the last one is paired with
+// zeros.
 Tensor pairs_of(const Tensor& lora) {
   const int64_t rank = lora.size(0), num_cols = lora.size(1);
   if (lora.stride(1) == 1) return pack_rows(lora, rank);

@@ -1,5 +1,5 @@
-// Plain loops over matrices of [M, r], [N, r] or [r, r], in fp32 or fp64, and conversions into
-// fresh buffers. They are small beside the passes over [M, K] and [M, N].
+// Plain loops over matrices of [M, r], [N, r] or [r, r], in fp32 or fp64, and conversions into fresh
+// buffers. They cost little beside the passes over [M, K] and [M, N].
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ inline void zero(const Tensor& tensor) {
   std::memset(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size());
 }
 
-// A dense buffer of its own.
+// The matrix in a fresh dense buffer.
 inline Tensor fresh_copy(const Tensor& matrix, ScalarType dtype) {
   const Tensor result = empty({matrix.size(0), matrix.size(1)}, dtype);
   convert(rows_of(result), rows_of(matrix), 1.0, matrix.size(0), matrix.size(1));
@@ -55,8 +55,8 @@ inline void scale_rows(const Tensor& matrix, const Tensor& scale) {
   });
 }
 
-// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose what the
-// products kept.
+// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose the products'
+// accuracy.
 inline void sum_products_over_rows(const Tensor& out, const Tensor& left, const Tensor& right) {
   const int64_t num_rows = left.size(0), num_cols = left.size(1);
   std::vector<double> sums(num_cols, 0.0);

@@ -1,8 +1,7 @@
-// Down: a task owns four ranks of one adapter and walks over its rows four at a time
-// (bf16_blocks.h). Up: a task owns a range of columns n; lora_b is transposed in registers to
-// vectors of 16 columns by one pair of ranks, the form that the bf16 dot product wants, and these
-// serve every row. Ragged ranks, columns and rows are masked: padding of lora_a and lora_b is never
-// read.
+// shrink: a task owns four ranks of one adapter and walks over its rows four at a time
+// (bf16_blocks.h). expand: a task owns a range of columns n; lora_b is transposed in registers to
+// vectors of 16 columns by one pair of ranks, the operand layout of the bf16 dot product, which serve
+// every row. Ragged ranks, columns and rows are masked: padding of lora_a and lora_b is never read.
 #include "small_segments.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -18,10 +17,10 @@ namespace lowrank_ext::cpu {
 
 namespace {
 
-constexpr int64_t kRanks = kDotBlock;   // of a register block, down
-constexpr int64_t kRows = kDotBlock;    // of a register block, down and up
+constexpr int64_t kRanks = kDotBlock;   // of a register block of shrink
+constexpr int64_t kRows = kDotBlock;    // of a register block of both
 constexpr int64_t kLanes = kBf16Lanes;  // fp32 columns of a register
-constexpr int64_t kColumnBlocks = 16;   // of kLanes columns: a task of the up product
+constexpr int64_t kColumnBlocks = 16;   // of kLanes columns: a task of expand
 constexpr int64_t kAhead = 16;          // column blocks from prefetching to use
 constexpr int64_t kMaxPairs = 64;       // pairs of ranks in one go: 4 KiB of transposed lora_b
 // Multiply-adds worth a thread, about 5 us.
@@ -29,7 +28,7 @@ constexpr int64_t kTaskWork = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which segment and which part of it a flat task index means.
+// A part of a segment.
 struct Task {
   size_t segment;
   int64_t part;
@@ -44,7 +43,7 @@ std::vector<Task> tasks_of(const std::vector<SmallSegment>& segments, const NumP
   return tasks;
 }
 
-// Tasks per thread at least, so that small calls stay on one.
+// The fewest tasks per thread, so that small calls stay on one.
 int64_t grain(const std::vector<SmallSegment>& segments, size_t num_tasks, int64_t num_cols) {
   int64_t work = 0;
   for (const SmallSegment& segment : segments)
@@ -83,8 +82,8 @@ std::vector<uint32_t> pack_pairs(const SmallSegment& segment) {
   return pairs;
 }
 
-// Asks for the columns of lora_b that come up kAhead blocks later: left to the hardware, which does
-// not see through the transposing order, cold adapters take three times as long.
+// Prefetches the columns of lora_b that are used kAhead blocks later. The hardware does not recognize
+// the transposing order: without this, cold adapters take three times as long.
 inline void prefetch_lora_b(const SmallSegment& segment, int64_t n, int64_t out_features) {
   const int64_t last = std::min(n + (kAhead + 1) * kLanes, out_features);
   for (int64_t i = n + kAhead * kLanes; i < last; ++i) {
@@ -112,7 +111,7 @@ LOWRANK_EXT_AVX512_BF16 void expand_columns(const SmallSegment& segment, const u
                         std::min(2 * some, segment.rank - 2 * first), width);
       kAddPairs[count - 1](sums, pairs, some, h_pairs + row * num_pairs + first, num_pairs);
     }
-    // All loads before the stores, which at row distances of a power of two would hold them up.
+    // All loads before the stores, which would delay them where row strides are powers of two.
     for (int64_t m = 0; m < count; ++m) {
       const __m512i wide =
           _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, segment.y[row + m] + n));
