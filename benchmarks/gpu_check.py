@@ -276,7 +276,7 @@ def sanitizer(check: Check) -> str:
     program = find_sanitizer()
     if program is None:
         raise SectionSkipped("compute-sanitizer was not found on PATH or in the CUDA toolkit")
-    test = [sys.executable, "-m", "pytest", "-q", "-m", "sanitize", "tests/test_cuda.py"]
+    test = [sys.executable, "-m", "pytest", "-q", "-m", "sanitize", "tests/ops/test_cuda.py"]
     # Without torch's cache each tensor is an allocation of its own, whose end memcheck knows.
     env = child_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     running = {}

@@ -174,7 +174,7 @@ class KernelTime(NamedTuple):
     seconds: float  # of one call, median
 
 
-# The passes over [M, K] and [M, N] tensors, and how their kernels are recognised. Where K = N the
+# The passes over [M, K] and [M, N] tensors, and how their kernels are recognized. Where K = N the
 # sum over rows for dlora_b, if it takes a pass of its own, needs what dlora_a's needs.
 PASSES = {
     "lowrank_down": r"\bDownOp\b",

@@ -166,7 +166,7 @@ def picture(runs: list[Run]) -> bytes:
 
 
 def running_median(numbers: list[float], width: int = 5) -> list[float]:
-    """Of up to `width` neighbours on either side."""
+    """Of up to `width` neighbors on either side."""
     spans = (slice(max(0, i - width), i + width + 1) for i in range(len(numbers)))
     return [statistics.median(numbers[span]) for span in spans]
 

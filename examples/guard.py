@@ -1,4 +1,4 @@
-"""LoRA-Guard on SmolLM2-135M: a language model learns to recognise prompt injections.
+"""LoRA-Guard on SmolLM2-135M: a language model learns to recognize prompt injections.
 
 The texts are those of the package bastioncorpus (MIT licence): attacks of seven kinds, and harmless
 texts that look like attacks. Two thirds train the guard, the rest is scored; texts of one intent,
@@ -27,7 +27,7 @@ from torch import Tensor
 import lowrank_ext as lr
 from lowrank_ext.cli.files import prepare_output, write_bytes
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
-from lowrank_ext.guard.screening import pad
+from lowrank_ext.methods.lora_guard.screening import pad
 
 BATCH, EPOCHS, LEARNING_RATE, MAX_LENGTH = 8, 5, 1e-3, 128
 HELD_OUT = 3  # one group of texts in so many

@@ -1,8 +1,8 @@
 """StyleAdapter on synthetic styles: which reference is shown decides how a drawing looks.
 
-A small diffusion UNet first learns to draw four shapes, in colours and textures at random; the
+A small diffusion UNet first learns to draw four shapes, in colors and textures at random; the
 prompt says only which shape. It is then frozen, and a style path and its embedder learn to take
-colours and texture from two reference drawings of other shapes. The picture style_adapter.png has a
+colors and texture from two reference drawings of other shapes. The picture style_adapter.png has a
 row for each prompt and a column for each style, none of which was seen in training.
 
     python examples/style_adapter.py --out build/examples
@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False)
 
 
 class Styles(NamedTuple):
-    """Of N drawings: colours of ink and paper [N, 3] in 0 … 1, and the ink's texture, int64 [N]."""
+    """Of N drawings: colors of ink and paper [N, 3] in 0 … 1, and the ink's texture, int64 [N]."""
 
     ink: Tensor
     paper: Tensor
@@ -232,7 +232,7 @@ def paint_grid(painter: Painter, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Distances(NamedTuple):
-    """Mean colour distance per pixel and channel, in 0 … 1."""
+    """Mean color distance per pixel and channel, in 0 … 1."""
 
     right: float
     wrong: float  # mean over the wrong ones
@@ -265,7 +265,7 @@ def measure(styled: Tensor, styles: Styles) -> tuple[Distances, Distances]:
 
 
 def result_table(style: Distances, prompt: Distances) -> Table:
-    table = Table(title="colour distance of the pictures to the drawing they should be")
+    table = Table(title="color distance of the pictures to the drawing they should be")
     for heading in ("asked", "right", "wrong", "nearest is right"):
         table.add_column(heading, justify="left" if heading == "asked" else "right")
     for name, found in (("style of the reference", style), ("shape of the prompt", prompt)):

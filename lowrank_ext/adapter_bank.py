@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
-from lowrank_ext.checkpoint import LoRATensors, check_adapters, read_lora
-from lowrank_ext.config.checks import did_you_mean, normalised_adapter_dtype
-from lowrank_ext.nn import LowRankLinear
-from lowrank_ext.nn.multi import ACTIVE_ROWS, ROWS_NUMBERS, MultiLoRALinear, RowsBlock
+from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_lora
+from lowrank_ext.checks import did_you_mean, normalized_adapter_dtype
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.rows import ROWS_NUMBERS, check_names, rows_block
 from lowrank_ext.targets import is_from_peft
 
 __all__ = ["AdapterBank", "BankMemory"]
@@ -76,7 +77,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         check_no_adapters(model, "AdapterBank: model")
         self.model = model
-        self.adapter_dtype = normalised_adapter_dtype(adapter_dtype, "AdapterBank")
+        self.adapter_dtype = normalized_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(ROWS_NUMBERS)
         self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
         self._originals: dict[MultiLoRALinear, nn.Module] = {}
@@ -91,7 +92,7 @@ class AdapterBank:
     def load(self, name: str, path: str | os.PathLike[str]) -> None:
         """Load the LoRA checkpoint in the directory ``path`` (PEFT's format) as ``name``.
 
-        use_rslora, rank_pattern and alpha_pattern are honoured; ranks and targets may differ from
+        use_rslora, rank_pattern and alpha_pattern are honored; ranks and targets may differ from
         those of the other adapters. Dropout is not applied. A checkpoint that changes more than
         linear modules, row by row, is refused: modules_to_save, DoRA, trained biases, an initial
         residual (PiSSA that was not converted), LaMDA.
@@ -172,20 +173,16 @@ class AdapterBank:
             ValueError: a name is unknown; inside the block, from the first adapted module: the
                 batch has another number of rows.
         """
-        if isinstance(names, str) or not all(isinstance(n, str | None) for n in names):
-            raise TypeError(
-                f"AdapterBank.rows: names must be a sequence of names and None, got {names!r}"
-            )
+        check_names(names, "AdapterBank.rows")
         with self._lock:
             for name in names:
                 if name is not None:
                     self._check_known("rows", name)
             self._blocks += 1
-        token = ACTIVE_ROWS.set({**ACTIVE_ROWS.get(), self._number: RowsBlock(names)})
         try:
-            yield
+            with rows_block(self._number, names, "AdapterBank.rows"):
+                yield
         finally:
-            ACTIVE_ROWS.reset(token)
             with self._lock:
                 self._blocks -= 1
 
@@ -204,7 +201,7 @@ class AdapterBank:
 
     @contextmanager
     def _between_blocks(self, action: str) -> Iterator[None]:
-        """Holds the lock; nothing runs with the stacks meanwhile."""
+        """Raise where a rows block is active; hold the lock, so that none begins meanwhile."""
         with self._lock:
             if self._blocks:
                 raise RuntimeError(

@@ -1,7 +1,6 @@
 """Forward hooks for the length of a ``with`` block."""
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -32,12 +31,7 @@ class ForwardMeter:
         ]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._eager.__exit__(kind, error, trace)
+        self._eager.__exit__(*exception)

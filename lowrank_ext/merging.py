@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
-from lowrank_ext.nn.linear import LowRankLinear
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import shared_tensors
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -52,7 +52,7 @@ def dropout_mask(
 
     Element (m, k) belongs to the Philox4x32-7 call with counter
     ``(k // 8, m mod 2^32, m div 2^32, expert)`` and key ``(seed mod 2^32, seed div 2^32)``. The
-    call's four words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw
+    call's four words, low half first, are eight 16-bit draws for eight neighboring columns; a draw
     below ``round(p · 65536)`` drops its element. The mask depends on seed, row, column and expert
     only.
     """

@@ -2,14 +2,16 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lowrank_ext.config.base import ALL_LINEAR, AdapterConfig
-from lowrank_ext.config.checks import did_you_mean, matches_names, matching_pattern
-from lowrank_ext.nn.linear import is_conv1d, linear_features
+from lowrank_ext.checks import did_you_mean, matches_names, matching_pattern, with_article
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig
+from lowrank_ext.nn.base_layer import is_conv1d, linear_features
 
+Kind = TypeVar("Kind", bound=nn.Module)
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
 
 
@@ -70,6 +72,21 @@ def find_targets(
             if not any(matches_names(path, pattern) for path in targets):
                 raise _no_match(caller, argument, name, "an adapted module", targets)
     return targets
+
+
+def modules_of_kind(model: nn.Module, kind: type[Kind], caller: str) -> dict[str, Kind]:
+    """Path and module of every ``kind`` in the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+    if not modules:
+        raise ValueError(
+            f"{caller}: model must contain {with_article(kind.__name__)}, "
+            f"got a {type(model).__name__} with none"
+        )
+    return modules
 
 
 def modules_named(model: nn.Module, names: str | Sequence[str]) -> set[nn.Module]:

@@ -53,17 +53,6 @@ class Corpus:
         return digest.hexdigest()
 
 
-def shuffled_windows(tokens: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    """Each row of tokens [batch, seq_len] cut into windows, in an order of its own; what is left of
-    a row stays at its end."""
-    batch, seq_len = tokens.shape
-    num_windows = seq_len // window
-    whole = tokens[:, : num_windows * window].reshape(batch, num_windows, window)
-    order = torch.rand(batch, num_windows, generator=generator).argsort(dim=1)
-    shuffled = whole.gather(1, order.unsqueeze(2).expand_as(whole)).flatten(1)
-    return torch.cat([shuffled, tokens[:, num_windows * window :]], dim=1)
-
-
 def load_documents(paths: tuple[str, ...], field: str) -> list[str]:
     """Documents of .txt (one each) and .jsonl files (one a line); Python's language topics when no
     path is given."""

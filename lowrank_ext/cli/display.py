@@ -1,7 +1,6 @@
 """Progress: a bar on a terminal, a plain line every few seconds anywhere else."""
 
 import time
-from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
@@ -20,12 +19,7 @@ class Display(Protocol):
 
     def __enter__(self) -> "Display": ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     def update(self, progress: Progress) -> None:
         """After a step."""
@@ -72,12 +66,7 @@ class BarDisplay:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
     def update(self, progress: Progress) -> None:
@@ -103,12 +92,7 @@ class LineDisplay:
     def __enter__(self) -> "LineDisplay":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         return None
 
     def update(self, progress: Progress) -> None:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
 from lowrank_ext.cli.settings import DTYPES
-from lowrank_ext.guard import GuardModel, TextScore, conversation, screen
-from lowrank_ext.guard.files import HEAD_NAME
+from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
+from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 
 STDIN = "-"
 

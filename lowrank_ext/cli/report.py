@@ -176,7 +176,7 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def loss_plot(results: list[Result]) -> bytes:
-    """PNG: smoothed training loss as thin lines, held-out loss as markers, a colour per method."""
+    """PNG: smoothed training loss as thin lines, held-out loss as markers, a color per method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

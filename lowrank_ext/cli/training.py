@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lowrank_ext as lr
-from lowrank_ext.cli import methods
-from lowrank_ext.cli.data import Corpus, shuffled_windows
+from lowrank_ext.cli.data import Corpus
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.methods import Entry, base_dtype, trainable_parameters
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.recipe import Training
 
 WARM_UP_FRACTION = 0.1
 MAX_GRAD_NORM = 1.0
@@ -25,11 +25,10 @@ FP16_LOSS_SCALE = 1024.0
 NUM_EVALUATIONS = 4
 
 
-def training_loss(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`model_loss`, and what is to be differentiated: with the routers' balance loss added."""
+def training_loss(model: CausalLM, tokens: Tensor, training: Training) -> tuple[Tensor, Tensor]:
+    """`model_loss`, and what is to be differentiated: with what the method adds to it."""
     loss = model_loss(model, tokens)
-    balance = methods.balance_loss(model)
-    return loss, loss if balance is None else loss + balance
+    return loss, loss if training.extra_loss is None else loss + training.extra_loss(model)
 
 
 def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
@@ -39,11 +38,13 @@ def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def count_experts(model: CausalLM, batches: list[Tensor]) -> dict[str, list[int]] | None:
+def count_experts(
+    model: CausalLM, batches: list[Tensor], training: Training
+) -> dict[str, list[int]] | None:
     """How many tokens of the batches each expert gets, by module; None without experts."""
-    if not methods.has_experts(model):
+    if training.expert_load is None:
         return None
-    with lr.expert_load(model) as load:
+    with training.expert_load(model) as load:
         held_out_loss(model, batches)
     return {path: counts.tolist() for path, counts in load.counts.items()}
 
@@ -169,26 +170,35 @@ class Events:
 
 
 class Trainer:
-    """Model, optimiser, schedule and progress of one method."""
+    """Model, optimizer, schedule and progress of one method."""
 
-    def __init__(self, method: str, model: CausalLM, settings: Settings) -> None:
-        self.method = method
+    def __init__(self, entry: Entry, model: CausalLM, settings: Settings) -> None:
+        self.entry = entry
+        self.training = entry.training
         self.model = model
         self.settings = settings
         self.progress = Progress()
         self.optimizer = self._new_optimizer()
-        self.freezing = methods.freeze_schedule(model, settings)
+        self.freezing = self.training.schedule(model, settings)
 
     def _new_optimizer(self) -> Optimizer:
         """For what trains now."""
-        loss_scale = FP16_LOSS_SCALE if methods.base_dtype(self.model) is torch.float16 else 1.0
-        groups = methods.parameter_groups(self.model, self.settings.learning_rate(self.method))
-        return Optimizer(groups, loss_scale)
+        loss_scale = FP16_LOSS_SCALE if base_dtype(self.model) is torch.float16 else 1.0
+        return Optimizer(self._parameter_groups(), loss_scale)
+
+    def _parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """(parameters, learning rate) pairs: those without a rate of their own first."""
+        rate = self.settings.learning_rate(self.entry.name)
+        groups = self.training.parameter_groups(self.model)
+        named = {id(parameter) for parameters, _ in groups for parameter in parameters}
+        others = [p for p in trainable_parameters(self.model) if id(p) not in named]
+        pairs = [(others, rate), *((parameters, factor * rate) for parameters, factor in groups)]
+        return [(parameters, own_rate) for parameters, own_rate in pairs if parameters]
 
     def train_step(self, tokens: Tensor) -> float:
         """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
         started = time.perf_counter()
-        loss, total = training_loss(self.model, tokens)
+        loss, total = training_loss(self.model, tokens, self.training)
         self._check_finite("loss", math.isfinite(total.item()))
         torch.autograd.backward(total * self.optimizer.loss_scale)
         updating = time.perf_counter()
@@ -201,49 +211,50 @@ class Trainer:
         return loss.item()
 
     def _update(self) -> None:
-        if isinstance(self.freezing, lr.AdaptiveFreezeSchedule):
+        if self.freezing is not None and self.freezing.before_optimizer:
             self.freezing.step()  # what it freezes gets no update any more
         factor = learning_rate_factor(*self._stage_position())
         updated = self.optimizer.step(factor)
         # With a loss scale the scaled gradient may overflow now and then; that step is skipped.
         self._check_finite("gradient", updated or self.optimizer.loss_scale != 1)
         self.progress.skipped_steps += not updated
-        if isinstance(self.freezing, lr.FreezeSchedule):
-            self.freezing.step()  # writes frozen columns back
         if self.freezing is not None:
+            if not self.freezing.before_optimizer:
+                self.freezing.step()  # writes frozen values back
             self.optimizer.forget_frozen()
 
     def _stage_position(self) -> tuple[int, int]:
-        """Step and steps of the present stage; of the whole training but for set-and-sequence."""
-        step, steps, set_steps = (
-            self.progress.step,
-            self.settings.steps,
-            self.settings.set_steps(),
-        )
-        positions = {"set": (step, set_steps), "sequence": (step - set_steps, steps - set_steps)}
-        stage = methods.stage(self.model)
-        return (step, steps) if stage is None else positions[stage]
+        """Step and steps of the present stage, or of the whole training where it has none."""
+        step, stages = self.progress.step, self.training.stages
+        if not stages:
+            return step, self.settings.steps
+        present = self.training.stage_of(self.model)
+        before = sum(stage.num_steps(self.settings) for stage in stages[:present])
+        return step - before, stages[present].num_steps(self.settings)
 
     def _enter_stage(self) -> None:
-        """Set-and-sequence: the second stage, once its first step has come."""
-        due = self.progress.step >= self.settings.set_steps()
-        if due and methods.stage(self.model) == "set":
-            lr.motion.begin_residual_stage(self.model)
+        """Begins the next stage, once its first step has come."""
+        stages, present = self.training.stages, self.training.stage_of(self.model)
+        if present + 1 >= len(stages):
+            return
+        step, steps = self._stage_position()
+        if step >= steps:
+            stages[present + 1].begin(self.model)
             self.optimizer = self._new_optimizer()
 
     def next_batch(self, corpus: Corpus) -> Tensor:
-        """Of the next step; in set-and-sequence's first stage its text is out of order."""
+        """Of the next step, as its stage takes it."""
         settings, step = self.settings, self.progress.step
         tokens = corpus.train_batch(step, settings.batch, settings.seed)
-        if methods.stage(self.model) != "set":
+        stages = self.training.stages
+        if not stages:
             return tokens
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        return shuffled_windows(tokens, settings.window, generator)
+        return stages[self.training.stage_of(self.model)].batch(tokens, settings, step)
 
     def _check_finite(self, what: str, finite: bool) -> None:
         if not finite:
             raise UserError(
-                f"{self.method}: the {what} is not finite at step {self.progress.step + 1}; "
+                f"{self.entry.name}: the {what} is not finite at step {self.progress.step + 1}; "
                 "try a smaller --lr"
             )
 

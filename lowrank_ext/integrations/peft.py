@@ -1,15 +1,15 @@
 """``lr.accelerate``: PEFT's LoRA layers on the fused ops, in place, and the way back."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
 import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -19,16 +19,19 @@ from lowrank_ext.integrations.peft_layer import (
     adapter_not_covered,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = ["AccelerationReport", "accelerate", "decelerate"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _OLDEST_PEFT = (0, 18)
-_WIDTH = 160  # of the table as text: what no reason and hardly a path exceeds
+_WIDTH = 160  # columns of the table as text: every reason and most paths fit
 
-# PEFT's layers whose forward is that of lora.Linear written out once more.
+# Classes of PEFT whose forward repeats that of lora.Linear.
 _COVERED_CLASSES = ("peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit")
-# Others, by the names of their classes.
+# Reasons for classes that are left alone, by class name.
 _OTHER_CLASSES = {
     "Embedding": "an embedding is no linear module",
     "Conv1d": "a convolution is no linear module",
@@ -63,6 +66,8 @@ class AccelerationReport:
         decelerate(self.model)
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         total = len(self.accelerated) + len(self.left_alone)
         table = Table(title=f"{len(self.accelerated)} of {total} LoRA layers accelerated")
         table.add_column("layers", justify="right")
@@ -84,6 +89,8 @@ class AccelerationReport:
         return groups
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=_WIDTH)
         console.print(self)
         assert isinstance(console.file, io.StringIO)
@@ -110,7 +117,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Kept for backward: x and h [M, r] for each layer; no cast or dropped copy of x, no mask.
 
-    Left alone, with the reason in the report: layers that are no linear map, quantised layers with
+    Left alone, with the reason in the report: layers that are no linear map, quantized layers with
     a forward of their own, layers with a forward put on the instance (accelerate's device hooks),
     and layers none of whose adapters is covered (DoRA and other variants, ``lora_bias``). What only
     shows in a call (an adapter of an uncovered kind made active, dtypes that do not fit) goes

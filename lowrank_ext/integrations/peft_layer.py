@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.nn.linear import is_hooked, is_plain
-from lowrank_ext.ops._branch import HALF_DTYPES
+from lowrank_ext.nn.base_layer import is_hooked, is_plain
+from lowrank_ext.nn.rows import ids_of_names, ids_per_row
+from lowrank_ext.ops._registration import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
 # Arguments that PEFT hands to its layers and that are not for the base.
@@ -39,12 +40,13 @@ class AcceleratedLoRA(nn.Module):
 
     A plain nn.Linear or Conv1D base and the first adapter are one ``lowrank_linear``; on other
     bases, and for further adapters, the branch is added with ``lowrank_add``. With
-    ``adapter_names``, an adapter per sequence, it is one ``multi_lowrank_add``. Disabled and merged
-    adapters are PEFT's business, as is all that ``adapter_not_covered`` and ``_not_covered`` name.
+    ``adapter_names``, an adapter per sequence, it is one ``multi_lowrank_add``. PEFT's own forward
+    runs for disabled and merged adapters, and where ``adapter_not_covered`` or ``_not_covered``
+    gives a reason.
 
-    What is covered is asked at every call, since PEFT and its users may change adapters, modules
-    and hooks at any time. So this looks submodules up in the dicts that hold them: through
-    nn.Module's attributes the questions would take longer than the answer at one row.
+    Each call checks this anew, since PEFT and its users may change adapters, modules and hooks at
+    any time. The checks read submodules from the dicts that hold them: nn.Module's attribute
+    look-up would take longer than the ops do at one row.
     """
 
     peft_class: ClassVar[type[nn.Module]]
@@ -71,7 +73,7 @@ class AcceleratedLoRA(nn.Module):
             self._check_forward_args(x, *args, **kwargs)
             kwargs = {k: value for k, value in kwargs.items() if k not in _PEFT_ARGUMENTS}
         if rows is not None:
-            ids = [names.index(name) if name in names else -1 for name in rows]
+            ids = ids_per_row(ids_of_names(rows, names, x.device), x)
             return self._mixed(self._base(x, *args, **kwargs), x, adapters, ids)
         weight = None if args or kwargs else self._weight_for(x)
         if weight is None:
@@ -89,7 +91,7 @@ class AcceleratedLoRA(nn.Module):
         return y
 
     def _adapters(self, x: Tensor, names: Sequence[str], mixed: bool) -> tuple[list[Adapter], str]:
-        """The adapters, and why the call is PEFT's, or ""."""
+        """The adapters, and why PEFT's forward must run, or ""."""
         for name in names:
             because = adapter_not_covered(self, name)
             if because:
@@ -104,7 +106,7 @@ class AcceleratedLoRA(nn.Module):
         return Adapter(lora_a, lora_b, self.scaling[name], dropout.p if drops else 0.0)
 
     def _not_covered(self, x: Tensor, adapters: Sequence[Adapter], mixed: bool) -> str:
-        """Why these adapters with this x are PEFT's business, or ""."""
+        """Why PEFT's forward must run for these adapters and this x, or ""."""
         autocast = _autocast_dtype(x)
         dtype = x.dtype if autocast is None else autocast
         for adapter in adapters:
@@ -134,27 +136,24 @@ class AcceleratedLoRA(nn.Module):
         weight = weight if type(base) is nn.Linear else weight.t()
         if weight.dtype == x.dtype:
             return weight
-        # Other dtypes: autocast's business, or the base itself says that they do not fit.
+        # Autocast casts another dtype; without it the base raises its own error.
         cast = _autocast_dtype(x) is not None and weight.dtype != torch.float64
         return weight if cast else None
 
-    def _mixed(
-        self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Sequence[int]
-    ) -> Tensor:
-        """``ids``: the adapter of each sequence, -1 for the base alone."""
+    def _mixed(self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Tensor) -> Tensor:
+        """y with the adapter of each row of x added; ids [...], -1 for the base alone."""
         ranks = [adapter.lora_a.shape[0] for adapter in adapters]
         widest = max(ranks)
         lora_a = _stack([F.pad(a.lora_a, (0, 0, 0, widest - a.lora_a.shape[0])) for a in adapters])
         lora_b = _stack([F.pad(a.lora_b, (0, widest - a.lora_b.shape[1])) for a in adapters])
         base_out, x, lora_a, lora_b = _in_one_dtype(x, y, lora_a, lora_b)
-        row_ids = torch.tensor(ids, device=x.device).view(-1, *(1,) * (x.dim() - 2))
         scaling = [adapter.scaling for adapter in adapters]
         added = ops.multi_lowrank_add(
             base_out,
             x,
             lora_a,
             lora_b,
-            row_ids.expand(x.shape[:-1]),
+            ids,
             torch.tensor(scaling, dtype=torch.float64, device=x.device),
             ranks=torch.tensor(ranks, device=x.device),
         )
@@ -240,7 +239,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _in_one_dtype(x: Tensor, y: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    """y, x and the adapter as the ops take them: a quantised base may answer in another dtype."""
+    """y, x and the adapter as the ops take them: a quantized base may answer in another dtype."""
     if x.dtype == y.dtype or _autocast_dtype(x) is not None:
         return (y, x, *factors)
     wide = torch.promote_types(x.dtype, y.dtype)
@@ -253,7 +252,7 @@ def _stack(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _say(because: str) -> None:
-    # Python shows a warning of the same text once. While compiling nobody would read it.
+    # Python shows a warning of the same text once. Compiled code gives none.
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"accelerate: a layer runs through PEFT's own forward: {because}", stacklevel=3

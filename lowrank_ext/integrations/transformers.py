@@ -2,94 +2,23 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lowrank_ext.adapter_files import write_file
-from lowrank_ext.adaptive_freezing import AdaptiveFreezeSchedule
-from lowrank_ext.adaptive_freezing import check_schedule as check_adaptive
-from lowrank_ext.balance import balance_loss
-from lowrank_ext.freezing import FreezeSchedule, check_fraction, check_positive
-from lowrank_ext.nn import AFLoRALinear, LaMDALinear
-from lowrank_ext.nn.goat import token_mask
+from lowrank_ext.checkpoint.adapter_files import write_file
+from lowrank_ext.checks import with_article
+from lowrank_ext.freezing import FreezingSchedule
+from lowrank_ext.registry import METHODS
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object  # a mix-in: what it is mixed into is the Trainer
+__all__ = ["FreezeCallback"]
 
-__all__ = ["BalanceLossMixin", "FreezeCallback"]
-
-# In a checkpoint of the Trainer: the state of AFLoRA's schedule, as torch.save writes it.
+# In a checkpoint of the Trainer: the state of a schedule with statistics, as torch.save writes it.
 _STATISTICS = "freeze_schedule.pt"
-
-
-class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
-    """Adds GOAT's :func:`lowrank_ext.balance_loss` to the loss of any transformers Trainer.
-
-    Each micro-batch of an accumulated step adds its share. Tokens that a two-dimensional
-    ``attention_mask`` of the batch masks out do not count (see ``lowrank_ext.token_mask``). The
-    training loss that is logged includes it; evaluation is left alone.
-
-    Raises:
-        ValueError: when training begins for a model without a GOATLinear.
-        RuntimeError: when a step begins under nn.DataParallel, whose replicas keep their losses.
-
-    Example:
-        >>> class BalancedTrainer(lr.BalanceLossMixin, Trainer): ...
-        >>> BalancedTrainer(model, args, train_dataset=data).train()
-    """
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        if self.args.n_gpu > 1:
-            raise RuntimeError(
-                "BalanceLossMixin: training must use at most one GPU per process, got "
-                f"{self.args.n_gpu}; start it with torchrun"
-            )
-        mask = inputs.get("attention_mask")
-        counted = None
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            counted = mask.to(self.args.device).bool()
-        # Around backward too, in which activation checkpointing runs forward once more.
-        with token_mask(counted):
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        result = super().compute_loss(
-            model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
-        )
-        if not model.training:
-            return result
-        balance = balance_loss(model)
-        if self._divided_already(num_items_in_batch):
-            balance = balance / self.current_gradient_accumulation_steps
-        if return_outputs:
-            loss, outputs = result
-            return loss + balance.to(loss.device), outputs
-        return result + balance.to(result.device)
-
-    def _divided_already(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the task's loss is a share of the whole accumulated step, which the Trainer then
-        does not divide by the number of micro-batches: its own rule."""
-        told: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
-        if told is not None:
-            return told
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_model or self.compute_loss_func is not None
+_OPTIONS = ("eta", "bucket", "start", "decay", "window")
 
 
 class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # untyped bases
@@ -123,12 +52,15 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
         decay: str = "cubic",
         window: int = 10,
     ) -> None:
-        owner = type(self).__name__
-        self.eta = check_fraction(owner, "eta", eta)
-        self.bucket = check_positive(owner, "bucket", bucket)
+        self.eta, self.bucket = eta, bucket
         self.start, self.decay, self.window = start, decay, window
-        check_adaptive(owner, eta, start, decay, window)
-        self.schedule: FreezeSchedule | AdaptiveFreezeSchedule | None = None
+        for schedule_class in _schedule_classes():
+            schedule_class.check_options(type(self).__name__, self._options())
+        self.eta = float(eta)
+        self.schedule: FreezingSchedule | None = None
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def on_train_begin(
         self,
@@ -143,7 +75,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
         self._detach()
         schedule = self._new_schedule(model, state.max_steps, optimizer)
         if state.global_step > 0:
-            if saved is not None and isinstance(schedule, AdaptiveFreezeSchedule):
+            if saved is not None and schedule.has_statistics:
                 saved = _read_statistics(args, state)
             schedule.load_state_dict(saved or {**schedule.state_dict(), "step": state.global_step})
         self.schedule = schedule
@@ -151,46 +83,33 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
             # Without an entry from the resumed checkpoint the Trainer fails to save one.
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
-    def _new_schedule(
-        self, model: nn.Module, total_steps: int, optimizer: Any
-    ) -> FreezeSchedule | AdaptiveFreezeSchedule:
-        kinds = {type(module) for module in model.modules()}
-        if any(issubclass(kind, AFLoRALinear) for kind in kinds):
-            return AdaptiveFreezeSchedule(
-                model,
-                total_steps,
-                eta=self.eta,
-                start=self.start,
-                decay=self.decay,
-                window=self.window,
-                optimizer=optimizer,
-                scaler=getattr(optimizer, "scaler", None),  # of accelerate's wrapper
-            )
-        if any(issubclass(kind, LaMDALinear) for kind in kinds):
-            return FreezeSchedule(
-                model, total_steps, eta=self.eta, bucket=self.bucket, optimizer=optimizer
-            )
+    def _new_schedule(self, model: nn.Module, total_steps: int, optimizer: Any) -> FreezingSchedule:
+        for schedule_class in _schedule_classes():
+            found = schedule_class.for_training(model, total_steps, self._options(), optimizer)
+            if found is not None:
+                return found
+        scheduled = (m.module_class for m in METHODS.values() if m.schedule_class is not None)
+        names = " or ".join(with_article(module_class.__name__) for module_class in scheduled)
         raise ValueError(
-            "FreezeCallback: model must contain a LaMDALinear or an AFLoRALinear, "
-            f"got a {type(model).__name__} with neither"
+            f"FreezeCallback: model must contain {names}, got a {type(model).__name__} with none"
         )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if isinstance(self.schedule, AdaptiveFreezeSchedule):
+        if self.schedule is not None and self.schedule.before_optimizer:
             self.schedule.step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if isinstance(self.schedule, FreezeSchedule):
+        if self.schedule is not None and not self.schedule.before_optimizer:
             self.schedule.step()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not isinstance(self.schedule, AdaptiveFreezeSchedule):
+        if self.schedule is None or not self.schedule.has_statistics:
             return
         saved = self.schedule.state_dict()  # on every rank: it gathers what is sharded
         directory = _checkpoint(args, state)
@@ -213,11 +132,16 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
     def state(self) -> dict[str, Any]:
         """Arguments and the schedule's numbers, which the Trainer puts in trainer_state.json."""
         schedule = None if self.schedule is None else self.schedule.numbers()
-        names = ("eta", "bucket", "start", "decay", "window")
         return {
-            "args": {name: getattr(self, name) for name in names},
+            "args": self._options(),
             "attributes": {"saved_schedule": schedule},
         }
+
+
+def _schedule_classes() -> list[type[FreezingSchedule]]:
+    """Of all methods that have one, in their order."""
+    classes = (method.schedule_class for method in METHODS.values())
+    return [schedule_class for schedule_class in classes if schedule_class is not None]
 
 
 def _saved_schedule(state: TrainerState) -> dict[str, Any] | None:
@@ -237,7 +161,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _read_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """The state of AFLoRA's schedule that on_save wrote at this step.
+    """The state of the schedule that on_save wrote at this step.
 
     The Trainer does not tell which checkpoint it resumes from; it is nearly always its own.
     """

@@ -6,12 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    needs_input_grad,
-    register_autograd,
-    register_fakes,
-)
+from lowrank_ext.ops._fakes import check_shape
+from lowrank_ext.ops._registration import register_autograd, register_fakes
 
 _OP = "moe_route"
 
@@ -124,7 +120,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     router_logits, _, token_mask = inputs
     _, topk_ids, expert_counts, _, *order = output
     ctx.mark_non_differentiable(topk_ids, expert_counts, *order)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(router_logits, topk_ids, expert_counts, token_mask)
 
 
@@ -132,10 +127,7 @@ def _backward(
     ctx: Any, backward_op: Callable[..., Any], *gradients: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     dtopk_weights, _, _, dbalance_loss, *_ = gradients
-    if (dtopk_weights is None and dbalance_loss is None) or not needs_input_grad(ctx)[0]:
-        return None, None, None
-    dlogits = backward_op(dtopk_weights, dbalance_loss, *ctx.saved_tensors)
-    return dlogits, None, None
+    return (backward_op(dtopk_weights, dbalance_loss, *ctx.saved_tensors),)
 
 
 def register(library_name: str) -> None:
