@@ -19,8 +19,8 @@ namespace lowrank_ext::cpu {
 
 namespace {
 
-constexpr int64_t kLanes = 16;     // columns of a register block
-constexpr int64_t kMaxRanks = 16;  // ranks of a register block: 16 of the 32 registers hold sums
+constexpr int64_t kLanes = 16;      // columns of a register block
+constexpr int64_t kMaxRanks = 16;   // ranks of a register block: 16 of the 32 registers hold sums
 constexpr int64_t kTileRows = 128;  // of `right`: 128 rows of 2 KiB stay in L2 for all ranks
 // Columns per task: about 10 us of work at 1024 rows and rank 16.
 constexpr int64_t kColumnGrain = 64;
