@@ -1,5 +1,5 @@
-"""What the tests of moe_down, moe_outer and moe_expand share: columns in groups, each of which sees
-x through a dropout mask of its own (csrc/cuda/masked_groups.h), and the calls."""
+"""What the tests of dense_down, dense_outer and dense_expand share: columns in groups, each of
+which sees x through a dropout mask of its own (experts/dropout_groups.h), and the calls."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ SHAPES = [
 
 
 def grouped_columns(experts: Experts, shared_dropout: bool) -> tuple[int, ...]:
-    return _simt.expert_columns(*experts, padded=True, shared_dropout=shared_dropout)
+    return _simt.dense_columns(*experts, padded=True, shared_dropout=shared_dropout)
 
 
 def num_group_columns(experts: Experts, shared_dropout: bool) -> int:
@@ -56,17 +56,21 @@ def zero_between_groups(dz: Tensor, experts: Experts, shared_dropout: bool) -> T
     return result
 
 
-def make_dz(make: Any, kind: str, rows: int, experts: Experts, shared_dropout: bool) -> Tensor:
+def make_dz(
+    make: Any, compute_type: str, rows: int, experts: Experts, shared_dropout: bool
+) -> Tensor:
     """Two of three rows of each expert's columns are zero: the expert was not chosen."""
-    dz = make(rows, num_group_columns(experts, shared_dropout), kind=kind)
+    dz = make(rows, num_group_columns(experts, shared_dropout), compute_type=compute_type)
     for columns, mask in column_groups(experts, shared_dropout):
         if mask is not None:
             dz[torch.randint(3, (rows,)) > 0, columns] = 0
     return zero_between_groups(dz, experts, shared_dropout)
 
 
-def make_w(make: Any, kind: str, cols: int, experts: Experts, shared_dropout: bool) -> Tensor:
-    w = make(num_group_columns(experts, shared_dropout), cols, kind=kind)
+def make_w(
+    make: Any, compute_type: str, cols: int, experts: Experts, shared_dropout: bool
+) -> Tensor:
+    w = make(num_group_columns(experts, shared_dropout), cols, compute_type=compute_type)
     return zero_between_groups(w.mT, experts, shared_dropout).mT.contiguous()
 
 
@@ -81,16 +85,16 @@ def kept_and_scale(x: Tensor, mask: int | None, dropout_p: float) -> tuple[Tenso
 # ---- calls
 
 
-def partial_sums(kind: str, sizes: dict[str, int], num_rows: int) -> Tensor:
+def partial_sums(compute_type: str, sizes: dict[str, int], num_rows: int) -> Tensor:
     """[splits, rows, row_stride], exactly as large as the workspace, of NaN."""
     shape = (sizes["num_splits"], num_rows, sizes["row_stride"])
-    sums = torch.full(shape, float("nan"), dtype=acc_dtype(kind))
+    sums = torch.full(shape, float("nan"), dtype=acc_dtype(compute_type))
     assert sums.numel() * sums.itemsize == sizes["bytes"]
     return sums
 
 
-def moe_down(
-    kind: str,
+def dense_down(
+    compute_type: str,
     x: Tensor,
     w: Tensor,
     experts: Experts,
@@ -100,10 +104,10 @@ def moe_down(
     num_sms: int = 4,
 ) -> Tensor:
     """z [splits, M, R], in the accumulator's type."""
-    sizes = _simt.moe_down_workspace(kind, *x.shape, w.shape[0], num_sms=num_sms)
-    z, seed = partial_sums(kind, sizes, x.shape[0]), seed_tensor(SEED)
-    _simt.moe_down(
-        kind,
+    sizes = _simt.dense_down_workspace(compute_type, *x.shape, w.shape[0], num_sms=num_sms)
+    z, seed = partial_sums(compute_type, sizes, x.shape[0]), seed_tensor(SEED)
+    _simt.dense_down(
+        compute_type,
         matrix(x),
         matrix(w),
         grouped_columns(experts, shared_dropout),
@@ -115,8 +119,8 @@ def moe_down(
     return z[..., : w.shape[0]]
 
 
-def moe_outer(
-    kind: str,
+def dense_outer(
+    compute_type: str,
     dz: Tensor,
     x: Tensor,
     experts: Experts,
@@ -126,10 +130,10 @@ def moe_outer(
     num_sms: int = 4,
 ) -> Tensor:
     """dw [splits, R, K], in the accumulator's type."""
-    sizes = _simt.moe_outer_workspace(kind, *x.shape, dz.shape[1], num_sms=num_sms)
-    dw, seed = partial_sums(kind, sizes, dz.shape[1]), seed_tensor(SEED)
-    _simt.moe_outer(
-        kind,
+    sizes = _simt.dense_outer_workspace(compute_type, *x.shape, dz.shape[1], num_sms=num_sms)
+    dw, seed = partial_sums(compute_type, sizes, dz.shape[1]), seed_tensor(SEED)
+    _simt.dense_outer(
+        compute_type,
         matrix(dz),
         matrix(x),
         grouped_columns(experts, shared_dropout),
@@ -141,8 +145,8 @@ def moe_outer(
     return dw[..., : x.shape[1]]
 
 
-def moe_expand(
-    kind: str,
+def dense_expand(
+    compute_type: str,
     dz: Tensor,
     w: Tensor,
     experts: Experts,
@@ -155,8 +159,8 @@ def moe_expand(
     if dx is None:
         dx = torch.full((dz.shape[0], w.shape[1]), float("nan"), dtype=dz.dtype)
     seed = seed_tensor(SEED)
-    _simt.moe_expand(
-        kind,
+    _simt.dense_expand(
+        compute_type,
         matrix(dz),
         matrix(w),
         grouped_columns(experts, shared_dropout),

@@ -1,26 +1,26 @@
-// From the untyped arguments of kernels.h to the types of the kernels.
+// From the interfaces' arguments to the kernels' template arguments.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "common/kernels.h"
+#include "common/arguments.h"
 #include "common/compute_type.cuh"
 #include "common/tile.cuh"
 
 namespace lowrank_ext::cuda {
 
-// f(Number{}) for the kind's Number.
+// f(Compute{}) of the compute type.
 template <class F>
-auto dispatch(NumberKind kind, F f) {
-  switch (kind) {
-    case NumberKind::kBf16:
+auto dispatch(ComputeType compute_type, F f) {
+  switch (compute_type) {
+    case ComputeType::kBf16:
       return f(Bf16{});
-    case NumberKind::kFp16:
+    case ComputeType::kFp16:
       return f(Fp16{});
-    case NumberKind::kTf32:
+    case ComputeType::kTf32:
       return f(Tf32{});
-    case NumberKind::kFp32:
+    case ComputeType::kFp32:
       return f(Fp32{});
     default:
       return f(Fp64{});
@@ -36,10 +36,10 @@ constexpr ElementType element_type() {
 }
 
 template <class T>
-Matrix<T> matrix_of(const Any& any) {
-  const int64_t row_bytes = any.row_stride * static_cast<int64_t>(sizeof(T));
-  const bool aligned = (reinterpret_cast<uintptr_t>(any.data) | row_bytes) % 16 == 0;
-  return {static_cast<T*>(any.data), any.num_rows, any.num_cols, any.row_stride, aligned};
+Matrix<T> matrix_of(const MatrixRef& ref) {
+  const int64_t row_bytes = ref.row_stride * static_cast<int64_t>(sizeof(T));
+  const bool aligned = (reinterpret_cast<uintptr_t>(ref.data) | row_bytes) % 16 == 0;
+  return {static_cast<T*>(ref.data), ref.num_rows, ref.num_cols, ref.row_stride, aligned};
 }
 
 // Rows without gaps.

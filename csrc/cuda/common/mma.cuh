@@ -234,46 +234,46 @@ struct MmaResult {
 };
 
 // Element `half` of a register of two 16-bit elements, or the register itself as TF32.
-template <class Number>
+template <class Compute>
 inline float mma_element(uint32_t bits, int half) {
-  if constexpr (sizeof(typename Number::scalar_t) == 4) {
+  if constexpr (sizeof(typename Compute::scalar_t) == 4) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
   } else {
     const uint16_t part = static_cast<uint16_t>(bits >> (16 * half));
-    typename Number::scalar_t value;
+    typename Compute::scalar_t value;
     std::memcpy(&value, &part, 2);
     return convert<float>(value);
   }
 }
 
 // A[m, k] and B[k, n] of the warp's 16 x K by K x 8 product, from the fragments of all lanes.
-template <class Number>
+template <class Compute>
 inline float mma_a(const MmaOperands (&all)[32], int m, int k) {
-  constexpr int kPerRegister = 4 / sizeof(typename Number::scalar_t);
+  constexpr int kPerRegister = 4 / sizeof(typename Compute::scalar_t);
   constexpr int kHalfK = 4 * kPerRegister;
   const int lane = 4 * (m % 8) + k % kHalfK / kPerRegister;
-  return mma_element<Number>(all[lane].a[m / 8 + 2 * (k / kHalfK)], k % kPerRegister);
+  return mma_element<Compute>(all[lane].a[m / 8 + 2 * (k / kHalfK)], k % kPerRegister);
 }
-template <class Number>
+template <class Compute>
 inline float mma_b(const MmaOperands (&all)[32], int k, int n) {
-  constexpr int kPerRegister = 4 / sizeof(typename Number::scalar_t);
+  constexpr int kPerRegister = 4 / sizeof(typename Compute::scalar_t);
   constexpr int kHalfK = 4 * kPerRegister;
   const int lane = 4 * n + k % kHalfK / kPerRegister;
-  return mma_element<Number>(all[lane].b[k / kHalfK], k % kPerRegister);
+  return mma_element<Compute>(all[lane].b[k / kHalfK], k % kPerRegister);
 }
 
 // One product of the warp; the products of a step are summed exactly, then rounded to fp32.
-template <class Number>
+template <class Compute>
 inline void mma_all_lanes(const MmaOperands (&all)[32], MmaResult (&out)[32]) {
-  constexpr int kDepth = 32 / sizeof(typename Number::scalar_t);
+  constexpr int kDepth = 32 / sizeof(typename Compute::scalar_t);
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const int m = lane / 4 + 8 * (i / 2), n = 2 * (lane % 4) + i % 2;
       double sum = all[lane].c[i];
       for (int k = 0; k < kDepth; ++k)
-        sum += double{mma_a<Number>(all, m, k)} * double{mma_b<Number>(all, k, n)};
+        sum += double{mma_a<Compute>(all, m, k)} * double{mma_b<Compute>(all, k, n)};
       out[lane].d[i] = static_cast<float>(sum);
     }
   }
@@ -283,7 +283,7 @@ inline void mma_all_lanes(const MmaOperands (&all)[32], MmaResult (&out)[32]) {
 
 // c [16, 8] += a [16, K] b [K, 8], K = 16 for elements of 2 bytes, 8 for TF32. Lane 4 g + t owns
 // c[g, 2 t], c[g, 2 t + 1], c[g + 8, 2 t], c[g + 8, 2 t + 1].
-template <class Number>
+template <class Compute>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef LOWRANK_EXT_SIMT
   MmaOperands mine;
@@ -291,7 +291,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
   std::memcpy(mine.b, b, sizeof(b));
   std::memcpy(mine.c, c, sizeof(c));
   const auto result =
-      simt::warp_collective<MmaOperands, MmaResult>("mma", mine, mma_all_lanes<Number>);
+      simt::warp_collective<MmaOperands, MmaResult>("mma", mine, mma_all_lanes<Compute>);
   std::memcpy(c, result.d, sizeof(c));
   simt::count_mma();
 #else
@@ -300,12 +300,12 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (std::is_same_v<Number, Bf16>) {
+  if constexpr (std::is_same_v<Compute, Bf16>) {
     LOWRANK_EXT_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
-  } else if constexpr (std::is_same_v<Number, Fp16>) {
+  } else if constexpr (std::is_same_v<Compute, Fp16>) {
     LOWRANK_EXT_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   } else {
-    static_assert(std::is_same_v<Number, Tf32>);
+    static_assert(std::is_same_v<Compute, Tf32>);
     LOWRANK_EXT_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   }
 #undef LOWRANK_EXT_MMA

@@ -12,10 +12,10 @@ namespace lowrank_ext::cuda {
 
 // A gradient in its adapter tensor's own type: x's, or the accumulator's beside a narrower x. At
 // most one of the two is there.
-template <class Number>
+template <class Compute>
 struct Output {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<scalar_t> narrow;
   Matrix<acc_t> wide;
@@ -33,12 +33,12 @@ struct Output {
   }
 };
 
-template <class Number>
-Output<Number> output_of(const Any& any) {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  if (any.type == element_type<scalar_t>()) return {matrix_of<scalar_t>(any), {}};
-  return {{}, matrix_of<acc_t>(any)};
+template <class Compute>
+Output<Compute> output_of(const MatrixRef& ref) {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  if (ref.type == element_type<scalar_t>()) return {matrix_of<scalar_t>(ref), {}};
+  return {{}, matrix_of<acc_t>(ref)};
 }
 
 // The sum for one element of partials [num_partials · num_rows, …].
@@ -51,12 +51,12 @@ __device__ __forceinline__ acc_t sum_partials(const Matrix<const acc_t>& partial
   return sum;
 }
 
-template <class Number>
+template <class Compute>
 struct PartialSumsParams {
-  Matrix<const typename Number::acc_t> partials;  // [num_partials · num_rows, num_cols]
+  Matrix<const typename Compute::acc_t> partials;  // [num_partials · num_rows, num_cols]
   int num_partials;
   int64_t num_rows, num_cols;
-  Output<Number> out;  // [num_rows, num_cols]
+  Output<Compute> out;  // [num_rows, num_cols]
 
   template <class F>
   void each_tensor(F&& f) const {
@@ -67,9 +67,9 @@ struct PartialSumsParams {
 
 constexpr int kPartialSumsThreads = 256;
 
-template <class Number>
+template <class Compute>
 __global__ void __launch_bounds__(kPartialSumsThreads)
-    partial_sums_kernel(PartialSumsParams<Number> params) {
+    partial_sums_kernel(PartialSumsParams<Compute> params) {
   const int64_t i = int64_t{blockIdx.x} * kPartialSumsThreads + threadIdx.x;
   if (i >= params.num_rows * params.num_cols) return;
   const int64_t row = i / params.num_cols, col = i % params.num_cols;
@@ -78,14 +78,15 @@ __global__ void __launch_bounds__(kPartialSumsThreads)
 }
 
 // partials: row s · num_rows + i, column j holds partials[s][i, j].
-template <class Number>
-void launch_partial_sums(const Matrix<const typename Number::acc_t>& partials, int num_partials,
-                         const Output<Number>& out, int64_t num_rows, int64_t num_cols,
+template <class Compute>
+void launch_partial_sums(const Matrix<const typename Compute::acc_t>& partials, int num_partials,
+                         const Output<Compute>& out, int64_t num_rows, int64_t num_cols,
                          Stream stream) {
   const int64_t num_blocks = (num_rows * num_cols + kPartialSumsThreads - 1) / kPartialSumsThreads;
-  launch_kernel("partial_sums", partial_sums_kernel<Number>,
+  launch_kernel("partial_sums", partial_sums_kernel<Compute>,
                 {static_cast<unsigned>(num_blocks), 1, 1, kPartialSumsThreads, 0},
-                PartialSumsParams<Number>{partials, num_partials, num_rows, num_cols, out}, stream);
+                PartialSumsParams<Compute>{partials, num_partials, num_rows, num_cols, out},
+                stream);
 }
 
 }  // namespace lowrank_ext::cuda

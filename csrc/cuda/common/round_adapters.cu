@@ -1,5 +1,7 @@
 #include "common/round_adapters.cuh"
 
+#include "common/kernels.h"
+
 namespace lowrank_ext::cuda {
 
 void round_adapters(const AdapterCopy* copies, int num_copies, const Device& device) {

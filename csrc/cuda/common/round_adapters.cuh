@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "common/kernels.h"
 
 namespace lowrank_ext::cuda {
 
@@ -59,12 +60,12 @@ void launch_round_adapters(const AdapterCopy* copies, int num_copies, const Devi
   int64_t most_elements = 0;
   for (int i = 0; i < num_copies; ++i) {
     const AdapterCopy& copy = copies[i];
-    Any source = copy.source;
+    MatrixRef source = copy.source;
     most_elements = std::max(most_elements, source.num_rows * source.num_cols);
     source.num_cols = (source.num_cols - 1) * copy.col_stride + 1;
     const bool wide = source.type != copy.rounded.type;
-    params.copies[i] = {matrix_of<const float>(wide ? source : Any{}),
-                        matrix_of<const scalar_t>(wide ? Any{} : source), copy.col_stride,
+    params.copies[i] = {matrix_of<const float>(wide ? source : MatrixRef{}),
+                        matrix_of<const scalar_t>(wide ? MatrixRef{} : source), copy.col_stride,
                         matrix_of<scalar_t>(copy.rounded)};
   }
   const int64_t num_blocks =

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "matrix.h"
 #include "common/kernels.h"
+#include "matrix.h"
 
 // STABLE_TORCH_LIBRARY_IMPL of the backend that csrc/cuda is.
 #ifdef LOWRANK_EXT_SIMT
@@ -23,16 +23,16 @@
 
 namespace lowrank_ext::cuda {
 
-inline NumberKind number_kind(ScalarType dtype, bool allow_tf32) {
+inline ComputeType compute_type_of(ScalarType dtype, bool allow_tf32) {
   switch (dtype) {
     case ScalarType::Double:
-      return NumberKind::kFp64;
+      return ComputeType::kFp64;
     case ScalarType::BFloat16:
-      return NumberKind::kBf16;
+      return ComputeType::kBf16;
     case ScalarType::Half:
-      return NumberKind::kFp16;
+      return ComputeType::kFp16;
     default:
-      return allow_tf32 ? NumberKind::kTf32 : NumberKind::kFp32;
+      return allow_tf32 ? ComputeType::kTf32 : ComputeType::kFp32;
   }
 }
 
@@ -54,15 +54,17 @@ inline int64_t element_size(ScalarType dtype) {
 }
 
 // A matrix of dense columns, or a dense vector: one row, which needs no row stride to be aligned.
-inline Any any(const Tensor& tensor) {
+inline MatrixRef ref(const Tensor& tensor) {
   const ElementType type = element_type(tensor.scalar_type());
   if (tensor.dim() == 1) return {tensor.data_ptr(), type, 1, tensor.size(0), 0};
   return {tensor.data_ptr(), type, tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-inline Any any(const std::optional<Tensor>& tensor) { return tensor ? any(*tensor) : Any{}; }
+inline MatrixRef ref(const std::optional<Tensor>& tensor) {
+  return tensor ? ref(*tensor) : MatrixRef{};
+}
 
-inline Any scalar_of(const Tensor& tensor) {
+inline MatrixRef scalar_ref(const Tensor& tensor) {
   return {tensor.data_ptr(), element_type(tensor.scalar_type()), 1, 1, 0};
 }
 
@@ -107,7 +109,7 @@ class Workspace {
 
 // A matrix in scratch memory whose rows start on 16 bytes, as the kernels' fast path wants them.
 struct ScratchMatrix {
-  Any matrix;  // no data before the workspace is allocated
+  MatrixRef matrix;  // no data before the workspace is allocated
   int64_t offset;
 };
 
@@ -120,8 +122,8 @@ inline ScratchMatrix reserve_matrix(Workspace& workspace, ScalarType dtype, int6
 }
 
 // Once the workspace is allocated.
-inline Any placed(const ScratchMatrix& scratch, const Workspace& workspace) {
-  Any matrix = scratch.matrix;
+inline MatrixRef placed(const ScratchMatrix& scratch, const Workspace& workspace) {
+  MatrixRef matrix = scratch.matrix;
   matrix.data = workspace.at(scratch.offset);
   return matrix;
 }
@@ -133,7 +135,7 @@ class AdapterCopies {
   AdapterCopies(ScalarType input, Workspace& workspace) : input_(input), workspace_(workspace) {}
 
   // `operand` becomes the copy, whose data come with round; it must stay where it is until then.
-  void add(const Any& source, int64_t col_stride, Any& operand) {
+  void add(const MatrixRef& source, int64_t col_stride, MatrixRef& operand) {
     const ScratchMatrix scratch =
         reserve_matrix(workspace_, input_, source.num_rows, source.num_cols);
     copies_.push_back({source, col_stride, scratch.matrix});
@@ -155,7 +157,7 @@ class AdapterCopies {
   Workspace& workspace_;
   std::vector<AdapterCopy> copies_;
   std::vector<int64_t> offsets_;
-  std::vector<Any*> operands_;
+  std::vector<MatrixRef*> operands_;
 };
 
 inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {

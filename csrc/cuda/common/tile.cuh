@@ -302,9 +302,9 @@ __device__ __forceinline__ int slot_before(int slot) {
 //     compute(step, slot)  finds all of the stage complete.
 // One barrier a step, between the last two: behind it the stage of the step before has been read
 // and is loaded again. After the last step there is none: other threads may still read the stages.
-template <int kStages, class Load, class Prepare, class Compute>
+template <int kStages, class Load, class Prepare, class Step>
 __device__ __forceinline__ void run_pipeline(int num_steps, Load load, Prepare prepare,
-                                             Compute compute) {
+                                             Step compute) {
   // The group is closed even when nothing is left: the waits count groups.
   const auto issue = [&](int step, int slot) {
     if (step < num_steps) load(step, slot);
@@ -354,10 +354,10 @@ __device__ __forceinline__ void write_pair(const TileT& tile, int row, int col, 
 
 // This thread's share of a [kTileM, kTileN] product of a block of kWarpsM x kWarpsN warps; warp w
 // owns rows kWarpTileM · (w / kWarpsN) … and columns kWarpTileN · (w % kWarpsN) ….
-template <class Number_, int kTileM_, int kTileN_, int kWarpsM_, int kWarpsN_>
+template <class Compute_, int kTileM_, int kTileN_, int kWarpsM_, int kWarpsN_>
 struct Accumulator {
-  using Number = Number_;
-  using acc_t = typename Number::acc_t;
+  using Compute = Compute_;
+  using acc_t = typename Compute::acc_t;
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kWarpsM = kWarpsM_;
@@ -451,9 +451,9 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[2 * kPieces], const TileT& 
   }
 }
 
-template <class Number, int kSize>
+template <class Compute, int kSize>
 __device__ __forceinline__ void round_operands(uint32_t (&registers)[kSize]) {
-  if constexpr (std::is_same_v<Number, Tf32>) {
+  if constexpr (std::is_same_v<Compute, Tf32>) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) registers[i] = tf32_bits(__uint_as_float(registers[i]));
   }
@@ -463,7 +463,7 @@ template <Contraction kContractionA, Contraction kContractionB, int kDepth, clas
           class TileB>
 __device__ __forceinline__ void multiply_add_mma(Acc& acc, const TileA& a_tile, const TileB& b_tile,
                                                  int thread) {
-  using Number = typename Acc::Number;
+  using Compute = typename Acc::Compute;
   constexpr int kStep = 2 * TileA::kPerChunk;
   constexpr int kPieces = Acc::kPiecesN % 2 == 0 ? 2 : 1;  // of B per ldmatrix
   static_assert(kDepth % kStep == 0);
@@ -474,19 +474,19 @@ __device__ __forceinline__ void multiply_add_mma(Acc& acc, const TileA& a_tile, 
 #pragma unroll
     for (int m = 0; m < Acc::kPiecesM; ++m) {
       load_a<kContractionA>(a[m], a_tile, Acc::first_row(thread) + 16 * m, k_pair, lane);
-      round_operands<Number>(a[m]);
+      round_operands<Compute>(a[m]);
     }
 #pragma unroll
     for (int n = 0; n < Acc::kPiecesN; n += kPieces) {
       uint32_t b[2 * kPieces];
       load_b<kContractionB, kPieces>(b, b_tile, Acc::first_col(thread) + 8 * n, k_pair, lane);
-      round_operands<Number>(b);
+      round_operands<Compute>(b);
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         const uint32_t b_piece[2] = {b[2 * piece], b[2 * piece + 1]};
 #pragma unroll
         for (int m = 0; m < Acc::kPiecesM; ++m)
-          mma<Number>(acc.values[m][n + piece], a[m], b_piece);
+          mma<Compute>(acc.values[m][n + piece], a[m], b_piece);
       }
     }
   }
@@ -549,7 +549,7 @@ template <Contraction kContractionA, Contraction kContractionB, int kDepth, clas
           class TileB>
 __device__ __forceinline__ void multiply_add(Acc& acc, const TileA& a_tile, const TileB& b_tile,
                                              int thread) {
-  if constexpr (Acc::Number::kTensorCores) {
+  if constexpr (Acc::Compute::kTensorCores) {
     detail::multiply_add_mma<kContractionA, kContractionB, kDepth>(acc, a_tile, b_tile, thread);
   } else {
     detail::multiply_add_fma<kContractionA, kContractionB, kDepth>(acc, a_tile, b_tile, thread);

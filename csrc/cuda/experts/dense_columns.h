@@ -14,24 +14,24 @@
 
 namespace lowrank_ext::cuda {
 
-struct ExpertColumns {
+struct DenseColumns {
   int num_experts, rank;  // of one expert
   int first_expert;       // first column of expert 0
   int expert_stride;      // from one expert's first column to the next one's
   int num_cols;           // R
 
-  static ExpertColumns packed(int num_experts, int rank) {
+  static DenseColumns packed(int num_experts, int rank) {
     return {num_experts, rank, num_experts, rank, num_experts + num_experts * rank};
   }
-  static ExpertColumns grouped(int num_experts, int rank, bool shared_dropout,
-                               int multiple = kGroupMultiple) {
+  static DenseColumns padded(int num_experts, int rank, bool shared_dropout,
+                             int multiple = kPaddedMultiple) {
     const auto padded = [&](int size) { return (size + multiple - 1) / multiple * multiple; };
     const int first = padded(num_experts);
     if (shared_dropout) return {num_experts, rank, first, rank, first + padded(num_experts * rank)};
     const int stride = padded(rank);
     return {num_experts, rank, first, stride, first + num_experts * stride};
   }
-  static constexpr int kGroupMultiple = 16;  // contraction step of a product of 2-byte elements
+  static constexpr int kPaddedMultiple = 16;  // contraction step of a product of 2-byte elements
 
   __host__ __device__ __forceinline__ int first_col(int expert) const {
     return first_expert + expert * expert_stride;

@@ -1,23 +1,24 @@
 #include "experts/dense_expand.cuh"
 
 #include "common/dispatch.h"
+#include "experts/kernels.h"
 
 namespace lowrank_ext::cuda {
 
-void moe_expand(NumberKind kind, const Any& dz, const Any& w, const ExpertColumns& columns,
-                bool shared_dropout, const DropoutArgs& dropout, const Any& dx,
-                const Device& device) {
-  dispatch(kind, [&](auto number) {
-    using Number = decltype(number);
-    using scalar_t = typename Number::scalar_t;
-    MoeExpandParams<Number> params{};
+void dense_expand(ComputeType compute_type, const MatrixRef& dz, const MatrixRef& w,
+                  const DenseColumns& columns, bool shared_dropout, const DropoutArgs& dropout,
+                  const MatrixRef& dx, const Device& device) {
+  dispatch(compute_type, [&](auto compute) {
+    using Compute = decltype(compute);
+    using scalar_t = typename Compute::scalar_t;
+    DenseExpandParams<Compute> params{};
     params.dz = matrix_of<const scalar_t>(dz);
     params.w = matrix_of<const scalar_t>(w);
     params.dx = matrix_of<scalar_t>(dx);
-    params.groups = MaskGroups::of(columns, shared_dropout);
-    params.scale = static_cast<typename Number::acc_t>(dropout.scale);
+    params.groups = DropoutGroups::of(columns, shared_dropout);
+    params.scale = static_cast<typename Compute::acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
-    launch_moe_expand<Number>(params, device.stream);
+    launch_dense_expand<Compute>(params, device.stream);
   });
 }
 

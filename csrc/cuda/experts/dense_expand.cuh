@@ -1,4 +1,4 @@
-// dx [M, K] = Σ_g drop'_g(dz_g W_g), the groups of columns of dz being those of masked_groups.h:
+// dx [M, K] = Σ_g drop'_g(dz_g W_g), the groups of columns of dz being those of dropout_groups.h:
 // the router's is added as it is, every other one scaled and through the mask that x saw in the
 // forward pass, drawn again.
 //
@@ -23,15 +23,15 @@
 
 namespace lowrank_ext::cuda {
 
-template <class Number>
-struct MoeExpandParams {
-  using scalar_t = typename Number::scalar_t;
+template <class Compute>
+struct DenseExpandParams {
+  using scalar_t = typename Compute::scalar_t;
 
   Matrix<const scalar_t> dz;  // [M, R]
   Matrix<const scalar_t> w;   // [R, K]
   Matrix<scalar_t> dx;        // [M, K]
-  MaskGroups groups;
-  typename Number::acc_t scale;  // of what is masked
+  DropoutGroups groups;
+  typename Compute::acc_t scale;  // of what is masked
   Dropout dropout;
   int64_t num_col_tiles;
 
@@ -44,12 +44,12 @@ struct MoeExpandParams {
   }
 };
 
-template <class Number_>
-struct MoeExpandTraits {
-  using Number = Number_;
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  using Params = MoeExpandParams<Number>;
+template <class Compute_>
+struct DenseExpandTraits {
+  using Compute = Compute_;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  using Params = DenseExpandParams<Compute>;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarpSize * kWarps;
   static constexpr int kBlockRows = 16 * kWarps;
@@ -62,7 +62,7 @@ struct MoeExpandTraits {
   using OutTile = Tile<scalar_t, kBlockRows, kBlockCols>;
   using DzStream = TileStream<kThreads, DzTile, const scalar_t, /*kAlongRows=*/false>;
   using WStream = TileStream<kThreads, WTile, const scalar_t, /*kAlongRows=*/true>;
-  using Sum = Accumulator<Number, kBlockRows, kBlockCols, kWarps, 1>;
+  using Sum = Accumulator<Compute, kBlockRows, kBlockCols, kWarps, 1>;
 
   static constexpr int kStages = 4;
   static constexpr int kStageBytes = DzTile::kBytes + WTile::kBytes;
@@ -93,7 +93,7 @@ __device__ __forceinline__ uint32_t nonzero_rows(const TileT& tile, int first_ro
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    moe_expand_kernel(const typename Traits::Params params) {
+    dense_expand_kernel(const typename Traits::Params params) {
   using scalar_t = typename Traits::scalar_t;
   using acc_t = typename Traits::acc_t;
   using DzTile = typename Traits::DzTile;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   sum.clear();
   part.clear();
   uint32_t rows = 0;  // of the warp's, where the group's dz is not zero
-  int mask = -1, group_end = params.groups.num_unmasked;
+  int mask = -1, group_end = params.groups.num_router_cols;
   run_pipeline<Traits::kStages>(num_units, load, as_copied, [&](int unit, int slot) {
     const uint32_t unit_rows = detail::nonzero_rows(dz_tile(slot), warp_row, lane);
     if (unit_rows != 0)
@@ -161,13 +161,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   });
 }
 
-template <class Number>
-void launch_moe_expand(MoeExpandParams<Number> params, Stream stream) {
-  using Traits = MoeExpandTraits<Number>;
+template <class Compute>
+void launch_dense_expand(DenseExpandParams<Compute> params, Stream stream) {
+  using Traits = DenseExpandTraits<Compute>;
   const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   params.num_col_tiles = tiles(params.dx.num_cols, Traits::kBlockCols);
   const int64_t num_blocks = tiles(params.dx.num_rows, Traits::kBlockRows) * params.num_col_tiles;
-  launch_kernel("moe_expand", moe_expand_kernel<Traits>,
+  launch_kernel("dense_expand", dense_expand_kernel<Traits>,
                 {static_cast<unsigned>(num_blocks), 1, 1, Traits::kThreads, Traits::kSharedBytes},
                 params, stream);
 }

@@ -1,30 +1,32 @@
 #include "experts/dense_stack.cuh"
 
+#include "experts/kernels.h"
+
 namespace lowrank_ext::cuda {
 
-void stack_experts(NumberKind kind, const ExpertColumns& columns, const Any& router_weight,
-                   const Any& lora_a, const Any& lora_b, const Any& w, const Any& up,
-                   const Device& device) {
-  dispatch(kind, [&](auto number) {
-    using Number = decltype(number);
-    using scalar_t = typename Number::scalar_t;
-    launch_stack_experts<Number>(
-        {columns, input_of<Number>(router_weight), input_of<Number>(lora_a),
-         input_of<Number>(lora_b), matrix_of<scalar_t>(w), matrix_of<scalar_t>(up)},
+void dense_stack(ComputeType compute_type, const DenseColumns& columns,
+                 const MatrixRef& router_weight, const MatrixRef& lora_a, const MatrixRef& lora_b,
+                 const MatrixRef& w, const MatrixRef& up, const Device& device) {
+  dispatch(compute_type, [&](auto compute) {
+    using Compute = decltype(compute);
+    using scalar_t = typename Compute::scalar_t;
+    launch_dense_stack<Compute>(
+        {columns, input_of<Compute>(router_weight), input_of<Compute>(lora_a),
+         input_of<Compute>(lora_b), matrix_of<scalar_t>(w), matrix_of<scalar_t>(up)},
         device.stream);
   });
 }
 
-void unstack_experts(NumberKind kind, const ExpertColumns& columns, const Any& dw, int num_partials,
-                     const Any& dup, const Any& drouter_weight, const Any& dlora_a,
-                     const Any& dlora_b, const Device& device) {
-  dispatch(kind, [&](auto number) {
-    using Number = decltype(number);
-    using acc_t = typename Number::acc_t;
-    launch_unstack_experts<Number>(
-        {columns, matrix_of<const acc_t>(dw), matrix_of<const acc_t>(dup), num_partials,
-         output_of<Number>(drouter_weight), output_of<Number>(dlora_a), output_of<Number>(dlora_b)},
-        device.stream);
+void dense_unstack(ComputeType compute_type, const DenseColumns& columns, const MatrixRef& dw,
+                   int num_partials, const MatrixRef& dup, const MatrixRef& drouter_weight,
+                   const MatrixRef& dlora_a, const MatrixRef& dlora_b, const Device& device) {
+  dispatch(compute_type, [&](auto compute) {
+    using Compute = decltype(compute);
+    using acc_t = typename Compute::acc_t;
+    launch_dense_unstack<Compute>({columns, matrix_of<const acc_t>(dw), matrix_of<const acc_t>(dup),
+                                   num_partials, output_of<Compute>(drouter_weight),
+                                   output_of<Compute>(dlora_a), output_of<Compute>(dlora_b)},
+                                  device.stream);
   });
 }
 

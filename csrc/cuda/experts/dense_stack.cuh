@@ -1,10 +1,10 @@
 // Two copies around the dense form of moe_lowrank_add, each one launch.
 //
-// stack_experts makes two matrices in x's type out of router_weight [E, K], lora_a [E, r, K] and
+// dense_stack makes two matrices in x's type out of router_weight [E, K], lora_a [E, r, K] and
 // lora_b [E, N, r]:
 //     w [R, K]          row c is the router's or an expert's row that `columns` puts there, or zero
 //     up [N, E r]       up[n, e r + j] = lora_b[e, n, j]
-// unstack_experts takes the gradients of both apart: it adds the partial sums of dw in their order
+// dense_unstack takes the gradients of both apart: it adds the partial sums of dw in their order
 // and rounds each element once, to the type of its own tensor.
 //
 // Row y of the grid is one part (w, up; drouter_weight, dlora_a, dlora_b), its blocks of 256
@@ -15,16 +15,16 @@
 
 #include <algorithm>
 
-#include "experts/dense_columns.h"
 #include "common/partial_sums.cuh"
+#include "experts/dense_columns.h"
 
 namespace lowrank_ext::cuda {
 
 // An adapter tensor in x's type, or in the accumulator's beside a narrower x.
-template <class Number>
+template <class Compute>
 struct Input {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<const scalar_t> narrow;
   Matrix<const acc_t> wide;
@@ -39,21 +39,21 @@ struct Input {
   }
 };
 
-template <class Number>
-Input<Number> input_of(const Any& any) {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  if (any.type == element_type<scalar_t>()) return {matrix_of<const scalar_t>(any), {}};
-  return {{}, matrix_of<const acc_t>(any)};
+template <class Compute>
+Input<Compute> input_of(const MatrixRef& ref) {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  if (ref.type == element_type<scalar_t>()) return {matrix_of<const scalar_t>(ref), {}};
+  return {{}, matrix_of<const acc_t>(ref)};
 }
 
-template <class Number>
-struct StackExpertsParams {
-  using scalar_t = typename Number::scalar_t;
+template <class Compute>
+struct DenseStackParams {
+  using scalar_t = typename Compute::scalar_t;
 
-  ExpertColumns columns;
-  Input<Number> router_weight, lora_a, lora_b;  // [E, K], [E r, K], [E N, r]
-  Matrix<scalar_t> w, up;                       // either may be absent
+  DenseColumns columns;
+  Input<Compute> router_weight, lora_a, lora_b;  // [E, K], [E r, K], [E N, r]
+  Matrix<scalar_t> w, up;                        // either may be absent
 
   template <class F>
   void each_tensor(F&& f) const {
@@ -65,15 +65,15 @@ struct StackExpertsParams {
   }
 };
 
-template <class Number>
-struct UnstackExpertsParams {
-  using acc_t = typename Number::acc_t;
+template <class Compute>
+struct DenseUnstackParams {
+  using acc_t = typename Compute::acc_t;
 
-  ExpertColumns columns;
+  DenseColumns columns;
   Matrix<const acc_t> dw;   // [num_partials · R, K]
   Matrix<const acc_t> dup;  // [N, E r]
   int num_partials;
-  Output<Number> drouter_weight, dlora_a, dlora_b;  // as above; each may be absent
+  Output<Compute> drouter_weight, dlora_a, dlora_b;  // as above; each may be absent
 
   template <class F>
   void each_tensor(F&& f) const {
@@ -85,7 +85,7 @@ struct UnstackExpertsParams {
   }
 };
 
-struct StackExpertsPlan {
+struct DenseStackPlan {
   static constexpr unsigned kThreads = 256;
   static constexpr int64_t kMaxBlocks = 1024;  // of one part: enough to fill any GPU
 };
@@ -103,11 +103,11 @@ __device__ __forceinline__ void for_each_element(int64_t num_rows, int64_t num_c
 
 }  // namespace detail
 
-template <class Number>
-__global__ void __launch_bounds__(StackExpertsPlan::kThreads)
-    stack_experts_kernel(StackExpertsParams<Number> params) {
-  using scalar_t = typename Number::scalar_t;
-  const ExpertColumns& columns = params.columns;
+template <class Compute>
+__global__ void __launch_bounds__(DenseStackPlan::kThreads)
+    dense_stack_kernel(DenseStackParams<Compute> params) {
+  using scalar_t = typename Compute::scalar_t;
+  const DenseColumns& columns = params.columns;
   if (blockIdx.y == 0) {
     detail::for_each_element(params.w.num_rows, params.w.num_cols, [&](int64_t row, int64_t col) {
       const int stacked = static_cast<int>(row);
@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(StackExpertsPlan::kThreads)
   }
 }
 
-template <class Number>
-__global__ void __launch_bounds__(StackExpertsPlan::kThreads)
-    unstack_experts_kernel(UnstackExpertsParams<Number> params) {
-  const ExpertColumns& columns = params.columns;
+template <class Compute>
+__global__ void __launch_bounds__(DenseStackPlan::kThreads)
+    dense_unstack_kernel(DenseUnstackParams<Compute> params) {
+  const DenseColumns& columns = params.columns;
   const int num_experts = columns.num_experts, rank = columns.rank;
   const auto sum = [&](int64_t row, int64_t col) {
     return sum_partials(params.dw, params.num_partials, columns.num_cols, row, col);
@@ -156,25 +156,24 @@ __global__ void __launch_bounds__(StackExpertsPlan::kThreads)
 }
 
 inline LaunchShape stack_shape(int64_t most_elements, unsigned num_parts) {
-  constexpr int64_t kThreads = StackExpertsPlan::kThreads;
+  constexpr int64_t kThreads = DenseStackPlan::kThreads;
   const int64_t num_blocks =
-      std::min((most_elements + kThreads - 1) / kThreads, StackExpertsPlan::kMaxBlocks);
-  return {static_cast<unsigned>(num_blocks), num_parts, 1, StackExpertsPlan::kThreads, 0};
+      std::min((most_elements + kThreads - 1) / kThreads, DenseStackPlan::kMaxBlocks);
+  return {static_cast<unsigned>(num_blocks), num_parts, 1, DenseStackPlan::kThreads, 0};
 }
 
-template <class Number>
-void launch_stack_experts(const StackExpertsParams<Number>& params, Stream stream) {
+template <class Compute>
+void launch_dense_stack(const DenseStackParams<Compute>& params, Stream stream) {
   const int64_t most =
       std::max(params.w.num_rows * params.w.num_cols, params.up.num_rows * params.up.num_cols);
-  launch_kernel("stack_experts", stack_experts_kernel<Number>, stack_shape(most, 2), params,
-                stream);
+  launch_kernel("dense_stack", dense_stack_kernel<Compute>, stack_shape(most, 2), params, stream);
 }
 
-template <class Number>
-void launch_unstack_experts(const UnstackExpertsParams<Number>& params, Stream stream) {
+template <class Compute>
+void launch_dense_unstack(const DenseUnstackParams<Compute>& params, Stream stream) {
   const int64_t most = std::max(params.columns.num_cols * params.dw.num_cols,
                                 params.dup.num_rows * params.dup.num_cols);
-  launch_kernel("unstack_experts", unstack_experts_kernel<Number>, stack_shape(most, 3), params,
+  launch_kernel("dense_unstack", dense_unstack_kernel<Compute>, stack_shape(most, 3), params,
                 stream);
 }
 

@@ -1,7 +1,7 @@
 // thin_product.cuh where groups of C's columns each see L through a dropout mask of their own
-// (masked_groups.h):
-//     moe_down   z [M, R]    = drop_g(x) W_gᵀ      L = drop_g(x),  R = Wᵀ
-//     moe_outer  dW [R, K]ᵀ  = drop_g(x)ᵀ dz_g     L = drop_g(x)ᵀ, R = dz
+// (dropout_groups.h):
+//     dense_down   z [M, R]    = drop_g(x) W_gᵀ      L = drop_g(x),  R = Wᵀ
+//     dense_outer  dW [R, K]ᵀ  = drop_g(x)ᵀ dz_g     L = drop_g(x)ᵀ, R = dz
 //
 // A block owns 64 rows and 64 columns (four units) of C and one split of the contraction, whose
 // tiles of L and R (16 KiB a step) come through three stages of cp.async. Of each step's tile of L
@@ -11,9 +11,9 @@
 // with the copy that it sees (the router's with the stage itself). So a step reads L once from
 // memory and draws one Philox call per eight elements and mask. Masks that differ by expert make
 // that E draws per element of x: on a GPU the integer units bound these kernels, not memory. In
-// moe_outer, a row of x is neither drawn nor copied for a group whose dz is zero in that row, as it
+// dense_outer, a row of x is neither drawn nor copied for a group whose dz is zero in that row, as it
 // is wherever the expert was not chosen. A warp is spared the draws where that is so for all rows
-// of its 512 bytes. Elements of x that are not finite are zero in moe_outer's copies: only their
+// of its 512 bytes. Elements of x that are not finite are zero in dense_outer's copies: only their
 // own token's experts may become NaN by them, and those have NaN in dz.
 //
 // Shared memory: 3 · 16 KiB of stages and 4 · 8 KiB of copies, 80 KiB. Sums are kept in acc_t,
@@ -26,39 +26,26 @@
 
 namespace lowrank_ext::cuda {
 
-struct MoeDownOp {  // x [M, K], w [R, K]
-  static constexpr Contraction kLarge = Contraction::kAlongColumns;
-  static constexpr Contraction kThin = Contraction::kAlongColumns;
-  static constexpr bool kSkipsZeros = false;
-  static constexpr const char* kThinName = "w";
-};
-struct MoeOuterOp {  // x [M, K], dz [M, R]; sums are transposed
-  static constexpr Contraction kLarge = Contraction::kAlongRows;
-  static constexpr Contraction kThin = Contraction::kAlongRows;
-  static constexpr bool kSkipsZeros = true;  // of thin's rows, and what is not finite in large
-  static constexpr const char* kThinName = "dz";
-};
-
-template <class Number>
-ThinProductPlan plan_masked_product(int64_t outer, int64_t depth, int num_cols, int num_sms) {
+template <class Compute>
+ThinProductPlan plan_dropout_product(int64_t outer, int64_t depth, int num_cols, int num_sms) {
   ThinProductPlan plan;
   plan.block_outer = plan.rank_tile = 64;
-  plan_splits(plan, outer, depth, num_cols, number_traits<Number>(), blocks_to_fill(num_sms));
+  plan_splits(plan, outer, depth, num_cols, compute_traits<Compute>(), blocks_to_fill(num_sms));
   return plan;
 }
 
 // ---- kernel
 
-template <class Number, class Op>
-struct MaskedProductParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+template <class Compute, class Op>
+struct DropoutProductParams {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<const scalar_t> large;  // x [M, K]
   Matrix<const scalar_t> thin;   // w [R, K] or dz [M, R]
   Matrix<acc_t> partials;        // [num_splits · M, R] or [num_splits · R, K], which may be padded
   int64_t rows_per_split;        // of partials: M or R
-  MaskGroups groups;
+  DropoutGroups groups;
   acc_t scale;  // of what is masked
   Dropout dropout;
   int num_rank_tiles;
@@ -76,9 +63,9 @@ struct MaskedProductParams {
 namespace detail {
 
 // Sums of the two units that lie in one half of a rank tile: a warp owns 16 rows of one unit.
-template <class Number, int kHalf>
-struct HalfSum : Accumulator<Number, 64, 2 * kUnitCols, 4, 2> {
-  using Base = Accumulator<Number, 64, 2 * kUnitCols, 4, 2>;
+template <class Compute, int kHalf>
+struct HalfSum : Accumulator<Compute, 64, 2 * kUnitCols, 4, 2> {
+  using Base = Accumulator<Compute, 64, 2 * kUnitCols, 4, 2>;
   static constexpr int kFirstUnit = 2 * kHalf;
 
   static __device__ __forceinline__ int first_col(int thread) {
@@ -87,12 +74,12 @@ struct HalfSum : Accumulator<Number, 64, 2 * kUnitCols, 4, 2> {
   static __device__ __forceinline__ int unit(int thread) { return first_col(thread) / kUnitCols; }
 };
 
-template <class Number>
-struct MaskedSum {
-  static constexpr int kThreads = HalfSum<Number, 0>::kThreads;
+template <class Compute>
+struct UnitSums {
+  static constexpr int kThreads = HalfSum<Compute, 0>::kThreads;
 
-  HalfSum<Number, 0> low;
-  HalfSum<Number, 1> high;
+  HalfSum<Compute, 0> low;
+  HalfSum<Compute, 1> high;
 
   // As Accumulator's.
   template <class F>
@@ -106,13 +93,13 @@ struct MaskedSum {
 
 }  // namespace detail
 
-template <class Number_, class Op_>
-struct MaskedProductTraits {
-  using Number = Number_;
+template <class Compute_, class Op_>
+struct DropoutProductTraits {
+  using Compute = Compute_;
   using Op = Op_;
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  using Params = MaskedProductParams<Number, Op>;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  using Params = DropoutProductParams<Compute, Op>;
   static constexpr int kBlockOuter = 64;
   static constexpr int kRankTile = 64;
   static constexpr int kUnits = kRankTile / kUnitCols;
@@ -124,7 +111,7 @@ struct MaskedProductTraits {
                          kLargeAlongRows ? kBlockOuter : kDepth>;
   using ThinTile =
       Tile<scalar_t, kThinAlongRows ? kDepth : kRankTile, kThinAlongRows ? kRankTile : kDepth>;
-  using Sum = detail::MaskedSum<Number>;
+  using Sum = detail::UnitSums<Compute>;
   using LargeStream = TileStream<Sum::kThreads, LargeTile, const scalar_t, kLargeAlongRows>;
   using ThinStream = TileStream<Sum::kThreads, ThinTile, const scalar_t, kThinAlongRows>;
   template <class T>
@@ -146,19 +133,19 @@ namespace detail {
 
 // The masks that a block's units see, and their masked copies.
 template <class Traits>
-struct MaskedCopies {
+struct DroppedCopies {
   using LargeTile = typename Traits::LargeTile;
   using scalar_t = typename Traits::scalar_t;
   static constexpr int kPerChunk = LargeTile::kPerChunk;
 
-  MaskGroups groups;
+  DropoutGroups groups;
   int first_rank;             // of the block
   int first_mask, num_masks;  // of consecutive masks
   unsigned char* bytes;
   uint64_t seed;
 
-  __device__ __forceinline__ MaskedCopies(const typename Traits::Params& params, int first_col,
-                                          unsigned char* shared)
+  __device__ __forceinline__ DroppedCopies(const typename Traits::Params& params, int first_col,
+                                           unsigned char* shared)
       : groups(params.groups), first_rank(first_col), bytes(shared) {
     const int end = first_rank + Traits::kRankTile;
     const int last = (end < groups.num_cols ? end : groups.num_cols) - kUnitCols;
@@ -173,7 +160,7 @@ struct MaskedCopies {
 
   // Bits of the chunks of a row of R that lie in the columns that see a copy.
   __device__ __forceinline__ uint32_t chunks_of(int copy) const {
-    const int group = groups.num_unmasked + (first_mask + copy) * groups.group_cols - first_rank;
+    const int group = groups.num_router_cols + (first_mask + copy) * groups.group_cols - first_rank;
     const int first = group < 0 ? 0 : group;
     const int end = group + groups.group_cols;
     const int size = (end < Traits::kRankTile ? end : Traits::kRankTile) - first;
@@ -197,7 +184,7 @@ __device__ __forceinline__ uint32_t nonzero_chunks(const TileT& tile, int row, i
 
 // This thread's chunks of a step's tile of L, masked, into every copy.
 template <class Traits>
-__device__ __forceinline__ void fill_copies(const MaskedCopies<Traits>& copies,
+__device__ __forceinline__ void fill_copies(const DroppedCopies<Traits>& copies,
                                             const typename Traits::LargeTile& large,
                                             const typename Traits::ThinTile& thin,
                                             const Dropout& dropout, int64_t first_row,
@@ -244,16 +231,15 @@ __device__ __forceinline__ void fill_copies(const MaskedCopies<Traits>& copies,
 }  // namespace detail
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    masked_product_kernel(typename Traits::Params params) {
+__device__ __forceinline__ void dropout_product(const typename Traits::Params& params) {
   using Op = typename Traits::Op;
   using acc_t = typename Traits::acc_t;
   constexpr int kStages = Traits::kStages;
   const int thread = static_cast<int>(threadIdx.x);
   const detail::ThinProductBlock<Traits> block(params);
   const detail::ThinProductStages<Traits> stages{dynamic_shared_memory()};
-  const detail::MaskedCopies<Traits> copies(params, block.first_rank,
-                                            stages.bytes + kStages * Traits::kStageBytes);
+  const detail::DroppedCopies<Traits> copies(params, block.first_rank,
+                                             stages.bytes + kStages * Traits::kStageBytes);
 
   typename Traits::LargeStream large(params.large, block.large_row(0), block.large_col(0), thread);
   typename Traits::ThinStream thin(
@@ -313,16 +299,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
-template <class Number, class Op>
-void launch_masked_product(const char* name, const ThinProductPlan& plan,
-                           MaskedProductParams<Number, Op> params, Stream stream) {
-  using Traits = MaskedProductTraits<Number, Op>;
+// launch(Traits{}, shape of the launch, params) for the kernel that the plan names.
+template <class Compute, class Op, class F>
+void launch_dropout_product(const ThinProductPlan& plan, DropoutProductParams<Compute, Op> params,
+                            F launch) {
+  using Traits = DropoutProductTraits<Compute, Op>;
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
-  launch_kernel(name, masked_product_kernel<Traits>,
-                {static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
-                 static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads, Traits::kSharedBytes},
-                params, stream);
+  launch(Traits{},
+         LaunchShape{static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
+                     static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads,
+                     Traits::kSharedBytes},
+         params);
 }
 
 }  // namespace lowrank_ext::cuda

@@ -11,7 +11,7 @@ namespace lowrank_ext::cuda {
 
 // A warp's Philox calls: kPieces neighbouring lanes share a row of its 16.
 template <class Sum>
-struct MaskedTile {
+struct DropoutTile {
   static constexpr int kPieces = Sum::kPiecesN;
   static constexpr int kRowsPerRound = kWarpSize / kPieces;
   static constexpr int kRounds = 16 / kRowsPerRound;
@@ -25,7 +25,7 @@ template <class Sum, class RowOf>
 __device__ __forceinline__ uint32_t draw_tile(const Dropout& dropout, uint64_t seed, RowOf row_of,
                                               int64_t first_col, uint32_t mask, uint32_t rows,
                                               int lane) {
-  using Tile = MaskedTile<Sum>;
+  using Tile = DropoutTile<Sum>;
   const int64_t col = first_col + 8 * (lane % Tile::kPieces);
   uint32_t word = 0;
 #pragma unroll 1  // draws are long
@@ -42,8 +42,8 @@ __device__ __forceinline__ uint32_t draw_tile(const Dropout& dropout, uint64_t s
 template <class Sum>
 __device__ __forceinline__ void add_kept(Sum& sum, const Sum& part, typename Sum::acc_t scale,
                                          uint32_t word, int lane) {
-  constexpr int kPieces = MaskedTile<Sum>::kPieces;
-  constexpr int kRowsPerRound = MaskedTile<Sum>::kRowsPerRound;
+  constexpr int kPieces = DropoutTile<Sum>::kPieces;
+  constexpr int kRowsPerRound = DropoutTile<Sum>::kRowsPerRound;
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll

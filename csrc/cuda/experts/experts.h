@@ -6,13 +6,14 @@
 #pragma once
 
 #include "common/tensors.h"
+#include "experts/kernels.h"
 #include "experts/plan_experts.h"
 #include "ops/moe_lowrank_add.h"
 
 namespace lowrank_ext::cuda {
 
 // A dense tensor of any shape as rows of its last dimension.
-inline Any rows_of(const Tensor& tensor) {
+inline MatrixRef rows_of(const Tensor& tensor) {
   const int64_t num_cols = tensor.size(tensor.dim() - 1);
   return {tensor.data_ptr(), element_type(tensor.scalar_type()),
           num_cols == 0 ? 0 : tensor.numel() / num_cols, num_cols, num_cols};
@@ -21,7 +22,7 @@ inline Any rows_of(const Tensor& tensor) {
 // What both passes know about the call.
 struct ExpertCall {
   ScalarType input;
-  NumberKind kind;
+  ComputeType compute_type;
   DropoutArgs dropout;
   bool shared_dropout;
   int64_t num_experts, rank, top_k, in_features, out_features;
@@ -33,7 +34,7 @@ struct ExpertCall {
   ExpertCall(const ExpertArgs& args, const Tensor& like)
       : input(like.scalar_type()),
         // Products of fp32 decide the routing: never in TF32.
-        kind(number_kind(input, /*allow_tf32=*/false)),
+        compute_type(compute_type_of(input, /*allow_tf32=*/false)),
         dropout(dropout_of(args.dropout_p, args.seed)),
         shared_dropout(args.shared_dropout),
         num_experts(args.num_experts()),
@@ -52,11 +53,10 @@ struct ExpertCall {
   int64_t num_h_cols() const { return num_experts * rank; }
   ExpertPlan plan() const {
     if (fixed_expert_plan) return *fixed_expert_plan;
-    return plan_experts(
-        {num_experts, rank, top_k, element_size(input), drops(), drops() && !shared_dropout});
+    return plan_experts({num_experts, rank, top_k, element_size(input), drops(), shared_dropout});
   }
   ExpertRouting routing(const RoutingTensors& tensors) const {
-    return {any(tensors.router_probs), any(tensors.topk_weights),
+    return {ref(tensors.router_probs), ref(tensors.topk_weights),
             data_of<int64_t>(tensors.topk_ids), data_of<int64_t>(tensors.expert_counts),
             data_of<const bool>(token_mask)};
   }
@@ -64,17 +64,17 @@ struct ExpertCall {
 
 // All [M, …] matrices.
 struct ExpertForward {
-  Any x, base;
+  MatrixRef x, base;
   ExpertRouting routing;
-  Any balance_loss, y, h;
+  MatrixRef balance_loss, y, h;
 };
 
 struct ExpertBackward {
   ExpertNeeds needs;
-  Any dout, x, h;  // x and h where needed
+  MatrixRef dout, x, h;  // x and h where needed
   ExpertRouting routing;
-  Any dbalance_loss;                         // absent: none
-  Any dx, drouter_weight, dlora_a, dlora_b;  // absent where not needed
+  MatrixRef dbalance_loss;                         // absent: none
+  MatrixRef dx, drouter_weight, dlora_a, dlora_b;  // absent where not needed
 
   bool need_g() const { return needs.gates() || needs.dlora_a; }
 };

@@ -4,7 +4,7 @@
 // expert without tokens is not read and gets zeros for gradients.
 //
 // On the way back to features, in y and dx, a token's experts meet. There a block owns tokens, not
-// slots, and adds up their experts in ascending order (expert_expand.cuh): y and dx are written
+// slots, and adds up their experts in ascending order (grouped_expand.cuh): y and dx are written
 // once, no [M k, N] product exists, and the order of a sum depends on its token only. Tokens are
 // taken in an order in which neighbours chose the same experts, so that a block meets few.
 //
@@ -18,21 +18,24 @@
 #include <tuple>
 
 #include "experts/experts.h"
+#include "lowrank/kernels.h"
+#include "routing/kernels.h"
+#include "segments/kernels.h"
 
 namespace lowrank_ext::cuda {
 namespace {
 
 // lora_a or lora_b, or their gradients: a matrix for each expert.
-AnyStack stack_of_experts(const Any& rows, int64_t num_experts) {
-  AnyStack stack{rows, num_experts, 0};
+StackRef stack_of_experts(const MatrixRef& rows, int64_t num_experts) {
+  StackRef stack{rows, num_experts, 0};
   stack.first.num_rows = rows.num_rows / num_experts;
   stack.group_stride = stack.first.num_rows * rows.row_stride;
   return stack;
 }
 
 // A dense [E, rows, cols] tensor.
-AnyStack stack_of_experts(const Tensor& tensor) {
-  Any rows = rows_of(tensor);
+StackRef stack_of_experts(const Tensor& tensor) {
+  MatrixRef rows = rows_of(tensor);
   rows.num_rows = tensor.size(0) * tensor.size(1);  // also where it has no columns
   return stack_of_experts(rows, tensor.size(0));
 }
@@ -42,8 +45,8 @@ AnyStack stack_of_experts(const Tensor& tensor) {
 // not known here.
 class Weights {
  public:
-  Any router_weight;
-  AnyStack lora_a, lora_b;
+  MatrixRef router_weight;
+  StackRef lora_a, lora_b;
 
   // Only those asked for.
   Weights(const ExpertCall& call, bool router, bool a, bool b, Workspace& workspace)
@@ -62,11 +65,11 @@ class Weights {
     const int64_t row_bytes = tensor.size(tensor.dim() - 1) * element_size(call_.input);
     return tensor.numel() == 0 || (tensor.scalar_type() == call_.input && row_bytes % 16 == 0);
   }
-  void take(const Tensor& tensor, Any& matrix) {
-    matrix = any(tensor);
-    if (!is_readable(tensor)) copies_.add(Any{matrix}, 1, matrix);
+  void take(const Tensor& tensor, MatrixRef& matrix) {
+    matrix = ref(tensor);
+    if (!is_readable(tensor)) copies_.add(MatrixRef{matrix}, 1, matrix);
   }
-  void take(const Tensor& tensor, AnyStack& stack) {
+  void take(const Tensor& tensor, StackRef& stack) {
     stack = stack_of_experts(tensor);
     if (is_readable(tensor)) return;
     copies_.add(rows_of(tensor), 1, stack.first);
@@ -98,7 +101,7 @@ class Orders {
               num_slots,
               call.num_experts,
               static_cast<int>(call.top_k),
-              !call.shared_dropout};
+              call.shared_dropout};
     choices = {nullptr, nullptr, num_tokens, call.top_k};
   }
 
@@ -128,20 +131,20 @@ class Orders {
   int64_t slots_, offsets_, tokens_, scratch_;
 };
 
-ZPartials placed(const PartialSumsWorkspace& sums, int64_t offset, const Workspace& workspace) {
+PartialSums placed(const PartialSumsSize& sums, int64_t offset, const Workspace& workspace) {
   return {workspace.at(offset), sums.num_splits, sums.row_stride};
 }
 
 }  // namespace
 
 void forward_grouped(const ExpertCall& call, const ExpertForward& pass, const Tensor& like) {
-  const auto& [kind, device] = std::tie(call.kind, call.device);
+  const auto& [compute_type, device] = std::tie(call.compute_type, call.device);
   const int64_t num_rows = pass.x.num_rows, num_slots = num_rows * call.top_k;
-  const PartialSumsWorkspace z_sizes = lowrank_down_partials_workspace(
-      kind, num_rows, call.in_features, call.num_experts, device.num_sms);
-  const PartialSumsWorkspace h_sizes = segment_down_partials_workspace(
-      kind, num_slots, call.num_experts, call.in_features, call.rank, device.num_sms);
-  const auto logits = ExpertColumns::packed(static_cast<int>(call.num_experts), /*rank=*/0);
+  const PartialSumsSize z_sizes = lowrank_down_partials_workspace(
+      compute_type, num_rows, call.in_features, call.num_experts, device.num_sms);
+  const PartialSumsSize h_sizes = segment_down_partials_workspace(
+      compute_type, num_slots, call.num_experts, call.in_features, call.rank, device.num_sms);
+  const auto logits = DenseColumns::packed(static_cast<int>(call.num_experts), /*rank=*/0);
 
   Workspace workspace;
   Weights weights(call, true, true, true, workspace);
@@ -152,23 +155,25 @@ void forward_grouped(const ExpertCall& call, const ExpertForward& pass, const Te
   const int64_t h_offset = workspace.reserve(h_sizes.bytes);
   const ScratchMatrix gated_scratch = reserve_matrix(workspace, call.input, num_slots, call.rank);
   workspace.allocate(like);
-  const ZPartials z = placed(z_sizes, z_offset, workspace);
-  const ZPartials h = placed(h_sizes, h_offset, workspace);
-  const Any gated = placed(gated_scratch, workspace);
+  const PartialSums z = placed(z_sizes, z_offset, workspace);
+  const PartialSums h = placed(h_sizes, h_offset, workspace);
+  const MatrixRef gated = placed(gated_scratch, workspace);
 
   if (num_rows > 0) {
     weights.round();
-    lowrank_down_partials(kind, pass.x, weights.router_weight, z, device);
+    lowrank_down_partials(compute_type, pass.x, weights.router_weight, z, device);
   }
   // Without rows too: then counts and loss are zero.
-  moe_gate(kind, logits, z, pass.routing, pass.balance_loss, Any{}, Any{},
+  moe_gate(compute_type, logits, z, pass.routing, pass.balance_loss, MatrixRef{}, MatrixRef{},
            workspace.at(gate_offset), device);
   if (num_rows == 0) return;
   orders.order_slots_of(pass.routing.ids);
   orders.order_tokens_of(pass.routing.ids);
-  segment_down_partials(kind, orders.groups, pass.x, weights.lora_a, call.dropout, h, device);
-  moe_slots(kind, h, pass.routing, pass.h, gated, device);
-  expert_up(kind, orders.choices, pass.base, gated, weights.lora_b, call.scaling, pass.y, device);
+  segment_down_partials(compute_type, orders.groups, pass.x, weights.lora_a, call.dropout, h,
+                        device);
+  grouped_gate(compute_type, h, pass.routing, pass.h, gated, device);
+  grouped_up(compute_type, orders.choices, pass.base, gated, weights.lora_b, call.scaling, pass.y,
+             device);
 }
 
 namespace {
@@ -180,24 +185,25 @@ class GroupedUpBackward {
       : call_(call),
         pass_(pass),
         workspace_(workspace),
-        g_sizes_(segment_down_partials_workspace(call.kind, num_slots(), call.num_experts,
+        g_sizes_(segment_down_partials_workspace(call.compute_type, num_slots(), call.num_experts,
                                                  call.out_features, call.rank,
                                                  call.device.num_sms)),
         gated_(reserve_matrix(workspace, call.input, if_needed(pass.needs.dlora_b, num_slots()),
                               call.rank)),
         g_offset_(workspace.reserve(if_needed(pass.need_g(), g_sizes_.bytes))) {}
 
-  SlotGradient run(const RowGroups& groups, const AnyStack& lora_b) const {
+  SlotGradient run(const RowGroups& groups, const StackRef& lora_b) const {
     if (pass_.needs.dlora_b) {
-      const Any gated = cuda::placed(gated_, workspace_);
-      moe_slots_h(call_.kind, pass_.routing, pass_.h, gated, call_.device);
-      segment_up_backward_lora_b(call_.kind, groups, pass_.dout, gated, Any{}, call_.scaling,
-                                 stack_of_experts(pass_.dlora_b, call_.num_experts), call_.device);
+      const MatrixRef gated = cuda::placed(gated_, workspace_);
+      grouped_apply_gates(call_.compute_type, pass_.routing, pass_.h, gated, call_.device);
+      segment_up_backward_lora_b(call_.compute_type, groups, pass_.dout, gated, MatrixRef{},
+                                 call_.scaling, stack_of_experts(pass_.dlora_b, call_.num_experts),
+                                 call_.device);
     }
     const SlotGradient g{placed(g_sizes_, g_offset_, workspace_), /*by_slot=*/true};
     if (pass_.need_g())
-      segment_up_backward_partials(call_.kind, groups, pass_.dout, lora_b, call_.scaling, g.sums,
-                                   call_.device);
+      segment_up_backward_partials(call_.compute_type, groups, pass_.dout, lora_b, call_.scaling,
+                                   g.sums, call_.device);
     return g;
   }
 
@@ -207,7 +213,7 @@ class GroupedUpBackward {
   const ExpertCall& call_;
   const ExpertBackward& pass_;
   const Workspace& workspace_;
-  const PartialSumsWorkspace g_sizes_;
+  const PartialSumsSize g_sizes_;
   const ScratchMatrix gated_;
   const int64_t g_offset_;
 };
@@ -220,8 +226,8 @@ class DenseUpBackward {
         pass_(pass),
         workspace_(workspace),
         columns_(
-            ExpertColumns::packed(static_cast<int>(call.num_experts), static_cast<int>(call.rank))),
-        sizes_(lowrank_up_backward_workspace(call.kind, num_rows(), call.out_features,
+            DenseColumns::packed(static_cast<int>(call.num_experts), static_cast<int>(call.rank))),
+        sizes_(lowrank_up_backward_workspace(call.compute_type, num_rows(), call.out_features,
                                              call.num_h_cols(), pass.need_g(), pass.needs.dlora_b,
                                              call.device.num_sms)),
         up_(reserve_matrix(workspace, call.input, call.out_features, call.num_h_cols())),
@@ -236,18 +242,19 @@ class DenseUpBackward {
 
   SlotGradient run() const {
     const bool need_p = pass_.needs.dlora_b;
-    const Any up = cuda::placed(up_, workspace_);
-    const Any gated = need_p ? cuda::placed(gated_, workspace_) : Any{};
-    const Any dup = need_p ? cuda::placed(dup_, workspace_) : Any{};
+    const MatrixRef up = cuda::placed(up_, workspace_);
+    const MatrixRef gated = need_p ? cuda::placed(gated_, workspace_) : MatrixRef{};
+    const MatrixRef dup = need_p ? cuda::placed(dup_, workspace_) : MatrixRef{};
     const GPartials g{pass_.need_g() ? workspace_.at(g_offset_) : nullptr, sizes_.num_g_splits};
-    stack_experts(call_.kind, columns_, rows_of(call_.router_weight), rows_of(call_.lora_a),
-                  rows_of(call_.lora_b), Any{}, up, call_.device);
-    if (need_p) moe_gate_h(call_.kind, columns_, pass_.routing, pass_.h, gated, call_.device);
-    lowrank_up_backward(call_.kind, pass_.dout, gated, Mid{}, up, Any{}, call_.scaling, g,
-                        workspace_.at(p_offset_), dup, Any{}, call_.device);
+    dense_stack(call_.compute_type, columns_, rows_of(call_.router_weight), rows_of(call_.lora_a),
+                rows_of(call_.lora_b), MatrixRef{}, up, call_.device);
     if (need_p)
-      unstack_experts(call_.kind, columns_, Any{}, 0, dup, Any{}, Any{}, pass_.dlora_b,
-                      call_.device);
+      dense_apply_gates(call_.compute_type, columns_, pass_.routing, pass_.h, gated, call_.device);
+    lowrank_up_backward(call_.compute_type, pass_.dout, gated, Mid{}, up, MatrixRef{},
+                        call_.scaling, g, workspace_.at(p_offset_), dup, MatrixRef{}, call_.device);
+    if (need_p)
+      dense_unstack(call_.compute_type, columns_, MatrixRef{}, 0, dup, MatrixRef{}, MatrixRef{},
+                    pass_.dlora_b, call_.device);
     return {{g.data, g.num_splits, call_.num_h_cols()}, /*by_slot=*/false};
   }
 
@@ -258,7 +265,7 @@ class DenseUpBackward {
   const ExpertCall& call_;
   const ExpertBackward& pass_;
   const Workspace& workspace_;
-  const ExpertColumns columns_;
+  const DenseColumns columns_;
   const UpBackwardWorkspace sizes_;
   const ScratchMatrix up_, gated_, dup_;
   const int64_t g_offset_, p_offset_;
@@ -276,23 +283,26 @@ class DownBackward {
         dh_(reserve_matrix(workspace, call.input, num_rows() * call.top_k, call.rank)),
         router_offset_(workspace.reserve(if_needed(
             pass.needs.drouter_weight,
-            lowrank_down_backward_workspace_bytes(call.kind, num_rows(), call.in_features,
+            lowrank_down_backward_workspace_bytes(call.compute_type, num_rows(), call.in_features,
                                                   call.num_experts, call.device.num_sms)))) {}
 
   void run(const SlotGradient& g, const Orders& orders, const Weights& weights) const {
-    const auto& [kind, device, needs] = std::tie(call_.kind, call_.device, pass_.needs);
-    const Any dh = cuda::placed(dh_, workspace_);
-    const Any dlogits = needs.gates() ? cuda::placed(dlogits_, workspace_) : Any{};
-    moe_slots_backward(kind, g, pass_.routing, pass_.dbalance_loss, pass_.h, dlogits, dh, device);
+    const auto& [compute_type, device, needs] =
+        std::tie(call_.compute_type, call_.device, pass_.needs);
+    const MatrixRef dh = cuda::placed(dh_, workspace_);
+    const MatrixRef dlogits = needs.gates() ? cuda::placed(dlogits_, workspace_) : MatrixRef{};
+    grouped_gate_backward(compute_type, g, pass_.routing, pass_.dbalance_loss, pass_.h, dlogits, dh,
+                          device);
     if (needs.dlora_a)
-      segment_down_backward_lora_a(kind, orders.groups, dh, pass_.x, call_.dropout,
+      segment_down_backward_lora_a(compute_type, orders.groups, dh, pass_.x, call_.dropout,
                                    stack_of_experts(pass_.dlora_a, call_.num_experts), device);
     if (needs.drouter_weight)
-      lowrank_down_backward_lora_a(kind, dlogits, pass_.x, DropoutArgs{}, pass_.drouter_weight,
-                                   workspace_.at(router_offset_), device);
+      lowrank_down_backward_lora_a(compute_type, dlogits, pass_.x, DropoutArgs{},
+                                   pass_.drouter_weight, workspace_.at(router_offset_), device);
     if (needs.dx)
-      expert_down_backward_x(kind, orders.choices, dlogits, weights.router_weight, dh,
-                             weights.lora_a, call_.shared_dropout, call_.dropout, pass_.dx, device);
+      grouped_down_backward_x(compute_type, orders.choices, dlogits, weights.router_weight, dh,
+                              weights.lora_a, call_.shared_dropout, call_.dropout, pass_.dx,
+                              device);
   }
 
  private:

@@ -12,7 +12,7 @@
 //
 // Two sums lie in registers, in acc_t: that of the expert and that of all before it. The first is
 // added to the second by the tokens that chose the expert only, through their mask, which the warp
-// draws again (masked_sum.cuh). So nothing spreads from an expert to a token that did not choose
+// draws again (dropout_sum.cuh). So nothing spreads from an expert to a token that did not choose
 // it, and a token's bits do not depend on its neighbours. The epilogue is segment_up.cuh's: whole
 // chunks, where the rows lie, base loaded a tile ahead.
 //
@@ -22,25 +22,25 @@
 // elements of 2 bytes, 58 with 4 and 90 with 8.
 #pragma once
 
-#include "lowrank/expand.cuh"
 #include "experts/dropout_sum.cuh"
+#include "lowrank/expand.cuh"
 #include "segments/segment_up.cuh"
 
 namespace lowrank_ext::cuda {
 
-struct ExpertUpOp {  // right is lora_b [E, N, r]
+struct GroupedUpOp {  // right is lora_b [E, N, r]
   static constexpr Contraction kRightContraction = Contraction::kAlongColumns;
   static constexpr bool kIsBackward = false;
 };
-struct ExpertDownBackwardXOp {  // right is lora_a [E, r, K], and the router's [E, K]
+struct GroupedDownBackwardXOp {  // right is lora_a [E, r, K], and the router's [E, K]
   static constexpr Contraction kRightContraction = Contraction::kAlongRows;
   static constexpr bool kIsBackward = true;  // masks and a router, no base
 };
 
-template <class Number>
-struct ExpertExpandParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+template <class Compute>
+struct GroupedExpandParams {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<const int64_t> tokens;          // [1, M]
   Matrix<const int64_t> ids;             // [M, k]
@@ -75,11 +75,11 @@ struct ExpertExpandParams {
   }
 };
 
-template <class Number, class Shape, class Op>
-struct ExpertExpandTraits : ExpandTraits<Number, Shape, Op> {
-  using Base = ExpandTraits<Number, Shape, Op>;
-  using Params = ExpertExpandParams<Number>;
-  using scalar_t = typename Number::scalar_t;
+template <class Compute, class Shape, class Op>
+struct GroupedExpandTraits : ExpandTraits<Compute, Shape, Op> {
+  using Base = ExpandTraits<Compute, Shape, Op>;
+  using Params = GroupedExpandParams<Compute>;
+  using scalar_t = typename Compute::scalar_t;
   using RightTile = typename Base::RightTile;
   using Base::kBlockRows, Base::kRankTile, Base::kStagingBytes, Base::kThreads;
   static_assert(kRankTile == 16);
@@ -271,8 +271,7 @@ struct ExpertWalk {
 
 // Block (x, y): tokens x · kBlockRows … of the order, column tiles y · col_tiles_per_block ….
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    expert_expand_kernel(const typename Traits::Params params) {
+__device__ __forceinline__ void grouped_expand(const typename Traits::Params& params) {
   using Sum = typename Traits::Sum;
   using Staging = typename Traits::Staging;
   using Op = typename Traits::Op;
@@ -345,9 +344,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
+// y in the forward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    grouped_up_kernel(const typename Traits::Params params) {
+  grouped_expand<Traits>(params);
+}
+
+// dx in the backward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    grouped_down_backward_x_kernel(const typename Traits::Params params) {
+  grouped_expand<Traits>(params);
+}
+
 // ---- plan
 
-struct ExpertExpandPlan {
+struct GroupedExpandPlan {
   int block_rows;  // 128 or 16
   int col_tiles_per_block;
   int64_t num_row_blocks, num_col_blocks;
@@ -357,7 +370,7 @@ struct ExpertExpandPlan {
 namespace detail {
 
 template <class F>
-void with_expert_expand_shape(int block_rows, F f) {
+void with_grouped_expand_shape(int block_rows, F f) {
   if (block_rows == 16) return f(ExpandShape<1, 2, 16>{});
   return f(ExpandShape<8, 1, 16>{});
 }
@@ -366,20 +379,20 @@ void with_expert_expand_shape(int block_rows, F f) {
 
 // As plan_expand: few tokens (decoding), and so many choices that those of 128 tokens have no room,
 // take blocks of 16.
-template <class Number, class Op>
-ExpertExpandPlan plan_expert_expand(int64_t num_tokens, int64_t num_cols, int num_experts,
-                                    int top_k, int num_sms) {
+template <class Compute, class Op>
+GroupedExpandPlan plan_grouped_expand(int64_t num_tokens, int64_t num_cols, int num_experts,
+                                      int top_k, int num_sms) {
   constexpr int64_t kFewTokens = 64;
-  ExpertExpandPlan plan{};
+  GroupedExpandPlan plan{};
   plan.block_rows = num_tokens <= kFewTokens ? 16 : 128;
-  detail::with_expert_expand_shape(128, [&](auto shape) {
-    using Traits = ExpertExpandTraits<Number, decltype(shape), Op>;
+  detail::with_grouped_expand_shape(128, [&](auto shape) {
+    using Traits = GroupedExpandTraits<Compute, decltype(shape), Op>;
     if (Traits::shared_bytes(num_experts, top_k) > detail::kMaxBlockSharedBytes)
       plan.block_rows = 16;
   });
   plan.num_row_blocks = (num_tokens + plan.block_rows - 1) / plan.block_rows;
-  detail::with_expert_expand_shape(plan.block_rows, [&](auto shape) {
-    using Traits = ExpertExpandTraits<Number, decltype(shape), Op>;
+  detail::with_grouped_expand_shape(plan.block_rows, [&](auto shape) {
+    using Traits = GroupedExpandTraits<Compute, decltype(shape), Op>;
     const int64_t num_col_tiles = (num_cols + Traits::kBlockCols - 1) / Traits::kBlockCols;
     plan.shared_bytes = Traits::shared_bytes(num_experts, top_k);
     if (num_tokens == 0 || num_cols == 0) return;
@@ -390,19 +403,22 @@ ExpertExpandPlan plan_expert_expand(int64_t num_tokens, int64_t num_cols, int nu
   return plan;
 }
 
-template <class Number, class Op>
-void launch_expert_expand(const char* name, ExpertExpandParams<Number> params, int num_sms,
-                          Stream stream) {
-  const ExpertExpandPlan plan = plan_expert_expand<Number, Op>(
+template <class Compute, class Op>
+void launch_grouped_expand(GroupedExpandParams<Compute> params, int num_sms, Stream stream) {
+  const GroupedExpandPlan plan = plan_grouped_expand<Compute, Op>(
       params.out.num_rows, params.out.num_cols, params.num_experts(), params.top_k(), num_sms);
   params.col_tiles_per_block = plan.col_tiles_per_block;
-  detail::with_expert_expand_shape(plan.block_rows, [&](auto shape) {
-    using Traits = ExpertExpandTraits<Number, decltype(shape), Op>;
-    launch_kernel(
-        name, expert_expand_kernel<Traits>,
-        {static_cast<unsigned>(plan.num_row_blocks), static_cast<unsigned>(plan.num_col_blocks), 1,
-         Traits::kThreads, static_cast<size_t>(plan.shared_bytes)},
-        params, stream);
+  detail::with_grouped_expand_shape(plan.block_rows, [&](auto shape) {
+    using Traits = GroupedExpandTraits<Compute, decltype(shape), Op>;
+    const LaunchShape launch_shape{static_cast<unsigned>(plan.num_row_blocks),
+                                   static_cast<unsigned>(plan.num_col_blocks), 1, Traits::kThreads,
+                                   static_cast<size_t>(plan.shared_bytes)};
+    if constexpr (Op::kIsBackward) {
+      launch_kernel("grouped_down_backward_x", &grouped_down_backward_x_kernel<Traits>,
+                    launch_shape, params, stream);
+    } else {
+      launch_kernel("grouped_up", &grouped_up_kernel<Traits>, launch_shape, params, stream);
+    }
   });
 }
 

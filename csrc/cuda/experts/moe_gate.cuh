@@ -1,12 +1,12 @@
 // What happens between the two projections of the dense form of moe_lowrank_add, on [M, R] matrices
-// only. The columns of z = x Wᵀ are the router's logits and every expert's h (expert_columns.h);
+// only. The columns of z = x Wᵀ are the router's logits and every expert's h (dense_columns.h);
 // they come as partial sums, so that logits are never rounded to x's type.
 //
 //     moe_gate           sums z's splits in their order; per row softmax, top-k (routing.cuh) and
 //                        the chosen experts' weights; h [M, E r] where chosen and exact zeros
 //                        elsewhere, and gated = weight · h
 //     balance            tokens per expert and the loss, from each block's part (balance.cuh)
-//     moe_gate_h         gated again, for the backward
+//     dense_apply_gates         gated again, for the backward
 //     moe_gate_backward  from G's splits, G = scaling · dout lora_b: per choice
 //                            dweight_j = Σ_r G[e_j r] h[e_j r]
 //                            dlogit_i  = p_i (b_i - Σ p b) + [i = e_j] w_j (dweight_j - Σ w dweight)
@@ -16,9 +16,9 @@
 // In the grouped form z has the router's columns only, and what belongs to an expert has a row for
 // each slot (token m's choice j is slot m k + j):
 //
-//     moe_slots          from the sums of the slots' h [M k, r], also split: h [M, E r] with zeros
+//     grouped_gate          from the sums of the slots' h [M k, r], also split: h [M, E r] with zeros
 //                        elsewhere and gated [M k, r]
-//     moe_slots_h        gated again, from h [M, E r]
+//     grouped_apply_gates        gated again, from h [M, E r]
 //     moe_gate_backward  G may have a row for each slot; dlogits [M, E] and dh [M k, r] apart
 //
 // A row is worked on by a group of 8, 16 or 32 lanes, enough for an expert each, and a block of 256
@@ -34,9 +34,9 @@
 
 #include <algorithm>
 
-#include "routing/balance.cuh"
-#include "experts/dense_columns.h"
 #include "common/partial_sums.cuh"
+#include "experts/kernels.h"
+#include "routing/balance.cuh"
 #include "routing/topk.cuh"
 
 namespace lowrank_ext::cuda {
@@ -46,8 +46,8 @@ namespace lowrank_ext::cuda {
 constexpr int kGateThreads = 256;
 
 // 64 registers a thread, except where numbers take two each.
-template <class Number>
-constexpr int kGateMinBlocks = sizeof(typename Number::acc_t) == 8 ? 2 : 4;
+template <class Compute>
+constexpr int kGateMinBlocks = sizeof(typename Compute::acc_t) == 8 ? 2 : 4;
 
 struct GatePlan {
   int lanes;  // of a row
@@ -92,14 +92,28 @@ struct ChoiceTensors {
   }
 };
 
+template <class acc_t>
+ChoiceTensors<acc_t> choices_of(const ExpertRouting& routing) {
+  const MatrixRef& weights = routing.weights;
+  return {dense_matrix<const int64_t>(routing.ids, weights.num_rows, weights.num_cols),
+          matrix_of<const acc_t>(weights)};
+}
+
+// [num_splits · num_rows, num_cols] of the accumulator's type.
+template <class acc_t>
+Matrix<const acc_t> slot_sums(const PartialSums& sums, int64_t num_rows, int64_t num_cols) {
+  return {static_cast<const acc_t*>(sums.data), sums.num_splits * num_rows, num_cols,
+          sums.row_stride, false};
+}
+
 // ---- forward
 
-template <class Number>
+template <class Compute>
 struct GateParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
-  ExpertColumns columns;
+  DenseColumns columns;
   Matrix<const acc_t> z;  // [num_splits · M, R]
   int num_splits;
   Matrix<const bool> token_mask;  // [1, M]: which tokens count; absent: all
@@ -127,17 +141,17 @@ struct GateParams {
 
 namespace detail {
 
-template <class Number>
+template <class Compute>
 struct GateBlock {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
-  const GateParams<Number>& params;
+  const GateParams<Compute>& params;
   LaneGroup group;
   int64_t first_row, row;
   bool inside;
 
-  __device__ __forceinline__ GateBlock(const GateParams<Number>& params, int thread)
+  __device__ __forceinline__ GateBlock(const GateParams<Compute>& params, int thread)
       : params(params), group(LaneGroup::of(thread, params.lanes)) {
     first_row = int64_t{blockIdx.x} * rows_per_block();
     row = first_row + thread / params.lanes;
@@ -194,7 +208,7 @@ struct GateBlock {
 
   __device__ __forceinline__ void write_h() const {
     if (!inside) return;
-    const ExpertColumns& columns = params.columns;
+    const DenseColumns& columns = params.columns;
     const Choices<acc_t> choices{params.ids.at(row, 0), params.weights.at(row, 0),
                                  static_cast<int>(params.ids.num_cols)};
     for (int col = group.lane; col < params.h.num_cols; col += group.lanes) {
@@ -232,11 +246,11 @@ struct GateBlock {
 
 }  // namespace detail
 
-template <class Number>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
-    moe_gate_kernel(GateParams<Number> params) {
+template <class Compute>
+__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Compute>)
+    moe_gate_kernel(GateParams<Compute> params) {
   const int thread = static_cast<int>(threadIdx.x);
-  const detail::GateBlock<Number> block(params, thread);
+  const detail::GateBlock<Compute> block(params, thread);
   if (params.columns.num_experts <= kExpertsPerLane * params.lanes) {
     block.route_registers();
   } else {
@@ -250,10 +264,10 @@ __global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
 
 // ---- backward
 
-template <class Number>
-struct GateHParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+template <class Compute>
+struct DenseApplyGatesParams {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   ChoiceTensors<acc_t> choices;
   Matrix<const scalar_t> h;  // [M, E r]
@@ -268,11 +282,11 @@ struct GateHParams {
   }
 };
 
-template <class Number>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
-    moe_gate_h_kernel(GateHParams<Number> params) {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+template <class Compute>
+__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Compute>)
+    dense_apply_gates_kernel(DenseApplyGatesParams<Compute> params) {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
   const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
   const int64_t num_cols = params.gated.num_cols;
   if (i >= params.gated.num_rows * num_cols) return;
@@ -286,12 +300,12 @@ __global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
   *params.gated.at(row, col) = gated;
 }
 
-template <class Number>
+template <class Compute>
 struct GateBackwardParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
-  ExpertColumns columns;
+  DenseColumns columns;
   Matrix<const acc_t> g;  // [num_splits · M, E r] or, by slot, [num_splits · M k, r]
   int num_splits;
   bool g_by_slot;
@@ -322,17 +336,17 @@ struct GateBackwardParams {
 
 namespace detail {
 
-template <class Number>
+template <class Compute>
 struct GateBackwardRow {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
-  const GateBackwardParams<Number>& params;
+  const GateBackwardParams<Compute>& params;
   LaneGroup group;
   int64_t row;
   bool inside;
 
-  __device__ __forceinline__ GateBackwardRow(const GateBackwardParams<Number>& params, int thread)
+  __device__ __forceinline__ GateBackwardRow(const GateBackwardParams<Compute>& params, int thread)
       : params(params), group(LaneGroup::of(thread, params.lanes)) {
     row = int64_t{blockIdx.x} * (kGateThreads / params.lanes) + thread / params.lanes;
     inside = row < params.choices.ids.num_rows;
@@ -414,7 +428,7 @@ struct GateBackwardRow {
   // Columns from `first` on: weight · G where chosen, zeros elsewhere.
   __device__ __forceinline__ void write_dh(int first) const {
     if (!inside) return;
-    const ExpertColumns& columns = params.columns;
+    const DenseColumns& columns = params.columns;
     for (int col = first + group.lane; col < columns.num_cols; col += group.lanes) {
       const int expert = columns.expert_of(col);
       const int choice = expert < 0 ? -1 : choices().find(expert);
@@ -442,10 +456,10 @@ struct GateBackwardRow {
 
 }  // namespace detail
 
-template <class Number>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
-    moe_gate_backward_kernel(GateBackwardParams<Number> params) {
-  const detail::GateBackwardRow<Number> row(params, static_cast<int>(threadIdx.x));
+template <class Compute>
+__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Compute>)
+    moe_gate_backward_kernel(GateBackwardParams<Compute> params) {
+  const detail::GateBackwardRow<Compute> row(params, static_cast<int>(threadIdx.x));
   if (params.gates) row.write_dlogits();
   if (params.dh) {
     row.write_slots();
@@ -454,89 +468,13 @@ __global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
   }
 }
 
-// ---- slots
-
-template <class Number>
-struct SlotsParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-
-  ChoiceTensors<acc_t> choices;
-  Matrix<const acc_t> sums;  // [num_splits · M k, r]
-  int num_splits, rank;
-  Matrix<scalar_t> h;      // [M, E r]
-  Matrix<scalar_t> gated;  // [M k, r]
-
-  template <class F>
-  void each_tensor(F&& f) const {
-    choices.each_tensor(f);
-    f("partials", sums);
-    f("h", h);
-    f("gated", gated);
-  }
-};
-
-// A thread owns an element of h.
-template <class Number>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
-    moe_slots_kernel(SlotsParams<Number> params) {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
-  if (i >= params.h.num_rows * params.h.num_cols) return;
-  const int64_t row = i / params.h.num_cols;
-  const int col = static_cast<int>(i % params.h.num_cols), r = col % params.rank;
-  const Choices<acc_t> choices = params.choices.of(row);
-  const int choice = choices.find(col / params.rank);
-  scalar_t h = scalar_t(0.0f);
-  if (choice >= 0) {
-    const int64_t slot = row * choices.top_k + choice, num_slots = params.gated.num_rows;
-    h = convert<scalar_t>(sum_partials(params.sums, params.num_splits, num_slots, slot, r));
-    *params.gated.at(slot, r) = convert<scalar_t>(choices.weights[choice] * convert<acc_t>(h));
-  }
-  *params.h.at(row, col) = h;
-}
-
-template <class Number>
-struct SlotsHParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-
-  ChoiceTensors<acc_t> choices;
-  Matrix<const scalar_t> h;  // [M, E r]
-  Matrix<scalar_t> gated;    // [M k, r]
-
-  template <class F>
-  void each_tensor(F&& f) const {
-    choices.each_tensor(f);
-    f("h", h);
-    f("gated", gated);
-  }
-};
-
-// A thread owns an element of gated.
-template <class Number>
-__global__ void __launch_bounds__(kGateThreads, kGateMinBlocks<Number>)
-    moe_slots_h_kernel(SlotsHParams<Number> params) {
-  using acc_t = typename Number::acc_t;
-  const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
-  const int64_t rank = params.gated.num_cols;
-  if (i >= params.gated.num_rows * rank) return;
-  const int64_t slot = i / rank, r = i % rank, top_k = params.choices.ids.num_cols;
-  const int64_t row = slot / top_k, expert = params.choices.of(row).ids[slot % top_k];
-  if (expert < 0 || (expert + 1) * rank > params.h.num_cols) return;
-  const acc_t weight = params.choices.of(row).weights[slot % top_k];
-  *params.gated.at(slot, r) = convert<typename Number::scalar_t>(
-      weight * convert<acc_t>(*params.h.at(row, expert * rank + r)));
-}
-
 // ---- launch
 
-template <class Number>
-void launch_moe_gate(GateParams<Number> params, Stream stream) {
+template <class Compute>
+void launch_moe_gate(GateParams<Compute> params, Stream stream) {
   const GatePlan plan = plan_gate(params.probs.num_rows, params.columns.num_experts);
   params.lanes = plan.lanes;
-  launch_kernel("moe_gate", moe_gate_kernel<Number>,
+  launch_kernel("moe_gate", moe_gate_kernel<Compute>,
                 {static_cast<unsigned>(plan.num_blocks), 1, 1, kGateThreads, 0}, params, stream);
 }
 
@@ -548,27 +486,17 @@ LaunchShape gate_shape(const Matrix<T>& matrix) {
   return {static_cast<unsigned>(num_blocks), 1, 1, kGateThreads, 0};
 }
 
-template <class Number>
-void launch_moe_gate_h(const GateHParams<Number>& params, Stream stream) {
-  launch_kernel("moe_gate_h", moe_gate_h_kernel<Number>, gate_shape(params.gated), params, stream);
+template <class Compute>
+void launch_dense_apply_gates(const DenseApplyGatesParams<Compute>& params, Stream stream) {
+  launch_kernel("dense_apply_gates", dense_apply_gates_kernel<Compute>, gate_shape(params.gated),
+                params, stream);
 }
 
-template <class Number>
-void launch_moe_slots(const SlotsParams<Number>& params, Stream stream) {
-  launch_kernel("moe_slots", moe_slots_kernel<Number>, gate_shape(params.h), params, stream);
-}
-
-template <class Number>
-void launch_moe_slots_h(const SlotsHParams<Number>& params, Stream stream) {
-  launch_kernel("moe_slots_h", moe_slots_h_kernel<Number>, gate_shape(params.gated), params,
-                stream);
-}
-
-template <class Number>
-void launch_moe_gate_backward(GateBackwardParams<Number> params, Stream stream) {
+template <class Compute>
+void launch_moe_gate_backward(GateBackwardParams<Compute> params, Stream stream) {
   const GatePlan plan = plan_gate(params.choices.ids.num_rows, params.columns.num_experts);
   params.lanes = plan.lanes;
-  launch_kernel("moe_gate_backward", moe_gate_backward_kernel<Number>,
+  launch_kernel("moe_gate_backward", moe_gate_backward_kernel<Compute>,
                 {static_cast<unsigned>(plan.num_blocks), 1, 1, kGateThreads, 0}, params, stream);
 }
 

@@ -11,8 +11,8 @@ void moe_lowrank_add_cuda(const ExpertArgs& args, const Tensor& base_out, const 
   const DeviceGuard guard(x.get_device_index());
   const ExpertCall call(args, x);
   const ExpertForward pass{
-      any(x),     any(base_out), call.routing(out.routing), scalar_of(out.balance_loss),
-      any(out.y), any(out.h)};
+      ref(x),     ref(base_out), call.routing(out.routing), scalar_ref(out.balance_loss),
+      ref(out.y), ref(out.h)};
   const auto forward = call.plan().grouped ? forward_grouped : forward_dense;
   forward(call, pass, x);
 }
@@ -23,14 +23,14 @@ void moe_lowrank_add_backward_cuda(const ExpertArgs& args, const ExpertNeeds& ne
   const DeviceGuard guard(dout.get_device_index());
   const ExpertCall call(args, dout);
   const auto needed = [](bool is_needed, const Tensor& gradient) {
-    return is_needed ? rows_of(gradient) : Any{};
+    return is_needed ? rows_of(gradient) : MatrixRef{};
   };
   const ExpertBackward pass{needs,
-                            any(dout),
-                            any(saved.x),
-                            any(saved.h),
+                            ref(dout),
+                            ref(saved.x),
+                            ref(saved.h),
                             call.routing(saved.routing),
-                            dbalance_loss ? scalar_of(*dbalance_loss) : Any{},
+                            dbalance_loss ? scalar_ref(*dbalance_loss) : MatrixRef{},
                             needed(needs.dx, gradients.dx),
                             needed(needs.drouter_weight, gradients.drouter_weight),
                             needed(needs.dlora_a, gradients.dlora_a),

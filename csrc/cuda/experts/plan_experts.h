@@ -23,7 +23,8 @@ namespace lowrank_ext::cuda {
 
 struct ExpertSizes {
   int64_t num_experts, rank, top_k, element_bytes;
-  bool drops, own_masks;  // own_masks: a mask for each expert
+  bool drops;
+  bool shared_dropout;  // one dropout mask for all experts, else one for each
 };
 
 struct ExpertPlan {
@@ -38,23 +39,24 @@ struct ExpertCosts {
   double products_per_pass, tile_cols;
   double h_cols, all_cols, chosen_cols;  // E r; R; k r padded
   double experts, choices, draws;  // draws of a token: k or, of one mask, 1; 0 without dropout
-  bool own_masks;
+  bool drops_by_expert;            // through each expert's own mask
 
   explicit ExpertCosts(const ExpertSizes& sizes) {
     constexpr int64_t kMultiple = 16;
     const auto padded = [](int64_t size) { return (size + kMultiple - 1) / kMultiple * kMultiple; };
-    const auto [num_experts, rank, top_k, element_bytes, drops, own] = sizes;
+    const auto [num_experts, rank, top_k, element_bytes, drops, shared_dropout] = sizes;
+    drops_by_expert = drops && !shared_dropout;
     const bool tensor_cores = element_bytes == 2;
     products_per_pass = (tensor_cores ? 80.0 : 6.0) * element_bytes;
     tile_cols = tensor_cores && !drops ? 128 : 64;
     h_cols = num_experts * rank;
-    const int64_t expert_cols = own ? num_experts * padded(rank) : padded(num_experts * rank);
+    const int64_t expert_cols =
+        drops_by_expert ? num_experts * padded(rank) : padded(num_experts * rank);
     all_cols = drops ? padded(num_experts) + expert_cols : num_experts * (rank + 1);
     chosen_cols = top_k * padded(rank);
     experts = num_experts;
     choices = top_k;
-    draws = !drops ? 0 : own ? top_k : 1;
-    own_masks = own;
+    draws = !drops ? 0 : drops_by_expert ? top_k : 1;
   }
 
   double products(double cols) const { return cols / products_per_pass; }
@@ -72,7 +74,7 @@ struct ExpertCosts {
   double grouped_up_backward() const { return std::max(2 * choices, products(2 * chosen_cols)); }
   double dense() const {
     const double reads = tiles(all_cols, tile_cols), of_all = products(all_cols);
-    const double down = std::max({reads, of_all, own_masks ? experts : draws});
+    const double down = std::max({reads, of_all, drops_by_expert ? experts : draws});
     const double outer = std::max({reads, of_all, draws});
     const double dx = std::max({1.0, of_all, draws});
     const double up = std::max(2.0, products(h_cols));

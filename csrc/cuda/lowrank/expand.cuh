@@ -44,9 +44,9 @@ struct DownBackwardXOp {
   static constexpr bool kHasDropout = true;
 };
 
-template <class Number>
+template <class Compute>
 struct ExpandParams {
-  using scalar_t = typename Number::scalar_t;
+  using scalar_t = typename Compute::scalar_t;
 
   Matrix<const scalar_t> base;       // [M, C], or one row repeated, or absent
   Matrix<const scalar_t> left;       // [M, r]
@@ -54,7 +54,7 @@ struct ExpandParams {
   Matrix<const scalar_t> right;      // [C, r] or, along rows, [r, C]
   Matrix<const scalar_t> col_scale;  // [1, C] or absent
   Matrix<scalar_t> out;              // [M, C]
-  typename Number::acc_t scale;
+  typename Compute::acc_t scale;
   Dropout dropout;
   int col_tiles_per_block;
 
@@ -84,13 +84,13 @@ struct ExpandShape {
   static constexpr int kMinBlocks = kBlockRows == 128 ? 2 : kBlockRows == 64 ? 3 : 4;
 };
 
-template <class Number_, class Shape, class Op_>
+template <class Compute_, class Shape, class Op_>
 struct ExpandTraits : Shape {
-  using Number = Number_;
+  using Compute = Compute_;
   using Op = Op_;
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  using Params = ExpandParams<Number>;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  using Params = ExpandParams<Compute>;
   using Shape::kRankTile, Shape::kThreads, Shape::kBlockRows, Shape::kWarpsM, Shape::kWarpsN;
 
   static constexpr int kColTile = 128 / sizeof(scalar_t);  // of a warp
@@ -98,11 +98,11 @@ struct ExpandTraits : Shape {
   static constexpr int kStages = 3;
   static constexpr bool kAlongRows = Op::kRightContraction == Contraction::kAlongRows;
 
-  using Mid = MidProduct<Number, kBlockRows, kRankTile, kWarpsM, kWarpsN>;
+  using Mid = MidProduct<Compute, kBlockRows, kRankTile, kWarpsM, kWarpsN>;
   using MidTile = typename Mid::Result;
   using RightTile =
       Tile<scalar_t, kAlongRows ? kRankTile : kBlockCols, kAlongRows ? kBlockCols : kRankTile>;
-  using Sum = Accumulator<Number, kBlockRows, kBlockCols, kWarpsM, kWarpsN>;
+  using Sum = Accumulator<Compute, kBlockRows, kBlockCols, kWarpsM, kWarpsN>;
   static_assert(Sum::kPiecesM == 1 && Sum::kWarpTileN == kColTile);
 
   // The turn-around of one warp: a line of accumulators per row, so wider accumulators than
@@ -396,16 +396,16 @@ constexpr int64_t kMaxBlockSharedBytes = 99 * 1024;
 // f(shape) with the shape that is compiled for the plan. Few ranks get a rank tile of their own
 // size, since products with zeros cost time where rows are many; all others go by tiles of 64.
 // For registers, TF32 goes by 32 where rows are 128, and products without tensor cores by 16.
-template <class Number, class F>
+template <class Compute, class F>
 void with_expand_shape(const ExpandPlan& plan, F f) {
-  if constexpr (!Number::kTensorCores) {
+  if constexpr (!Compute::kTensorCores) {
     if (plan.block_rows == 16) return f(ExpandShape<1, 2, 16>{});
     return f(ExpandShape<8, 1, 16>{});
   } else {
     if (plan.block_rows == 16) return f(ExpandShape<1, 2, 64>{});
     if (plan.block_rows == 64) return f(ExpandShape<4, 1, 64>{});
     if (plan.rank_tile == 16) return f(ExpandShape<8, 1, 16>{});
-    if constexpr (sizeof(typename Number::scalar_t) == 2) {
+    if constexpr (sizeof(typename Compute::scalar_t) == 2) {
       if (plan.rank_tile == 64) return f(ExpandShape<8, 1, 64>{});
     }
     return f(ExpandShape<8, 1, 32>{});
@@ -433,21 +433,21 @@ inline int choose_col_tiles(int64_t num_row_blocks, int64_t num_col_tiles, int64
 // blocks of 16 rows and few columns spread them over all SMs. Otherwise right, which comes from L2
 // once per block of rows, should weigh little beside base and out: 128 rows, while mid of all ranks
 // fits beside it (as it always does up to rank 64); above, 64 rows, and 16 for the widest.
-template <class Number, class Op>
+template <class Compute, class Op>
 ExpandPlan plan_expand(int64_t num_rows, int64_t num_cols, int64_t rank, int num_sms) {
   constexpr int kFewRows = 64;
   const auto fits = [&]<class Shape>(Shape) {
-    return ExpandTraits<Number, Shape, Op>::shared_bytes(rank) <= detail::kMaxBlockSharedBytes;
+    return ExpandTraits<Compute, Shape, Op>::shared_bytes(rank) <= detail::kMaxBlockSharedBytes;
   };
   ExpandPlan plan{};
   plan.block_rows = 16;
-  if constexpr (Number::kTensorCores) {
+  if constexpr (Compute::kTensorCores) {
     plan.rank_tile = 64;
     if (num_rows > kFewRows && rank <= 64) {
       plan.block_rows = 128;
-      plan.rank_tile = rank <= 16                                             ? 16
-                       : rank <= 32 || sizeof(typename Number::scalar_t) == 4 ? 32
-                                                                              : 64;
+      plan.rank_tile = rank <= 16                                              ? 16
+                       : rank <= 32 || sizeof(typename Compute::scalar_t) == 4 ? 32
+                                                                               : 64;
     } else if (num_rows > kFewRows && fits(ExpandShape<4, 1, 64>{})) {
       plan.block_rows = 64;
     }
@@ -456,8 +456,8 @@ ExpandPlan plan_expand(int64_t num_rows, int64_t num_cols, int64_t rank, int num
     if (num_rows > kFewRows && fits(ExpandShape<8, 1, 16>{})) plan.block_rows = 128;
   }
   plan.num_row_blocks = (num_rows + plan.block_rows - 1) / plan.block_rows;
-  detail::with_expand_shape<Number>(plan, [&](auto shape) {
-    using Traits = ExpandTraits<Number, decltype(shape), Op>;
+  detail::with_expand_shape<Compute>(plan, [&](auto shape) {
+    using Traits = ExpandTraits<Compute, decltype(shape), Op>;
     const int64_t num_col_tiles = (num_cols + Traits::kBlockCols - 1) / Traits::kBlockCols;
     plan.shared_bytes = Traits::shared_bytes(rank);
     if (num_rows == 0 || num_cols == 0) return;
@@ -469,14 +469,14 @@ ExpandPlan plan_expand(int64_t num_rows, int64_t num_cols, int64_t rank, int num
 }
 
 // launch(Traits{}, shape of the launch, params) for the kernel that the plan names.
-template <class Number, class Op, class F>
-void launch_expand(ExpandParams<Number> params, int num_sms, F launch) {
+template <class Compute, class Op, class F>
+void launch_expand(ExpandParams<Compute> params, int num_sms, F launch) {
   const int64_t rank = params.left.num_cols;
   const ExpandPlan plan =
-      plan_expand<Number, Op>(params.out.num_rows, params.out.num_cols, rank, num_sms);
+      plan_expand<Compute, Op>(params.out.num_rows, params.out.num_cols, rank, num_sms);
   params.col_tiles_per_block = plan.col_tiles_per_block;
-  detail::with_expand_shape<Number>(plan, [&](auto shape) {
-    using Traits = ExpandTraits<Number, decltype(shape), Op>;
+  detail::with_expand_shape<Compute>(plan, [&](auto shape) {
+    using Traits = ExpandTraits<Compute, decltype(shape), Op>;
     launch(Traits{},
            LaunchShape{static_cast<unsigned>(plan.num_row_blocks),
                        static_cast<unsigned>(plan.num_col_blocks), 1, Traits::kThreads,

@@ -14,10 +14,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   expand<Traits>(params);
 }
 
-template <class Number>
-void launch_lowrank_down_backward_x(const ExpandParams<Number>& params, int num_sms,
+template <class Compute>
+void launch_lowrank_down_backward_x(const ExpandParams<Compute>& params, int num_sms,
                                     Stream stream) {
-  launch_expand<Number, DownBackwardXOp>(
+  launch_expand<Compute, DownBackwardXOp>(
       params, num_sms, [&](auto traits, const LaunchShape& shape, const auto& planned) {
         launch_kernel("lowrank_down_backward_x", &lowrank_down_backward_x_kernel<decltype(traits)>,
                       shape, planned, stream);

@@ -19,15 +19,15 @@
 
 #include <algorithm>
 
-#include "lowrank/mid.cuh"
 #include "common/partial_sums.cuh"
+#include "lowrank/mid.cuh"
 
 namespace lowrank_ext::cuda {
 
-template <class Number>
+template <class Compute>
 struct MidBackwardParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<const acc_t> g;  // [num_splits · M, r]
   int num_splits;
@@ -50,23 +50,23 @@ struct MidBackwardParams {
   }
 };
 
-template <class Number_>
+template <class Compute_>
 struct MidBackwardTraits {
-  using Number = Number_;
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  using Params = MidBackwardParams<Number>;
+  using Compute = Compute_;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  using Params = MidBackwardParams<Compute>;
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 1;  // M x r is small: there is hardly a block for every SM
   static constexpr int kRowTile = 64;
-  static constexpr int kRankTile = Number::kTensorCores ? 64 : 32;
+  static constexpr int kRankTile = Compute::kTensorCores ? 64 : 32;
 
   using RowsTile = Tile<scalar_t, kRowTile, kRankTile>;
   using CoreTile = Tile<scalar_t, kRankTile, kRankTile>;
   using ResultTile = Tile<acc_t, kRowTile, kRankTile>;
-  using RowsSum = Accumulator<Number, kRowTile, kRankTile, 4, 2>;
+  using RowsSum = Accumulator<Compute, kRowTile, kRankTile, 4, 2>;
   using CoreSum =
-      Accumulator<Number, kRankTile, kRankTile, kRankTile / 16, kThreads / 2 / kRankTile>;
+      Accumulator<Compute, kRankTile, kRankTile, kRankTile / 16, kThreads / 2 / kRankTile>;
   static_assert(RowsSum::kThreads == kThreads && CoreSum::kThreads == kThreads);
 
   // A thread's chunks of a RowsTile lie below one another, so its sums over rows are one chunk.
@@ -86,7 +86,7 @@ template <class Traits>
 struct MidBackwardBlock {
   using scalar_t = typename Traits::scalar_t;
   using acc_t = typename Traits::acc_t;
-  using Number = typename Traits::Number;
+  using Compute = typename Traits::Compute;
   using RowsTile = typename Traits::RowsTile;
   using CoreTile = typename Traits::CoreTile;
   using ResultTile = typename Traits::ResultTile;
@@ -287,9 +287,9 @@ struct MidBackwardPlan {
 // A group's parts of dcore and drank_scale are written and read again, one after the other by a
 // thread: as few groups as keep half of the SMs busy. Without such sums a group is one row tile.
 // Reasoned, not measured.
-template <class Number>
+template <class Compute>
 MidBackwardPlan plan_mid_backward(int64_t num_rows, bool need_sums, int num_sms) {
-  constexpr int64_t kRowTile = MidBackwardTraits<Number>::kRowTile;
+  constexpr int64_t kRowTile = MidBackwardTraits<Compute>::kRowTile;
   const int64_t num_row_tiles = (num_rows + kRowTile - 1) / kRowTile;
   if (!need_sums || num_row_tiles == 0) return {num_row_tiles, 1};
   const int64_t groups = std::min<int64_t>(num_row_tiles, std::max(num_sms / 2, 1));
@@ -297,10 +297,10 @@ MidBackwardPlan plan_mid_backward(int64_t num_rows, bool need_sums, int num_sms)
   return {(num_row_tiles + tiles - 1) / tiles, static_cast<int>(tiles)};
 }
 
-template <class Number>
-void launch_lowrank_mid_backward(const MidBackwardParams<Number>& params,
+template <class Compute>
+void launch_lowrank_mid_backward(const MidBackwardParams<Compute>& params,
                                  const MidBackwardPlan& plan, Stream stream) {
-  using Traits = MidBackwardTraits<Number>;
+  using Traits = MidBackwardTraits<Compute>;
   const unsigned num_rank_tiles =
       static_cast<unsigned>((params.g.num_cols + Traits::kRankTile - 1) / Traits::kRankTile);
   launch_kernel("lowrank_mid_backward", &lowrank_mid_backward_kernel<Traits>,

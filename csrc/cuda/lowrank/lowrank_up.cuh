@@ -13,9 +13,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   expand<Traits>(params);
 }
 
-template <class Number>
-void launch_lowrank_up(const ExpandParams<Number>& params, int num_sms, Stream stream) {
-  launch_expand<Number, UpOp>(
+template <class Compute>
+void launch_lowrank_up(const ExpandParams<Compute>& params, int num_sms, Stream stream) {
+  launch_expand<Compute, UpOp>(
       params, num_sms, [&](auto traits, const LaunchShape& shape, const auto& planned) {
         launch_kernel("lowrank_up", &lowrank_up_kernel<decltype(traits)>, shape, planned, stream);
       });

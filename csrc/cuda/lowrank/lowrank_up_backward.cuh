@@ -15,8 +15,8 @@
 // ranks. Tails: what lies outside is zero in shared memory and not stored.
 #pragma once
 
-#include "lowrank/mid.cuh"
 #include "common/partial_sums.cuh"
+#include "lowrank/mid.cuh"
 #include "lowrank/thin_product.cuh"
 
 namespace lowrank_ext::cuda {
@@ -55,33 +55,33 @@ inline double pass_cost(double dout_bytes, double num_partials, int64_t acc_byte
 
 inline UpBackwardPlan plan_up_backward_two_passes(int64_t num_rows, int64_t out_features,
                                                   int64_t rank, bool need_g, bool need_p,
-                                                  const NumberTraits& number, int num_sms) {
+                                                  const ComputeTraits& compute, int num_sms) {
   UpBackwardPlan plan{};
-  const double dout_bytes = static_cast<double>(num_rows * out_features * number.element_bytes);
-  plan.g = plan_thin_product(num_rows, out_features, rank, number, false, num_sms);
-  plan.p = plan_thin_product(out_features, num_rows, rank, number, false, num_sms);
+  const double dout_bytes = static_cast<double>(num_rows * out_features * compute.element_bytes);
+  plan.g = plan_thin_product(num_rows, out_features, rank, compute, false, num_sms);
+  plan.p = plan_thin_product(out_features, num_rows, rank, compute, false, num_sms);
   const double g_sums = static_cast<double>(plan.g.num_splits * num_rows * rank);
   const double p_sums = static_cast<double>(plan.p.num_splits * out_features * rank);
   if (need_g)
     plan.cost +=
-        detail::pass_cost(dout_bytes, g_sums, number.acc_bytes, plan.g.num_blocks(), num_sms);
+        detail::pass_cost(dout_bytes, g_sums, compute.acc_bytes, plan.g.num_blocks(), num_sms);
   if (need_p)
     plan.cost +=
-        detail::pass_cost(dout_bytes, p_sums, number.acc_bytes, plan.p.num_blocks(), num_sms);
+        detail::pass_cost(dout_bytes, p_sums, compute.acc_bytes, plan.p.num_blocks(), num_sms);
   return plan;
 }
 
 // Regions of every height, each with as few column splits as fill the GPU.
 inline UpBackwardPlan plan_up_backward_one_pass(int64_t num_rows, int64_t out_features,
-                                                int64_t rank, const NumberTraits& number,
+                                                int64_t rank, const ComputeTraits& compute,
                                                 int num_sms) {
   const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
-  const double dout_bytes = static_cast<double>(num_rows * out_features * number.element_bytes);
-  const int64_t num_col_tiles = tiles(out_features, kThinProductStepBytes / number.element_bytes);
+  const double dout_bytes = static_cast<double>(num_rows * out_features * compute.element_bytes);
+  const int64_t num_col_tiles = tiles(out_features, kThinProductStepBytes / compute.element_bytes);
   UpBackwardPlan best{};
-  int rank_tile = number.element_bytes == 2 ? 16 : 32;
+  int rank_tile = compute.element_bytes == 2 ? 16 : 32;
   while (rank_tile < rank) rank_tile *= 2;
-  const int most = max_region_row_tiles(number.element_bytes, rank_tile);
+  const int most = max_region_row_tiles(compute.element_bytes, rank_tile);
   for (int row_tiles = 1; row_tiles <= most; ++row_tiles) {
     UpBackwardPlan plan{};
     plan.one_pass = true;
@@ -93,7 +93,7 @@ inline UpBackwardPlan plan_up_backward_one_pass(int64_t num_rows, int64_t out_fe
     plan.col_tiles_per_split = tiles(num_col_tiles, splits);
     plan.num_col_splits = static_cast<int>(tiles(num_col_tiles, plan.col_tiles_per_split));
     const int64_t sums = (plan.num_col_splits * num_rows + plan.num_regions * out_features) * rank;
-    plan.cost = detail::pass_cost(dout_bytes, static_cast<double>(sums), number.acc_bytes,
+    plan.cost = detail::pass_cost(dout_bytes, static_cast<double>(sums), compute.acc_bytes,
                                   plan.num_regions * plan.num_col_splits, num_sms);
     if (row_tiles == 1 || plan.cost < best.cost) best = plan;
   }
@@ -105,22 +105,22 @@ inline UpBackwardPlan plan_up_backward_one_pass(int64_t num_rows, int64_t out_fe
 // m = 8192, n = 4096, b = 100 it passes the bytes of dout (2 m n) at r = 73. So larger ranks than
 // 64 are not compiled; nor is fp64, which is there for gradcheck.
 inline UpBackwardPlan plan_up_backward(int64_t num_rows, int64_t out_features, int64_t rank,
-                                       bool need_g, bool need_p, const NumberTraits& number,
+                                       bool need_g, bool need_p, const ComputeTraits& compute,
                                        int num_sms) {
   const auto two =
-      plan_up_backward_two_passes(num_rows, out_features, rank, need_g, need_p, number, num_sms);
-  const bool can = need_g && need_p && rank <= 64 && number.element_bytes <= 4;
+      plan_up_backward_two_passes(num_rows, out_features, rank, need_g, need_p, compute, num_sms);
+  const bool can = need_g && need_p && rank <= 64 && compute.element_bytes <= 4;
   if (!can || num_rows == 0 || out_features == 0) return two;
-  const auto one = plan_up_backward_one_pass(num_rows, out_features, rank, number, num_sms);
+  const auto one = plan_up_backward_one_pass(num_rows, out_features, rank, compute, num_sms);
   return one.cost < two.cost ? one : two;
 }
 
 // ---- kernel
 
-template <class Number>
+template <class Compute>
 struct UpBackwardParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<const scalar_t> dout;       // [M, N]
   Matrix<const scalar_t> h;          // [M, r]
@@ -144,11 +144,11 @@ struct UpBackwardParams {
   }
 };
 
-template <class Number_, int kRankTile_>
+template <class Compute_, int kRankTile_>
 struct UpBackwardTraits {
-  using Number = Number_;
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using Compute = Compute_;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
   static constexpr int kRankTile = kRankTile_;
   static constexpr int kRows = 64;                      // of a row tile
   static constexpr int kCols = 128 / sizeof(scalar_t);  // of a column tile
@@ -157,11 +157,11 @@ struct UpBackwardTraits {
 
   using DoutTile = Tile<scalar_t, kRows, kCols>;
   using LoraBTile = Tile<scalar_t, kCols, kRankTile>;
-  using GSum = Accumulator<Number, kRows, kRankTile, 4, 2>;
-  using PSum = Accumulator<Number, kCols, kRankTile, kCols / 16, 8 * 16 / kCols>;
-  using Mid = MidProduct<Number, kRows, kRankTile, 4, 2>;
+  using GSum = Accumulator<Compute, kRows, kRankTile, 4, 2>;
+  using PSum = Accumulator<Compute, kCols, kRankTile, kCols / 16, 8 * 16 / kCols>;
+  using Mid = MidProduct<Compute, kRows, kRankTile, 4, 2>;
   using MidTile = typename Mid::Result;
-  using OutScale = RowScale<Number, LoraBTile, GSum::kThreads>;
+  using OutScale = RowScale<Compute, LoraBTile, GSum::kThreads>;
 
   static constexpr int kThreads = GSum::kThreads;
   static constexpr int kSharedBytes =
@@ -209,7 +209,7 @@ struct UpBackwardShared {
 // before the last barrier even where every column tile has one row tile.
 template <class Traits>
 struct UpBackwardStream {
-  using Params = UpBackwardParams<typename Traits::Number>;
+  using Params = UpBackwardParams<typename Traits::Compute>;
   static constexpr int kStages = Traits::kStages;
 
   UpBackwardShared<Traits> shared;
@@ -257,7 +257,7 @@ __device__ __forceinline__ Matrix<T> part_of(Matrix<T> stack, int64_t index, int
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    lowrank_up_backward_kernel(UpBackwardParams<typename Traits::Number> params) {
+    lowrank_up_backward_kernel(UpBackwardParams<typename Traits::Compute> params) {
   constexpr int kStages = Traits::kStages, kRows = Traits::kRows, kCols = Traits::kCols;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t num_rows = params.dout.num_rows, num_cols = params.dout.num_cols;
@@ -320,20 +320,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       detail::store_pairs(g[row_tile], params.scaling, g_out, first_row + row_tile * kRows, thread);
 }
 
-template <class Number>
-void launch_lowrank_up_backward(const UpBackwardPlan& plan, UpBackwardParams<Number> params,
+template <class Compute>
+void launch_lowrank_up_backward(const UpBackwardPlan& plan, UpBackwardParams<Compute> params,
                                 Stream stream) {
   params.row_tiles_per_region = plan.row_tiles_per_region;
   params.col_tiles_per_split = static_cast<int>(plan.col_tiles_per_split);
   const auto launch = [&]<int kRankTile>(std::integral_constant<int, kRankTile>) {
-    using Traits = UpBackwardTraits<Number, kRankTile>;
+    using Traits = UpBackwardTraits<Compute, kRankTile>;
     launch_kernel(
         "lowrank_up_backward", lowrank_up_backward_kernel<Traits>,
         {static_cast<unsigned>(plan.num_regions), static_cast<unsigned>(plan.num_col_splits), 1,
          Traits::kThreads, Traits::kSharedBytes},
         params, stream);
   };
-  if constexpr (sizeof(typename Number::scalar_t) == 2) {
+  if constexpr (sizeof(typename Compute::scalar_t) == 2) {
     if (plan.rank_tile == 16) return launch(std::integral_constant<int, 16>{});
   }
   if (plan.rank_tile == 32) return launch(std::integral_constant<int, 32>{});
@@ -344,16 +344,16 @@ void launch_lowrank_up_backward(const UpBackwardPlan& plan, UpBackwardParams<Num
 
 // From partial sums of P [N, r]: dlora_b = out_scale ⊙ P and dout_scale = rowsum(lora_b ⊙ P). Half
 // a warp owns a row n: its lanes own neighbouring ranks, in turns of 16; no shared memory.
-template <class Number>
+template <class Compute>
 struct LoraBGradientsParams {
-  using scalar_t = typename Number::scalar_t;
+  using scalar_t = typename Compute::scalar_t;
 
-  Matrix<const typename Number::acc_t> p;  // [num_partials · N, r]
+  Matrix<const typename Compute::acc_t> p;  // [num_partials · N, r]
   int num_partials;
   Matrix<const scalar_t> lora_b;     // [N, r]
   Matrix<const scalar_t> out_scale;  // [1, N] or absent
-  Output<Number> dlora_b;            // [N, r] or absent
-  Output<Number> dout_scale;         // [1, N] or absent
+  Output<Compute> dlora_b;           // [N, r] or absent
+  Output<Compute> dout_scale;        // [1, N] or absent
 
   template <class F>
   void each_tensor(F&& f) const {
@@ -368,10 +368,10 @@ struct LoraBGradientsParams {
 constexpr int kLoraBGradientsThreads = 256;
 constexpr int kLanesPerRow = 16;
 
-template <class Number>
+template <class Compute>
 __global__ void __launch_bounds__(kLoraBGradientsThreads)
-    lora_b_gradients_kernel(LoraBGradientsParams<Number> params) {
-  using acc_t = typename Number::acc_t;
+    lora_b_gradients_kernel(LoraBGradientsParams<Compute> params) {
+  using acc_t = typename Compute::acc_t;
   constexpr int kRowsPerBlock = kLoraBGradientsThreads / kLanesPerRow;
   const int64_t num_rows = params.lora_b.num_rows, rank = params.lora_b.num_cols;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerRow;
@@ -392,20 +392,20 @@ __global__ void __launch_bounds__(kLoraBGradientsThreads)
   if (inside && lane == 0) params.dout_scale.store(0, row, row_sum);
 }
 
-template <class Number>
-void launch_lora_b_gradients(const LoraBGradientsParams<Number>& params, Stream stream) {
+template <class Compute>
+void launch_lora_b_gradients(const LoraBGradientsParams<Compute>& params, Stream stream) {
   constexpr int kRowsPerBlock = kLoraBGradientsThreads / kLanesPerRow;
   const int64_t num_blocks = (params.lora_b.num_rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  launch_kernel("lora_b_gradients", lora_b_gradients_kernel<Number>,
+  launch_kernel("lora_b_gradients", lora_b_gradients_kernel<Compute>,
                 {static_cast<unsigned>(num_blocks), 1, 1, kLoraBGradientsThreads, 0}, params,
                 stream);
 }
 
 // ---- mid(h) by itself, for the second of two passes
 
-template <class Number>
+template <class Compute>
 struct MidRowsParams {
-  using scalar_t = typename Number::scalar_t;
+  using scalar_t = typename Compute::scalar_t;
 
   Matrix<const scalar_t> h;  // [M, r]
   MidFactors<scalar_t> mid;
@@ -421,17 +421,17 @@ struct MidRowsParams {
 
 // A block owns 64 x 64 elements of out. Shared memory: the tile (8 to 32 KiB) and 16 KiB of mid's
 // scratch.
-template <class Number>
+template <class Compute>
 struct MidRowsTraits {
-  using Mid = MidProduct<Number, 64, 64, 4, 2>;
+  using Mid = MidProduct<Compute, 64, 64, 4, 2>;
   using MidTile = typename Mid::Result;
   static constexpr int kSharedBytes = MidTile::kBytes + Mid::kScratchBytes;
 };
 
-template <class Number>
-__global__ void __launch_bounds__(MidRowsTraits<Number>::Mid::kThreads)
-    mid_rows_kernel(MidRowsParams<Number> params) {
-  using Mid = typename MidRowsTraits<Number>::Mid;
+template <class Compute>
+__global__ void __launch_bounds__(MidRowsTraits<Compute>::Mid::kThreads)
+    mid_rows_kernel(MidRowsParams<Compute> params) {
+  using Mid = typename MidRowsTraits<Compute>::Mid;
   using MidTile = typename Mid::Result;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t first_row = int64_t{blockIdx.x} * MidTile::kRows;
@@ -445,14 +445,33 @@ __global__ void __launch_bounds__(MidRowsTraits<Number>::Mid::kThreads)
   });
 }
 
-template <class Number>
-void launch_mid_rows(const MidRowsParams<Number>& params, Stream stream) {
-  using Traits = MidRowsTraits<Number>;
+template <class Compute>
+void launch_mid_rows(const MidRowsParams<Compute>& params, Stream stream) {
+  using Traits = MidRowsTraits<Compute>;
   const auto tiles = [](int64_t size) { return static_cast<unsigned>((size + 63) / 64); };
-  launch_kernel("mid_rows", mid_rows_kernel<Number>,
+  launch_kernel("mid_rows", mid_rows_kernel<Compute>,
                 {tiles(params.h.num_rows), tiles(params.h.num_cols), 1, Traits::Mid::kThreads,
                  Traits::kSharedBytes},
                 params, stream);
+}
+
+// ---- G in a pass of its own: the product of thin_product.cuh with L = dout
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    lowrank_up_backward_g_kernel(const typename Traits::Params params) {
+  thin_product<Traits>(params);
+}
+
+template <class Compute>
+void launch_lowrank_up_backward_g(const ThinProductPlan& plan,
+                                  const ThinProductParams<Compute, UpBackwardOp>& params,
+                                  Stream stream) {
+  launch_thin_product(
+      plan, params, [&](auto traits, const LaunchShape& shape, const auto& planned) {
+        launch_kernel("lowrank_up_backward_g", &lowrank_up_backward_g_kernel<decltype(traits)>,
+                      shape, planned, stream);
+      });
 }
 
 }  // namespace lowrank_ext::cuda

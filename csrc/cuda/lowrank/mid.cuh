@@ -26,9 +26,9 @@ struct MidFactors {
   }
 };
 
-template <class Number, int kRows, int kRankTile, int kWarpsM, int kWarpsN>
+template <class Compute, int kRows, int kRankTile, int kWarpsM, int kWarpsN>
 struct MidProduct {
-  using scalar_t = typename Number::scalar_t;
+  using scalar_t = typename Compute::scalar_t;
   static constexpr int kThreads = kWarpSize * kWarpsM * kWarpsN;
   static constexpr int kStepBytes = 64;  // of the columns of h and core
   static constexpr int kDepth = kStepBytes / sizeof(scalar_t);
@@ -36,7 +36,7 @@ struct MidProduct {
   using Result = Tile<scalar_t, kRows, kRankTile>;
   using HTile = Tile<scalar_t, kRows, kDepth>;
   using CoreTile = Tile<scalar_t, kRankTile, kDepth>;
-  using Sum = Accumulator<Number, kRows, kRankTile, kWarpsM, kWarpsN>;
+  using Sum = Accumulator<Compute, kRows, kRankTile, kWarpsM, kWarpsN>;
   static constexpr int kScratchBytes = kStages * (HTile::kBytes + CoreTile::kBytes);
   static_assert(kScratchBytes == 128 * (kRows + kRankTile));
 };

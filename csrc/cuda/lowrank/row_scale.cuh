@@ -8,10 +8,10 @@
 
 namespace lowrank_ext::cuda {
 
-template <class Number, class TileT, int kThreads>
+template <class Compute, class TileT, int kThreads>
 struct RowScale {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
   static constexpr int kOwnChunks = (TileT::kChunks + kThreads - 1) / kThreads;
 
   scalar_t factors[kOwnChunks] = {};  // of this thread's chunks of the next tile

@@ -67,13 +67,13 @@ struct ThinProductPlan {
 };
 
 // What a plan asks of a number kind.
-struct NumberTraits {
+struct ComputeTraits {
   int64_t element_bytes, acc_bytes;
 };
 
-template <class Number>
-constexpr NumberTraits number_traits() {
-  return {sizeof(typename Number::scalar_t), sizeof(typename Number::acc_t)};
+template <class Compute>
+constexpr ComputeTraits compute_traits() {
+  return {sizeof(typename Compute::scalar_t), sizeof(typename Compute::acc_t)};
 }
 
 // Row strides of partial sums: whole sectors.
@@ -88,12 +88,12 @@ constexpr int64_t blocks_to_fill(int num_sms) { return (3 * int64_t{num_sms} + 3
 // sums. So there are as few as make the `wanted` blocks that fill the GPU, and none with less than
 // four steps, which the pipeline needs to get going.
 inline void plan_splits(ThinProductPlan& plan, int64_t outer, int64_t depth, int64_t rank,
-                        const NumberTraits& number, int64_t wanted) {
+                        const ComputeTraits& compute, int64_t wanted) {
   constexpr int64_t kMinSteps = 4;
   const auto tiles = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   plan.num_outer_tiles = tiles(outer, plan.block_outer);
   plan.num_rank_tiles = static_cast<int>(tiles(rank, plan.rank_tile));
-  const int64_t num_steps = tiles(depth, kThinProductStepBytes / number.element_bytes);
+  const int64_t num_steps = tiles(depth, kThinProductStepBytes / compute.element_bytes);
   const int64_t num_tiles = std::max(int64_t{1}, plan.num_outer_tiles * plan.num_rank_tiles);
   const int64_t most_splits = std::max(int64_t{1}, num_steps / kMinSteps);
   plan.steps_per_split = tiles(num_steps, std::min(tiles(wanted, num_tiles), most_splits));
@@ -104,24 +104,24 @@ inline void plan_splits(ThinProductPlan& plan, int64_t outer, int64_t depth, int
 // Few rows (decoding) take small blocks: two per SM, of 16 ranks each, as R is then what is
 // streamed. Rank tiles of 128 fit into the registers with elements of 2 bytes.
 inline ThinProductPlan plan_thin_product(int64_t outer, int64_t depth, int64_t rank,
-                                         const NumberTraits& number, bool small_blocks,
+                                         const ComputeTraits& compute, bool small_blocks,
                                          int num_sms) {
   ThinProductPlan plan;
   plan.block_outer = small_blocks ? 16 : 64;
   plan.rank_tile = 16;
-  const int max_rank_tile = small_blocks ? 16 : number.element_bytes == 2 ? 128 : 64;
+  const int max_rank_tile = small_blocks ? 16 : compute.element_bytes == 2 ? 128 : 64;
   while (plan.rank_tile < rank && plan.rank_tile < max_rank_tile) plan.rank_tile *= 2;
-  plan_splits(plan, outer, depth, rank, number,
+  plan_splits(plan, outer, depth, rank, compute,
               small_blocks ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms));
   return plan;
 }
 
 // ---- kernel
 
-template <class Number, class Op>
+template <class Compute, class Op>
 struct ThinProductParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Matrix<const scalar_t> large;       // [outer, depth] or, along rows, [depth, outer]
   Matrix<const scalar_t> thin;        // [r, depth] or, along rows, [depth, r]
@@ -147,13 +147,13 @@ struct ThinProductParams {
   }
 };
 
-template <class Number_, class Op_, int kBlockOuter_, int kRankTile_>
+template <class Compute_, class Op_, int kBlockOuter_, int kRankTile_>
 struct ThinProductTraits {
-  using Number = Number_;
+  using Compute = Compute_;
   using Op = Op_;
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  using Params = ThinProductParams<Number, Op>;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  using Params = ThinProductParams<Compute, Op>;
   static constexpr int kBlockOuter = kBlockOuter_;
   static constexpr int kRankTile = kRankTile_;
   static constexpr int kDepth = kThinProductStepBytes / sizeof(scalar_t);
@@ -164,10 +164,10 @@ struct ThinProductTraits {
                          kLargeAlongRows ? kBlockOuter : kDepth>;
   using ThinTile =
       Tile<scalar_t, kThinAlongRows ? kDepth : kRankTile, kThinAlongRows ? kRankTile : kDepth>;
-  using Sum = Accumulator<Number, kBlockOuter, kRankTile, kBlockOuter / 16, 2>;
+  using Sum = Accumulator<Compute, kBlockOuter, kRankTile, kBlockOuter / 16, 2>;
   using LargeStream = TileStream<Sum::kThreads, LargeTile, const scalar_t, kLargeAlongRows>;
   using ThinStream = TileStream<Sum::kThreads, ThinTile, const scalar_t, kThinAlongRows>;
-  using Scale = RowScale<Number, ThinTile, Sum::kThreads>;
+  using Scale = RowScale<Compute, ThinTile, Sum::kThreads>;
   template <class T>
   using OutTile = Tile<T, kBlockOuter, kRankTile>;
   template <class T>
@@ -306,8 +306,7 @@ __device__ __forceinline__ void store_transposed_sum(typename Traits::Sum& sum,
 }  // namespace detail
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    thin_product_kernel(typename Traits::Params params) {
+__device__ __forceinline__ void thin_product(const typename Traits::Params& params) {
   using Op = typename Traits::Op;
   const int thread = static_cast<int>(threadIdx.x);
   const detail::ThinProductBlock<Traits> block(params);
@@ -377,34 +376,40 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
 // ---- launch
 
-template <class Number, class Op, int kBlockOuter, int kRankTile>
-void launch_thin_product_as(const char* name, const ThinProductPlan& plan,
-                            const ThinProductParams<Number, Op>& params, Stream stream) {
-  using Traits = ThinProductTraits<Number, Op, kBlockOuter, kRankTile>;
-  launch_kernel(name, thin_product_kernel<Traits>,
-                {static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
-                 static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads, Traits::kSharedBytes},
-                params, stream);
+namespace detail {
+
+template <class Compute, class Op, int kBlockOuter, int kRankTile, class F>
+void launch_thin_product_as(const ThinProductPlan& plan,
+                            const ThinProductParams<Compute, Op>& params, F launch) {
+  using Traits = ThinProductTraits<Compute, Op, kBlockOuter, kRankTile>;
+  launch(Traits{},
+         LaunchShape{static_cast<unsigned>(plan.num_outer_tiles * plan.num_rank_tiles),
+                     static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads,
+                     Traits::kSharedBytes},
+         params);
 }
 
-template <class Number, class Op>
-void launch_thin_product(const char* name, const ThinProductPlan& plan,
-                         ThinProductParams<Number, Op> params, Stream stream) {
+}  // namespace detail
+
+// launch(Traits{}, shape of the launch, params) for the kernel that the plan names.
+template <class Compute, class Op, class F>
+void launch_thin_product(const ThinProductPlan& plan, ThinProductParams<Compute, Op> params,
+                         F launch) {
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
   if constexpr (Op::kMayBeSmall) {
     if (plan.block_outer == 16)
-      return launch_thin_product_as<Number, Op, 16, 16>(name, plan, params, stream);
+      return detail::launch_thin_product_as<Compute, Op, 16, 16>(plan, params, launch);
   }
-  if constexpr (sizeof(typename Number::scalar_t) == 2) {
+  if constexpr (sizeof(typename Compute::scalar_t) == 2) {
     if (plan.rank_tile == 128)
-      return launch_thin_product_as<Number, Op, 64, 128>(name, plan, params, stream);
+      return detail::launch_thin_product_as<Compute, Op, 64, 128>(plan, params, launch);
   }
   if (plan.rank_tile == 16)
-    return launch_thin_product_as<Number, Op, 64, 16>(name, plan, params, stream);
+    return detail::launch_thin_product_as<Compute, Op, 64, 16>(plan, params, launch);
   if (plan.rank_tile == 32)
-    return launch_thin_product_as<Number, Op, 64, 32>(name, plan, params, stream);
-  launch_thin_product_as<Number, Op, 64, 64>(name, plan, params, stream);
+    return detail::launch_thin_product_as<Compute, Op, 64, 32>(plan, params, launch);
+  detail::launch_thin_product_as<Compute, Op, 64, 64>(plan, params, launch);
 }
 
 }  // namespace lowrank_ext::cuda

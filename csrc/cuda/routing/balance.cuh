@@ -10,8 +10,8 @@
 #pragma once
 
 #include "common/launch.h"
-#include "routing/topk.cuh"
 #include "common/tile.cuh"
+#include "routing/topk.cuh"
 
 namespace lowrank_ext::cuda {
 

@@ -3,6 +3,7 @@
 #include "ops/moe_route.h"
 
 #include "common/tensors.h"
+#include "routing/kernels.h"
 
 namespace lowrank_ext::cuda {
 namespace {
@@ -11,16 +12,16 @@ void moe_route_cuda(const Tensor& router_logits, const std::optional<Tensor>& to
                     const RouteOutputs& out) {
   const DeviceGuard guard(router_logits.get_device_index());
   const Device device = device_of_kernels(router_logits);
-  const Any logits = any(router_logits);
+  const MatrixRef logits = ref(router_logits);
   const int64_t top_k = out.topk_ids.size(1);
   Workspace workspace;
   const int64_t scratch = workspace.reserve(route_workspace_bytes(logits, top_k, device.num_sms));
   workspace.allocate(router_logits);
   route(logits, top_k, data_of<const bool>(token_mask),
-        {any(out.topk_weights),
+        {ref(out.topk_weights),
          data_of<int64_t>(out.topk_ids),
          data_of<int64_t>(out.expert_counts),
-         scalar_of(out.balance_loss),
+         scalar_ref(out.balance_loss),
          {data_of<int64_t>(out.sorted_slots), data_of<int64_t>(out.expert_offsets),
           data_of<int64_t>(out.slot_positions)}},
         workspace.at(scratch), device);
@@ -32,10 +33,10 @@ void moe_route_backward_cuda(const std::optional<Tensor>& dtopk_weights,
                              const Tensor& expert_counts, const std::optional<Tensor>& token_mask,
                              const Tensor& drouter_logits) {
   const DeviceGuard guard(router_logits.get_device_index());
-  route_backward(any(dtopk_weights), dbalance_loss ? scalar_of(*dbalance_loss) : Any{},
-                 any(router_logits), data_of<int64_t>(topk_ids), topk_ids.size(1),
+  route_backward(ref(dtopk_weights), dbalance_loss ? scalar_ref(*dbalance_loss) : MatrixRef{},
+                 ref(router_logits), data_of<int64_t>(topk_ids), topk_ids.size(1),
                  data_of<int64_t>(expert_counts), data_of<const bool>(token_mask),
-                 any(drouter_logits), device_of_kernels(router_logits));
+                 ref(drouter_logits), device_of_kernels(router_logits));
 }
 
 }  // namespace

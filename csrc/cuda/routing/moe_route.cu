@@ -1,6 +1,8 @@
+#include "routing/moe_route.cuh"
+
 #include "common/dispatch.h"
 #include "common/launch.h"
-#include "routing/moe_route.cuh"
+#include "routing/kernels.h"
 
 namespace lowrank_ext::cuda {
 namespace {
@@ -28,7 +30,7 @@ int64_t element_bytes(ElementType type) {
 struct RouteWorkspace {
   int64_t choices, order, end;
 
-  RouteWorkspace(const RoutePlan& plan, const Any& logits, int64_t top_k, int num_sms) {
+  RouteWorkspace(const RoutePlan& plan, const MatrixRef& logits, int64_t top_k, int num_sms) {
     constexpr int64_t kAlignment = 16;
     const int64_t sums = plan.one_block ? 0 : plan.num_warps * logits.num_cols;
     const int64_t statistics_bytes = logits.type == ElementType::kFp64 ? 8 : 4;
@@ -41,17 +43,17 @@ struct RouteWorkspace {
   }
 };
 
-RoutePlan plan_of(const Any& logits, int num_sms) {
+RoutePlan plan_of(const MatrixRef& logits, int num_sms) {
   return {logits.num_rows, logits.num_cols, element_bytes(logits.type), num_sms};
 }
 
 }  // namespace
 
-int64_t route_workspace_bytes(const Any& logits, int64_t top_k, int num_sms) {
+int64_t route_workspace_bytes(const MatrixRef& logits, int64_t top_k, int num_sms) {
   return RouteWorkspace(plan_of(logits, num_sms), logits, top_k, num_sms).end;
 }
 
-void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
+void route(const MatrixRef& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
            void* workspace, const Device& device) {
   const RoutePlan plan = plan_of(logits, device.num_sms);
   const int64_t num_tokens = logits.num_rows, num_experts = logits.num_cols;
@@ -104,9 +106,10 @@ void route(const Any& logits, int64_t top_k, const bool* token_mask, const Routi
   });
 }
 
-void route_backward(const Any& dtopk_weights, const Any& dbalance_loss, const Any& logits,
-                    const int64_t* topk_ids, int64_t top_k, const int64_t* expert_counts,
-                    const bool* token_mask, const Any& dlogits, const Device& device) {
+void route_backward(const MatrixRef& dtopk_weights, const MatrixRef& dbalance_loss,
+                    const MatrixRef& logits, const int64_t* topk_ids, int64_t top_k,
+                    const int64_t* expert_counts, const bool* token_mask, const MatrixRef& dlogits,
+                    const Device& device) {
   const int64_t num_tokens = logits.num_rows, num_experts = logits.num_cols;
   dispatch_scalar(logits.type, [&](auto scalar) {
     using scalar_t = decltype(scalar);

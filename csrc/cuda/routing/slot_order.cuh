@@ -16,8 +16,8 @@
 
 #include <cstdint>
 
-#include "common/kernels.h"
 #include "common/tile.cuh"
+#include "routing/kernels.h"
 
 namespace lowrank_ext::cuda {
 

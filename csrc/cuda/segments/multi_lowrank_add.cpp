@@ -7,14 +7,16 @@
 #include <vector>
 
 #include "common/tensors.h"
+#include "routing/kernels.h"
+#include "segments/kernels.h"
 
 namespace lowrank_ext::cuda {
 namespace {
 
 // A stack whose matrices have dense rows.
-AnyStack any_stack(const Tensor& stack) {
-  const Any first{stack.data_ptr(), element_type(stack.scalar_type()), stack.size(1), stack.size(2),
-                  stack.stride(1)};
+StackRef stack_ref(const Tensor& stack) {
+  const MatrixRef first{stack.data_ptr(), element_type(stack.scalar_type()), stack.size(1),
+                        stack.size(2), stack.stride(1)};
   return {first, stack.size(0), stack.stride(0)};
 }
 
@@ -54,7 +56,7 @@ class Rows {
 // it lies; another is copied as a whole, since the adapters in use are not known here.
 class Stacks {
  public:
-  AnyStack lora_a, lora_b;
+  StackRef lora_a, lora_b;
 
   Stacks(const MultiBranchArgs& args, ScalarType input, bool with_lora_a, bool with_lora_b,
          Workspace& workspace)
@@ -68,12 +70,12 @@ class Stacks {
   void round(const Device& device) { copies_.round(device); }
 
  private:
-  void take(const Tensor& tensor, AnyStack& stack) {
+  void take(const Tensor& tensor, StackRef& stack) {
     const int64_t n = tensor.size(0), num_rows = tensor.size(1), num_cols = tensor.size(2);
     const bool dense_rows = tensor.stride(2) == 1 && tensor.stride(1) >= num_cols &&
                             (n == 1 || tensor.stride(0) >= num_rows * tensor.stride(1));
     if (tensor.numel() == 0 || (dense_rows && tensor.scalar_type() == input_)) {
-      stack = any_stack(tensor);
+      stack = stack_ref(tensor);
       return;
     }
     const bool one_matrix = n == 1 || tensor.stride(0) == num_rows * tensor.stride(1);
@@ -93,7 +95,7 @@ class Stacks {
 };
 
 // The schema has no flag that allows TF32, so it is not used.
-NumberKind kind_of(ScalarType dtype) { return number_kind(dtype, /*allow_tf32=*/false); }
+constexpr bool kAllowTf32 = false;
 
 void multi_lowrank_add_cuda(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x,
                             const Tensor& y, const Tensor& h) {
@@ -101,21 +103,23 @@ void multi_lowrank_add_cuda(const MultiBranchArgs& args, const Tensor& base_out,
   if (num_rows == 0) return;
   const DeviceGuard guard(x.get_device_index());
   const Device device = device_of_kernels(x);
-  const NumberKind kind = kind_of(x.scalar_type());
+  const ComputeType compute_type = compute_type_of(x.scalar_type(), kAllowTf32);
   const Tensor scaling = dense(args.scaling);
 
   Workspace workspace;
   Rows rows(args, num_rows, workspace, device);
   Stacks stacks(args, x.scalar_type(), true, true, workspace);
-  const int64_t down = workspace.reserve(segment_down_workspace_bytes(
-      kind, num_rows, args.num_adapters(), args.in_features(), args.rank(), device.num_sms));
+  const int64_t down = workspace.reserve(
+      segment_down_workspace_bytes(compute_type, num_rows, args.num_adapters(), args.in_features(),
+                                   args.rank(), device.num_sms));
   workspace.allocate(x);
 
   rows.order(device);
   stacks.round(device);
-  segment_down(kind, rows.groups, any(x), stacks.lora_a, any(h),
+  segment_down(compute_type, rows.groups, ref(x), stacks.lora_a, ref(h),
                dropout_of(args.dropout_p, args.seed), workspace.at(down), device);
-  segment_up(kind, rows.groups, any(base_out), any(h), stacks.lora_b, any(scaling), any(y), device);
+  segment_up(compute_type, rows.groups, ref(base_out), ref(h), stacks.lora_b, ref(scaling), ref(y),
+             device);
 }
 
 void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBranchNeeds& needs,
@@ -127,7 +131,7 @@ void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBra
   const DeviceGuard guard(dout.get_device_index());
   const Device device = device_of_kernels(dout);
   const ScalarType input = dout.scalar_type();
-  const NumberKind kind = kind_of(input);
+  const ComputeType compute_type = compute_type_of(input, kAllowTf32);
   const DropoutArgs dropout = dropout_of(args.dropout_p, args.seed);
   const Tensor scaling = dense(args.scaling);
 
@@ -137,26 +141,26 @@ void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBra
   const ScratchMatrix dh_scratch =
       reserve_matrix(workspace, input, needs.g() ? num_rows : 0, args.rank());
   const int64_t up_backward = workspace.reserve(
-      needs.g() ? segment_down_workspace_bytes(kind, num_rows, args.num_adapters(),
+      needs.g() ? segment_down_workspace_bytes(compute_type, num_rows, args.num_adapters(),
                                                args.out_features(), args.rank(), device.num_sms)
                 : 0);
   workspace.allocate(dout);
-  const Any dh = placed(dh_scratch, workspace);
+  const MatrixRef dh = placed(dh_scratch, workspace);
 
   rows.order(device);
   stacks.round(device);
   if (needs.dlora_b)
-    segment_up_backward_lora_b(kind, rows.groups, any(dout), any(h), any(scaling),
-                               /*scale=*/1.0, any_stack(gradients.dlora_b), device);
+    segment_up_backward_lora_b(compute_type, rows.groups, ref(dout), ref(h), ref(scaling),
+                               /*scale=*/1.0, stack_ref(gradients.dlora_b), device);
   if (!needs.g()) return;
-  segment_up_backward(kind, rows.groups, any(dout), stacks.lora_b, any(scaling), dh,
+  segment_up_backward(compute_type, rows.groups, ref(dout), stacks.lora_b, ref(scaling), dh,
                       workspace.at(up_backward), device);
   if (needs.dlora_a)
-    segment_down_backward_lora_a(kind, rows.groups, dh, any(x), dropout,
-                                 any_stack(gradients.dlora_a), device);
+    segment_down_backward_lora_a(compute_type, rows.groups, dh, ref(x), dropout,
+                                 stack_ref(gradients.dlora_a), device);
   if (needs.dx)
-    segment_down_backward_x(kind, rows.groups, dh, stacks.lora_a, dropout, any(gradients.dx),
-                            device);
+    segment_down_backward_x(compute_type, rows.groups, dh, stacks.lora_a, dropout,
+                            ref(gradients.dx), device);
 }
 
 }  // namespace

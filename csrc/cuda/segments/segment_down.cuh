@@ -14,8 +14,8 @@
 // in shared memory and not stored. Sums of splits are added by partial_sums.cuh.
 #pragma once
 
-#include "segments/segments.cuh"
 #include "lowrank/thin_product.cuh"
+#include "segments/segments.cuh"
 
 namespace lowrank_ext::cuda {
 
@@ -29,14 +29,14 @@ struct SegmentDownPlan : ThinProductPlan {
 };
 
 // Splits for as many tiles as there are at least: all rows of one group.
-template <class Number>
+template <class Compute>
 SegmentDownPlan plan_segment_down(int64_t num_rows, int64_t num_groups, int64_t depth, int64_t rank,
                                   int num_sms) {
   const bool few = num_rows <= kFewSegmentRows;
   SegmentDownPlan plan{};
   plan.block_outer = few ? 16 : 64;
-  plan.rank_tile = few ? 16 : !Number::kTensorCores ? 32 : rank <= 16 ? 16 : 64;
-  plan_splits(plan, num_rows, depth, rank, number_traits<Number>(),
+  plan.rank_tile = few ? 16 : !Compute::kTensorCores ? 32 : rank <= 16 ? 16 : 64;
+  plan_splits(plan, num_rows, depth, rank, compute_traits<Compute>(),
               few ? 2 * int64_t{num_sms} : blocks_to_fill(num_sms));
   plan.max_tiles = max_segment_tiles(num_rows, num_groups, plan.block_outer);
   return plan;
@@ -44,10 +44,10 @@ SegmentDownPlan plan_segment_down(int64_t num_rows, int64_t num_groups, int64_t 
 
 // ---- kernel
 
-template <class Number, class Op>
+template <class Compute, class Op>
 struct SegmentDownParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Segments segments;
   Matrix<const scalar_t> large;  // [rows, depth]
@@ -73,12 +73,12 @@ struct SegmentDownParams {
   }
 };
 
-template <class Number, class Op, int kBlockOuter, int kRankTile>
-struct SegmentDownTraits : ThinProductTraits<Number, Op, kBlockOuter, kRankTile> {
-  using Params = SegmentDownParams<Number, Op>;
-  using LargeTile = typename ThinProductTraits<Number, Op, kBlockOuter, kRankTile>::LargeTile;
+template <class Compute, class Op, int kBlockOuter, int kRankTile>
+struct SegmentDownTraits : ThinProductTraits<Compute, Op, kBlockOuter, kRankTile> {
+  using Params = SegmentDownParams<Compute, Op>;
+  using LargeTile = typename ThinProductTraits<Compute, Op, kBlockOuter, kRankTile>::LargeTile;
   static constexpr int kOwnChunks =
-      LargeTile::kChunks / ThinProductTraits<Number, Op, kBlockOuter, kRankTile>::kThreads;
+      LargeTile::kChunks / ThinProductTraits<Compute, Op, kBlockOuter, kRankTile>::kThreads;
   static_assert(kOwnChunks == 2);
 };
 
@@ -155,8 +155,7 @@ __device__ __forceinline__ void store_segment_sum(typename Traits::Sum& sum, uns
 
 // Block (x, y): tile x / num_rank_tiles of the segments, rank tile x % num_rank_tiles, split y.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    segment_down_kernel(const typename Traits::Params params) {
+__device__ __forceinline__ void segment_thin_product(const typename Traits::Params& params) {
   const int thread = static_cast<int>(threadIdx.x);
   const SegmentTile tile =
       find_segment_tile(params.segments, Traits::kBlockOuter,
@@ -178,31 +177,54 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
-// ---- launch
-
-template <class Number, class Op, int kBlockOuter, int kRankTile>
-void launch_segment_down_as(const char* name, const SegmentDownPlan& plan,
-                            const SegmentDownParams<Number, Op>& params, Stream stream) {
-  using Traits = SegmentDownTraits<Number, Op, kBlockOuter, kRankTile>;
-  launch_kernel(name, segment_down_kernel<Traits>,
-                {static_cast<unsigned>(plan.max_tiles * plan.num_rank_tiles),
-                 static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads, Traits::kSharedBytes},
-                params, stream);
+// h in the forward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_down_kernel(const typename Traits::Params params) {
+  segment_thin_product<Traits>(params);
 }
 
-template <class Number, class Op>
-void launch_segment_down(const char* name, const SegmentDownPlan& plan,
-                         SegmentDownParams<Number, Op> params, Stream stream) {
+// dh in the backward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_up_backward_kernel(const typename Traits::Params params) {
+  segment_thin_product<Traits>(params);
+}
+
+// ---- launch
+
+namespace detail {
+
+template <class Compute, class Op, int kBlockOuter, int kRankTile>
+void launch_segment_down_as(const SegmentDownPlan& plan,
+                            const SegmentDownParams<Compute, Op>& params, Stream stream) {
+  using Traits = SegmentDownTraits<Compute, Op, kBlockOuter, kRankTile>;
+  const LaunchShape shape{static_cast<unsigned>(plan.max_tiles * plan.num_rank_tiles),
+                          static_cast<unsigned>(plan.num_splits), 1, Traits::kThreads,
+                          Traits::kSharedBytes};
+  if constexpr (std::is_same_v<Op, DownOp>) {
+    launch_kernel("segment_down", &segment_down_kernel<Traits>, shape, params, stream);
+  } else {
+    launch_kernel("segment_up_backward", &segment_up_backward_kernel<Traits>, shape, params,
+                  stream);
+  }
+}
+
+}  // namespace detail
+
+template <class Compute, class Op>
+void launch_segment_down(const SegmentDownPlan& plan, SegmentDownParams<Compute, Op> params,
+                         Stream stream) {
   params.num_rank_tiles = plan.num_rank_tiles;
   params.steps_per_split = plan.steps_per_split;
   if (plan.block_outer == 16)
-    return launch_segment_down_as<Number, Op, 16, 16>(name, plan, params, stream);
-  if constexpr (Number::kTensorCores) {
+    return detail::launch_segment_down_as<Compute, Op, 16, 16>(plan, params, stream);
+  if constexpr (Compute::kTensorCores) {
     if (plan.rank_tile == 16)
-      return launch_segment_down_as<Number, Op, 64, 16>(name, plan, params, stream);
-    launch_segment_down_as<Number, Op, 64, 64>(name, plan, params, stream);
+      return detail::launch_segment_down_as<Compute, Op, 64, 16>(plan, params, stream);
+    detail::launch_segment_down_as<Compute, Op, 64, 64>(plan, params, stream);
   } else {
-    launch_segment_down_as<Number, Op, 64, 32>(name, plan, params, stream);
+    detail::launch_segment_down_as<Compute, Op, 64, 32>(plan, params, stream);
   }
 }
 

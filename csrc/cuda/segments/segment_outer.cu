@@ -1,15 +1,17 @@
 // The adapters' gradients, each over the rows that have it.
 #include "segments/segment_outer.cuh"
 
+#include "segments/kernels.h"
+
 namespace lowrank_ext::cuda {
 namespace {
 
-template <class Number>
-SegmentOuterParams<Number> params_of(const RowGroups& groups, const Any& large, const Any& thin,
-                                     const AnyStack& out, bool transposed) {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
-  SegmentOuterParams<Number> params{};
+template <class Compute>
+SegmentOuterParams<Compute> params_of(const RowGroups& groups, const MatrixRef& large,
+                                      const MatrixRef& thin, const StackRef& out, bool transposed) {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+  SegmentOuterParams<Compute> params{};
   params.segments = segments_of(groups, thin.num_cols);
   params.large = matrix_of<const scalar_t>(large);
   params.thin = matrix_of<const scalar_t>(thin);
@@ -24,27 +26,28 @@ SegmentOuterParams<Number> params_of(const RowGroups& groups, const Any& large, 
 
 }  // namespace
 
-void segment_up_backward_lora_b(NumberKind kind, const RowGroups& groups, const Any& dout,
-                                const Any& h, const Any& scaling, double scale,
-                                const AnyStack& dlora_b, const Device& device) {
-  dispatch(kind, [&](auto number) {
-    using Number = decltype(number);
-    auto params = params_of<Number>(groups, dout, h, dlora_b, /*transposed=*/false);
-    params.scaling = group_scaling<typename Number::acc_t>(scaling);
-    params.scale = static_cast<typename Number::acc_t>(scale);
-    launch_segment_outer("segment_up_backward_lora_b", params, device.stream);
+void segment_up_backward_lora_b(ComputeType compute_type, const RowGroups& groups,
+                                const MatrixRef& dout, const MatrixRef& h, const MatrixRef& scaling,
+                                double scale, const StackRef& dlora_b, const Device& device) {
+  dispatch(compute_type, [&](auto compute) {
+    using Compute = decltype(compute);
+    auto params = params_of<Compute>(groups, dout, h, dlora_b, /*transposed=*/false);
+    params.scaling = group_scaling<typename Compute::acc_t>(scaling);
+    params.scale = static_cast<typename Compute::acc_t>(scale);
+    launch_segment_outer(params, device.stream);
   });
 }
 
-void segment_down_backward_lora_a(NumberKind kind, const RowGroups& groups, const Any& dh,
-                                  const Any& x, const DropoutArgs& dropout, const AnyStack& dlora_a,
+void segment_down_backward_lora_a(ComputeType compute_type, const RowGroups& groups,
+                                  const MatrixRef& dh, const MatrixRef& x,
+                                  const DropoutArgs& dropout, const StackRef& dlora_a,
                                   const Device& device) {
-  dispatch(kind, [&](auto number) {
-    using Number = decltype(number);
-    auto params = params_of<Number>(groups, x, dh, dlora_a, /*transposed=*/true);
-    params.scale = static_cast<typename Number::acc_t>(dropout.scale);
+  dispatch(compute_type, [&](auto compute) {
+    using Compute = decltype(compute);
+    auto params = params_of<Compute>(groups, x, dh, dlora_a, /*transposed=*/true);
+    params.scale = static_cast<typename Compute::acc_t>(dropout.scale);
     params.dropout = {dropout.threshold, dropout.seed};
-    launch_segment_outer("segment_down_backward_lora_a", params, device.stream);
+    launch_segment_outer(params, device.stream);
   });
 }
 

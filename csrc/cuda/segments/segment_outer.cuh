@@ -15,15 +15,15 @@
 #pragma once
 
 #include "common/partial_sums.cuh"
-#include "segments/segments.cuh"
 #include "lowrank/thin_product.cuh"
+#include "segments/segments.cuh"
 
 namespace lowrank_ext::cuda {
 
-template <class Number>
+template <class Compute>
 struct SegmentOuterParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Segments segments;
   Matrix<const scalar_t> large;  // [rows, C]
@@ -49,13 +49,13 @@ struct SegmentOuterParams {
   }
 };
 
-template <class Number, int kRankTile>
-struct SegmentOuterTraits : ThinProductTraits<Number, OuterSumOp, 64, kRankTile> {
-  using Base = ThinProductTraits<Number, OuterSumOp, 64, kRankTile>;
-  using Params = SegmentOuterParams<Number>;
+template <class Compute, int kRankTile>
+struct SegmentOuterTraits : ThinProductTraits<Compute, OuterSumOp, 64, kRankTile> {
+  using Base = ThinProductTraits<Compute, OuterSumOp, 64, kRankTile>;
+  using Params = SegmentOuterParams<Compute>;
   static constexpr int kRowsBytes = Base::kStages * Base::kDepth * 8;
   static constexpr int kSharedBytes = Base::kSharedBytes + kRowsBytes;
-  static_assert(Base::kDepth <= Base::kThreads, "a thread loads one row number");
+  static_assert(Base::kDepth <= Base::kThreads, "a thread loads one row compute");
   static_assert(kRowsBytes <= 2048 && kSharedBytes <= 99 * 1024);
 };
 
@@ -177,27 +177,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
 // ---- launch
 
-template <class Number, int kRankTile>
-void launch_segment_outer_as(const char* name, SegmentOuterParams<Number> params, Stream stream) {
-  using Traits = SegmentOuterTraits<Number, kRankTile>;
+template <class Compute, int kRankTile>
+void launch_segment_outer_as(SegmentOuterParams<Compute> params, Stream stream) {
+  using Traits = SegmentOuterTraits<Compute, kRankTile>;
   params.num_col_tiles = (params.large.num_cols + Traits::kBlockOuter - 1) / Traits::kBlockOuter;
   params.num_rank_tiles = (params.segments.max_rank + kRankTile - 1) / kRankTile;
   const int64_t num_blocks =
       params.segments.num_groups * params.num_col_tiles * params.num_rank_tiles;
-  launch_kernel(name, segment_outer_kernel<Traits>,
+  launch_kernel("segment_outer", segment_outer_kernel<Traits>,
                 {static_cast<unsigned>(num_blocks), 1, 1, Traits::kThreads, Traits::kSharedBytes},
                 params, stream);
 }
 
-template <class Number>
-void launch_segment_outer(const char* name, const SegmentOuterParams<Number>& params,
-                          Stream stream) {
-  if constexpr (Number::kTensorCores) {
-    if (params.segments.max_rank <= 16)
-      return launch_segment_outer_as<Number, 16>(name, params, stream);
-    launch_segment_outer_as<Number, 64>(name, params, stream);
+template <class Compute>
+void launch_segment_outer(const SegmentOuterParams<Compute>& params, Stream stream) {
+  if constexpr (Compute::kTensorCores) {
+    if (params.segments.max_rank <= 16) return launch_segment_outer_as<Compute, 16>(params, stream);
+    launch_segment_outer_as<Compute, 64>(params, stream);
   } else {
-    launch_segment_outer_as<Number, 32>(name, params, stream);
+    launch_segment_outer_as<Compute, 32>(params, stream);
   }
 }
 

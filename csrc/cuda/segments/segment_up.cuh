@@ -19,10 +19,10 @@
 
 namespace lowrank_ext::cuda {
 
-template <class Number>
+template <class Compute>
 struct SegmentUpParams {
-  using scalar_t = typename Number::scalar_t;
-  using acc_t = typename Number::acc_t;
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
 
   Segments segments;
   Matrix<const scalar_t> base;  // [M, C] or absent
@@ -46,9 +46,9 @@ struct SegmentUpParams {
   }
 };
 
-template <class Number, class Shape, class Op>
-struct SegmentUpTraits : ExpandTraits<Number, Shape, Op> {
-  using Params = SegmentUpParams<Number>;
+template <class Compute, class Shape, class Op>
+struct SegmentUpTraits : ExpandTraits<Compute, Shape, Op> {
+  using Params = SegmentUpParams<Compute>;
   static constexpr bool kLanesAddBase = !Op::kHasDropout;
   static constexpr bool kLanesDrop = Op::kHasDropout;
 };
@@ -176,8 +176,7 @@ __device__ __forceinline__ void copy_rows(const typename Traits::Params& params,
 
 // Block (x, y) owns tile x of the segments and column tiles y · col_tiles_per_block ….
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    segment_up_kernel(const typename Traits::Params params) {
+__device__ __forceinline__ void segment_expand(const typename Traits::Params& params) {
   using scalar_t = typename Traits::scalar_t;
   using MidTile = typename Traits::MidTile;
   using Staging = typename Traits::Staging;
@@ -256,6 +255,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
+// y in the forward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_up_kernel(const typename Traits::Params params) {
+  segment_expand<Traits>(params);
+}
+
+// dx in the backward.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    segment_down_backward_x_kernel(const typename Traits::Params params) {
+  segment_expand<Traits>(params);
+}
+
 // ---- plan
 
 struct SegmentUpPlan {
@@ -267,9 +280,9 @@ struct SegmentUpPlan {
 
 namespace detail {
 
-template <class Number, class F>
+template <class Compute, class F>
 void with_segment_up_shape(int block_rows, F f) {
-  constexpr int kRankTile = Number::kTensorCores ? 32 : 16;
+  constexpr int kRankTile = Compute::kTensorCores ? 32 : 16;
   if (block_rows == 16) return f(ExpandShape<1, 2, kRankTile>{});
   return f(ExpandShape<4, 1, kRankTile>{});
 }
@@ -279,19 +292,19 @@ void with_segment_up_shape(int block_rows, F f) {
 // Few rows (decoding) take blocks of 16 rows, which leave fewer of them empty where every row has
 // an adapter of its own; so do ranks so large that left of 64 rows has no room. Columns are shared
 // out among the blocks for as many row tiles as there are at least.
-template <class Number, class Op>
+template <class Compute, class Op>
 SegmentUpPlan plan_segment_up(int64_t num_rows, int64_t num_groups, int64_t num_cols, int64_t rank,
                               int num_sms) {
   constexpr int64_t kFewRows = 64;
   SegmentUpPlan plan{};
   plan.block_rows = num_rows <= kFewRows ? 16 : 64;
-  detail::with_segment_up_shape<Number>(64, [&](auto shape) {
-    using Traits = SegmentUpTraits<Number, decltype(shape), Op>;
+  detail::with_segment_up_shape<Compute>(64, [&](auto shape) {
+    using Traits = SegmentUpTraits<Compute, decltype(shape), Op>;
     if (Traits::shared_bytes(rank) > detail::kMaxBlockSharedBytes) plan.block_rows = 16;
   });
   plan.max_tiles = max_segment_tiles(num_rows, num_groups, plan.block_rows);
-  detail::with_segment_up_shape<Number>(plan.block_rows, [&](auto shape) {
-    using Traits = SegmentUpTraits<Number, decltype(shape), Op>;
+  detail::with_segment_up_shape<Compute>(plan.block_rows, [&](auto shape) {
+    using Traits = SegmentUpTraits<Compute, decltype(shape), Op>;
     const int64_t num_col_tiles = (num_cols + Traits::kBlockCols - 1) / Traits::kBlockCols;
     plan.shared_bytes = Traits::shared_bytes(rank);
     if (num_rows == 0 || num_cols == 0) return;
@@ -303,19 +316,23 @@ SegmentUpPlan plan_segment_up(int64_t num_rows, int64_t num_groups, int64_t num_
   return plan;
 }
 
-template <class Number, class Op>
-void launch_segment_up(const char* name, SegmentUpParams<Number> params, int64_t num_rows,
-                       int num_sms, Stream stream) {
-  const SegmentUpPlan plan = plan_segment_up<Number, Op>(
+template <class Compute, class Op>
+void launch_segment_up(SegmentUpParams<Compute> params, int64_t num_rows, int num_sms,
+                       Stream stream) {
+  const SegmentUpPlan plan = plan_segment_up<Compute, Op>(
       num_rows, params.segments.num_groups, params.out.num_cols, params.segments.max_rank, num_sms);
   params.col_tiles_per_block = plan.col_tiles_per_block;
-  detail::with_segment_up_shape<Number>(plan.block_rows, [&](auto shape) {
-    using Traits = SegmentUpTraits<Number, decltype(shape), Op>;
-    launch_kernel(
-        name, segment_up_kernel<Traits>,
-        {static_cast<unsigned>(plan.max_tiles), static_cast<unsigned>(plan.num_col_blocks), 1,
-         Traits::kThreads, static_cast<size_t>(plan.shared_bytes)},
-        params, stream);
+  detail::with_segment_up_shape<Compute>(plan.block_rows, [&](auto shape) {
+    using Traits = SegmentUpTraits<Compute, decltype(shape), Op>;
+    const LaunchShape launch_shape{static_cast<unsigned>(plan.max_tiles),
+                                   static_cast<unsigned>(plan.num_col_blocks), 1, Traits::kThreads,
+                                   static_cast<size_t>(plan.shared_bytes)};
+    if constexpr (std::is_same_v<Op, UpOp>) {
+      launch_kernel("segment_up", &segment_up_kernel<Traits>, launch_shape, params, stream);
+    } else {
+      launch_kernel("segment_down_backward_x", &segment_down_backward_x_kernel<Traits>,
+                    launch_shape, params, stream);
+    }
   });
 }
 

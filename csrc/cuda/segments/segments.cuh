@@ -17,6 +17,7 @@
 
 #include "common/dispatch.h"
 #include "common/dropout.cuh"
+#include "segments/kernels.h"
 
 namespace lowrank_ext::cuda {
 
@@ -40,14 +41,14 @@ struct Stack {
 };
 
 template <class T>
-Stack<T> stack_of(const AnyStack& any) {
-  const Matrix<T> first = matrix_of<T>(any.first);
-  const int64_t group_bytes = any.group_stride * static_cast<int64_t>(sizeof(T));
+Stack<T> stack_of(const StackRef& ref) {
+  const Matrix<T> first = matrix_of<T>(ref.first);
+  const int64_t group_bytes = ref.group_stride * static_cast<int64_t>(sizeof(T));
   return {first.data,
-          any.num_groups,
+          ref.num_groups,
           first.num_rows,
           first.num_cols,
-          any.group_stride,
+          ref.group_stride,
           first.row_stride,
           first.vectorized && group_bytes % 16 == 0};
 }
@@ -70,9 +71,9 @@ struct GroupScaling {
 };
 
 template <class acc_t>
-GroupScaling<acc_t> group_scaling(const Any& any) {
-  if (any.type == ElementType::kFp64) return {{}, matrix_of<const double>(any)};
-  return {matrix_of<const float>(any), {}};
+GroupScaling<acc_t> group_scaling(const MatrixRef& ref) {
+  if (ref.type == ElementType::kFp64) return {{}, matrix_of<const double>(ref)};
+  return {matrix_of<const float>(ref), {}};
 }
 
 struct Segments {
@@ -82,7 +83,7 @@ struct Segments {
   int64_t num_groups;             // n
   int max_rank;
   unsigned slots_per_row;
-  bool masks_by_group;  // dropout: a mask for each group, or one for all
+  bool shared_dropout;  // one dropout mask for all groups, else one for each
 
   __device__ __forceinline__ int64_t slot(int64_t place) const { return *rows.at(0, place); }
   // Of a slot; slots are less than 2^31 (order_slots.cu).
@@ -90,7 +91,7 @@ struct Segments {
     return static_cast<int>(static_cast<unsigned>(slot) / slots_per_row);
   }
   __device__ __forceinline__ uint32_t mask_of(int64_t group) const {
-    return masks_by_group ? static_cast<uint32_t>(group) : 0;
+    return shared_dropout ? 0 : static_cast<uint32_t>(group);
   }
 
   // Of a group's thin operand: 0 where there is nothing to add, -1 where the rows become NaN (an
@@ -116,7 +117,7 @@ inline Segments segments_of(const RowGroups& groups, int64_t max_rank) {
           groups.num_groups,
           static_cast<int>(max_rank),
           static_cast<unsigned>(groups.slots_per_row),
-          groups.masks_by_group};
+          groups.shared_dropout};
 }
 
 // Σ ⌈c / tile⌉ over k segments is Σ (⌊(c - 1) / tile⌋ + 1), at most ⌊(M - k) / tile⌋ + k, which

@@ -4,9 +4,9 @@
 
 #include <string>
 
-#include "lowrank/branch.h"
 #include "common/launch.h"
 #include "experts/plan_experts.h"
+#include "lowrank/branch.h"
 
 namespace py = pybind11;
 namespace cuda = lowrank_ext::cuda;
@@ -36,13 +36,13 @@ void bind_host(py::module_& m) {
   host.def(
       "plan_experts",
       [](int64_t num_experts, int64_t rank, int64_t top_k, int64_t element_bytes, bool drops,
-         bool own_masks) {
+         bool shared_dropout) {
         const auto plan =
-            cuda::plan_experts({num_experts, rank, top_k, element_bytes, drops, own_masks});
+            cuda::plan_experts({num_experts, rank, top_k, element_bytes, drops, shared_dropout});
         return py::make_tuple(plan.grouped, plan.dense_up_backward);
       },
       py::arg("num_experts"), py::arg("rank"), py::arg("top_k"), py::arg("element_bytes") = 2,
-      py::arg("drops") = false, py::arg("own_masks") = false, "(grouped, dense_up_backward)");
+      py::arg("drops") = false, py::arg("shared_dropout") = true, "(grouped, dense_up_backward)");
   host.def("seed_base_output", &cuda::seed_base_output, py::arg("num_rows"), py::arg("num_cols"),
            py::arg("element_size"));
   host.def(

@@ -17,7 +17,7 @@ SMALL_SM_BYTES, MAX_BLOCK_BYTES = 100 * 1024, 99 * 1024
 LARGE_SM_BYTES = 164 * 1024
 RESERVED_BYTES = 1024
 
-KINDS = {
+COMPUTE_TYPES = {
     "bf16": (torch.bfloat16, False),
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
@@ -26,10 +26,10 @@ KINDS = {
 
 
 def launches(
-    simt: ModuleType, kind: str, num_rows: int, rank: int, everything: bool
+    simt: ModuleType, compute_type: str, num_rows: int, rank: int, everything: bool
 ) -> list[dict[str, Any]]:
     """Of lowrank_add and its backward; in_features and out_features take a few column tiles."""
-    dtype, allow_tf32 = KINDS[kind]
+    dtype, allow_tf32 = COMPUTE_TYPES[compute_type]
     num_in, num_out = 136, 264
 
     def values(*shape: int) -> torch.Tensor:
@@ -59,21 +59,25 @@ def resident_warps(report: dict[str, Any], sm_bytes: int) -> int:
 
 @pytest.mark.parametrize("num_rows", [3, 70, 200])
 @pytest.mark.parametrize("rank", [1, 16, 64, 65, 130, 256, 512])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_launch_fits_every_gpu(simt: ModuleType, kind: str, rank: int, num_rows: int) -> None:
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_every_launch_fits_every_gpu(
+    simt: ModuleType, compute_type: str, rank: int, num_rows: int
+) -> None:
     everything = rank <= 130
-    for report in launches(simt, kind, num_rows, rank, everything):
+    for report in launches(simt, compute_type, num_rows, rank, everything):
         assert report["shared_bytes"] <= MAX_BLOCK_BYTES, report["kernel"]
         assert report["block"][0] % 32 == 0 and report["block"][1:] == (1, 1)
 
 
 @pytest.mark.parametrize("rank", [8, 16, 32, 64])
-@pytest.mark.parametrize("kind", ["bf16", "tf32"])
-def test_shared_memory_leaves_warps_to_hide_latency(simt: ModuleType, kind: str, rank: int) -> None:
+@pytest.mark.parametrize("compute_type", ["bf16", "tf32"])
+def test_shared_memory_leaves_warps_to_hide_latency(
+    simt: ModuleType, compute_type: str, rank: int
+) -> None:
     """At usual ranks: 16 warps on the SMs of A100, H100 and B200, 8 on the smaller ones.
 
     Not where rows are few: there a launch has fewer blocks than a GPU has SMs.
     """
-    for report in launches(simt, kind, 200, rank, everything=False):
+    for report in launches(simt, compute_type, 200, rank, everything=False):
         assert resident_warps(report, SMALL_SM_BYTES) >= 8, report
         assert resident_warps(report, LARGE_SM_BYTES) >= 16, report

@@ -123,7 +123,7 @@ void atomic_access(const void* address, int bytes, const void* caller);
 // The lanes of `mask` meet; the last to arrive runs compute(all, out) once, `all` and `out` by
 // lane. `name` is for error texts and counters ("mma", "shfl…").
 template <class In, class Out, class F>
-[[gnu::always_inline]] inline Out masked_collective(
+[[gnu::always_inline]] inline Out lanes_collective(
     const char* name, unsigned mask, const In& mine,
     F compute /* (const In (&)[32], Out (&)[32]) */) {
   Out result;
@@ -137,7 +137,7 @@ template <class In, class Out, class F>
 
 template <class In, class Out, class F>
 [[gnu::always_inline]] inline Out warp_collective(const char* name, const In& mine, F compute) {
-  return masked_collective<In, Out, F>(name, 0xFFFFFFFFu, mine, compute);
+  return lanes_collective<In, Out, F>(name, 0xFFFFFFFFu, mine, compute);
 }
 
 void count_mma();

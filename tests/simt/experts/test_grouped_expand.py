@@ -1,13 +1,13 @@
 """y = base + scaling Σ_j gated[m k + j] lora_b[e_j]ᵀ and dx = dlogits router_weight +
-Σ_j drop'(dh[m k + j] lora_a[e_j]): csrc/cuda/expert_expand.cuh on the executor."""
+Σ_j drop'(dh[m k + j] lora_a[e_j]): experts/grouped_expand.cuh on the executor."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     _simt,
     assert_lean,
     assert_within_rule,
@@ -63,22 +63,24 @@ def order_tokens(ids: Tensor, num_experts: int, num_sms: int = 4) -> Tensor:
     return tokens
 
 
-def expert_up(kind, choices, base, gated, lora_b, scaling=1.0, *, y=None, num_sms=4) -> Tensor:
+def grouped_up(
+    compute_type, choices, base, gated, lora_b, scaling=1.0, *, y=None, num_sms=4
+) -> Tensor:
     if y is None:
         y = torch.full((choices.ids.shape[0], lora_b.shape[1]), torch.nan, dtype=gated.dtype)
     arguments = matrix(base), matrix(gated), stack(lora_b), scaling, matrix(y)
-    _simt.expert_up(kind, choices.argument(), *arguments, num_sms=num_sms)
+    _simt.grouped_up(compute_type, choices.argument(), *arguments, num_sms=num_sms)
     return y
 
 
-def expert_down_backward_x(
-    kind, choices, dlogits, router_weight, dh, lora_a, dropout="none", *, dx=None, num_sms=4
+def grouped_down_backward_x(
+    compute_type, choices, dlogits, router_weight, dh, lora_a, dropout="none", *, dx=None, num_sms=4
 ) -> Tensor:
     seed = seed_tensor(SEED)
     if dx is None:
         dx = torch.full((choices.ids.shape[0], lora_a.shape[2]), torch.nan, dtype=dh.dtype)
-    _simt.expert_down_backward_x(
-        kind,
+    _simt.grouped_down_backward_x(
+        compute_type,
         choices.argument(),
         matrix(dlogits),
         matrix(router_weight),
@@ -128,72 +130,72 @@ def kept_by_slot(choices: Choices, cols: int, dropout: str) -> Tensor:
     return kept
 
 
-def operands(make, kind, shape):
+def operands(make, compute_type, shape):
     """choices; base, gated, lora_b; dlogits, router_weight, dh, lora_a."""
     tokens, top_k, experts, cols, rank = shape
     choices = Choices.random(tokens, top_k, experts)
     up = (
-        make(tokens, cols, kind=kind),
-        make(tokens * top_k, rank, kind=kind),
-        make(experts * cols, rank, kind=kind).reshape(experts, cols, rank),
+        make(tokens, cols, compute_type=compute_type),
+        make(tokens * top_k, rank, compute_type=compute_type),
+        make(experts * cols, rank, compute_type=compute_type).reshape(experts, cols, rank),
     )
     down = (
-        make(tokens, experts, kind=kind),
-        make(experts, cols, kind=kind),
-        make(tokens * top_k, rank, kind=kind),
-        make(experts * rank, cols, kind=kind).reshape(experts, rank, cols),
+        make(tokens, experts, compute_type=compute_type),
+        make(experts, cols, compute_type=compute_type),
+        make(tokens * top_k, rank, compute_type=compute_type),
+        make(experts * rank, cols, compute_type=compute_type).reshape(experts, rank, cols),
     )
     return choices, up, down
 
 
-def few_ones(*shape, kind):
-    return integers(*shape, kind=kind) * (torch.rand(*shape) < 0.3)
+def few_ones(*shape, compute_type):
+    return integers(*shape, compute_type=compute_type) * (torch.rand(*shape) < 0.3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_y(kind, shape):
-    choices, up, _ = operands(few_ones, kind, shape)
-    same(expert_up(kind, choices, *up, 0.5), true(up_formula(choices, 0.5), *up))
+def test_y(compute_type, shape):
+    choices, up, _ = operands(few_ones, compute_type, shape)
+    same(grouped_up(compute_type, choices, *up, 0.5), true(up_formula(choices, 0.5), *up))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @every_mask
-def test_dx(kind, shape, dropout):
-    choices, _, down = operands(few_ones, kind, shape)
-    dx = expert_down_backward_x(kind, choices, *down, dropout)
+def test_dx(compute_type, shape, dropout):
+    choices, _, down = operands(few_ones, compute_type, shape)
+    dx = grouped_down_backward_x(compute_type, choices, *down, dropout)
     same(dx, true(dx_formula(choices, dropout), *down))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("compute_type", ["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("layout", [(0, 8), (1, 3), (8, 1)], ids=str)
-def test_layouts(kind, layout):
-    choices, up, down = operands(few_ones, kind, (40, 2, 5, 67, 6))
+def test_layouts(compute_type, layout):
+    choices, up, down = operands(few_ones, compute_type, (40, 2, 5, 67, 6))
     base, gated, lora_b = up
-    expected = expert_up(kind, choices, *up)
+    expected = grouped_up(compute_type, choices, *up)
     y = spread(torch.zeros_like(base), *layout)
     moved = spread(base, *layout), spread(gated, *layout), spread_stack(lora_b, *layout)
-    same(expert_up(kind, choices, *moved, y=y), expected)
-    expected = expert_down_backward_x(kind, choices, *down, "own")
+    same(grouped_up(compute_type, choices, *moved, y=y), expected)
+    expected = grouped_down_backward_x(compute_type, choices, *down, "own")
     dx = spread(torch.zeros_like(expected), *layout)
     moved = (*(spread(tensor, *layout) for tensor in down[:3]), spread_stack(down[3], *layout))
-    same(expert_down_backward_x(kind, choices, *moved, "own", dx=dx), expected)
+    same(grouped_down_backward_x(compute_type, choices, *moved, "own", dx=dx), expected)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "fp64"])
-def test_without_a_router(kind):
-    choices, _, down = operands(few_ones, kind, (20, 2, 5, 40, 3))
+@pytest.mark.parametrize("compute_type", ["bf16", "fp32", "fp64"])
+def test_without_a_router(compute_type):
+    choices, _, down = operands(few_ones, compute_type, (20, 2, 5, 40, 3))
     down = (torch.zeros_like(down[0]), *down[1:])
-    expected = expert_down_backward_x(kind, choices, *down, "own")
-    same(expert_down_backward_x(kind, choices, None, None, *down[2:], "own"), expected)
+    expected = grouped_down_backward_x(compute_type, choices, *down, "own")
+    same(grouped_down_backward_x(compute_type, choices, None, None, *down[2:], "own"), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_comes_from_experts_that_a_token_did_not_choose(kind):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_nothing_comes_from_experts_that_a_token_did_not_choose(compute_type):
     """RF-13: NaN in an expert's weights reaches its own tokens only, also within a warp's rows, and
     an expert without tokens is not read."""
-    choices, up, down = operands(few_ones, kind, (40, 2, 6, 70, 4))
+    choices, up, down = operands(few_ones, compute_type, (40, 2, 6, 70, 4))
     idle = 6 - 1
     swapped = choices.ids.clone()
     swapped[choices.ids == idle] = -1
@@ -201,11 +203,17 @@ def test_nothing_comes_from_experts_that_a_token_did_not_choose(kind):
         free = next(e for e in range(idle) if e not in swapped[row])
         swapped[row, swapped[row] == -1] = free
     choices = Choices(swapped, order_tokens(swapped, 6))
-    good = expert_up(kind, choices, *up), expert_down_backward_x(kind, choices, *down, "own")
+    good = (
+        grouped_up(compute_type, choices, *up),
+        grouped_down_backward_x(compute_type, choices, *down, "own"),
+    )
     up[2][idle] = down[3][idle] = torch.nan
     up[2][2] = torch.inf
     down[3][2] = torch.nan
-    bad = expert_up(kind, choices, *up), expert_down_backward_x(kind, choices, *down, "own")
+    bad = (
+        grouped_up(compute_type, choices, *up),
+        grouped_down_backward_x(compute_type, choices, *down, "own"),
+    )
     others = ~(choices.ids == 2).any(1)
     assert 0 < others.sum() < 40
     for before, after in zip(good, bad, strict=True):
@@ -216,52 +224,52 @@ def test_nothing_comes_from_experts_that_a_token_did_not_choose(kind):
 def test_ids_that_are_no_expert_add_nothing():
     choices, up, down = operands(few_ones, "bf16", (20, 2, 4, 40, 3))
     choices.ids.fill_(-1)
-    assert torch.equal(expert_up("bf16", choices, *up), up[0])
-    dx = expert_down_backward_x("bf16", choices, None, None, *down[2:])
+    assert torch.equal(grouped_up("bf16", choices, *up), up[0])
+    dx = grouped_down_backward_x("bf16", choices, None, None, *down[2:])
     assert not dx.any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @every_mask
-def test_rounding_and_any_schedule(kind, dropout):
-    choices, up, down = operands(normal, kind, (150, 2, 8, 70, 20))
+def test_rounding_and_any_schedule(compute_type, dropout):
+    choices, up, down = operands(normal, compute_type, (150, 2, 8, 70, 20))
     results = []
     for schedule in (0, 1):
         _simt.set_options(schedule_seed=schedule)
-        y = expert_up(kind, choices, *up, 0.5)
-        results.append((y, expert_down_backward_x(kind, choices, *down, dropout)))
+        y = grouped_up(compute_type, choices, *up, 0.5)
+        results.append((y, grouped_down_backward_x(compute_type, choices, *down, dropout)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     y, dx = results[0]
     f = up_formula(choices, 0.5)
-    assert_within_rule(kind, y, plain(kind, f, *up), true(f, *up))
+    assert_within_rule(compute_type, y, plain(compute_type, f, *up), true(f, *up))
     f = dx_formula(choices, dropout)
-    assert_within_rule(kind, dx, plain(kind, f, *down), true(f, *down))
+    assert_within_rule(compute_type, dx, plain(compute_type, f, *down), true(f, *down))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "fp64"])
-def test_the_order_of_tokens_changes_no_bit(kind):
-    choices, up, down = operands(normal, kind, (200, 2, 6, 40, 5))
+@pytest.mark.parametrize("compute_type", ["bf16", "fp32", "fp64"])
+def test_the_order_of_tokens_changes_no_bit(compute_type):
+    choices, up, down = operands(normal, compute_type, (200, 2, 6, 40, 5))
     mixed = choices._replace(tokens=torch.randperm(200))
-    assert torch.equal(expert_up(kind, choices, *up), expert_up(kind, mixed, *up))
-    dx = expert_down_backward_x(kind, choices, *down, "own")
-    assert torch.equal(expert_down_backward_x(kind, mixed, *down, "own"), dx)
+    assert torch.equal(grouped_up(compute_type, choices, *up), grouped_up(compute_type, mixed, *up))
+    dx = grouped_down_backward_x(compute_type, choices, *down, "own")
+    assert torch.equal(grouped_down_backward_x(compute_type, mixed, *down, "own"), dx)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32", "fp64"])
-def test_traffic(kind):
+@pytest.mark.parametrize("compute_type", ["bf16", "tf32", "fp32", "fp64"])
+def test_traffic(compute_type):
     """y and dx once, whatever the number of choices; nothing of an expert without tokens."""
     tokens, top_k, experts, cols, rank = 512, 2, 16, 512, 16
-    size = DTYPES[kind].itemsize
-    _, up, down = operands(normal, kind, (tokens, top_k, experts, cols, rank))
+    size = DTYPES[compute_type].itemsize
+    _, up, down = operands(normal, compute_type, (tokens, top_k, experts, cols, rank))
     ids = torch.stack([torch.arange(tokens) % 2, torch.full((tokens,), 2)], 1).contiguous()
     choices = Choices(ids, order_tokens(ids, experts))
     thin = 8 * tokens * (1 + top_k) + size * tokens * top_k * rank
-    [report] = reports_of(lambda: expert_up(kind, choices, *up))
+    [report] = reports_of(lambda: grouped_up(compute_type, choices, *up))
     assert traffic_of(report, "base")["bytes_read"] == up[0].nbytes
     assert traffic_of(report, "out")["bytes_written"] == up[0].nbytes
     assert traffic_of(report, "right")["unique_bytes_read"] == up[2][:3].nbytes
     assert_lean(report, 2 * up[0].nbytes + up[2][:3].nbytes + thin)
-    [report] = reports_of(lambda: expert_down_backward_x(kind, choices, *down, "own"))
+    [report] = reports_of(lambda: grouped_down_backward_x(compute_type, choices, *down, "own"))
     assert traffic_of(report, "out")["bytes_written"] == up[0].nbytes
     assert traffic_of(report, "right")["unique_bytes_read"] == down[3][:3].nbytes
     routers = down[0].nbytes + down[1].nbytes
@@ -271,9 +279,9 @@ def test_traffic(kind):
 def test_tokens_in_order_meet_few_experts():
     """Of 16 experts, two a token: products of about a quarter of the experts, not of all."""
     choices, up, _ = operands(normal, "bf16", (2048, 2, 16, 64, 16))
-    [ordered] = reports_of(lambda: expert_up("bf16", choices, *up))
+    [ordered] = reports_of(lambda: grouped_up("bf16", choices, *up))
     mixed = choices._replace(tokens=torch.arange(2048))
-    [unordered] = reports_of(lambda: expert_up("bf16", mixed, *up))
+    [unordered] = reports_of(lambda: grouped_up("bf16", mixed, *up))
     least = 2048 // 16 * 2 * 8  # of whole warps whose tokens share both experts
     assert ordered["mma"] <= 2 * least < unordered["mma"] / 3
 
@@ -298,7 +306,7 @@ def test_order_of_tokens_with_ids_that_are_no_expert():
     assert order_tokens(ids, 4).tolist() == [3, 0, 2, 1]
 
 
-# (kind, M, C, E, k), with 132 multiprocessors: block rows, column tiles a block
+# (compute type, M, C, E, k), with 132 multiprocessors: block rows, column tiles a block
 PLANS = {
     ("bf16", 8192, 4096, 8, 2): (128, 16),
     ("bf16", 64, 4096, 8, 2): (16, 1),
@@ -309,7 +317,7 @@ PLANS = {
 
 @pytest.mark.parametrize("case", PLANS, ids=str)
 def test_plan(case):
-    plan = _simt.plan_expert_expand(*case, num_sms=132)
+    plan = _simt.plan_grouped_expand(*case, num_sms=132)
     assert plan["num_row_blocks"] == -(-case[1] // plan["block_rows"])
     assert plan["shared_bytes"] <= 99 * 1024
     assert (plan["block_rows"], plan["col_tiles_per_block"]) == PLANS[case]

@@ -1,12 +1,12 @@
-"""csrc/cuda/moe_gate.cuh: routing, gating and their gradients, between the two projections."""
+"""experts/moe_gate.cuh: routing, gating and their gradients, between the two projections."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     _simt,
     acc_dtype,
     assert_within_rule,
@@ -29,7 +29,7 @@ SIZES = [
     (5, 5, 33, 5),
     (3, 300, 1, 3),
 ]
-some_kinds = pytest.mark.parametrize("kind", ["bf16", "fp32", "fp64"])
+some_kinds = pytest.mark.parametrize("compute_type", ["bf16", "fp32", "fp64"])
 
 
 class Gate(NamedTuple):
@@ -51,27 +51,31 @@ class Gate(NamedTuple):
 
 
 def columns_of(num_experts: int, rank: int, padded: bool = False) -> tuple[int, ...]:
-    return _simt.expert_columns(num_experts, rank, padded=padded)
+    return _simt.dense_columns(num_experts, rank, padded=padded)
 
 
-def make_z(kind: str, tokens: int, columns, num_splits: int = 3, padding: int = 0) -> Tensor:
+def make_z(
+    compute_type: str, tokens: int, columns, num_splits: int = 3, padding: int = 0
+) -> Tensor:
     """Partial sums [splits, M, R (+ padding)]; what lies between groups is NaN."""
     num_experts, rank, first, stride, num_cols = columns
-    z = torch.full((num_splits, tokens, num_cols + padding), NAN, dtype=acc_dtype(kind))
-    z[..., :num_experts] = normal(num_splits, tokens, num_experts, kind="fp64")
+    z = torch.full((num_splits, tokens, num_cols + padding), NAN, dtype=acc_dtype(compute_type))
+    z[..., :num_experts] = normal(num_splits, tokens, num_experts, compute_type="fp64")
     for expert in range(num_experts):
         col = first + expert * stride
-        z[..., col : col + rank] = normal(num_splits, tokens, rank, kind="fp64")
+        z[..., col : col + rank] = normal(num_splits, tokens, rank, compute_type="fp64")
     return z
 
 
-def run(kind: str, columns, z: Tensor, top_k: int, token_mask: Tensor | None = None) -> Gate:
+def run(
+    compute_type: str, columns, z: Tensor, top_k: int, token_mask: Tensor | None = None
+) -> Gate:
     num_experts, rank, *_, num_cols = columns
     num_splits, tokens, _ = z.shape
-    statistics = acc_dtype(kind)
+    statistics = acc_dtype(compute_type)
     gate = Gate(
-        torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[kind]),
-        torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[kind]),
+        torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[compute_type]),
+        torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[compute_type]),
         torch.full((tokens, num_experts), NAN, dtype=statistics),
         torch.full((tokens, top_k), -7),
         torch.full((tokens, top_k), NAN, dtype=statistics),
@@ -81,7 +85,7 @@ def run(kind: str, columns, z: Tensor, top_k: int, token_mask: Tensor | None = N
     )
     outputs = matrix(gate.loss), matrix(gate.h), matrix(gate.gated)
     sums = matrix(z.flatten(0, 1)[:, :num_cols])
-    _simt.moe_gate(kind, columns, sums, num_splits, gate.routing(), *outputs)
+    _simt.moe_gate(compute_type, columns, sums, num_splits, gate.routing(), *outputs)
     return gate
 
 
@@ -100,24 +104,24 @@ def chosen_of(ids: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(ids.shape[0], num_experts, dtype=torch.bool).scatter(1, ids, True)
 
 
-def assert_gate(kind: str, columns, z: Tensor, gate: Gate) -> None:
+def assert_gate(compute_type: str, columns, z: Tensor, gate: Gate) -> None:
     """ids, counts and h exactly; statistics up to their rounding."""
     num_experts = columns[0]
     logits, h = split_z(columns, z)
     top_k = gate.ids.shape[1]
     _, order = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(gate.ids, order[:, :top_k])
-    close = {"rtol": 1e-13 if kind == "fp64" else 2e-6, "atol": 0.0}
+    close = {"rtol": 1e-13 if compute_type == "fp64" else 2e-6, "atol": 0.0}
     probs = logits.double().softmax(1)
     torch.testing.assert_close(gate.probs.double(), probs, **close)
     weights = logits.double().gather(1, gate.ids).softmax(1)
     torch.testing.assert_close(gate.weights.double(), weights, **close)
 
     chosen = chosen_of(gate.ids, num_experts)
-    expected_h = torch.where(chosen.unsqueeze(2), h, 0).to(DTYPES[kind])
+    expected_h = torch.where(chosen.unsqueeze(2), h, 0).to(DTYPES[compute_type])
     assert torch.equal(gate.h, expected_h.flatten(1))
     by_expert = torch.zeros_like(gate.probs).scatter(1, gate.ids, gate.weights)
-    gated = (by_expert.unsqueeze(2) * expected_h.to(gate.weights.dtype)).to(DTYPES[kind])
+    gated = (by_expert.unsqueeze(2) * expected_h.to(gate.weights.dtype)).to(DTYPES[compute_type])
     assert torch.equal(gate.gated, gated.flatten(1))
 
     counted = torch.ones(len(h)).bool() if gate.token_mask is None else gate.token_mask
@@ -128,16 +132,16 @@ def assert_gate(kind: str, columns, z: Tensor, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_forward(kind, sizes):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_forward(compute_type, sizes):
     tokens, num_experts, rank, top_k = sizes
     columns = columns_of(num_experts, rank, padded=num_experts == 8)
-    z = make_z(kind, tokens, columns, padding=5)
+    z = make_z(compute_type, tokens, columns, padding=5)
     mask = torch.rand(tokens) < 0.6 if num_experts % 2 else None
-    gate = run(kind, columns, z, top_k, mask)
-    assert_gate(kind, columns, z[..., : columns[4]], gate)
+    gate = run(compute_type, columns, z, top_k, mask)
+    assert_gate(compute_type, columns, z[..., : columns[4]], gate)
     again = torch.full_like(gate.gated, NAN)
-    _simt.moe_gate_h(kind, columns, gate.routing(), matrix(gate.h), matrix(again))
+    _simt.dense_apply_gates(compute_type, columns, gate.routing(), matrix(gate.h), matrix(again))
     assert torch.equal(again, gate.gated)
 
 
@@ -177,14 +181,19 @@ def test_ties_infinities_and_nan(num_experts):
 
 
 def backward(
-    kind: str, columns, g: Tensor, gate: Gate, dloss: float | None = None, gates: bool = True
+    compute_type: str,
+    columns,
+    g: Tensor,
+    gate: Gate,
+    dloss: float | None = None,
+    gates: bool = True,
 ) -> Tensor:
     num_splits, tokens, _ = g.shape
-    dz = torch.full((tokens, columns[4] + 3), NAN, dtype=DTYPES[kind])[:, : columns[4]]
-    upstream = None if dloss is None else torch.tensor([dloss], dtype=acc_dtype(kind))
+    dz = torch.full((tokens, columns[4] + 3), NAN, dtype=DTYPES[compute_type])[:, : columns[4]]
+    upstream = None if dloss is None else torch.tensor([dloss], dtype=acc_dtype(compute_type))
     h = matrix(gate.h) if gates else None
     arguments = gate.routing(), matrix(upstream), h, gates, matrix(dz)
-    _simt.moe_gate_backward(kind, columns, g.data_ptr(), num_splits, *arguments)
+    _simt.dense_gate_backward(compute_type, columns, g.data_ptr(), num_splits, *arguments)
     return dz
 
 
@@ -213,39 +222,45 @@ def formula(columns, g: Tensor, gate: Gate, dloss: float | None, dtype=torch.flo
     return dz
 
 
-def backward_case(kind: str, sizes, mask: bool = False) -> tuple[tuple[int, ...], Tensor, Gate]:
+def backward_case(
+    compute_type: str, sizes, mask: bool = False
+) -> tuple[tuple[int, ...], Tensor, Gate]:
     tokens, num_experts, rank, top_k = sizes
     columns = columns_of(num_experts, rank, padded=num_experts == 8)
     token_mask = torch.rand(tokens) < 0.6 if mask else None
-    gate = run(kind, columns, make_z(kind, tokens, columns), top_k, token_mask)
-    g = normal(2, tokens, num_experts * rank, kind="fp64").to(acc_dtype(kind))
+    gate = run(compute_type, columns, make_z(compute_type, tokens, columns), top_k, token_mask)
+    g = normal(2, tokens, num_experts * rank, compute_type="fp64").to(acc_dtype(compute_type))
     return columns, g, gate
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_backward(kind, sizes):
-    columns, g, gate = backward_case(kind, sizes, mask=sizes[1] % 2 == 1)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_backward(compute_type, sizes):
+    columns, g, gate = backward_case(compute_type, sizes, mask=sizes[1] % 2 == 1)
     dloss = None if sizes[1] == 40 else 3.0
-    dz = backward(kind, columns, g, gate, dloss)
+    dz = backward(compute_type, columns, g, gate, dloss)
     true = formula(columns, g, gate, dloss)
-    assert_within_rule(kind, dz, formula(columns, g, gate, dloss, acc_dtype(kind)), true)
+    assert_within_rule(
+        compute_type, dz, formula(columns, g, gate, dloss, acc_dtype(compute_type)), true
+    )
     chosen = chosen_of(gate.ids, sizes[1])
     if dloss is None:
         assert not dz[:, : sizes[1]][~chosen].any()
-    experts = backward(kind, columns, g, gate, dloss, gates=False)
+    experts = backward(compute_type, columns, g, gate, dloss, gates=False)
     assert not experts[:, : columns[2]].any()
     assert torch.equal(experts[:, columns[2] :], dz[:, columns[2] :])
 
 
 @some_kinds
-def test_same_bits_in_every_order(kind):
-    columns, g, gate = backward_case(kind, (70, 8, 4, 2))
-    z = make_z(kind, 70, columns)
+def test_same_bits_in_every_order(compute_type):
+    columns, g, gate = backward_case(compute_type, (70, 8, 4, 2))
+    z = make_z(compute_type, 70, columns)
     results = []
     for seed in (0, 1):
         _simt.set_options(schedule_seed=seed)
-        results.append((*run(kind, columns, z, 2)[:-1], backward(kind, columns, g, gate, 2.0)))
+        results.append(
+            (*run(compute_type, columns, z, 2)[:-1], backward(compute_type, columns, g, gate, 2.0))
+        )
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
@@ -291,10 +306,10 @@ def assert_lean_enough(report: dict) -> None:
 # Slots: the grouped form
 
 
-def slot_sums(kind: str, gate: Gate, rank: int, num_splits: int = 3) -> Tensor:
+def slot_sums(compute_type: str, gate: Gate, rank: int, num_splits: int = 3) -> Tensor:
     """Partial sums [splits, M k, r + padding]; the padding is NaN."""
-    sums = torch.full((num_splits, gate.ids.numel(), rank + 3), NAN, dtype=acc_dtype(kind))
-    sums[..., :rank] = normal(num_splits, gate.ids.numel(), rank, kind="fp64")
+    sums = torch.full((num_splits, gate.ids.numel(), rank + 3), NAN, dtype=acc_dtype(compute_type))
+    sums[..., :rank] = normal(num_splits, gate.ids.numel(), rank, compute_type="fp64")
     return sums
 
 
@@ -303,54 +318,66 @@ def rows_of(sums: Tensor, num_cols: int) -> dict:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_routing_alone(kind, sizes):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_routing_alone(compute_type, sizes):
     """Of a z that has the router's columns only: as with the experts' beside them."""
     tokens, num_experts, rank, top_k = sizes
     columns = columns_of(num_experts, rank)
-    z = make_z(kind, tokens, columns, padding=3)
-    expected = run(kind, columns, z, top_k)
+    z = make_z(compute_type, tokens, columns, padding=3)
+    expected = run(compute_type, columns, z, top_k)
     logits = columns_of(num_experts, 0)
-    alone = run(kind, logits, z[..., : num_experts + 2].contiguous()[..., :num_experts], top_k)
+    alone = run(
+        compute_type, logits, z[..., : num_experts + 2].contiguous()[..., :num_experts], top_k
+    )
     for name in ("probs", "ids", "weights", "counts", "loss"):
         assert torch.equal(getattr(alone, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_slots(kind, sizes):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_slots(compute_type, sizes):
     """h is the slots' sums where chosen and zeros elsewhere, gated is weight times rounded h."""
     tokens, num_experts, rank, top_k = sizes
     columns = columns_of(num_experts, rank)
-    gate = run(kind, columns, make_z(kind, tokens, columns), top_k)
-    sums = slot_sums(kind, gate, rank)
-    h = torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[kind])
-    gated = torch.full((tokens * top_k, rank + 5), NAN, dtype=DTYPES[kind])[:, :rank]
-    _simt.moe_slots(kind, rows_of(sums, rank), 3, gate.routing(), matrix(h), matrix(gated))
+    gate = run(compute_type, columns, make_z(compute_type, tokens, columns), top_k)
+    sums = slot_sums(compute_type, gate, rank)
+    h = torch.full((tokens, num_experts * rank), NAN, dtype=DTYPES[compute_type])
+    gated = torch.full((tokens * top_k, rank + 5), NAN, dtype=DTYPES[compute_type])[:, :rank]
+    _simt.grouped_gate(
+        compute_type, rows_of(sums, rank), 3, gate.routing(), matrix(h), matrix(gated)
+    )
 
     total = sums[0] + sums[1] + sums[2]
-    own = total[:, :rank].to(DTYPES[kind])
-    expected = torch.zeros(tokens, num_experts, rank, dtype=DTYPES[kind])
+    own = total[:, :rank].to(DTYPES[compute_type])
+    expected = torch.zeros(tokens, num_experts, rank, dtype=DTYPES[compute_type])
     expected[torch.arange(tokens).repeat_interleave(top_k), gate.ids.flatten()] = own
     assert torch.equal(h, expected.flatten(1))
     weights = gate.weights.flatten().unsqueeze(1)
-    assert torch.equal(gated, (weights * own.to(weights.dtype)).to(DTYPES[kind]))
+    assert torch.equal(gated, (weights * own.to(weights.dtype)).to(DTYPES[compute_type]))
     again = torch.full_like(gated, NAN)
-    _simt.moe_slots_h(kind, gate.routing(), matrix(h), matrix(again))
+    _simt.grouped_apply_gates(compute_type, gate.routing(), matrix(h), matrix(again))
     assert torch.equal(again, gated)
 
 
 def slots_backward(
-    kind: str, gate: Gate, rank: int, g: Tensor, by_slot: bool, dloss: float | None, gates: bool
+    compute_type: str,
+    gate: Gate,
+    rank: int,
+    g: Tensor,
+    by_slot: bool,
+    dloss: float | None,
+    gates: bool,
 ) -> tuple[Tensor, Tensor]:
     """dlogits [M, E] and dh [M k, r] from g [splits, rows, columns]."""
     tokens, num_experts = gate.probs.shape
-    dlogits = torch.full((tokens, num_experts + 3), NAN, dtype=DTYPES[kind])[:, :num_experts]
-    dh = torch.full((gate.ids.numel(), rank + 3), NAN, dtype=DTYPES[kind])[:, :rank]
-    upstream = None if dloss is None else torch.tensor([dloss], dtype=acc_dtype(kind))
+    dlogits = torch.full((tokens, num_experts + 3), NAN, dtype=DTYPES[compute_type])[
+        :, :num_experts
+    ]
+    dh = torch.full((gate.ids.numel(), rank + 3), NAN, dtype=DTYPES[compute_type])[:, :rank]
+    upstream = None if dloss is None else torch.tensor([dloss], dtype=acc_dtype(compute_type))
     num_cols = rank if by_slot else num_experts * rank
-    _simt.moe_slots_backward(
-        kind,
+    _simt.grouped_gate_backward(
+        compute_type,
         rows_of(g, num_cols),
         g.shape[0],
         by_slot,
@@ -364,21 +391,21 @@ def slots_backward(
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_slots_backward(kind, sizes):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_slots_backward(compute_type, sizes):
     """Bit for bit what the dense form makes of the same G, from rows of either kind."""
     tokens, num_experts, rank, top_k = sizes
-    _, g, gate = backward_case(kind, sizes, mask=sizes[1] % 2 == 1)
+    _, g, gate = backward_case(compute_type, sizes, mask=sizes[1] % 2 == 1)
     packed = columns_of(num_experts, rank)
     dloss = None if num_experts == 40 else 3.0
-    dz = backward(kind, packed, g, gate, dloss)
+    dz = backward(compute_type, packed, g, gate, dloss)
     places = torch.arange(tokens).repeat_interleave(top_k), gate.ids.flatten()
     expected = dz[:, num_experts:].reshape(tokens, num_experts, rank)[places]
     by_slot = g.reshape(2, tokens, num_experts, rank)[:, *places].contiguous()
     for rows, is_by_slot in ((by_slot, True), (g, False)):
-        dlogits, dh = slots_backward(kind, gate, rank, rows, is_by_slot, dloss, gates=True)
+        dlogits, dh = slots_backward(compute_type, gate, rank, rows, is_by_slot, dloss, gates=True)
         assert torch.equal(dlogits, dz[:, :num_experts]) and torch.equal(dh, expected)
-        _, dh = slots_backward(kind, gate, rank, rows, is_by_slot, dloss, gates=False)
+        _, dh = slots_backward(compute_type, gate, rank, rows, is_by_slot, dloss, gates=False)
         assert torch.equal(dh, expected)
 
 
@@ -388,7 +415,7 @@ def test_slots_in_any_schedule():
     for seed in (0, 1):
         _simt.set_options(schedule_seed=seed)
         h, gated = torch.empty(70, 32).bfloat16(), torch.empty(140, 4).bfloat16()
-        _simt.moe_slots("bf16", rows_of(sums, 4), 3, gate.routing(), matrix(h), matrix(gated))
+        _simt.grouped_gate("bf16", rows_of(sums, 4), 3, gate.routing(), matrix(h), matrix(gated))
         results.append((h, gated, *slots_backward("bf16", gate, 4, g, False, 2.0, True)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
@@ -400,7 +427,7 @@ def test_traffic_of_slots():
     gate = run("bf16", columns, make_z("bf16", tokens, columns), 2)
     sums = torch.randn(2, 2 * tokens, rank)
     h, gated = torch.empty(tokens, 64).bfloat16(), torch.empty(2 * tokens, rank).bfloat16()
-    call = lambda: _simt.moe_slots(  # noqa: E731
+    call = lambda: _simt.grouped_gate(  # noqa: E731
         "bf16", matrix(sums.flatten(0, 1)), 2, gate.routing(), matrix(h), matrix(gated)
     )
     [report] = reports_of(call)

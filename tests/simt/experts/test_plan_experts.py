@@ -1,4 +1,4 @@
-"""csrc/cuda/plan_experts.h: which form moe_lowrank_add takes, by sizes alone."""
+"""experts/plan_experts.h: which form moe_lowrank_add takes, by sizes alone."""
 
 import pytest
 from conftest import has_executor
@@ -7,7 +7,7 @@ if not has_executor():
     pytest.skip("the executor is not built, run `make simt`", allow_module_level=True)
 from kernel_calls import _simt
 
-OWN = {"drops": True, "own_masks": True}
+OWN = {"drops": True, "shared_dropout": False}
 SHARED = {"drops": True}
 
 # (experts, rank, k): grouped?

@@ -1,10 +1,10 @@
-"""csrc/cuda/lowrank_mid_backward.cuh: du = Σ g, dh = (du core) ⊙ rank_scale, dcore, drank_scale."""
+"""lowrank/lowrank_mid_backward.cuh: du = Σ g, dh = (du core) ⊙ rank_scale, dcore, drank_scale."""
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     _simt,
     acc_dtype,
     assert_free_banks,
@@ -35,21 +35,23 @@ def formulas(g, h, rank_scale, core, rounding) -> dict[str, Tensor]:
     }
 
 
-def operands(make, kind, shape, mid: str, num_splits: int = 3):
+def operands(make, compute_type, shape, mid: str, num_splits: int = 3):
     rows, rank = shape
-    g = torch.stack([make(rows, rank, kind=kind) for _ in range(num_splits)])
-    h = make(rows, rank, kind=kind)
-    rank_scale = make(rank, kind=kind) if "rank_scale" in mid else None
-    core = make(rank, rank, kind=kind) if "core" in mid else None
-    return g.to(acc_dtype(kind)), h, rank_scale, core
+    g = torch.stack([make(rows, rank, compute_type=compute_type) for _ in range(num_splits)])
+    h = make(rows, rank, compute_type=compute_type)
+    rank_scale = make(rank, compute_type=compute_type) if "rank_scale" in mid else None
+    core = make(rank, rank, compute_type=compute_type) if "core" in mid else None
+    return g.to(acc_dtype(compute_type)), h, rank_scale, core
 
 
 def needed(mid: str) -> tuple[str, ...]:
     return ("dh", *(f"d{name}" for name in ("core", "rank_scale") if name in mid))
 
 
-def run(kind: str, g, h, rank_scale, core, need, **options) -> dict[str, Tensor]:
-    return lowrank_mid_backward(kind, g, h, rank_scale=rank_scale, core=core, need=need, **options)
+def run(compute_type: str, g, h, rank_scale, core, need, **options) -> dict[str, Tensor]:
+    return lowrank_mid_backward(
+        compute_type, g, h, rank_scale=rank_scale, core=core, need=need, **options
+    )
 
 
 def assert_exact(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -57,29 +59,29 @@ def assert_exact(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(kind, shape):
+def test_shapes(compute_type, shape):
     mid = "core" if shape[1] == 17 else "core rank_scale"
-    tensors = operands(integers, kind, shape, mid)
-    assert_exact(run(kind, *tensors, needed(mid)), true_of(tensors))
+    tensors = operands(integers, compute_type, shape, mid)
+    assert_exact(run(compute_type, *tensors, needed(mid)), true_of(tensors))
 
 
 def true_of(tensors) -> dict[str, Tensor]:
     return true(formulas, *tensors)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp64"])
-def test_rank_of_many_tiles(kind):
-    tensors = operands(integers, kind, (65, 130), "core rank_scale")
-    assert_exact(run(kind, *tensors, needed("core rank_scale")), true_of(tensors))
+@pytest.mark.parametrize("compute_type", ["bf16", "fp64"])
+def test_rank_of_many_tiles(compute_type):
+    tensors = operands(integers, compute_type, (65, 130), "core rank_scale")
+    assert_exact(run(compute_type, *tensors, needed("core rank_scale")), true_of(tensors))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("mid", ["", "rank_scale"])
-def test_without_core(kind, mid):
-    tensors = operands(integers, kind, (130, 20), mid)
-    assert_exact(run(kind, *tensors, needed(mid)), true_of(tensors))
+def test_without_core(compute_type, mid):
+    tensors = operands(integers, compute_type, (130, 20), mid)
+    assert_exact(run(compute_type, *tensors, needed(mid)), true_of(tensors))
 
 
 @pytest.mark.parametrize(
@@ -92,20 +94,20 @@ def test_only_what_is_needed(need):
     assert_exact(got, true_of(tensors))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-def test_gradients_of_fp32_adapters(kind):
-    tensors = operands(integers, kind, (200, 16), "core rank_scale")
-    got = run(kind, *tensors, needed("core rank_scale"), gradient_dtype=torch.float32)
+@pytest.mark.parametrize("compute_type", ["bf16", "fp16"])
+def test_gradients_of_fp32_adapters(compute_type):
+    tensors = operands(integers, compute_type, (200, 16), "core rank_scale")
+    got = run(compute_type, *tensors, needed("core rank_scale"), gradient_dtype=torch.float32)
     assert got["dcore"].dtype == torch.float32
     assert_exact(got, true_of(tensors))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_strides_and_alignment(kind):
-    g, h, rank_scale, core = operands(integers, kind, (66, 21), "core rank_scale")
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_strides_and_alignment(compute_type):
+    g, h, rank_scale, core = operands(integers, compute_type, (66, 21), "core rank_scale")
     tensors = g, spread(h, 1, 3), rank_scale, spread(core, 1, 2)
     with free_banks():
-        got = run(kind, *tensors, needed("core rank_scale"))
+        got = run(compute_type, *tensors, needed("core rank_scale"))
     assert_exact(got, true_of(tensors))
 
 
@@ -116,43 +118,43 @@ def test_row_groups(num_sms):
     assert_exact(got, true_of(tensors))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rounding(kind):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_rounding(compute_type):
     mid = "core rank_scale"
-    tensors = operands(normal, kind, (150, 24), mid)
-    got = run(kind, *tensors, needed(mid))
-    plain_values, true_values = plain(kind, formulas, *tensors), true_of(tensors)
+    tensors = operands(normal, compute_type, (150, 24), mid)
+    got = run(compute_type, *tensors, needed(mid))
+    plain_values, true_values = plain(compute_type, formulas, *tensors), true_of(tensors)
     for name, tensor in got.items():
-        assert_within_rule(kind, tensor, plain_values[name], true_values[name])
+        assert_within_rule(compute_type, tensor, plain_values[name], true_values[name])
     _simt.set_options(schedule_seed=1)
-    again = run(kind, *tensors, needed(mid))
+    again = run(compute_type, *tensors, needed(mid))
     assert all(torch.equal(tensor, again[name]) for name, tensor in got.items())
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("bf16", 64), ("fp32", 32), ("fp64", 32)])
-def test_launches_and_traffic(kind, rank):
+@pytest.mark.parametrize(("compute_type", "rank"), [("bf16", 64), ("fp32", 32), ("fp64", 32)])
+def test_launches_and_traffic(compute_type, rank):
     """Nothing in the middle: one sum. With core and rank_scale: all from one reading of g."""
-    plain_sum = operands(normal, kind, (256, 16), "")
-    [report] = reports_of(lambda: run(kind, *plain_sum, ("dh",)))
+    plain_sum = operands(normal, compute_type, (256, 16), "")
+    [report] = reports_of(lambda: run(compute_type, *plain_sum, ("dh",)))
     assert report["kernel"] == "partial_sums"
-    tensors = operands(normal, kind, (256, rank), "core rank_scale")
-    report, *sums = reports_of(lambda: run(kind, *tensors, needed("core rank_scale")))
+    tensors = operands(normal, compute_type, (256, rank), "core rank_scale")
+    report, *sums = reports_of(lambda: run(compute_type, *tensors, needed("core rank_scale")))
     assert [one["kernel"] for one in sums] == ["partial_sums"] * 2
     traffic = {tensor["name"]: tensor for tensor in report["tensors"]}
-    assert traffic["g"]["bytes_read"] == 3 * 256 * rank * acc_dtype(kind).itemsize
-    assert traffic["dh"]["bytes_written"] == 256 * rank * DTYPES[kind].itemsize
+    assert traffic["g"]["bytes_read"] == 3 * 256 * rank * acc_dtype(compute_type).itemsize
+    assert traffic["dh"]["bytes_written"] == 256 * rank * DTYPES[compute_type].itemsize
     assert report["sectors_read"] <= 1.05 * report["bytes_read"] / 32
     assert_free_banks(report)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp64"])
-def test_plan(kind):
+@pytest.mark.parametrize("compute_type", ["bf16", "fp64"])
+def test_plan(compute_type):
     for rows in (1, 63, 64, 65, 1000, 8192):
         for num_sms in (1, 4, 132):
-            plan = _simt.plan_mid_backward(kind, rows, need_sums=True, num_sms=num_sms)
+            plan = _simt.plan_mid_backward(compute_type, rows, need_sums=True, num_sms=num_sms)
             tiles = plan["num_row_groups"] * plan["row_tiles_per_group"]
             assert tiles * 64 >= rows
             assert (tiles - plan["row_tiles_per_group"]) * 64 < rows
             assert plan["num_row_groups"] <= max(num_sms // 2, 1)
-        plan = _simt.plan_mid_backward(kind, rows, need_sums=False, num_sms=132)
+        plan = _simt.plan_mid_backward(compute_type, rows, need_sums=False, num_sms=132)
         assert plan == {"num_row_groups": (rows + 63) // 64, "row_tiles_per_group": 1}

@@ -1,12 +1,12 @@
-"""y = base + scaling · out_scale ⊙ mid(h) lora_bᵀ: csrc/cuda/lowrank_up.cuh on the executor."""
+"""y = base + scaling · out_scale ⊙ mid(h) lora_bᵀ: lowrank/lowrank_up.cuh on the executor."""
 
 import itertools
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     RAGGED_SHAPES,
     _simt,
     assert_lean,
@@ -40,25 +40,25 @@ def formula(base, h, rank_scale, core, lora_b, out_scale, rounding):
 class Case:
     """Operands of one call; mid names those of rank_scale, core and out_scale that are there."""
 
-    def __init__(self, make, kind: str, shape: tuple[int, int, int], mid: str, base: str):
+    def __init__(self, make, compute_type: str, shape: tuple[int, int, int], mid: str, base: str):
         rows, cols, rank = shape
-        self.h = make(rows, rank, kind=kind)
-        self.lora_b = make(cols, rank, kind=kind)
-        self.rank_scale = make(rank, kind=kind) if "rank_scale" in mid else None
-        self.core = make(rank, rank, kind=kind) if "core" in mid else None
-        self.out_scale = make(cols, kind=kind) if "out_scale" in mid else None
+        self.h = make(rows, rank, compute_type=compute_type)
+        self.lora_b = make(cols, rank, compute_type=compute_type)
+        self.rank_scale = make(rank, compute_type=compute_type) if "rank_scale" in mid else None
+        self.core = make(rank, rank, compute_type=compute_type) if "core" in mid else None
+        self.out_scale = make(cols, compute_type=compute_type) if "out_scale" in mid else None
         self.base = {
-            "matrix": lambda: make(rows, cols, kind=kind),
-            "bias": lambda: make(cols, kind=kind),
+            "matrix": lambda: make(rows, cols, compute_type=compute_type),
+            "bias": lambda: make(cols, compute_type=compute_type),
             "none": lambda: None,
         }[base]()
 
     def operands(self) -> tuple[Tensor | None, ...]:
         return (self.base, self.h, self.rank_scale, self.core, self.lora_b, self.out_scale)
 
-    def run(self, kind: str, **options) -> Tensor:
+    def run(self, compute_type: str, **options) -> Tensor:
         return lowrank_up(
-            kind,
+            compute_type,
             self.base,
             self.h,
             self.lora_b,
@@ -69,8 +69,8 @@ class Case:
             **options,
         )
 
-    def assert_exact(self, kind: str, got: Tensor) -> None:
-        assert torch.equal(got, true(formula, *self.operands()).to(DTYPES[kind]))
+    def assert_exact(self, compute_type: str, got: Tensor) -> None:
+        assert torch.equal(got, true(formula, *self.operands()).to(DTYPES[compute_type]))
 
 
 MIDS = ["", "rank_scale core out_scale", "core", "rank_scale", "out_scale"]
@@ -80,11 +80,11 @@ VARIANTS = list(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("shape", "variant"), list(zip(RAGGED_SHAPES, VARIANTS, strict=True)))
-def test_shapes(kind, shape, variant):
-    case = Case(integers, kind, shape, *variant)
-    case.assert_exact(kind, case.run(kind))
+def test_shapes(compute_type, shape, variant):
+    case = Case(integers, compute_type, shape, *variant)
+    case.assert_exact(compute_type, case.run(compute_type))
 
 
 @pytest.mark.parametrize("mid", MIDS)
@@ -95,42 +95,45 @@ def test_options(mid, base):
 
 
 # 64 rows of bf16 and 16 of wider kinds are what shared memory holds.
-@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
-def test_rank_512(kind):
-    case = Case(integers, kind, (65, 16, 512), "rank_scale", "matrix")
-    case.assert_exact(kind, case.run(kind))
+@pytest.mark.parametrize("compute_type", ["bf16", "tf32", "fp32"])
+def test_rank_512(compute_type):
+    case = Case(integers, compute_type, (65, 16, 512), "rank_scale", "matrix")
+    case.assert_exact(compute_type, case.run(compute_type))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("offset", "padding"), [(1, 3), (0, 3), (8, 8)])
-def test_strides_and_alignment(kind, offset, padding):
-    case = Case(integers, kind, (66, 67, 20), "rank_scale core", "matrix")
+def test_strides_and_alignment(compute_type, offset, padding):
+    case = Case(integers, compute_type, (66, 67, 20), "rank_scale core", "matrix")
     for name in ("base", "h", "core", "lora_b"):
         setattr(case, name, spread(getattr(case, name), offset, padding))
-    y = spread(torch.zeros(66, 67, dtype=DTYPES[kind]), offset, padding)
+    y = spread(torch.zeros(66, 67, dtype=DTYPES[compute_type]), offset, padding)
     with free_banks():
-        got = case.run(kind, y=y)
-    case.assert_exact(kind, got)
+        got = case.run(compute_type, y=y)
+    case.assert_exact(compute_type, got)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", [(65, 130, 16), (5, 130, 16)])
-def test_in_place(kind, shape):
-    case = Case(integers, kind, shape, "", "matrix")
-    expected = true(formula, *case.operands()).to(DTYPES[kind])
-    assert torch.equal(case.run(kind, y=case.base), expected)
+def test_in_place(compute_type, shape):
+    case = Case(integers, compute_type, shape, "", "matrix")
+    expected = true(formula, *case.operands()).to(DTYPES[compute_type])
+    assert torch.equal(case.run(compute_type, y=case.base), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", [(70, 65, 20), (7, 65, 20)])
-def test_rounding(kind, shape):
-    case = Case(normal, kind, shape, "rank_scale core out_scale", "matrix")
-    got = case.run(kind)
+def test_rounding(compute_type, shape):
+    case = Case(normal, compute_type, shape, "rank_scale core out_scale", "matrix")
+    got = case.run(compute_type)
     assert_within_rule(
-        kind, got, plain(kind, formula, *case.operands()), true(formula, *case.operands())
+        compute_type,
+        got,
+        plain(compute_type, formula, *case.operands()),
+        true(formula, *case.operands()),
     )
     _simt.set_options(schedule_seed=1)
-    assert torch.equal(case.run(kind), got)
+    assert torch.equal(case.run(compute_type), got)
 
 
 def test_zero_branch_leaves_base():
@@ -143,17 +146,18 @@ def test_zero_branch_leaves_base():
 
 
 @pytest.mark.parametrize(
-    ("kind", "rank"), [("bf16", 16), ("bf16", 64), ("bf16", 128), ("fp32", 16), ("fp64", 16)]
+    ("compute_type", "rank"),
+    [("bf16", 16), ("bf16", 64), ("bf16", 128), ("fp32", 16), ("fp64", 16)],
 )
-def test_traffic(kind, rank):
+def test_traffic(compute_type, rank):
     rows, cols = 256, 512
-    case = Case(normal, kind, (rows, cols, rank), "", "matrix")
-    [report] = reports_of(lambda: case.run(kind))
-    size = DTYPES[kind].itemsize
+    case = Case(normal, compute_type, (rows, cols, rank), "", "matrix")
+    [report] = reports_of(lambda: case.run(compute_type))
+    size = DTYPES[compute_type].itemsize
     assert_lean(report, size * (2 * rows * cols + (rows + cols) * rank))
     assert traffic_of(report, "base")["bytes_read"] == size * rows * cols
     assert traffic_of(report, "out")["bytes_written"] == size * rows * cols
-    plan = _simt.plan_expand(kind, rows, cols, rank, num_sms=4)
+    plan = _simt.plan_expand(compute_type, rows, cols, rank, num_sms=4)
     right = traffic_of(report, "right")
     assert right["bytes_read"] == plan["num_row_blocks"] * size * cols * rank
     assert traffic_of(report, "left")["bytes_read"] == plan["num_col_blocks"] * size * rows * rank
@@ -162,14 +166,14 @@ def test_traffic(kind, rank):
 # ---- plan
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("num_sms", [1, 4, 132])
-def test_plan_covers_everything(kind, num_sms):
-    cols_per_line = 128 // DTYPES[kind].itemsize
+def test_plan_covers_everything(compute_type, num_sms):
+    cols_per_line = 128 // DTYPES[compute_type].itemsize
     for rows, cols, rank in itertools.product(
         [1, 64, 65, 1000, 8192, 10**6], [1, 65, 4096, 150_000], [1, 16, 17, 64, 65, 512]
     ):
-        plan = _simt.plan_expand(kind, rows, cols, rank, num_sms=num_sms)
+        plan = _simt.plan_expand(compute_type, rows, cols, rank, num_sms=num_sms)
         block_cols = cols_per_line * (2 if plan["block_rows"] == 16 else 1)
         block_cols *= plan["col_tiles_per_block"]
         assert (plan["num_row_blocks"] - 1) * plan["block_rows"] < rows

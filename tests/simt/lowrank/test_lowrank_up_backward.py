@@ -1,13 +1,13 @@
 """G = scaling · (dout ⊙ out_scale) lora_b, dlora_b and dout_scale on the executor, in one pass over
-dout (csrc/cuda/lowrank_up_backward.cuh) and in two (thin_product.cuh), and which is planned."""
+dout (lowrank/lowrank_up_backward.cuh) and in two (thin_product.cuh), and which is planned."""
 
 import itertools
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     RAGGED_SHAPES,
     _simt,
     acc_dtype,
@@ -48,22 +48,22 @@ def formula(dout, h, rank_scale, core, lora_b, out_scale, rounding) -> dict[str,
 class Case:
     """Operands of one call; mid names those of rank_scale, core and out_scale that are there."""
 
-    def __init__(self, make, kind: str, shape: tuple[int, int, int], mid: str):
+    def __init__(self, make, compute_type: str, shape: tuple[int, int, int], mid: str):
         rows, cols, rank = shape
-        self.kind = kind
-        self.dout = make(rows, cols, kind=kind)
-        self.h = make(rows, rank, kind=kind)
-        self.lora_b = make(cols, rank, kind=kind)
-        self.rank_scale = make(rank, kind=kind) if "rank_scale" in mid else None
-        self.core = make(rank, rank, kind=kind) if "core" in mid else None
-        self.out_scale = make(cols, kind=kind) if "out_scale" in mid else None
+        self.compute_type = compute_type
+        self.dout = make(rows, cols, compute_type=compute_type)
+        self.h = make(rows, rank, compute_type=compute_type)
+        self.lora_b = make(cols, rank, compute_type=compute_type)
+        self.rank_scale = make(rank, compute_type=compute_type) if "rank_scale" in mid else None
+        self.core = make(rank, rank, compute_type=compute_type) if "core" in mid else None
+        self.out_scale = make(cols, compute_type=compute_type) if "out_scale" in mid else None
 
     def operands(self) -> tuple[Tensor | None, ...]:
         return (self.dout, self.h, self.rank_scale, self.core, self.lora_b, self.out_scale)
 
     def run(self, **options) -> dict[str, Tensor]:
         return lowrank_up_backward(
-            self.kind,
+            self.compute_type,
             self.dout,
             self.h,
             self.lora_b,
@@ -80,29 +80,29 @@ class Case:
             assert torch.equal(value, expected[name].to(value.dtype)), name
 
 
-def is_one_pass(kind: str, shape: tuple[int, int, int], num_sms: int) -> bool:
-    return _simt.plan_up_backward(kind, *shape, num_sms=num_sms)["one_pass"]
+def is_one_pass(compute_type: str, shape: tuple[int, int, int], num_sms: int) -> bool:
+    return _simt.plan_up_backward(compute_type, *shape, num_sms=num_sms)["one_pass"]
 
 
 VARIANTS = list(itertools.islice(itertools.cycle(MIDS), len(SHAPES)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("shape", "mid"), list(zip(SHAPES, VARIANTS, strict=True)))
-def test_shapes(kind, shape, mid):
-    case = Case(integers, kind, shape, mid)
+def test_shapes(compute_type, shape, mid):
+    case = Case(integers, compute_type, shape, mid)
     case.assert_exact(case.run())
 
 
 # One pass in regions of different heights and numbers of column splits, and two passes.
-@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("compute_type", ["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("num_sms", [1, 8, 132])
 @pytest.mark.parametrize(
     ("shape", "one_pass"), [((200, 330, 16), True), ((130, 330, 20), True), ((66, 130, 70), False)]
 )
-def test_plans(kind, num_sms, shape, one_pass):
-    assert is_one_pass(kind, shape, num_sms) == one_pass
-    case = Case(integers, kind, shape, "rank_scale core out_scale")
+def test_plans(compute_type, num_sms, shape, one_pass):
+    assert is_one_pass(compute_type, shape, num_sms) == one_pass
+    case = Case(integers, compute_type, shape, "rank_scale core out_scale")
     case.assert_exact(case.run(num_sms=num_sms))
 
 
@@ -141,11 +141,11 @@ def test_no_rows():
     assert torch.equal(got["dout_scale"], torch.zeros(65, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("rank", [20, 70])
 @pytest.mark.parametrize(("offset", "padding"), [(1, 3), (2, 6), (0, 3), (8, 8)])
-def test_strides_and_alignment(kind, rank, offset, padding):
-    case = Case(integers, kind, (66, 67, rank), "rank_scale core")
+def test_strides_and_alignment(compute_type, rank, offset, padding):
+    case = Case(integers, compute_type, (66, 67, rank), "rank_scale core")
     for name in ("dout", "h", "core", "lora_b"):
         setattr(case, name, spread(getattr(case, name), offset, padding))
     with free_banks():
@@ -153,23 +153,23 @@ def test_strides_and_alignment(kind, rank, offset, padding):
     case.assert_exact(got)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("compute_type", ["bf16", "fp16"])
 @pytest.mark.parametrize("rank", [16, 72])
-def test_gradients_of_wide_adapters(kind, rank):
-    case = Case(integers, kind, (70, 72, rank), "out_scale")
+def test_gradients_of_wide_adapters(compute_type, rank):
+    case = Case(integers, compute_type, (70, 72, rank), "out_scale")
     got = case.run(gradient_dtype=torch.float32)
     assert got["dlora_b"].dtype == got["dout_scale"].dtype == torch.float32
     case.assert_exact(got)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", [(200, 70, 20), (70, 130, 72)])
-def test_rounding(kind, shape):
-    case = Case(normal, kind, shape, "rank_scale core out_scale")
+def test_rounding(compute_type, shape):
+    case = Case(normal, compute_type, shape, "rank_scale core out_scale")
     got = case.run(num_sms=8)
-    torchs, truth = plain(kind, formula, *case.operands()), true(formula, *case.operands())
+    torchs, truth = plain(compute_type, formula, *case.operands()), true(formula, *case.operands())
     for name in OUTPUTS:
-        assert_within_rule(kind, got[name], torchs[name], truth[name])
+        assert_within_rule(compute_type, got[name], torchs[name], truth[name])
     _simt.set_options(schedule_seed=1)
     again = case.run(num_sms=8)
     assert all(torch.equal(again[name], got[name]) for name in OUTPUTS)
@@ -179,7 +179,7 @@ def test_rounding(kind, shape):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rank", "num_sms"),
+    ("compute_type", "rank", "num_sms"),
     [
         ("bf16", 16, 2),
         ("bf16", 16, 8),
@@ -189,15 +189,15 @@ def test_rounding(kind, shape):
         ("fp32", 16, 2),
     ],
 )
-def test_traffic_of_one_pass(kind, rank, num_sms):
+def test_traffic_of_one_pass(compute_type, rank, num_sms):
     """dout is read once; partial sums are what the plan says."""
     rows, cols = 512, 512
-    plan = _simt.plan_up_backward(kind, rows, cols, rank, num_sms=num_sms)
+    plan = _simt.plan_up_backward(compute_type, rows, cols, rank, num_sms=num_sms)
     assert plan["one_pass"]
-    case = Case(normal, kind, (rows, cols, rank), "")
+    case = Case(normal, compute_type, (rows, cols, rank), "")
     need = ("g", "dlora_b")
     one_pass, gradients = reports_of(lambda: case.run(need=need, num_sms=num_sms))
-    size = DTYPES[kind].itemsize
+    size = DTYPES[compute_type].itemsize
     g_bytes = 4 * plan["num_g_splits"] * rows * rank
     p_bytes = 4 * plan["num_p_parts"] * cols * rank
     assert_lean(one_pass, size * (rows * cols + (rows + cols) * rank) + g_bytes + p_bytes)
@@ -208,13 +208,13 @@ def test_traffic_of_one_pass(kind, rank, num_sms):
     assert one_pass["shared_conflicts"] == 0
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("bf16", 64), ("bf16", 128), ("fp64", 32)])
-def test_traffic_of_g_alone(kind, rank):
+@pytest.mark.parametrize(("compute_type", "rank"), [("bf16", 64), ("bf16", 128), ("fp64", 32)])
+def test_traffic_of_g_alone(compute_type, rank):
     """LaMDA with both projections frozen: one pass, nothing else."""
-    rows, cols, size = 256, 512, DTYPES[kind].itemsize
-    case = Case(normal, kind, (rows, cols, rank), "")
+    rows, cols, size = 256, 512, DTYPES[compute_type].itemsize
+    case = Case(normal, compute_type, (rows, cols, rank), "")
     [report] = reports_of(lambda: case.run(need=("g",), num_sms=4))
-    g_bytes = acc_dtype(kind).itemsize * rows * rank
+    g_bytes = acc_dtype(compute_type).itemsize * rows * rank
     assert_lean(report, size * (rows * cols + cols * rank) + g_bytes)
     assert traffic_of(report, "dout")["bytes_read"] == size * rows * cols
     assert report["shared_conflicts"] == 0
@@ -223,19 +223,19 @@ def test_traffic_of_g_alone(kind, rank):
 # ---- plan
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("num_sms", [1, 4, 132])
-def test_plan_covers_everything(kind, num_sms):
-    cols_of_tile = 128 // DTYPES[kind].itemsize
+def test_plan_covers_everything(compute_type, num_sms):
+    cols_of_tile = 128 // DTYPES[compute_type].itemsize
     for rows, cols, rank in itertools.product(
         [0, 1, 64, 65, 1000, 8192, 10**7], [1, 65, 4096, 150_000], [1, 16, 17, 64, 65, 512]
     ):
-        plan = _simt.plan_up_backward(kind, rows, cols, rank, num_sms=num_sms)
+        plan = _simt.plan_up_backward(compute_type, rows, cols, rank, num_sms=num_sms)
         if not plan["one_pass"]:
             assert plan["num_g_splits"] == plan["g"]["num_splits"]
             assert plan["num_p_parts"] == plan["p"]["num_splits"]
             continue
-        assert acc_dtype(kind) == torch.float32 and plan["rank_tile"] >= rank
+        assert acc_dtype(compute_type) == torch.float32 and plan["rank_tile"] >= rank
         region = 64 * plan["row_tiles_per_region"]
         assert (plan["num_regions"] - 1) * region < rows <= plan["num_regions"] * region
         run = cols_of_tile * plan["col_tiles_per_split"]

@@ -1,4 +1,4 @@
-"""csrc/cuda/moe_route.cuh: launches, bytes, schedules, and what tests of the op do not reach."""
+"""routing/moe_route.cuh: launches, bytes, schedules, and what tests of the op do not reach."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def launches(reports: list[Any]) -> list[str]:
     return [report["kernel"] for report in reports]
 
 
-def normal(num_tokens: int, num_experts: int, kind: str = "fp32") -> Tensor:
-    return torch.randn(num_tokens, num_experts).to(DTYPES[kind])
+def normal(num_tokens: int, num_experts: int, compute_type: str = "fp32") -> Tensor:
+    return torch.randn(num_tokens, num_experts).to(DTYPES[compute_type])
 
 
 def assert_right(got: Routing, logits: Tensor, top_k: int, mask: Tensor | None = None) -> None:
@@ -56,9 +56,9 @@ def test_few_tokens_take_one_launch(num_tokens: int, num_experts: int, top_k: in
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["fp32", "fp64"])
-def test_more_tokens(kind: str, masked: bool) -> None:
-    logits = normal(8193, 3, kind)
+@pytest.mark.parametrize("compute_type", ["fp32", "fp64"])
+def test_more_tokens(compute_type: str, masked: bool) -> None:
+    logits = normal(8193, 3, compute_type)
     mask = torch.rand(8193) < 0.5 if masked else None
     got, reports = route(logits, 2, mask)
     assert launches(reports) == [*MANY_BLOCKS, *ORDER_IN_THREE]
@@ -66,9 +66,9 @@ def test_more_tokens(kind: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 70])
-@pytest.mark.parametrize("kind", SCALARS)
-def test_more_experts(kind: str, num_tokens: int) -> None:
-    logits = normal(num_tokens, 257, kind)
+@pytest.mark.parametrize("compute_type", SCALARS)
+def test_more_experts(compute_type: str, num_tokens: int) -> None:
+    logits = normal(num_tokens, 257, compute_type)
     mask = torch.rand(num_tokens) < 0.5
     got, reports = route(logits, 3, mask)
     first = ["route_many_experts"] if num_tokens else []
@@ -122,9 +122,9 @@ def test_any_number_of_blocks(num_sms: int) -> None:
     assert_right(got, logits, 2)
 
 
-@pytest.mark.parametrize("kind", SCALARS)
-def test_rows_apart(kind: str) -> None:
-    logits = spread(normal(37, 13, kind), 1, 3)
+@pytest.mark.parametrize("compute_type", SCALARS)
+def test_rows_apart(compute_type: str) -> None:
+    logits = spread(normal(37, 13, compute_type), 1, 3)
     got, _ = route(logits, 5)
     assert_right(got, logits, 5)
 
@@ -132,12 +132,12 @@ def test_rows_apart(kind: str) -> None:
 # Traffic
 
 
-@pytest.mark.parametrize("kind", SCALARS)
+@pytest.mark.parametrize("compute_type", SCALARS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 6), (256, 8)])
-def test_traffic(kind: str, num_experts: int, top_k: int) -> None:
+def test_traffic(compute_type: str, num_experts: int, top_k: int) -> None:
     """Logits once, in whole sectors; ids twice more, for the order; each output once."""
     num_tokens = 64
-    logits = normal(num_tokens, num_experts, kind)
+    logits = normal(num_tokens, num_experts, compute_type)
     got, [report] = route(logits, top_k)
     read = traffic_of(report, "logits")
     assert read["bytes_read"] == read["unique_bytes_read"] == logits.nbytes
@@ -148,10 +148,10 @@ def test_traffic(kind: str, num_experts: int, top_k: int) -> None:
     assert report["atomics"] == 0
 
 
-@pytest.mark.parametrize("kind", SCALARS)
+@pytest.mark.parametrize("compute_type", SCALARS)
 @pytest.mark.parametrize("num_experts", [8, 64])
-def test_backward_traffic(kind: str, num_experts: int) -> None:
-    logits = normal(64, num_experts, kind)
+def test_backward_traffic(compute_type: str, num_experts: int) -> None:
+    logits = normal(64, num_experts, compute_type)
     got, _ = route(logits, 2)
     dweights = torch.randn_like(got.topk_weights)
     [report] = reports_of(
@@ -176,10 +176,10 @@ def test_backward_traffic(kind: str, num_experts: int) -> None:
 # Backward
 
 
-@pytest.mark.parametrize("kind", SCALARS)
+@pytest.mark.parametrize("compute_type", SCALARS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (13, 4), (256, 3), (270, 5), (600, 2)])
-def test_backward(kind: str, num_experts: int, top_k: int) -> None:
-    logits = normal(9, num_experts, kind)
+def test_backward(compute_type: str, num_experts: int, top_k: int) -> None:
+    logits = normal(9, num_experts, compute_type)
     mask = torch.rand(9) < 0.6
     got, _ = route(logits, top_k, mask)
     dweights, dloss = torch.randn_like(got.topk_weights), torch.tensor(3.0).to(got.balance_loss)

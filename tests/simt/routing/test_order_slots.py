@@ -1,4 +1,4 @@
-"""csrc/cuda/order_slots.cuh: slots stably sorted by expert or adapter."""
+"""routing/order_slots.cuh: slots stably sorted by expert or adapter."""
 
 import pytest
 import torch

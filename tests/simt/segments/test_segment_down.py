@@ -1,13 +1,13 @@
 """h = drop(x) lora_a[i]ᵀ and dh = scaling[i] dout lora_b[i], row by row of its own group:
-csrc/cuda/segment_down.cuh on the executor, and how it is planned."""
+segments/segment_down.cuh on the executor, and how it is planned."""
 
 import itertools
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     _simt,
     assert_lean,
     assert_within_rule,
@@ -46,14 +46,16 @@ def down(groups, x, lora_a, rounding=lambda t: t):
     return groups.fill(h, lora_a.shape[1], None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(kind, shape):
+def test_shapes(compute_type, shape):
     rows, cols, rank = shape
     groups = Groups.named("random", rows, rank)
-    x = integers(rows, cols, kind=kind)
-    lora_a = poison_padding(groups, integers(groups.num_groups, rank, cols, kind=kind), 1)
-    same(segment_down(kind, groups, x, lora_a), down(groups, x.double(), lora_a.double()))
+    x = integers(rows, cols, compute_type=compute_type)
+    lora_a = poison_padding(
+        groups, integers(groups.num_groups, rank, cols, compute_type=compute_type), 1
+    )
+    same(segment_down(compute_type, groups, x, lora_a), down(groups, x.double(), lora_a.double()))
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -61,8 +63,8 @@ def test_shapes(kind, shape):
 def test_ids(name, rows, num_sms):
     """With 132 processors the contraction is split."""
     groups = Groups.named(name, rows, 9)
-    x = integers(rows, 600, kind="bf16")
-    lora_a = poison_padding(groups, integers(groups.num_groups, 9, 600, kind="bf16"), 1)
+    x = integers(rows, 600, compute_type="bf16")
+    lora_a = poison_padding(groups, integers(groups.num_groups, 9, 600, compute_type="bf16"), 1)
     without = torch.tensor([groups.rank(i, 9) <= 0 for i in groups.ids.tolist()])
     expected = down(groups, x.double(), lora_a.double())
     x[without] = torch.nan  # not read
@@ -71,7 +73,7 @@ def test_ids(name, rows, num_sms):
 
 def test_ranks_out_of_range_give_nan_rows():
     groups = Groups.of([0, 1, 2, 3, -1], 4, [5, 6, -1, 2])
-    x, lora_a = integers(5, 8, kind="fp32"), integers(4, 5, 8, kind="fp32")
+    x, lora_a = integers(5, 8, compute_type="fp32"), integers(4, 5, 8, compute_type="fp32")
     h = segment_down("fp32", groups, x, lora_a)
     assert h[1:3].isnan().all() and h[[0, 3, 4]].isfinite().all()
 
@@ -86,87 +88,101 @@ def test_infinite_rows_leave_padding_zero():
 
 def test_no_columns_and_no_rows():
     groups = Groups.named("random", 20, 8)
-    x, lora_a = integers(20, 0, kind="bf16"), integers(5, 8, 0, kind="bf16")
+    x, lora_a = integers(20, 0, compute_type="bf16"), integers(5, 8, 0, compute_type="bf16")
     assert torch.equal(
         segment_down("bf16", groups, x, lora_a), torch.zeros(20, 8, dtype=torch.bfloat16)
     )
     groups = Groups.of([], 5)
-    x, lora_a = integers(0, 64, kind="bf16"), integers(5, 8, 64, kind="bf16")
+    x, lora_a = integers(0, 64, compute_type="bf16"), integers(5, 8, 64, compute_type="bf16")
     assert reports_of(lambda: segment_down("bf16", groups, x, lora_a)) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("offset", "padding"), [(1, 3), (2, 6), (8, 8)])
-def test_strides_and_alignment(kind, offset, padding):
+def test_strides_and_alignment(compute_type, offset, padding):
     groups = Groups.named("random", 66, 18)
-    x = spread(integers(66, 70, kind=kind), offset, padding)
-    lora_a = spread_stack(integers(5, 18, 70, kind=kind), offset, padding, gap=1)
+    x = spread(integers(66, 70, compute_type=compute_type), offset, padding)
+    lora_a = spread_stack(integers(5, 18, 70, compute_type=compute_type), offset, padding, gap=1)
     with free_banks():
-        h = segment_down(kind, groups, x, lora_a)
+        h = segment_down(compute_type, groups, x, lora_a)
     same(h, down(groups, x.double(), lora_a.double()))
-    dout = spread(integers(66, 33, kind=kind), offset, padding)
-    lora_b = spread_stack(integers(5, 33, 18, kind=kind), offset, padding, gap=1)
+    dout = spread(integers(66, 33, compute_type=compute_type), offset, padding)
+    lora_b = spread_stack(integers(5, 33, 18, compute_type=compute_type), offset, padding, gap=1)
     expected = down(groups, dout.double(), lora_b.double().mT)
     ones = torch.ones(5, dtype=torch.float64)
     with free_banks():
-        g = segment_up_backward(kind, groups, dout, lora_b, ones)
+        g = segment_up_backward(compute_type, groups, dout, lora_b, ones)
     same(g, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", [(40, 130, 17), (130, 66, 9), (70, 1100, 40)])
 @pytest.mark.parametrize("scaling_dtype", [torch.float32, torch.float64])
-def test_backward(kind, shape, scaling_dtype):
+def test_backward(compute_type, shape, scaling_dtype):
     rows, cols, rank = shape
     groups = Groups.named("random", rows, rank)
-    dout = integers(rows, cols, kind=kind)
-    lora_b = poison_padding(groups, integers(5, cols, rank, kind=kind), 2)
+    dout = integers(rows, cols, compute_type=compute_type)
+    lora_b = poison_padding(groups, integers(5, cols, rank, compute_type=compute_type), 2)
     scaling = scalings(5, scaling_dtype)
     factors = scaling[groups.ids.clamp_min(0)].double()[:, None]
     expected = down(groups, dout.double(), lora_b.double().mT) * factors
-    got = segment_up_backward(kind, groups, dout, lora_b, scaling, num_sms=20)
+    got = segment_up_backward(compute_type, groups, dout, lora_b, scaling, num_sms=20)
     same(got, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("rows", [20, 70])
-def test_dropout_is_that_of_the_whole_batch(kind, rows):
+def test_dropout_is_that_of_the_whole_batch(compute_type, rows):
     groups = Groups.named("random", rows, 17)
-    x, lora_a = integers(rows, 130, kind=kind), integers(5, 17, 130, kind=kind)
+    x, lora_a = (
+        integers(rows, 130, compute_type=compute_type),
+        integers(5, 17, 130, compute_type=compute_type),
+    )
     kept = reference.dropout_mask(SEED, rows, 130, 0.5)
     expected = 2 * down(groups, torch.where(kept, x, 0).double(), lora_a.double())
     x = torch.where(kept, x, torch.nan)
-    same(segment_down(kind, groups, x, lora_a, dropout_p=0.5, seed=seed_tensor(SEED)), expected)
+    same(
+        segment_down(compute_type, groups, x, lora_a, dropout_p=0.5, seed=seed_tensor(SEED)),
+        expected,
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("rows", "dropout_p"), [(70, 0.0), (70, 0.3), (20, 0.3)])
-def test_rounding(kind, rows, dropout_p):
+def test_rounding(compute_type, rows, dropout_p):
     groups = Groups.named("random", rows, 20, mixed_ranks=False)
-    x, lora_a = normal(rows, 700, kind=kind), normal(5, 20, 700, kind=kind)
+    x, lora_a = (
+        normal(rows, 700, compute_type=compute_type),
+        normal(5, 20, 700, compute_type=compute_type),
+    )
     kept = torch.where(reference.dropout_mask(SEED, rows, 700, dropout_p), x, 0)
     factor = reference.dropout_scale(dropout_p)
     options = {"dropout_p": dropout_p, "seed": seed_tensor(SEED), "num_sms": 8}
-    h = segment_down(kind, groups, x, lora_a, **options)
-    rounding = tf32 if kind == "tf32" else lambda t: t
+    h = segment_down(compute_type, groups, x, lora_a, **options)
+    rounding = tf32 if compute_type == "tf32" else lambda t: t
     ordinary = down(groups, kept, lora_a, rounding) * factor
     truth = down(groups, kept.double(), lora_a.double()) * factor
-    assert_within_rule(kind, h, ordinary, truth)
+    assert_within_rule(compute_type, h, ordinary, truth)
     _simt.set_options(schedule_seed=1)
-    assert torch.equal(segment_down(kind, groups, x, lora_a, **options), h)
+    assert torch.equal(segment_down(compute_type, groups, x, lora_a, **options), h)
 
 
 # ---- traffic
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("bf16", 16), ("bf16", 64), ("fp32", 32), ("fp64", 32)])
-def test_traffic(kind, rank):
+@pytest.mark.parametrize(
+    ("compute_type", "rank"), [("bf16", 16), ("bf16", 64), ("fp32", 32), ("fp64", 32)]
+)
+def test_traffic(compute_type, rank):
     """Full tiles: x is read once, each adapter once a tile."""
     rows, cols, n = 192, 512, 2
     groups = Groups.of([i % 3 - 1 for i in range(rows)], n)
-    x, lora_a = normal(rows, cols, kind=kind), normal(n, rank, cols, kind=kind)
-    [report] = reports_of(lambda: segment_down(kind, groups, x, lora_a))
-    size = DTYPES[kind].itemsize
+    x, lora_a = (
+        normal(rows, cols, compute_type=compute_type),
+        normal(n, rank, cols, compute_type=compute_type),
+    )
+    [report] = reports_of(lambda: segment_down(compute_type, groups, x, lora_a))
+    size = DTYPES[compute_type].itemsize
     used = size * (128 * cols + n * rank * cols + rows * rank)
     assert traffic_of(report, "x")["bytes_read"] == size * 128 * cols
     assert traffic_of(report, "lora_a")["bytes_read"] == size * n * cols * rank
@@ -178,7 +194,7 @@ def test_traffic_of_decoding():
     """Only adapters in use are read, and of them their own ranks; x once for each rank tile."""
     n, rank, cols = 40, 16, 2048
     groups = Groups.of([3, 3, 17, -1, 30, 30, 30, 39], n, [16, 4, 8, 2] * 10)
-    x, lora_a = normal(8, cols, kind="bf16"), normal(n, rank, cols, kind="bf16")
+    x, lora_a = normal(8, cols, compute_type="bf16"), normal(n, rank, cols, compute_type="bf16")
     down_report, sums = reports_of(lambda: segment_down("bf16", groups, x, lora_a, num_sms=132))
     ranks = sum(rank for _, rank, _ in groups.segments(rank))
     assert ranks == 2 + 4 + 8 + 2
@@ -195,7 +211,10 @@ def test_traffic_of_decoding():
 def test_traffic_of_the_backward():
     rows, cols, rank, n = 128, 512, 16, 2
     groups = Groups.of([i % 2 for i in range(rows)], n)
-    dout, lora_b = normal(rows, cols, kind="bf16"), normal(n, cols, rank, kind="bf16")
+    dout, lora_b = (
+        normal(rows, cols, compute_type="bf16"),
+        normal(n, cols, rank, compute_type="bf16"),
+    )
     [report] = reports_of(
         lambda: segment_up_backward("bf16", groups, dout, lora_b, torch.ones(n), num_sms=1)
     )
@@ -206,14 +225,14 @@ def test_traffic_of_the_backward():
 # ---- plan
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("num_sms", [1, 4, 132])
-def test_plan_covers_everything(kind, num_sms):
-    depth_of_step = 128 // DTYPES[kind].itemsize
+def test_plan_covers_everything(compute_type, num_sms):
+    depth_of_step = 128 // DTYPES[compute_type].itemsize
     for rows, groups, depth, rank in itertools.product(
         [1, 64, 65, 8192, 10**9], [0, 1, 8, 1000], [0, 1, 65, 4096, 10**9], [1, 16, 17, 512]
     ):
-        plan = _simt.plan_segment_down(kind, rows, groups, depth, rank, num_sms=num_sms)
+        plan = _simt.plan_segment_down(compute_type, rows, groups, depth, rank, num_sms=num_sms)
         assert plan["block_rows"] == (16 if rows <= 64 else 64)
         assert plan["num_rank_tiles"] * plan["rank_tile"] >= rank
         assert (plan["num_rank_tiles"] - 1) * plan["rank_tile"] < rank

@@ -1,13 +1,13 @@
 """y = base + scaling[i] h lora_b[i]ᵀ and dx = drop'(dh lora_a[i]), row by row of its own group:
-csrc/cuda/segment_up.cuh on the executor, and how it is planned."""
+segments/segment_up.cuh on the executor, and how it is planned."""
 
 import itertools
 
 import pytest
 import torch
 from kernel_calls import (
+    COMPUTE_TYPES,
     DTYPES,
-    KINDS,
     _simt,
     assert_lean,
     assert_within_rule,
@@ -55,28 +55,31 @@ def bits(tensor):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(kind, shape):
+def test_shapes(compute_type, shape):
     rows, cols, rank = shape
     scaling_dtype = torch.float32 if rows % 2 else torch.float64
     groups = Groups.named("random", rows, rank)
-    base, h = integers(rows, cols, kind=kind), integers(rows, rank, kind=kind)
-    lora_b = poison_padding(groups, integers(5, cols, rank, kind=kind), 2)
+    base, h = (
+        integers(rows, cols, compute_type=compute_type),
+        integers(rows, rank, compute_type=compute_type),
+    )
+    lora_b = poison_padding(groups, integers(5, cols, rank, compute_type=compute_type), 2)
     scaling = scalings(5, scaling_dtype)
     expected = up(groups, base.double(), h.double(), lora_b.double().mT, scaling)
-    same(segment_up(kind, groups, base, h, lora_b, scaling), expected)
+    same(segment_up(compute_type, groups, base, h, lora_b, scaling), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_backward(kind, shape):
+def test_backward(compute_type, shape):
     rows, cols, rank = shape
     groups = Groups.named("random", rows, rank)
-    dh = integers(rows, rank, kind=kind)
-    lora_a = poison_padding(groups, integers(5, rank, cols, kind=kind), 1)
+    dh = integers(rows, rank, compute_type=compute_type)
+    lora_a = poison_padding(groups, integers(5, rank, cols, compute_type=compute_type), 1)
     expected = up(groups, None, dh.double(), lora_a.double(), [1.0] * 5)
-    got = segment_down_backward_x(kind, groups, dh, lora_a)
+    got = segment_down_backward_x(compute_type, groups, dh, lora_a)
     same(got, expected)
     none = torch.tensor([groups.rank(i, rank) == 0 for i in groups.ids.tolist()])
     assert (bits(got)[none] == 0).all()
@@ -86,54 +89,57 @@ def test_backward(kind, shape):
 @pytest.mark.parametrize(("rows", "num_sms"), [(40, 132), (90, 1), (70, 132)])
 def test_ids(name, rows, num_sms):
     groups = Groups.named(name, rows, 9)
-    base, h = integers(rows, 300, kind="bf16"), integers(rows, 9, kind="bf16")
+    base, h = integers(rows, 300, compute_type="bf16"), integers(rows, 9, compute_type="bf16")
     n = groups.num_groups
-    lora_b = poison_padding(groups, integers(n, 300, 9, kind="bf16"), 2)
+    lora_b = poison_padding(groups, integers(n, 300, 9, compute_type="bf16"), 2)
     expected = up(groups, base.double(), h.double(), lora_b.double().mT, scalings(n))
     same(segment_up("bf16", groups, base, h, lora_b, scalings(n), num_sms=num_sms), expected)
-    lora_a = poison_padding(groups, integers(n, 9, 300, kind="bf16"), 1)
+    lora_a = poison_padding(groups, integers(n, 9, 300, compute_type="bf16"), 1)
     expected = up(groups, None, h.double(), lora_a.double(), [1.0] * n)
     same(segment_down_backward_x("bf16", groups, h, lora_a, num_sms=num_sms), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("cols", "padding"), [(200, 8), (67, 0), (67, 3)])
 @pytest.mark.parametrize("rows", [20, 70])
-def test_rows_without_a_group_keep_their_bits(kind, rows, cols, padding):
+def test_rows_without_a_group_keep_their_bits(compute_type, rows, cols, padding):
     """-0.0 and any NaN included."""
     groups = Groups.named("random", rows, 4)
-    base, h = normal(rows, cols, kind=kind), normal(rows, 4, kind=kind)
+    base, h = (
+        normal(rows, cols, compute_type=compute_type),
+        normal(rows, 4, compute_type=compute_type),
+    )
     base[:, ::3] = -0.0
     bits(base)[:, 1::5] = bits(torch.full((), torch.nan, dtype=base.dtype)) + 1
     expected = base.clone()
     none = torch.tensor([groups.rank(i, 4) == 0 for i in groups.ids.tolist()])
     h[none] = torch.nan
-    lora_b = normal(5, cols, 4, kind=kind)
-    y = segment_up(kind, groups, spread(base, 0, padding), h, lora_b, scalings(5))
+    lora_b = normal(5, cols, 4, compute_type=compute_type)
+    y = segment_up(compute_type, groups, spread(base, 0, padding), h, lora_b, scalings(5))
     assert torch.equal(bits(y)[none], bits(expected)[none])
 
 
 def test_ranks_out_of_range_give_nan_rows():
     groups = Groups.of([0, 1, 2, 3, -1, 4, -5], 4, [5, 6, -1, 2])
-    base, h = integers(7, 8, kind="fp32"), integers(7, 5, kind="fp32")
-    y = segment_up("fp32", groups, base, h, integers(4, 8, 5, kind="fp32"), torch.ones(4))
-    dx = segment_down_backward_x("fp32", groups, h, integers(4, 5, 8, kind="fp32"))
+    base, h = integers(7, 8, compute_type="fp32"), integers(7, 5, compute_type="fp32")
+    y = segment_up("fp32", groups, base, h, integers(4, 8, 5, compute_type="fp32"), torch.ones(4))
+    dx = segment_down_backward_x("fp32", groups, h, integers(4, 5, 8, compute_type="fp32"))
     for out in (y, dx):
         assert out[[1, 2, 5, 6]].isnan().all() and out[[0, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize(("offset", "padding"), [(1, 3), (2, 6), (8, 8)])
-def test_strides_and_alignment(kind, offset, padding):
+def test_strides_and_alignment(compute_type, offset, padding):
     groups = Groups.named("random", 66, 18)
-    base = spread(integers(66, 70, kind=kind), offset, padding)
-    h = spread(integers(66, 18, kind=kind), offset, padding)
-    lora_b = spread_stack(integers(5, 70, 18, kind=kind), offset, padding, gap=1)
+    base = spread(integers(66, 70, compute_type=compute_type), offset, padding)
+    h = spread(integers(66, 18, compute_type=compute_type), offset, padding)
+    lora_b = spread_stack(integers(5, 70, 18, compute_type=compute_type), offset, padding, gap=1)
     y = spread(torch.zeros_like(base), offset, padding)
-    lora_a = spread_stack(integers(5, 18, 70, kind=kind), offset, padding, gap=1)
+    lora_a = spread_stack(integers(5, 18, 70, compute_type=compute_type), offset, padding, gap=1)
     with free_banks():
-        y = segment_up(kind, groups, base, h, lora_b, scalings(5), y=y)
-        dx = segment_down_backward_x(kind, groups, h, lora_a)
+        y = segment_up(compute_type, groups, base, h, lora_b, scalings(5), y=y)
+        dx = segment_down_backward_x(compute_type, groups, h, lora_a)
     same(y, up(groups, base.double(), h.double(), lora_b.double().mT, scalings(5)))
     same(dx, up(groups, None, h.double(), lora_a.double(), [1.0] * 5))
 
@@ -142,56 +148,71 @@ def test_large_ranks_and_nothing():
     """r = 600: 64 rows of h have no room."""
     assert _simt.plan_segment_up("fp32", 70, 5, 40, 600, num_sms=4)["block_rows"] == 16
     groups = Groups.named("random", 70, 600)
-    base, h = integers(70, 40, kind="fp32"), integers(70, 600, kind="fp32")
-    lora_b = integers(5, 40, 600, kind="fp32")
+    base, h = integers(70, 40, compute_type="fp32"), integers(70, 600, compute_type="fp32")
+    lora_b = integers(5, 40, 600, compute_type="fp32")
     expected = up(groups, base.double(), h.double(), lora_b.double().mT, scalings(5))
     same(segment_up("fp32", groups, base, h, lora_b, scalings(5)), expected)
     groups = Groups.of([], 5)
     for rows, cols in ((0, 64), (0, 0)):
-        base, h = integers(rows, cols, kind="bf16"), integers(rows, 8, kind="bf16")
-        lora_b = integers(5, cols, 8, kind="bf16")
+        base, h = integers(rows, cols, compute_type="bf16"), integers(rows, 8, compute_type="bf16")
+        lora_b = integers(5, cols, 8, compute_type="bf16")
         assert reports_of(lambda: segment_up("bf16", groups, base, h, lora_b, scalings(5))) == []  # noqa: B023
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("rows", [20, 70])
-def test_dropout_is_that_of_the_whole_batch(kind, rows):
+def test_dropout_is_that_of_the_whole_batch(compute_type, rows):
     groups = Groups.named("random", rows, 17)
-    dh, lora_a = integers(rows, 17, kind=kind), integers(5, 17, 130, kind=kind)
+    dh, lora_a = (
+        integers(rows, 17, compute_type=compute_type),
+        integers(5, 17, 130, compute_type=compute_type),
+    )
     kept = reference.dropout_mask(SEED, rows, 130, 0.5)
     expected = 2 * up(groups, None, dh.double(), lora_a.double(), [1.0] * 5)
     expected = torch.where(kept, expected, 0)
-    got = segment_down_backward_x(kind, groups, dh, lora_a, dropout_p=0.5, seed=seed_tensor(SEED))
+    got = segment_down_backward_x(
+        compute_type, groups, dh, lora_a, dropout_p=0.5, seed=seed_tensor(SEED)
+    )
     same(got, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("rows", [20, 70])
-def test_rounding(kind, rows):
+def test_rounding(compute_type, rows):
     groups = Groups.named("random", rows, 40, mixed_ranks=False)
-    base, h = normal(rows, 200, kind=kind), normal(rows, 40, kind=kind)
-    lora_b, scaling = normal(5, 200, 40, kind=kind), torch.full((5,), 0.3)
-    y = segment_up(kind, groups, base, h, lora_b, scaling, num_sms=8)
-    rounding = tf32 if kind == "tf32" else lambda t: t
+    base, h = (
+        normal(rows, 200, compute_type=compute_type),
+        normal(rows, 40, compute_type=compute_type),
+    )
+    lora_b, scaling = normal(5, 200, 40, compute_type=compute_type), torch.full((5,), 0.3)
+    y = segment_up(compute_type, groups, base, h, lora_b, scaling, num_sms=8)
+    rounding = tf32 if compute_type == "tf32" else lambda t: t
     ordinary = up(groups, base, h, lora_b.mT, scaling, rounding)
     truth = up(groups, base.double(), h.double(), lora_b.double().mT, scaling)
-    assert_within_rule(kind, y, ordinary, truth)
+    assert_within_rule(compute_type, y, ordinary, truth)
     _simt.set_options(schedule_seed=1)
-    assert torch.equal(segment_up(kind, groups, base, h, lora_b, scaling, num_sms=8), y)
+    assert torch.equal(segment_up(compute_type, groups, base, h, lora_b, scaling, num_sms=8), y)
 
 
 # ---- traffic
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("bf16", 16), ("bf16", 64), ("fp32", 16), ("fp64", 16)])
-def test_traffic(kind, rank):
+@pytest.mark.parametrize(
+    ("compute_type", "rank"), [("bf16", 16), ("bf16", 64), ("fp32", 16), ("fp64", 16)]
+)
+def test_traffic(compute_type, rank):
     """Full tiles: base is read once and y written once, the third without a group too."""
     rows, cols, n = 192, 512, 2
     groups = Groups.of([i % 3 - 1 for i in range(rows)], n)
-    base, h = normal(rows, cols, kind=kind), normal(rows, rank, kind=kind)
-    lora_b = normal(n, cols, rank, kind=kind)
-    [report] = reports_of(lambda: segment_up(kind, groups, base, h, lora_b, scalings(n), num_sms=1))
-    size = DTYPES[kind].itemsize
+    base, h = (
+        normal(rows, cols, compute_type=compute_type),
+        normal(rows, rank, compute_type=compute_type),
+    )
+    lora_b = normal(n, cols, rank, compute_type=compute_type)
+    [report] = reports_of(
+        lambda: segment_up(compute_type, groups, base, h, lora_b, scalings(n), num_sms=1)
+    )
+    size = DTYPES[compute_type].itemsize
     assert traffic_of(report, "base")["bytes_read"] == size * rows * cols
     assert traffic_of(report, "out")["bytes_written"] == size * rows * cols
     assert traffic_of(report, "left")["unique_bytes_read"] == size * 128 * rank
@@ -203,8 +224,8 @@ def test_traffic_of_decoding():
     """Only adapters in use are read, and of them their own ranks."""
     n, rank, cols = 40, 16, 2048
     groups = Groups.of([3, 3, 17, -1, 30, 30, 30, 39], n, [16, 8, 16, 8] * 10)
-    base, h = normal(8, cols, kind="bf16"), normal(8, rank, kind="bf16")
-    lora_b = normal(n, cols, rank, kind="bf16")
+    base, h = normal(8, cols, compute_type="bf16"), normal(8, rank, compute_type="bf16")
+    lora_b = normal(n, cols, rank, compute_type="bf16")
     [report] = reports_of(
         lambda: segment_up("bf16", groups, base, h, lora_b, scalings(n), num_sms=132)
     )
@@ -219,7 +240,7 @@ def test_traffic_of_decoding():
 def test_traffic_of_the_backward():
     rows, cols, rank, n = 128, 512, 16, 2
     groups = Groups.of([i % 2 for i in range(rows)], n)
-    dh, lora_a = normal(rows, rank, kind="bf16"), normal(n, rank, cols, kind="bf16")
+    dh, lora_a = normal(rows, rank, compute_type="bf16"), normal(n, rank, cols, compute_type="bf16")
     [report] = reports_of(lambda: segment_down_backward_x("bf16", groups, dh, lora_a, num_sms=1))
     assert traffic_of(report, "right")["bytes_read"] == 2 * n * rank * cols
     assert_lean(report, 2 * (rows * cols + n * rank * cols + rows * rank) + 8 * rows)
@@ -228,14 +249,14 @@ def test_traffic_of_the_backward():
 # ---- plan
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 @pytest.mark.parametrize("num_sms", [1, 4, 132])
-def test_plan_covers_everything(kind, num_sms):
-    warp_cols = 128 // DTYPES[kind].itemsize
+def test_plan_covers_everything(compute_type, num_sms):
+    warp_cols = 128 // DTYPES[compute_type].itemsize
     for rows, groups, cols, rank in itertools.product(
         [1, 64, 65, 8192, 10**9], [0, 1, 1000], [1, 65, 4096, 2**20], [1, 16, 33, 512]
     ):
-        plan = _simt.plan_segment_up(kind, rows, groups, cols, rank, num_sms=num_sms)
+        plan = _simt.plan_segment_up(compute_type, rows, groups, cols, rank, num_sms=num_sms)
         block_cols = warp_cols * (2 if plan["block_rows"] == 16 else 1)
         col_tiles = -(-cols // block_cols)
         assert plan["num_col_blocks"] * plan["col_tiles_per_block"] >= col_tiles

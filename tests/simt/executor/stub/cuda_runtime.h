@@ -74,7 +74,7 @@ struct ShuffleLane {
 
 template <class T>
 __forceinline__ T shuffle(const char* name, unsigned mask, T value, int from) {
-  return masked_collective<ShuffleLane<T>, T>(
+  return lanes_collective<ShuffleLane<T>, T>(
       name, mask, ShuffleLane<T>{value, from},
       [](const ShuffleLane<T>(&all)[kWarpSize], T(&out)[kWarpSize]) {
         for (int lane = 0; lane < kWarpSize; ++lane) out[lane] = all[all[lane].from].value;
@@ -88,7 +88,7 @@ __forceinline__ int this_lane() {
 
 // The lanes of `mask` whose predicate holds.
 __forceinline__ unsigned vote(const char* name, unsigned mask, bool predicate) {
-  return masked_collective<bool, unsigned>(
+  return lanes_collective<bool, unsigned>(
       name, mask, predicate, [](const bool (&all)[kWarpSize], unsigned (&out)[kWarpSize]) {
         unsigned lanes = 0;  // lanes outside `mask` are false
         for (int lane = 0; lane < kWarpSize; ++lane) lanes |= unsigned{all[lane]} << lane;
@@ -133,7 +133,7 @@ __forceinline__ bool __all_sync(unsigned mask, bool predicate) {
 }
 // The lanes of `mask` with this lane's value.
 __forceinline__ unsigned __match_any_sync(unsigned mask, int value) {
-  return simt::masked_collective<int, unsigned>(
+  return simt::lanes_collective<int, unsigned>(
       "match_any_sync", mask, value,
       [mask](const int (&all)[simt::kWarpSize], unsigned (&out)[simt::kWarpSize]) {
         for (int lane = 0; lane < simt::kWarpSize; ++lane) {
