@@ -109,7 +109,7 @@ inline void check_dropout(const char* op, double dropout_p, const std::optional<
                           const Tensor& like, const char* like_name) {
   check(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be between 0 and 1, got ",
         dropout_p);
-  // Also where it is not used: a backend must never see a tensor of another device.
+  // Without dropout too: a backend must never see a tensor of another device.
   if (seed) check_same_device(op, "seed", *seed, like, like_name);
   if (dropout_p == 0.0) return;
   check(seed.has_value(), op,
@@ -134,6 +134,11 @@ inline bool leading_dims_match(const Tensor& left, const Tensor& right) {
 // One value for each row of `like`.
 inline bool is_per_row(const Tensor& tensor, const Tensor& like) {
   return tensor.dim() + 1 == like.dim() && starts_with_leading_dims(tensor, like);
+}
+
+inline void check_dout(const char* op, const Tensor& dout, int64_t out_features) {
+  check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == out_features,
+              "[..., out_features=" + std::to_string(out_features) + "]");
 }
 
 // A tensor that forward kept for backward.

@@ -60,7 +60,7 @@ inline int32_t aoti_dtype(ScalarType dtype) {
   }
 }
 
-// Dense and not initialised.
+// Dense, uninitialized.
 inline Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& sizes,
                        ScalarType dtype) {
   const std::vector<int64_t> strides = dense_strides(sizes);

@@ -72,13 +72,12 @@ inline void check_branch(const char* op, const BranchArgs& args, const Tensor& l
   check_dropout(op, args.dropout_p, args.seed, like, like_name);
 }
 
-// What both backward ops check, beyond their base's own arguments.
+// The checks that both backward ops share.
 inline void check_branch_backward(const char* op, const BranchArgs& args, const BranchNeeds& needs,
                                   const Tensor& dout, const std::optional<Tensor>& x,
                                   const std::optional<Tensor>& h, int64_t in_features,
                                   int64_t out_features) {
-  check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == out_features,
-              "[..., out_features=" + std::to_string(out_features) + "]");
+  check_dout(op, dout, out_features);
   check_branch(op, args, dout, "dout", in_features, out_features);
   check_saved(op, "x", x, needs.dlora_a, dout, "in_features", in_features);
   check_saved(op, "h", h, needs.h(), dout, "r", args.rank());

@@ -38,7 +38,7 @@ struct ExpertArgs : ExpertWeights, ExpertOptions {
   int64_t top_k;
 };
 
-// What forward says of the routing; backward takes it again.
+// The routing, which forward returns and backward takes.
 struct RoutingTensors {
   Tensor router_probs;   // [..., E]
   Tensor topk_ids;       // [..., k]
@@ -117,9 +117,7 @@ inline void check_moe_lowrank_add_backward(const Tensor& dout,
   check_input_dtype(kOp, "dout", dout);
   check_shape(kOp, "lora_a", args.lora_a, args.lora_a.dim() == 3, "[E, r_e, in_features]");
   check_shape(kOp, "lora_b", args.lora_b, args.lora_b.dim() == 3, "[E, out_features, r_e]");
-  check_shape(kOp, "dout", dout,
-              dout.dim() >= 1 && dout.size(dout.dim() - 1) == args.out_features(),
-              "[..., out_features=" + std::to_string(args.out_features()) + "]");
+  check_dout(kOp, dout, args.out_features());
   check_experts(kOp, args, dout, "dout", args.in_features(), args.out_features());
   const ScalarType input = dout.scalar_type();
   check(!needs.x() || x, kOp, ": x must be given for the gradients asked for, got None");

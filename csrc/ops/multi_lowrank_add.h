@@ -89,9 +89,7 @@ inline void check_multi_lowrank_add_backward(const MultiBranchArgs& args,
   check_input_dtype(kOp, "dout", dout);
   check_shape(kOp, "lora_a", args.lora_a, args.lora_a.dim() == 3, "[n, r, in_features]");
   check_shape(kOp, "lora_b", args.lora_b, args.lora_b.dim() == 3, "[n, out_features, r]");
-  check_shape(kOp, "dout", dout,
-              dout.dim() >= 1 && dout.size(dout.dim() - 1) == args.out_features(),
-              "[..., out_features=" + std::to_string(args.out_features()) + "]");
+  check_dout(kOp, dout, args.out_features());
   check_multi_branch(kOp, args, dout, "dout", args.in_features(), args.out_features());
   check_saved(kOp, "x", x, needs.dlora_a, dout, "in_features", args.in_features());
   check_saved(kOp, "h", h, needs.dlora_b, dout, "r", args.rank());
