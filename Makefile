@@ -6,7 +6,7 @@ JOBS      ?= 2
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --out demo-output
-CSRC      := $(wildcard csrc/*.* csrc/*/*.* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/stub/*)
+CSRC      := $(wildcard $(foreach kind,cpp cu cuh h,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind) tests/simt/*/*.$(kind) tests/simt/*/*/*.$(kind)))
 
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

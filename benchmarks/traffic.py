@@ -44,8 +44,8 @@ KERNELS_OF = {
     "segment_down_backward_x": "segment_up_kernel",
     "segment_down_backward_lora_a": "segment_outer_kernel",
     "segment_up_backward_lora_b": "segment_outer_kernel",
-    "expert_up": "expert_expand_kernel",
-    "expert_down_backward_x": "expert_expand_kernel",
+    "grouped_up": "grouped_expand_kernel",
+    "grouped_down_backward_x": "grouped_expand_kernel",
 }
 # Partial sums between kernels.
 WORKSPACES = {"g", "p", "partials", "z", "dw"}

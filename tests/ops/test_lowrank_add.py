@@ -13,6 +13,7 @@ from lowrank_cases import (
     evaluate,
     make_dout,
     make_tensors,
+    on_device,
     seed_tensor,
 )
 
@@ -93,4 +94,6 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), changes, message)
+    assert_raises_alike(
+        OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), on_device(changes, device), message
+    )

@@ -11,6 +11,7 @@ from lowrank_cases import (
     assert_same_bits,
     call,
     make_tensors,
+    on_device,
     present,
     seed_tensor,
 )
@@ -95,7 +96,9 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), changes, message)
+    assert_raises_alike(
+        OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), on_device(changes, device), message
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

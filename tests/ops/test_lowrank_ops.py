@@ -24,6 +24,7 @@ from lowrank_cases import (
     evaluate,
     make_dout,
     make_tensors,
+    on_device,
     padded_rows,
     poison_freed_memory,
     present,
@@ -497,7 +498,9 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 @both_ops
 def test_wrong_argument(device: str, op: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(op, make_tensors(op, (3,), 8, 6, 2, FP32, device), changes, message)
+    assert_raises_alike(
+        op, make_tensors(op, (3,), 8, 6, 2, FP32, device), on_device(changes, device), message
+    )
 
 
 @pytest.mark.executor

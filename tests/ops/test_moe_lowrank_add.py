@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lowrank_cases import (
     Layout,
     Tensors,
     Values,
+    assert_raises_alike,
     assert_same_bits,
     assert_same_values,
     padded_rows,
@@ -37,13 +39,12 @@ from lowrank_cases import (
     evaluate as evaluate_branch,
 )
 from moe_cases import (
-    BY_GROUP,
-    BY_ROW,
     GRADIENTS,
+    GROUPED_RANK,
     NAMES,
     OP,
+    PER_TOKEN_RANK,
     assert_exact,
-    assert_raises_alike,
     assert_within_rule,
     evaluate,
     integer_tensors,
@@ -63,7 +64,9 @@ DENSE, GROUPED, GROUPED_DENSE_UP = FORMS = (False, False), (True, False), (True,
 FORM_NAMES = ("dense", "grouped", "grouped, dense up backward")
 grouped_forms = pytest.mark.parametrize("form", FORMS[1:], ids=FORM_NAMES[1:])
 
-both_forms = pytest.mark.parametrize("rank", [BY_ROW, BY_GROUP], ids=["by row", "by group"])
+both_forms = pytest.mark.parametrize(
+    "rank", [PER_TOKEN_RANK, GROUPED_RANK], ids=["per token", "grouped"]
+)
 two_dtypes = pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
 
 
@@ -78,8 +81,8 @@ def form_of_rank(request: pytest.FixtureRequest, ops_on_executor: None) -> None:
     """both_forms on the executor."""
     callspec = getattr(request.node, "callspec", None)
     rank = callspec.params.get("rank") if callspec else None
-    if rank in (BY_ROW, BY_GROUP):
-        take_form(DENSE if rank == BY_ROW else GROUPED)
+    if rank in (PER_TOKEN_RANK, GROUPED_RANK):
+        take_form(DENSE if rank == PER_TOKEN_RANK else GROUPED)
 
 
 @pytest.mark.executor(every=11)
@@ -104,63 +107,65 @@ def test_values_and_gradients(
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out is dout")
 
 
-@pytest.mark.executor(every=11)
-@pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_in", "num_out", "num_experts", "top_k", "rank"),
-    [
-        (300, 257, 129, 8, 2, 4),
-        (7, 1030, 1100, 4, 3, 17),
-        (140, 1030, 1100, 3, 1, 33),
-        (65, 33, 31, 40, 5, 2),
-        (600, 64, 64, 2, 2, 20),
-        (2, 4099, 31, 3, 3, 1),
-    ],
-)
-def test_sizes_that_need_several_blocks(
-    device: str,
-    dtypes: DtypePair,
-    num_tokens: int,
-    num_in: int,
-    num_out: int,
-    num_experts: int,
-    top_k: int,
-    rank: int,
-) -> None:
+class Sizes(NamedTuple):
+    num_tokens: int
+    num_in: int
+    num_out: int
+    num_experts: int
+    top_k: int
+    rank: int
+
+
+def check_sizes(sizes: Sizes, dtypes: DtypePair, device: str) -> None:
+    num_tokens, num_in, num_out, num_experts, top_k, rank = sizes
     tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
     options = {"scaling": 2.0, "dropout_p": 0.05, "seed": seed_tensor(3, device)}
     assert_within_rule(tensors, make_dout(tensors), top_k=top_k, **options)
+
+
+three_dtypes = pytest.mark.parametrize(
+    "dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"]
+)
+
+
+@pytest.mark.executor(every=11)
+@three_dtypes
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(300, 257, 129, 8, 2, 4),
+        Sizes(7, 1030, 1100, 4, 3, 17),
+        Sizes(140, 1030, 1100, 3, 1, 33),
+        Sizes(65, 33, 31, 40, 5, 2),
+        Sizes(600, 64, 64, 2, 2, 20),
+        Sizes(2, 4099, 31, 3, 3, 1),
+    ],
+    ids=str,
+)
+def test_sizes_that_need_several_blocks(device: str, dtypes: DtypePair, sizes: Sizes) -> None:
+    check_sizes(sizes, dtypes, device)
 
 
 @pytest.mark.executor(only=True)
 @grouped_forms
-@pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
+@three_dtypes
 @pytest.mark.parametrize(
-    ("num_tokens", "num_in", "num_out", "num_experts", "top_k", "rank"),
+    "sizes",
     [
-        (300, 257, 129, 8, 2, 2),
-        (7, 230, 300, 4, 3, 17),
-        (140, 130, 100, 3, 1, 33),
-        (65, 33, 31, 40, 5, 2),
-        (2, 4099, 31, 3, 3, 1),
+        Sizes(300, 257, 129, 8, 2, 2),
+        Sizes(7, 230, 300, 4, 3, 17),
+        Sizes(140, 130, 100, 3, 1, 33),
+        Sizes(65, 33, 31, 40, 5, 2),
+        Sizes(2, 4099, 31, 3, 3, 1),
     ],
+    ids=str,
 )
 def test_grouped_sizes(
-    device: str,
-    dtypes: DtypePair,
-    num_tokens: int,
-    num_in: int,
-    num_out: int,
-    num_experts: int,
-    top_k: int,
-    rank: int,
-    form: tuple[bool, bool],
+    device: str, dtypes: DtypePair, sizes: Sizes, form: tuple[bool, bool]
 ) -> None:
     """Few slots and many, one choice and several, ranks that do not start on 16 bytes."""
     take_form(form)
-    tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
-    options = {"scaling": 2.0, "dropout_p": 0.05, "seed": seed_tensor(3, device)}
-    assert_within_rule(tensors, make_dout(tensors), top_k=top_k, **options)
+    check_sizes(sizes, dtypes, device)
 
 
 @pytest.mark.executor(only=True)
@@ -170,9 +175,9 @@ def test_grouped_sizes(
 def test_grouped_values_and_gradients(
     device: str, dtypes: DtypePair, dropout_p: float, shared: bool, form: tuple[bool, bool]
 ) -> None:
-    """At a rank that the CPU takes row by row."""
+    """At a rank at which the CPU takes its per-token form."""
     take_form(form)
-    tensors = make_tensors((3, 11), 65, 43, 6, BY_ROW, dtypes, device)
+    tensors = make_tensors((3, 11), 65, 43, 6, PER_TOKEN_RANK, dtypes, device)
     assert_within_rule(
         tensors,
         make_dout(tensors),
@@ -216,7 +221,7 @@ def test_one_expert_is_lowrank_add(
 ) -> None:
     """On integers bit for bit; the router's gradient is zero."""
     tensors = integer_tensors((9,), 24, 18, 1, rank, dtypes=dtypes, device=device)
-    if rank == BY_GROUP:  # sums of 40 integers leave bfloat16's exact range
+    if rank == GROUPED_RANK:  # sums of 40 integers leave bfloat16's exact range
         tensors["lora_a"][:, 4:] = 0
     options = {"scaling": 0.5, "dropout_p": dropout_p, "seed": seed_tensor(4, device)}
     dout = make_dout(tensors, integers=True)
@@ -418,7 +423,7 @@ def test_any_sizes(
 def test_gradcheck(rank: int, shared: bool) -> None:
     """In fp64 and away from ties, where the choice of experts does not change."""
     tensors = make_tensors((2, 3), 5, 3, 4, rank)
-    if rank == BY_GROUP:
+    if rank == GROUPED_RANK:
         tensors = {k: v / 4 if k == "lora_b" else v for k, v in tensors.items()}
 
     def op(*values: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,7 +433,7 @@ def test_gradcheck(rank: int, shared: bool) -> None:
         return got.y, got.balance_loss
 
     values = [tensors[name].requires_grad_() for name in NAMES]
-    assert torch.autograd.gradcheck(op, values, fast_mode=rank == BY_GROUP)
+    assert torch.autograd.gradcheck(op, values, fast_mode=rank == GROUPED_RANK)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -523,7 +528,7 @@ def test_two_runs_and_thread_counts_give_the_same_bits(
     # The vendor's products may cut their sums by threads: groups have them, and all sums over rows
     # but ours in bf16.
     ours = "avx512_bf16" in torch.ops.lowrank_ext.cpu_features()
-    if rank == BY_ROW and dtypes.base == torch.bfloat16 and (ours or device == "cuda"):
+    if rank == PER_TOKEN_RANK and dtypes.base == torch.bfloat16 and (ours or device == "cuda"):
         assert_same_values(several, first)
 
 
@@ -559,7 +564,7 @@ def test_a_bad_row_changes_no_other(device: str, dtypes: DtypePair, rank: int) -
     bad = ops.moe_lowrank_add(**leaves, top_k=2)
     others = [0, 1, 3, 4, 5]
     assert bad.topk_ids[2].tolist() == [0, 1] and bad.y[2].isnan().all()
-    if rank == BY_ROW:
+    if rank == PER_TOKEN_RANK:
         assert_same_bits(bad.y[others], good.y[others], "y of the other rows")
     else:  # the groups, and so the vendor's products, have other sizes
         torch.testing.assert_close(bad.y[others], good.y[others])
@@ -595,7 +600,7 @@ def test_experts_without_tokens(
     """RF-13: exact zeros, whatever was in the memory before."""
     tensors = routed_tensors(choices, 4, rank, dtypes)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    if rank == BY_GROUP:  # sums of 40 integers leave bfloat16's exact range
+    if rank == GROUPED_RANK:  # sums of 40 integers leave bfloat16's exact range
         tensors["lora_b"][:, :, 4:] = 0
     poison_freed_memory(*(tensor.numel() for tensor in tensors.values()), device=device)
     got = assert_exact(tensors, make_dout(tensors, integers=True), top_k=1)
@@ -636,7 +641,7 @@ def test_bad_weights_of_an_idle_expert_do_not_spread(
 def test_integers_are_exact(device: str, dtypes: DtypePair, rank: int, shared: bool) -> None:
     """Masks, gathers and orders, with no tolerance: weights are 1/2."""
     tensors = integer_tensors((19,), 21, 35, 3, rank, dtypes=dtypes, device=device)
-    if rank == BY_GROUP:
+    if rank == GROUPED_RANK:
         tensors["lora_b"][:, :, 3:] = 0
     options = {"dropout_p": 0.5, "seed": seed_tensor(1, device), "shared_dropout": shared}
     dout = make_dout(tensors, integers=True)
@@ -730,7 +735,7 @@ class Mixture(nn.Module):
 def tokens_of(process: int) -> tuple[Tensor, Tensor]:
     """Expert 2 has tokens in process 1 only, and expert 1 in process 0 only."""
     torch.manual_seed(10 + process)
-    tensors = routed_tensors([[0, 1, 0, 1], [0, 2, 2, 0]][process], 3, BY_ROW, FP32)
+    tensors = routed_tensors([[0, 1, 0, 1], [0, 2, 2, 0]][process], 3, PER_TOKEN_RANK, FP32)
     return tensors["x"], tensors["base_out"]
 
 

@@ -5,8 +5,8 @@ import torch
 from conftest import DtypePair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_cases import LAYOUTS, Layout, assert_same_bits, transposed
-from moe_cases import assert_raises_alike, statistics_dtype
+from lowrank_cases import LAYOUTS, Layout, assert_raises_alike, assert_same_bits, transposed
+from moe_cases import statistics_dtype
 from torch import Tensor
 
 from lowrank_ext import ops, reference

@@ -22,6 +22,7 @@ from lowrank_cases import (
     assert_raises_alike,
     assert_same_bits,
     assert_same_values,
+    on_device,
     padded_rows,
     poison_freed_memory,
     seed_tensor,
@@ -541,7 +542,7 @@ WRONG_VALUES: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(OP, right_tensors(device), changes, message)
+    assert_raises_alike(OP, right_tensors(device), on_device(changes, device), message)
 
 
 @pytest.mark.parametrize("case", WRONG_VALUES)
