@@ -3,7 +3,7 @@
 A block is a fence of one of LANGUAGES. An HTML comment just before it may say more:
 
     <!-- fragment: reason -->            the block is not run, for this reason
-    <!-- from: benchmarks/results/F -->  the block stands in F, word for word; of a table: its figures
+    <!-- from: benchmarks/results/F -->  the block stands in F word for word, a table's figures do
     <!-- hidden python                   run before the blocks that follow, not shown to readers
     ...
     -->
