@@ -26,11 +26,11 @@ def table_of_methods() -> str:
 
 
 def on_config(config: Any) -> Any:
-    """The menu of methods, in the order of the README's table."""
-    pages = re.findall(r"docs/(methods/\w+\.md)", table_of_methods())
+    """The menu of methods: the first column of the README's table."""
+    pages = re.findall(r"^\| \[(.+?)\]\(docs/(methods/\w+\.md)\)", table_of_methods(), re.MULTILINE)
     for entry in config.nav:
         if entry.get("Methods") == "methods":
-            entry["Methods"] = ["methods/index.md", *pages]
+            entry["Methods"] = ["methods/index.md", *({title: path} for title, path in pages)]
     return config
 
 
