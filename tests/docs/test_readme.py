@@ -1,18 +1,18 @@
-"""The lines in the README's table of methods, as a reader would type them."""
+"""The README: its first example, the lines in its table of methods, its links to the pages."""
 
 import re
 from pathlib import Path
 
-import diffusers
 import peft
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from page_blocks import ROOT, blocks_of
+from page_models import llama, unet
 
 import lowrank_ext as lr
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
+MAX_LINES, MAX_EXAMPLE_LINES = 130, 10
 STARTS_OFF_BASE = "GOAT"  # its SVD start has the base's output on average only
 
 
@@ -20,32 +20,6 @@ def table_rows() -> list[list[str]]:
     """The lines of code in the last cell of each row whose first cell links to a page."""
     rows = [line for line in README.read_text().splitlines() if line.startswith("| [")]
     return [re.findall(r"`(lr\.[^`]+)`", row.strip("| ").split(" | ")[-1]) for row in rows]
-
-
-def llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def unet() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=8,
-        attention_head_dim=8,
-    )
 
 
 @pytest.mark.parametrize("lines", table_rows(), ids=lambda lines: lines[0])
@@ -65,7 +39,21 @@ def test_lines_of_the_table(lines: list[str]) -> None:
             torch.testing.assert_close(model(ids).logits, base)
 
 
-def test_every_page_is_linked() -> None:
+def test_every_method_page_is_linked() -> None:
     linked = set(re.findall(r"docs/methods/(\w+\.md)", README.read_text()))
-    assert linked == {page.name for page in README.parent.glob("docs/methods/*.md")}
+    pages = {page.name for page in README.parent.glob("docs/methods/*.md")} - {"index.md"}
+    assert linked == pages
     assert len(table_rows()) == len(linked) + 1  # and lr.accelerate, which is no method
+
+
+def test_first_example_is_the_quickstart_script(tmp_path: Path) -> None:
+    """test_code_blocks.py runs it."""
+    example = next(block for block in blocks_of(README) if block.language == "python")
+    assert example.code == (ROOT / "examples" / "quickstart.py").read_text()
+    assert len([line for line in example.code.splitlines() if line]) <= MAX_EXAMPLE_LINES
+
+
+def test_read_in_three_minutes() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    assert text.count("![") == 1
