@@ -43,7 +43,7 @@ __all__ += methods.__all__
 
 
 def __getattr__(name: str) -> Any:
-    # It builds on transformers, which is not needed for anything else.
+    # Imported on first use: it needs transformers, which nothing else here does.
     if name == "FreezeCallback":
         from lowrank_ext.integrations import transformers
 

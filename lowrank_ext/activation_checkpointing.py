@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class HookHandles:
-    """Removes several hooks at once: ``remove()``, or at the end of a ``with`` block."""
+    """Removes several hooks at once: by ``remove()`` or at the end of a ``with`` block."""
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
         self._handles = handles
@@ -35,7 +35,7 @@ def prepare_for_checkpointing(model: nn.Module) -> HookHandles:
     The embeddings are what ``model.get_input_embeddings()`` returns, else every nn.Embedding.
 
     Returns:
-        A handle whose ``remove()`` takes the hooks away; also a context manager.
+        A handle whose ``remove()`` removes the hooks; also a context manager.
 
     Raises:
         ValueError: the model has no embedding; make the input tensor require a gradient instead.
@@ -59,7 +59,7 @@ def _input_embeddings(model: nn.Module) -> list[nn.Module]:
     if callable(get_embeddings):
         try:
             found = get_embeddings()
-        except NotImplementedError:  # transformers raises it where it cannot tell
+        except NotImplementedError:  # raised by transformers where it finds none
             found = None
         if isinstance(found, nn.Module):
             return [found]

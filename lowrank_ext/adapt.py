@@ -1,4 +1,4 @@
-"""Model surgery: low-rank modules in place of a model's linear modules; and what was done."""
+"""Model surgery: replaces linear modules of a model by low-rank modules."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from lowrank_ext.targets import (
 )
 
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
-# Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
+# Switches of torch's fused eval path of transformers, which reads weights without calling linears.
 _FUSED_FLAGS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
@@ -36,17 +36,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Model:
     """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
 
-    Afterwards exactly the adapters (what of them trains) and ``modules_to_save`` require gradients.
-    The output is the base model's, bit for bit where the init starts with a zero branch (GOAT's SVD
-    inits give it on average only, see GOATConfig). A module
-    that is registered at several paths is adapted once and stays shared; tied weights stay tied.
-    The config, with the ranks LaMDA++ found, is kept as ``model.lowrank_config``. torch's fused
-    eval path of nn.TransformerEncoderLayer, which would bypass the adapters, is switched off in
-    adapted layers.
+    Afterwards only the trainable tensors of the adapters and ``modules_to_save`` require gradients.
+    The output is the base model's, bit for bit where the branch starts at zero (with GOAT's SVD
+    inits on average only, see GOATConfig). A module registered at several paths is adapted once and
+    stays shared; tied weights stay tied. The config, with the ranks that LaMDA++ found, is kept as
+    ``model.lowrank_config``. torch's fused eval path of nn.TransformerEncoderLayer, which would
+    bypass the adapters, is switched off in adapted layers.
 
     Args:
         model: any torch or transformers model; returned.
-        config: of the method, see ``lowrank_ext.config``.
+        config: the method's, such as ``LoRAConfig``.
         initialize: False leaves the adapters at zero and the base untouched, for a loader that
             fills them.
 
@@ -56,7 +55,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
             that an init would change is tied to another module, or the model carries adapters
             already. All of this is checked before the first change.
 
-    Example:
+    Examples:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     """
     method = _checked_method(model, config)
@@ -83,7 +82,7 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
     """Path and module of every adapter of the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no adapter.
     """
     modules = {path: m for path, m in model.named_modules() if isinstance(m, LowRankLinear)}
     if not modules:
@@ -149,14 +148,14 @@ def _check_options(
     module_class: type[LowRankLinear],
     targets: Mapping[str, nn.Module],
 ) -> None:
-    """Raise for whatever would make building one of the modules fail, or change a tied weight."""
+    """Raise where a module could not be built, or where its init would change a tied weight."""
     by_svd = config.init in module_class.svd_inits
     residual = config.init in module_class.residual_inits
     weights = {m: w for m in targets.values() if (w := dense_weight(m)) is not None}
     shared = shared_tensors(model, weights) if residual else {}
     for path, module in targets.items():
         features = linear_features(module)
-        assert features is not None  # find_targets returns no other modules
+        assert features is not None  # find_targets returns only modules with features
         weight = weights.get(module)
         try:
             module_class.check_fits(*features, config.for_module(path))

@@ -1,8 +1,8 @@
 """How a method's adapters look in adapter_config.json and adapter_model.safetensors.
 
-Beside PEFT's fields the config file holds the method's ``own_fields``; the tensor file holds, of
-each module, what its config's ``adapter_shapes`` names. A method whose files differ from that
-derives from :class:`AdapterFormat`. What all files share: ``lowrank_ext/checkpoint``.
+Beside PEFT's fields the config file holds the method's ``own_fields``; the tensor file holds, for
+each module, the tensors that ``adapter_shapes`` of its config names. A method with other files
+subclasses ``AdapterFormat``. Code for all files: ``lowrank_ext/checkpoint``.
 """
 
 import re
@@ -15,19 +15,19 @@ from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
-# Module path -> {kind: tensor}, where a kind is what a tensor is called after the path.
+# Module path -> {kind: tensor}. A kind is the part of a tensor's key after the module's path.
 Adapters = dict[str, dict[str, Tensor]]
 
 _PROJECTIONS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
 class StoredConfig(NamedTuple):
-    """What adapter_config.json says.
+    """Content of adapter_config.json.
 
     Attributes:
-        config_class: of the method that it names.
-        fields: all of it.
-        shared: arguments of the config class that every method has, read from the fields.
+        config_class: the config class of the method that the file names.
+        fields: the whole JSON object.
+        shared: arguments that every config class takes, read from the fields.
         paths: the adapted modules, from the tensor file.
         where: caller and file, for messages.
     """
@@ -43,9 +43,9 @@ class AdapterFormat:
     """PEFT's fields and tensors, with the method's own beside them.
 
     Args:
-        tensor_names: attribute of a module -> kind, for what is there beside lora_a and lora_b.
-        more_names: regular expression for attributes whose kind is ``<attribute>.weight``, where
-            their number is open.
+        tensor_names: attribute of a module -> kind, for tensors other than lora_a and lora_b.
+        more_names: regular expression of further attributes, in any number, whose kind is
+            ``<attribute>.weight``.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class AdapterFormat:
         self._more_names = None if more_names is None else re.compile(more_names)
 
     def check_beside(self, other: "AdapterFormat") -> None:
-        """Raise ValueError where the two call different tensors the same, or one differently."""
+        """Raise ValueError unless each attribute that both formats name has the same kind in both,
+        and each kind the same attribute."""
         for attribute, kind in self.kinds.items():
             if other.kinds.get(attribute, kind) != kind:
                 raise ValueError(
@@ -70,15 +71,15 @@ class AdapterFormat:
                 )
 
     def kind_of(self, attribute: str) -> str:
-        """What a tensor of a module is called in a file."""
+        """The kind under which a file holds ``attribute`` of a module."""
         return self.kinds.get(attribute, f"{attribute}.weight")
 
     def attribute_of(self, kind: str) -> str:
-        """The inverse of :meth:`kind_of`."""
+        """The inverse of ``kind_of``."""
         return self._attributes.get(kind, kind.removesuffix(".weight"))
 
     def kind_in(self, key: str) -> str | None:
-        """The kind that ``key``, a name in a file, ends with; None where it is of no adapter."""
+        """The kind at the end of ``key``, a name in a file; None if it is no adapter tensor."""
         named = next((kind for kind in self._attributes if key.endswith(f".{kind}")), None)
         if named is None and self._more_names is not None:
             last = key.removesuffix(".weight").rpartition(".")[2]
@@ -94,30 +95,29 @@ class AdapterFormat:
         return {self.kind_of(attribute): shape for attribute, shape in shapes.items()}
 
     def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
-        """What the file holds of ``module``, by kind."""
+        """The tensors of ``module`` that the file holds, by kind."""
         shapes = self.shapes(config, module.r, module.in_features, module.out_features)
         return {kind: getattr(module, self.attribute_of(kind)) for kind in shapes}
 
     def fields(
         self, config: AdapterConfig, numbers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Fields of the config file beside those that every method has, and metadata for the
-        tensor file.
+        """The method's own fields of the config file, and metadata for the tensor file.
 
         Args:
-            numbers: r, lora_alpha, rank_pattern and alpha_pattern; a field of the same name
-                replaces one.
+            numbers: r, lora_alpha, rank_pattern and alpha_pattern; a returned field of the same
+                name replaces one.
         """
         return {key: getattr(config, key) for key in config.own_fields}, {}
 
     def unpack(self, files: AdapterFiles, adapters: Adapters) -> tuple[AdapterFiles, Adapters]:
-        """What :meth:`tensors` and :meth:`fields` wrote, in the form that modules have it."""
+        """Convert what ``tensors`` and ``fields`` wrote to the tensors of modules."""
         return files, adapters
 
     def optional(
         self, config: AdapterConfig, shapes: Mapping[str, list[int]]
     ) -> dict[str, list[int]]:
-        """Shapes, by kind, of tensors that a file holds of all modules or of none."""
+        """Shapes, by kind, of optional tensors: a file holds them for all modules or for none."""
         return {}
 
     def options(self, stored: StoredConfig) -> dict[str, Any]:

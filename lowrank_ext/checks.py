@@ -1,4 +1,4 @@
-"""Checks of single options, in the words that users see; and names matched as PEFT matches them."""
+"""Checks of single options, with the messages that users see; names matched by PEFT's rules."""
 
 import difflib
 import math
@@ -27,8 +27,8 @@ def matching_pattern(keys: Iterable[str], path: str) -> str | None:
 
 
 def matches_names(path: str, names: str | Sequence[str]) -> bool:
-    """Whether ``names`` mean ``path``: a regular expression for all of it, or names of which it is
-    one or ends with one after a dot."""
+    """Whether ``names`` select ``path``: a regular expression that matches all of it, or names, one
+    of which is ``path`` or its end after a dot."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)

@@ -1,7 +1,7 @@
-"""AdapterConfig: what to adapt and how, as far as it is the same for every method.
+"""AdapterConfig: the options that all methods share, which modules to adapt and how.
 
-Every method has one immutable dataclass, a subclass. Every check that needs no model happens when a
-config is built. A changed copy is made with ``dataclasses.replace(config, r=8)``.
+Every method has a subclass, an immutable dataclass. Building a config runs every check that needs
+no model. ``dataclasses.replace(config, r=8)`` makes a changed copy.
 """
 
 import math
@@ -28,7 +28,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(kw_only=True, frozen=True)
 class AdapterConfig:
-    """What every method has in common; use a subclass.
+    """The options that all methods share; use a subclass.
 
     Attributes:
         r: rank of the adapters.
@@ -38,9 +38,9 @@ class AdapterConfig:
         dropout: probability of dropping an element of the branch's input while training.
         target_modules: names, where a module matches when its path equals a name or ends with
             ``"." + name``; or one regular expression for the whole path; or ``"all-linear"``.
-        exclude_modules: modules to leave alone, matched as target_modules are.
+        exclude_modules: modules that are not adapted, matched as target_modules are.
         rank_pattern, alpha_pattern: values for single modules. A key is a name suffix or a regular
-            expression; the first key with ``re.match(rf"(.*\\.)?({key})$", path)`` counts, as in
+            expression; the first key with ``re.match(rf"(.*\\.)?({key})$", path)`` applies, as in
             PEFT.
         modules_to_save: names of modules that are trained whole and saved whole.
         adapter_dtype: ``"base"`` or a floating dtype, by name or as ``torch.dtype``. With a float64
@@ -57,7 +57,7 @@ class AdapterConfig:
     own_fields: ClassVar[tuple[str, ...]] = ()
     # The configs of all registered methods, by peft_type.
     registered: ClassVar[dict[str, type["AdapterConfig"]]] = {}
-    # Fields that name some of the adapted modules, as target_modules names modules of the model.
+    # Fields that select some of the adapted modules, by names as in target_modules.
     selectors: ClassVar[tuple[str, ...]] = ()
 
     r: int = 16
@@ -110,7 +110,7 @@ class AdapterConfig:
 
     @classmethod
     def of(cls, owner: str, **options: Any) -> Self:
-        """The config with these fields; errors name ``owner``, whose arguments they are."""
+        """The config with these fields; errors name ``owner``, which took them as arguments."""
         try:
             return cls(**options)
         except (TypeError, ValueError) as error:
@@ -159,12 +159,12 @@ class AdapterConfig:
         return True
 
     def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:
-        """Shape of each tensor that a checkpoint holds of one module, by the attribute's name."""
+        """Shape of each tensor of one module in a checkpoint, by attribute name."""
         return {"lora_a": [r, in_features], "lora_b": [out_features, r]}
 
     def must_agree(self) -> dict[str, Any]:
-        """What another config must have too, beside ranks and scalings, for values trained with it
-        to fit modules built with this one."""
+        """Options, beside ranks and scalings, that must be equal for a checkpoint of one config to
+        be loaded into modules of another."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,9 +174,9 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that :meth:`to_dict` described.
+        """The config that ``to_dict`` described.
 
-        Called on AdapterConfig, ``peft_type`` selects the method; called on a method it may be
+        Called on AdapterConfig, ``peft_type`` selects the method; called on a subclass, it may be
         absent.
 
         Raises:

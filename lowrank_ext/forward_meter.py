@@ -1,4 +1,4 @@
-"""Forward hooks for the length of a ``with`` block."""
+"""ForwardMeter: forward hooks that are active inside a ``with`` block."""
 
 from collections.abc import Callable, Mapping
 from typing import Self
@@ -9,9 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ForwardMeter:
-    """Looks at what modules are called with, from ``with`` to its end; a subclass says how.
+    """Base class of meters, which read the inputs of modules inside a ``with`` block.
 
-    Compiled models run eagerly there: hooks that come after compilation are not in their code.
+    Compiled models run eagerly there, because compiled code lacks hooks that were added later.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""What schedules that freeze parts of an adapter share. (Each method has its own schedule.)"""
+"""Interface and helpers of freezing schedules; each method has its own schedule."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -12,7 +12,7 @@ class FreezingSchedule(Protocol):
     """Freezes parts of a model's adapters while it trains: ``step()`` once per optimizer step.
 
     Attributes:
-        before_optimizer: whether ``step`` comes before ``optimizer.step()``, or after it.
+        before_optimizer: whether ``step`` is called before ``optimizer.step()`` or after it.
         has_statistics: whether ``state_dict()`` holds tensors beside ``numbers()``.
     """
 
@@ -21,10 +21,10 @@ class FreezingSchedule(Protocol):
 
     @classmethod
     def check_options(cls, owner: str, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming ``owner`` and the argument, for what is no schedule.
+        """Raise ValueError, naming ``owner`` and the argument, for an invalid option.
 
         Args:
-            options: eta, bucket, start, decay and window; a schedule looks at those that it has.
+            options: eta, bucket, start, decay and window; a schedule checks those that it takes.
         """
         ...
 
@@ -32,7 +32,7 @@ class FreezingSchedule(Protocol):
     def for_training(
         cls, model: nn.Module, total_steps: int, options: Mapping[str, Any], optimizer: Any
     ) -> Self | None:
-        """The schedule with these options; None for a model without modules of its kind."""
+        """The schedule with these options; None if the model has no module of its method."""
         ...
 
     def step(self) -> None: ...
@@ -43,7 +43,7 @@ class FreezingSchedule(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
     def remove(self) -> None:
-        """Take all hooks off the model."""
+        """Remove all hooks from the model."""
         ...
 
 
@@ -62,13 +62,12 @@ def check_fraction(owner: str, name: str, value: object) -> float:
 
 
 def exact(fraction: float) -> Fraction:
-    """The decimal number that ``fraction`` is written as: 0.1 of 30 steps are 3 steps and not
-    3.0000000000000004."""
+    """``fraction`` as the decimal number it is written as: 0.1 of 30 steps are exactly 3 steps."""
     return Fraction(repr(float(fraction)))
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor as it is."""
+    """This rank's part of a DTensor; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     local: Tensor = tensor if to_local is None else to_local()
     return local
@@ -77,7 +76,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def frozen_may_leave() -> bool:
     """Whether a frozen tensor may lose requires_grad.
 
-    Not where torch.distributed is initialized: DDP's reducer and FSDP2's groups are built for a
+    False where torch.distributed is initialized: DDP's reducer and FSDP2's groups are built for a
     fixed set of trainable parameters.
     """
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())

@@ -45,12 +45,12 @@ def unload(model: Model, merge: bool = False) -> Model:
     """Put plain modules back in place of the adapted ones; returns the model.
 
     ``merge=True`` keeps the adapters' effect (merging what is not merged yet), ``merge=False``
-    drops it: ties and weights are as before ``adapt``, weights of a residual init to one rounding
-        of their dtype.
+    drops it: ties and weights are as before ``adapt``, with a residual init to one rounding of
+    their dtype.
     Parameters stay frozen as ``adapt`` left them. A single adapted module yields its plain module.
 
     Raises:
-        ValueError, TypeError: as :func:`merge`.
+        ValueError, TypeError: as ``merge``.
     """
     modules = lowrank_modules(model, "unload")
     if merge:

@@ -1,6 +1,6 @@
-"""What ``lowrank-ext finetune`` has to know of a method: options, learning rate, schedule, stages.
+"""Recipes: a method's options, learning rate, schedule and stages for ``lowrank-ext finetune``.
 
-A method's ``command_line.py`` makes these; the command line reads them from the registry.
+``command_line.py`` in a method's folder makes them; the command line reads them from the registry.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.freezing import FreezingSchedule
 
-# Parameters, and their learning rate as a multiple of the run's.
+# Parameters, and their learning rate relative to the run's.
 ParameterGroup = tuple[list[nn.Parameter], float]
 
 
 class Run(Protocol):
-    """What a recipe may ask of a run."""
+    """The properties of a run that a recipe may read."""
 
     @property
     def rank(self) -> int: ...
@@ -40,11 +40,11 @@ class Option:
 
     Attributes:
         name: as in Python, ``freeze_eta`` for ``--freeze-eta``.
-        type: of its value; ``None`` as default is a value too.
-        help: what it means for this method, one sentence.
-        shown_default: what stands in the help for a default that says nothing.
-        check: given the value and the options of all methods, what is wrong with it ("must be at
-            least 1"), or None.
+        type: of its value, beside which the default may be None.
+        help: its meaning for this method, one sentence.
+        shown_default: text in the help in place of the default's value.
+        check: takes the value and the options of all methods; returns the fault ("must be at least
+            1"), or None.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of the training after which another begins.
+    """One of several consecutive parts of a training.
 
     Attributes:
-        begin: turn the model of the stage before into this one's.
+        begin: turns the model of the previous stage into this one's.
         num_steps: its optimizer steps.
-        batch: what the model gets for a batch of tokens [B, T] at a step of the run.
+        batch: maps a batch of tokens [B, T], at a step of the run, to the model's input.
     """
 
     num_steps: Callable[[Run], int]
@@ -100,11 +100,11 @@ class Training:
     """What a training loop does for a method beyond minimizing the loss with one learning rate.
 
     Attributes:
-        parameter_groups: parameters with learning rates of their own.
-        schedule: what freezes parts of the model while it trains, or None.
-        stages: in their order; none where the training is all of a piece.
+        parameter_groups: parameters with their own learning rates.
+        schedule: makes the schedule that freezes parts of the model during training, or None.
+        stages: in their order; empty for a training without stages.
         stage_of: index of the stage that the model is in.
-        extra_loss: what the last forward adds to the loss.
+        extra_loss: loss term of the last forward, added to the task's loss.
         expert_load: counts the tokens of each expert in a ``with`` block; None without experts.
     """
 
@@ -122,12 +122,12 @@ class Recipe:
 
     Attributes:
         name: the name.
-        learning_rate: that works on the default model and text (r = 16, scaling 1).
-        config: from the fields that all configs share and the run to the config.
-        options: the method's own.
-        check: what is wrong with the run as a whole ("--rank must be …"), or None.
-        training: what its training loop does beside the usual.
-        describe: a clause for the line that describes the run, or None.
+        learning_rate: a value that works on the default model and text (r = 16, scaling 1).
+        config: makes the config from the fields that all configs share and the run.
+        options: the method's own options.
+        check: returns the fault of the run as a whole ("--rank must be …"), or None.
+        training: the method's additions to the training loop.
+        describe: returns a clause for the line that describes the run, or None.
     """
 
     name: str
@@ -149,7 +149,7 @@ def at_least(least: int) -> Callable[[Any, Mapping[str, Any]], str | None]:
 
 
 def one_of(choices: Collection[str]) -> Callable[[Any, Mapping[str, Any]], str | None]:
-    """A check of an option that names one of several things."""
+    """A check of an option that must be one of ``choices``."""
 
     def check(value: Any, options: Mapping[str, Any]) -> str | None:
         if value in choices:

@@ -1,7 +1,7 @@
-"""The methods there are: ``METHODS``, with one ``Method`` record for each.
+"""The registry of methods: ``METHODS``, with one ``Method`` record for each.
 
-``lowrank_ext/methods/__init__.py`` lists the folders that register one. Everything that works on
-every method (adapt, checkpoint, the Trainer's callback, the command line) asks here.
+``lowrank_ext/methods/__init__.py`` lists the folders that register one. Code for all methods
+(adapt, checkpoint, the Trainer's callback, the command line) looks them up here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,16 +27,17 @@ def _as_given(
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Everything that the library has to know of a method whose modules are LowRankLinears.
+    """Registration of a method whose modules are LowRankLinears.
 
     Attributes:
-        config_class: what users ask for; its ``peft_type`` names the method in files.
-        module_class: what stands in the place of a linear; public in ``lowrank_ext.nn``.
-        file_format: how an adapter looks in its two files.
-        complete_config: from the model, the config and the targets, by path, to the config with
-            what only the model can tell (LaMDA++: ranks); called by ``adapt`` before any change.
-        schedule_class: what freezes parts of the adapters while they train, or None.
-        recipes: what ``lowrank-ext finetune`` offers of the method.
+        config_class: the class of its options; ``peft_type`` names the method in files.
+        module_class: the class of the modules that replace linear ones; public in
+            ``lowrank_ext.nn``.
+        file_format: content of an adapter's two files.
+        complete_config: takes the model, the config and the targets by path; returns the config
+            with what depends on the model (LaMDA++: ranks). ``adapt`` calls it before any change.
+        schedule_class: freezes parts of the adapters during training, or None.
+        recipes: the names that ``--method`` of ``lowrank-ext finetune`` takes for the method.
     """
 
     config_class: type[AdapterConfig]
@@ -50,7 +51,7 @@ class Method:
 
     @property
     def peft_type(self) -> str:
-        """What adapter_config.json calls the method."""
+        """Name of the method in adapter_config.json."""
         return self.config_class.peft_type
 
 
@@ -61,7 +62,7 @@ def register(method: Method) -> Method:
     """Add ``method``; returns it.
 
     Raises:
-        ValueError: its peft_type, one of its recipes or what it calls a tensor in a file is taken.
+        ValueError: its peft_type, the name of a recipe or of a tensor in a file is taken.
     """
     if method.peft_type in METHODS:
         raise ValueError(f"register: peft_type must be new, got {method.peft_type!r} again")

@@ -1,4 +1,4 @@
-"""What was adapted: numbers of parameters, and a table of the adapters."""
+"""Numbers of parameters of a model, and a table of its adapters."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +21,7 @@ class TrainableParameters(NamedTuple):
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """How many of the model's parameters train. A parameter with several owners counts once."""
+    """How many of the model's parameters train; a shared parameter counts once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total = sum(size for size, _ in sizes)
     trainable = sum(size for size, trains in sizes if trains)
@@ -29,9 +29,9 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
 
 def summary(model: nn.Module) -> "Table":
-    """A rich table of what was adapted: one row for each kind of module and shape, then the rest.
+    """A rich table of the adapters: a row for each kind of module and shape, then other modules.
 
-    Size is the memory of the adapter's own tensors (for modules trained whole: of the module).
+    Size is the memory of the adapter's tensors (of the whole module for modules_to_save).
 
     Raises:
         ValueError: the model carries no adapters.
@@ -41,7 +41,7 @@ def summary(model: nn.Module) -> "Table":
         name = path.rpartition(".")[2] or "(model)"
         kinds.setdefault((name, type(m).__name__, m.in_features, m.out_features), []).append(m)
     numbers = trainable_parameters(model)
-    from rich.table import Table  # printing is rare, importing lowrank_ext is not
+    from rich.table import Table  # here, so that import lowrank_ext stays fast
 
     table = Table(
         title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
@@ -69,7 +69,7 @@ def summary(model: nn.Module) -> "Table":
 
 
 def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Outermost modules that train whole."""
+    """Outermost modules of modules_to_save."""
     config = getattr(model, "lowrank_config", None)
     return outermost_modules(model, () if config is None else config.modules_to_save)
 

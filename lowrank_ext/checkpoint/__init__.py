@@ -1,8 +1,8 @@
 """Adapter checkpoints: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
 LoRA is written as PEFT writes it, and PEFT's LoRA files load here. The other methods use the same
-two files with a ``peft_type`` of their own, most with more tensors per module (``layout.py``; the
-``files.py`` of a method). Saving is atomic (``lowrank_ext.adapter_files``).
+two files with their own ``peft_type``, most with more tensors per module (``layout.py``, and
+``files.py`` in the method's folder). Saving is atomic (``lowrank_ext.adapter_files``).
 """
 
 from lowrank_ext.checkpoint.load import load_adapter

@@ -1,9 +1,9 @@
-"""What all adapter files share: names of tensors, PEFT's fields, gathering sharded tensors.
+"""The tensor file of all methods: names of its tensors, and the gathering of sharded ones.
 
 With P for ``base_model.model.<path>`` the tensor file holds
 
     P.lora_A.weight [r, K]    P.lora_B.weight [N, r]    of every adapted module
-    P.<kind>                                            what a method has beside them, see the
+    P.<kind>                                            further tensors of a method, see
                                                         ``file_format`` of its ``Method``
     P.<name in the module's state dict>                 every module of modules_to_save
 """
@@ -19,7 +19,7 @@ LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 
 
 def kind_in(name: str) -> str | None:
-    """The kind of tensor that ``name``, a key without its prefix, ends with; of any method."""
+    """The kind, of any method, at the end of ``name``, a key without its prefix."""
     kinds = (method.file_format.kind_in(name) for method in registry.METHODS.values())
     return next((kind for kind in kinds if kind is not None), None)
 

@@ -36,13 +36,13 @@ Model = TypeVar("Model", bound=nn.Module)
 def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = True) -> Model:
     """Put the adapter in the directory ``path`` on ``model``; returns the model.
 
-    A plain model is adapted in place to what the file says. A model that carries the same kind of
-    adapter on the same modules, with the same ranks and scalings, gets the file's values. A
-    residual init rebuilds its base weight: bit for bit on the original base and in a model with the
-    same initial factors, to one rounding where another residual has to be undone first.
+    A plain model is adapted in place as the file describes. A model that carries the same kind of
+    adapter on the same modules, with the same ranks and scalings, gets the file's values. With a
+    residual init the base weight is rebuilt: bit for bit over the original base or in a model with
+    the same initial factors, to one rounding where another residual is undone first.
 
     LoRA files may come from PEFT, with use_rslora, rank_pattern, alpha_pattern, modules_to_save and
-    init_lora_weights="pissa" (whose SVD is then done again, as PEFT does). What cannot be computed
+    init_lora_weights="pissa" (whose SVD is then repeated, as PEFT does). What cannot be computed
     exactly here (DoRA, trained biases, …) is refused. Adapters keep the file's dtype if it is the
     base's or float32, else they become float32 (float64 over a float64 base). A saved module whose
     weight is tied in the model gets a weight of its own where the file's values ask for it.
@@ -57,7 +57,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         ValueError: a file is damaged, does not fit the model or uses what is not supported; the
             message names file and key. Raised before the model is touched.
 
-    Example:
+    Examples:
         >>> model = lr.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "out/adapter")
     """
     if unwrapped(model) is not model:
@@ -66,7 +66,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     own: AdapterConfig | None = getattr(model, "lowrank_config", None)
     adapters, others = split_keys(files)
     method = method_in(files)
-    # Over a base without a residual a packed file is the plain adapter that it says.
+    # Over a base without a residual a packed file is read as the plain adapter it also is.
     if own is None or own.init in METHODS[own.peft_type].module_class.residual_inits:
         files, adapters = method.file_format.unpack(files, adapters)
     config = parsed_config(files, method, adapters)
@@ -83,7 +83,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     if own is not None:
         _check_same(model, files, adapters, config, own)
     else:
-        # PEFT's own PiSSA files lack the starts: the SVD has to be done again.
+        # PEFT's own PiSSA files lack the initial factors: the SVD is repeated.
         residual = config.init in method.module_class.residual_inits
         initialize = residual and not _has_starts(method, adapters)
         try:
@@ -129,7 +129,7 @@ def check_tensors(
     modules: Mapping[str, nn.Module],
     adapters: Adapters,
 ) -> None:
-    """All kinds of tensors of the method are there, no others, and their shapes fit."""
+    """Raise ValueError unless the file has exactly the method's tensors, with shapes that fit."""
     for name, tensors in adapters.items():
         module = modules[name]
         features = (
@@ -158,7 +158,8 @@ def check_tensors(
 def saved_modules_for(
     model: nn.Module, files: AdapterFiles, others: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
-    """The model's modules that the file's modules_to_save mean, by PEFT's rule: whole-path endings.
+    """The model's modules that ``modules_to_save`` in the file selects: by PEFT's rule, all whose
+    path ends with one of the names.
 
     Names that match nothing are dropped: PEFT writes both "classifier" and "score" for any head.
     """
@@ -213,7 +214,7 @@ def _check_same(
     config: AdapterConfig,
     own: AdapterConfig,
 ) -> None:
-    """The model carries what ``config`` describes, so values can be copied into it."""
+    """Raise ValueError unless the model carries the adapters that ``config`` describes."""
 
     def differs(what: str, expected: object, got: object) -> ValueError:
         return ValueError(
@@ -222,7 +223,7 @@ def _check_same(
         )
 
     def start(of: AdapterConfig) -> str:
-        return "kaiming" if of.init == "gaussian" else of.init  # the same once it is trained
+        return "kaiming" if of.init == "gaussian" else of.init  # they differ only before training
 
     if type(config) is not type(own):
         raise differs("peft_type", own.peft_type, config.peft_type)
@@ -247,18 +248,18 @@ def _check_same(
 
 
 def _has_starts(method: Method, adapters: Adapters) -> bool:
-    """Whether the file has what rebuilds a residual base."""
+    """Whether the file has the initial factors, which rebuild a residual base."""
     starts = {method.file_format.kind_of(name) for name in method.module_class.residual_starts}
     return any(not starts.isdisjoint(tensors) for tensors in adapters.values())
 
 
 @torch.no_grad()
 def _fill(module: LowRankLinear, method: Method, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors into an adapter, and take the residual that they define."""
+    """Copy a file's tensors into an adapter, and subtract the initial branch they define."""
     attributes = {method.file_format.attribute_of(kind): t for kind, t in tensors.items()}
     own = {name: getattr(module, name) for name in attributes}
     given = {name: tensor.to(own[name]) for name, tensor in attributes.items()}
-    # What defines the residual never changes in training, so equal factors mean an equal base.
+    # Training never changes the initial factors, so equal factors mean an equal residual base.
     factors = [name for name in module.residual_starts if name in given]
     defining = [*factors, *(module.residual_constants if factors else ())]
     same = module.residual_taken and all(torch.equal(own[n], given[n]) for n in defining)
@@ -274,7 +275,8 @@ def _fill(module: LowRankLinear, method: Method, tensors: Mapping[str, Tensor]) 
 def _fill_saved(
     model: nn.Module, saved: Mapping[str, nn.Module], values: Mapping[str, Tensor]
 ) -> None:
-    """Copy a file's values into the modules of modules_to_save, first undoing ties they forbid."""
+    """Copy a file's values into the modules of modules_to_save; weights whose tied partner has
+    other values are untied first."""
     for key, others in ties(model, saved).items():
         if not all(o in values and torch.equal(values[o], values[key]) for o in others):
             untie(model, key, keeps_training=any(other in values for other in others))

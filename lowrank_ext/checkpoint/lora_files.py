@@ -1,4 +1,4 @@
-"""Plain LoRA files of modules that are no LowRankLinear: those of a bank, or of a guard."""
+"""Plain LoRA files for AdapterBank and GuardModel, whose modules are no LowRankLinear."""
 
 import dataclasses
 import os
@@ -46,18 +46,18 @@ class LoRATensors(NamedTuple):
 
 
 class LoRAFile(NamedTuple):
-    """What a LoRA's two files say, by module path."""
+    """Content of a LoRA's two files, by module path."""
 
     config: AdapterConfig
     adapters: dict[str, LoRATensors]
 
 
 def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> LoRAFile:
-    """The LoRA in the directory ``path`` by module path of ``model``, which is left alone.
+    """The LoRA in the directory ``path`` by module path of ``model``, which is not changed.
 
-    Refused, beside what :func:`load_adapter` refuses: everything that is more than a branch on the
-    output of linear modules. A pissa file that :func:`save_adapter` wrote is the LoRA of rank 2r
-    that it says.
+    Refused, beside what ``load_adapter`` refuses: everything that is more than a branch on the
+    output of linear modules. A pissa file that ``save_adapter`` wrote is read as the LoRA of
+    rank 2r that it holds.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -102,11 +102,11 @@ def write_lora(
     caller: str,
     companions: Mapping[str, Companion],
 ) -> None:
-    """Write the LoRA ``file`` of ``model`` as :func:`save_adapter` does, for adapters whose modules
+    """Write the LoRA ``file`` of ``model`` as ``save_adapter`` does, for adapters whose modules
     are no LowRankLinear.
 
     Args:
-        companions: more files of the same save, see :func:`write_adapter_files`.
+        companions: more files of the same save, see ``write_adapter_files``.
 
     Raises:
         ValueError: a tensor is on the meta device or sharded. Nothing is written.
@@ -132,7 +132,8 @@ def _numbers_of(model: nn.Module, path: str, config: AdapterConfig) -> ModuleNum
 
 
 def check_adapters(model: nn.Module, adapters: Mapping[str, LoRATensors], caller: str) -> None:
-    """Raise ValueError where a path is no linear module of ``model``, or a shape does not fit."""
+    """Raise ValueError where a path names no linear module of ``model``, or a shape does not
+    fit."""
     present = dict(model.named_modules())
     if not adapters:
         raise ValueError(f"{caller}: adapters must hold at least one module, got none")

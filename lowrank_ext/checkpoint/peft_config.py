@@ -1,6 +1,6 @@
 """adapter_config.json: PEFT's fields, from a model and its config and back.
 
-PEFT's names mean the same modules in both libraries; what the library cannot compute is refused.
+PEFT's names select the same modules in both libraries; what this one cannot compute is refused.
 """
 
 import re
@@ -18,8 +18,8 @@ from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method
 
-# Fields that change the numbers in a way that no module here computes: a file that uses one is
-# refused. {field: values that mean "not used"}; None, False and empty ones mean that for all.
+# Fields that change the output in a way that no module here computes: a file that uses one is
+# refused. {field: values that mean "not used"}; None, False and empty values always mean that.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (),
@@ -36,7 +36,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "velora_config": (),
     "ensure_weight_tying": (),
 }
-# Fields without effect on a finished adapter, or read elsewhere.
+# Fields that are read elsewhere, or have no effect on a finished adapter.
 _KNOWN = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora"),
@@ -48,7 +48,7 @@ _KNOWN = {
 
 
 class ModuleNumbers(NamedTuple):
-    """What the config file says of one module that is no LowRankLinear."""
+    """Numbers in the config file for one module that is no LowRankLinear."""
 
     r: int
     alpha: float
@@ -62,7 +62,7 @@ def config_fields(
     saved: Mapping[str, nn.Module],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of adapter_config.json, and metadata for the tensor file."""
-    # fully_shard gives the model a class of its own, derived from the model's.
+    # fully_shard replaces the model's class by a subclass of it.
     own_class = next(
         cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed.")
     )
@@ -104,7 +104,7 @@ def config_fields(
 def _pattern(
     own: Mapping[str, float], default: float, values: Mapping[str, float]
 ) -> dict[str, int | float]:
-    """A pattern that gives every path its value by PEFT's rule: the user's own if it does."""
+    """A pattern that gives every path its value by PEFT's rule: the user's, if it does so."""
 
     def resolved(path: str) -> float:
         key = matching_pattern(own, path)
@@ -118,7 +118,7 @@ def _pattern(
 
 
 def target_names(model: nn.Module, targets: Collection[str]) -> list[str] | str:
-    """The shortest target_modules that mean exactly ``targets``, here and in PEFT."""
+    """The shortest target_modules that select exactly ``targets``, here and in PEFT."""
     inside = tuple(f"{path}." for path in targets)
     paths = {
         path: module
@@ -136,7 +136,8 @@ def target_names(model: nn.Module, targets: Collection[str]) -> list[str] | str:
 def _saved_names(
     model: nn.Module, names: Collection[str], saved: Mapping[str, nn.Module]
 ) -> list[str] | None:
-    """The user's names if PEFT, which compares endings of whole paths, takes them the same way."""
+    """The user's names if they select ``saved`` in PEFT too, which compares endings of paths; else
+    whole paths."""
     if not names:
         return None
     in_peft = {path for path, _ in model.named_modules() if path.endswith(tuple(names))}
@@ -187,8 +188,8 @@ def _check_supported(fields: Mapping[str, Any], where: str) -> None:
         if key in _UNSUPPORTED and not unused and value not in _UNSUPPORTED[key]:
             allowed = " or ".join(map(repr, _UNSUPPORTED[key] or (None, False)))
             raise ValueError(f"{where}: {key}={value!r} is not supported, it must be {allowed}")
-        # A field of a later version that is switched on may change the numbers; a number or a name
-        # is the default of something that is not.
+        # An unknown field that is switched on may change the output. A number or a name is taken
+        # for an option of a feature that is off.
         known = key in _UNSUPPORTED or key in _KNOWN or key in own
         if not known and not unused and (value is True or isinstance(value, list | dict)):
             raise ValueError(f"{where}: {key}={value!r} is not known to this version")

@@ -39,7 +39,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             parameter of modules_to_save is tied to one that would not be saved. Nothing is written.
         OSError: the files cannot be written. The directory holds what it held before.
 
-    Example:
+    Examples:
         >>> lr.save_adapter(model, "out/adapter")
     """
     model = unwrapped(model)
@@ -57,9 +57,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> None:
-    """Write the branches of ``model`` as they are in evaluation mode, as an ordinary LoRA.
+    """Write the branches of ``model`` in evaluation mode as an ordinary LoRA.
 
-    For methods whose branch is a LoRA of another making; otherwise as :func:`save_adapter`.
+    For methods whose branch is a product of two factors; otherwise as ``save_adapter``.
     """
     model = unwrapped(model)
     modules = lowrank_modules(model, caller)
@@ -84,7 +84,8 @@ def config_of(model: nn.Module, caller: str) -> AdapterConfig:
 def _check_valued(
     model: nn.Module, modules: Mapping[str, LowRankLinear], config: AdapterConfig, caller: str
 ) -> None:
-    """What would be saved holds values, and all of what trains is among it."""
+    """Raise ValueError where a tensor to be saved is on the meta device or tied to an unsaved
+    one."""
     saved = outermost_modules(model, config.modules_to_save)
     for name, owner in (*modules.items(), *saved.items()):
         if any(tensor.is_meta for tensor in owner.parameters()):
@@ -99,7 +100,8 @@ def _write(
     modules: Mapping[str, LowRankLinear],
     stored: Adapters,
 ) -> None:
-    """Both files, of the adapters' ``stored`` tensors and the modules of modules_to_save."""
+    """Write both files, from the adapters' ``stored`` tensors and the modules of
+    modules_to_save."""
     saved = outermost_modules(model, config.modules_to_save)
     sharded = any(is_sharded(p) for p in model.parameters())
     tensors = {

@@ -1,7 +1,7 @@
 """AcceleratedLoRA: the forward that ``lr.accelerate`` gives to PEFT's LoRA layers.
 
-The layer stays PEFT's in everything else: parameters, names, adapters, merging, files. Whatever
-the ops do not cover goes to PEFT's own forward, with a warning that says why.
+Everything else stays PEFT's: parameters, names, adapters, merging, files. Cases that the ops do not
+cover run PEFT's own forward, with a warning that says why.
 """
 
 import functools
@@ -19,13 +19,13 @@ from lowrank_ext.nn.rows import ids_of_names, ids_per_row
 from lowrank_ext.ops._registration import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
-# Arguments that PEFT hands to its layers and that are not for the base.
+# Arguments of PEFT's layers that are not passed to the base.
 _PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 _CLASSES: dict[type[nn.Module], type["AcceleratedLoRA"]] = {}
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer, as a call uses it."""
+    """One adapter of a layer, as used by a call."""
 
     lora_a: Tensor  # [r, K]
     lora_b: Tensor  # [N, r]
@@ -39,14 +39,13 @@ class AcceleratedLoRA(nn.Module):
         y = base(x) + Σ scaling · (drop(x) lora_Aᵀ) lora_Bᵀ      over the active adapters
 
     A plain nn.Linear or Conv1D base and the first adapter are one ``lowrank_linear``; on other
-    bases, and for further adapters, the branch is added with ``lowrank_add``. With
-    ``adapter_names``, an adapter per sequence, it is one ``multi_lowrank_add``. PEFT's own forward
-    runs for disabled and merged adapters, and where ``adapter_not_covered`` or ``_not_covered``
-    gives a reason.
+    bases, and for further adapters, ``lowrank_add`` adds the branch. With ``adapter_names``, an
+    adapter per sequence, one ``multi_lowrank_add`` does. PEFT's own forward runs for disabled and
+    merged adapters, and where ``adapter_not_covered`` or ``_not_covered`` gives a reason.
 
-    Each call checks this anew, since PEFT and its users may change adapters, modules and hooks at
-    any time. The checks read submodules from the dicts that hold them: nn.Module's attribute
-    look-up would take longer than the ops do at one row.
+    Each call repeats these checks, since PEFT and its users may change adapters, modules and hooks
+    at any time. The checks read submodules from the dicts that hold them: nn.Module's attribute
+    look-up would take longer than the ops at one row.
     """
 
     peft_class: ClassVar[type[nn.Module]]
@@ -160,12 +159,12 @@ class AcceleratedLoRA(nn.Module):
         return added.to(y.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that a pickle cannot name it.
+        # The class is made at run time, so pickle cannot find it by name.
         return _new_layer, (self.peft_class,), self.__getstate__()
 
 
 def accelerated_class(peft_class: type[nn.Module]) -> type[AcceleratedLoRA]:
-    """``peft_class`` with the forward above; one class for each."""
+    """The subclass of ``peft_class`` with AcceleratedLoRA's forward, made once."""
     if peft_class not in _CLASSES:
         _CLASSES[peft_class] = _make_class(peft_class)
     return _CLASSES[peft_class]
@@ -182,8 +181,8 @@ def _new_layer(peft_class: type[nn.Module]) -> AcceleratedLoRA:
 
 
 def adapter_not_covered(layer: Any, name: str) -> str:
-    """Why the adapter ``name`` of a PEFT layer runs through PEFT's forward whatever its input is;
-    "" where the ops cover it."""
+    """Why the adapter ``name`` of a PEFT layer needs PEFT's forward for every input; "" where the
+    ops cover it."""
     if name in layer.lora_variant:
         return f"a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
     lora_a, lora_b = _children(layer, "lora_A")[name], _children(layer, "lora_B")[name]
@@ -232,14 +231,15 @@ def _add(y: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x, or None where it leaves it alone."""
+    """The dtype to which autocast casts x, or None where it does not."""
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else None
 
 
 def _in_one_dtype(x: Tensor, y: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    """y, x and the adapter as the ops take them: a quantized base may answer in another dtype."""
+    """y, x and the adapter in the dtypes of the ops: a quantized base may have another output
+    dtype."""
     if x.dtype == y.dtype or _autocast_dtype(x) is not None:
         return (y, x, *factors)
     wide = torch.promote_types(x.dtype, y.dtype)
@@ -252,7 +252,7 @@ def _stack(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _say(because: str) -> None:
-    # Python shows a warning of the same text once. Compiled code gives none.
+    # Python shows equal warnings once. Compiled code gives none.
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"accelerate: a layer runs through PEFT's own forward: {because}", stacklevel=3

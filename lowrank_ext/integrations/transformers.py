@@ -1,4 +1,4 @@
-"""What plugs into transformers' Trainer."""
+"""FreezeCallback: the freezing schedules in transformers' Trainer."""
 
 import io
 from pathlib import Path
@@ -16,32 +16,33 @@ from lowrank_ext.registry import METHODS
 
 __all__ = ["FreezeCallback"]
 
-# In a checkpoint of the Trainer: the state of a schedule with statistics, as torch.save writes it.
+# File in the Trainer's checkpoint with the state of a schedule that has statistics (torch.save).
 _STATISTICS = "freeze_schedule.pt"
 _OPTIONS = ("eta", "bucket", "start", "decay", "window")
 
 
 class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # untyped bases
-    """LaMDA's and AFLoRA's schedule inside transformers' Trainer: the one that the model needs.
+    """Runs the freezing schedule of LaMDA or AFLoRA, whichever the model has, in the Trainer.
 
-    T is the Trainer's number of optimizer steps. The scores of AFLoRA are of the gradients before
-    they are clipped and, with fp16, unscaled (see :class:`lowrank_ext.AdaptiveFreezeSchedule`).
-    The schedule is saved in the Trainer's checkpoints, AFLoRA's statistics in a file of their own
-    beside the model's, and on resume goes on as it was planned at the start: the saved values come
-    before the arguments, so that nothing frozen is freed when the resumed run has another length.
+    T is the Trainer's number of optimizer steps. AFLoRA's scores use the gradients before clipping
+    and, with fp16, unscaled (see ``lowrank_ext.AdaptiveFreezeSchedule``). The schedule is
+    saved in the Trainer's checkpoints, AFLoRA's statistics in a separate file beside the model's.
+    On resume the saved values take precedence over the arguments, so that nothing frozen is
+    unfrozen when the resumed run has another length.
 
     Args:
-        eta: fraction of T after which all is frozen.
-        bucket: LaMDA's, see :class:`lowrank_ext.FreezeSchedule`.
-        start, decay, window: AFLoRA's, see :class:`lowrank_ext.AdaptiveFreezeSchedule`.
+        eta: fraction of T after which everything is frozen.
+        bucket: LaMDA's, see ``lowrank_ext.FreezeSchedule``.
+        start, decay, window: AFLoRA's, see ``lowrank_ext.AdaptiveFreezeSchedule``.
 
     Raises:
         ValueError: an argument is out of range, or when training begins for a model with neither a
             LaMDALinear nor an AFLoRALinear.
-        FileNotFoundError: when a run with AFLoRA is resumed and the statistics that belong to its
-            checkpoint are neither there nor in ``args.resume_from_checkpoint``.
+        FileNotFoundError: when a run with AFLoRA is resumed and the statistics of its checkpoint
+            are neither there nor in ``args.resume_from_checkpoint``.
 
-    Example: ``Trainer(model, args, train_dataset=data, callbacks=[FreezeCallback(eta=0.3)])``
+    Examples:
+        >>> Trainer(model, args, train_dataset=data, callbacks=[FreezeCallback(eta=0.3)])
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
             schedule.load_state_dict(saved or {**schedule.state_dict(), "step": state.global_step})
         self.schedule = schedule
         if state.stateful_callbacks is not None:
-            # Without an entry from the resumed checkpoint the Trainer fails to save one.
+            # The Trainer cannot save if the resumed checkpoint has no entry for the callback.
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def _new_schedule(self, model: nn.Module, total_steps: int, optimizer: Any) -> FreezingSchedule:
@@ -111,9 +112,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
     ) -> None:
         if self.schedule is None or not self.schedule.has_statistics:
             return
-        saved = self.schedule.state_dict()  # on every rank: it gathers what is sharded
+        saved = self.schedule.state_dict()  # on every rank, as it gathers sharded tensors
         directory = _checkpoint(args, state)
-        # A hyperparameter search saves elsewhere, where nothing is resumed from.
+        # A hyperparameter search saves in another directory, which is never resumed from.
         if args.should_save and directory.is_dir():
             buffer = io.BytesIO()
             torch.save(saved, buffer)
@@ -130,7 +131,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
             self.schedule = None
 
     def state(self) -> dict[str, Any]:
-        """Arguments and the schedule's numbers, which the Trainer puts in trainer_state.json."""
+        """Arguments and the schedule's numbers, which the Trainer saves in trainer_state.json."""
         schedule = None if self.schedule is None else self.schedule.numbers()
         return {
             "args": self._options(),
@@ -139,7 +140,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  #
 
 
 def _schedule_classes() -> list[type[FreezingSchedule]]:
-    """Of all methods that have one, in their order."""
+    """The schedule classes of all methods, in the order of the list."""
     classes = (method.schedule_class for method in METHODS.values())
     return [schedule_class for schedule_class in classes if schedule_class is not None]
 
@@ -147,8 +148,8 @@ def _schedule_classes() -> list[type[FreezingSchedule]]:
 def _saved_schedule(state: TrainerState) -> dict[str, Any] | None:
     """The numbers of the schedule in a resumed checkpoint.
 
-    Read from the Trainer's state and not from the callback's attributes, which the Trainer restores
-    only with ``restore_callback_states_from_checkpoint``.
+    Read from the Trainer's state: the callback's attributes are restored only with
+    ``restore_callback_states_from_checkpoint``.
     """
     if state.global_step == 0:
         return None
@@ -163,7 +164,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def _read_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """The state of the schedule that on_save wrote at this step.
 
-    The Trainer does not tell which checkpoint it resumes from; it is nearly always its own.
+    The Trainer does not report the checkpoint it resumes from; nearly always it is its own.
     """
     told = args.resume_from_checkpoint
     directories = [*([Path(told)] if isinstance(told, str) else []), _checkpoint(args, state)]

@@ -1,6 +1,6 @@
 """The list of methods, a line each, in the order in which messages and the command line name them.
 
-Importing a folder registers the method. What the folder names in ``__all__`` is public in ``lr``;
+Importing a folder registers its method. Names in the folder's ``__all__`` are public in ``lr``;
 systems on top of adapted models are public under one name, ``lr.guard`` and ``lr.style``.
 """
 
@@ -13,7 +13,7 @@ from lowrank_ext.methods.set_and_sequence import *
 from lowrank_ext.methods import lora_guard as guard
 from lowrank_ext.methods import style_adapter as style
 
-# All that the lines above have brought in, without the folders themselves.
+# All names imported above, without the folders themselves.
 __all__ = [
     name
     for name, value in list(globals().items())

@@ -1,4 +1,4 @@
-"""What an adapter wraps: any linear module, its features, its dense weight, what it computes."""
+"""Properties of the linear module that an adapter wraps: features, dense weight, hooks."""
 
 import sys
 
@@ -21,8 +21,8 @@ def adapter_dtype_for(
     """dtype of adapter tensors over a base of ``base_dtype`` (None: no dense weight).
 
     Raises:
-        ValueError: the ops have no such pair: adapters must have the base's dtype, or be float32
-            over a bfloat16 or float16 base.
+        ValueError: the ops do not support the pair: adapters must have the base's dtype, or be
+            float32 over a bfloat16 or float16 base.
     """
     name = normalized_adapter_dtype(adapter_dtype, owner)
     if base_dtype is None:
@@ -39,13 +39,13 @@ def adapter_dtype_for(
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D; transformers is not imported for the answer."""
+    """Whether ``module`` is transformers' Conv1D; transformers is not imported to find out."""
     conv1d = _conv1d_class()
     return conv1d is not None and isinstance(module, conv1d)
 
 
 def _conv1d_class() -> type[nn.Module] | None:
-    # Where transformers has not been imported there is no Conv1D to recognize.
+    # If transformers has not been imported, no module is a Conv1D.
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
@@ -72,10 +72,10 @@ def dense_weight(base: nn.Module) -> nn.Parameter | None:
 
 @torch.no_grad()
 def computes_its_weight(base: nn.Module) -> bool:
-    """Whether the base's output is x weightᵀ + bias, so that changing its weight changes all of it.
+    """Whether the base's output is x weightᵀ + bias.
 
-    A base with hooks or a forward of its own is asked: it is called once, on two random rows. (Not
-    on the meta device, where it is believed.)
+    A base with hooks or an overridden forward is tested with one call on two random rows. On the
+    meta device the answer is True without a test.
     """
     weight = dense_weight(base)
     if weight is None or weight.is_meta or is_plain(base):
@@ -90,15 +90,15 @@ def computes_its_weight(base: nn.Module) -> bool:
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Whether x Wᵀ + bias is all that the base does, so that its Parameters are all of it."""
+    """Whether the base is an nn.Linear or Conv1D with a dense weight and no hooks."""
     known = type(base) in (nn.Linear, _conv1d_class())
     return known and not is_hooked(base) and dense_weight(base) is not None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than the forward of its class: hooks, or a forward put
-    on the module itself."""
-    own = vars(module)  # asked at every call by layers of lr.accelerate: no detours
+    """Whether calling ``module`` does more than the forward of its class: it has hooks, or a
+    forward set on the instance."""
+    own = vars(module)  # fast: layers of lr.accelerate check this at every call
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]

@@ -1,4 +1,4 @@
-"""How projections start: PEFT's random lora_a, and the top singular triples of a weight."""
+"""Initial values of projections: PEFT's random lora_a, the top singular triples of a weight."""
 
 import math
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def draw_lora_a(module: "LowRankLinear", gaussian: bool = False) -> Tensor:
     """PEFT's random start of lora_a, fp32 [r, K] on the CPU, from the default generator."""
-    # PEFT makes lora_A and lora_B as nn.Linear; the init that each draws is then overwritten.
+    # PEFT makes lora_A and lora_B as nn.Linear, whose own init draws these numbers first.
     torch.empty(module.r, module.in_features, device="cpu").uniform_()
     torch.empty(module.out_features, module.r, device="cpu").uniform_()
     lora_a = torch.empty(module.r, module.in_features, dtype=torch.float32, device="cpu")

@@ -1,13 +1,12 @@
-"""LowRankLinear, the frozen linear map with a low-rank branch, which every method's module is.
+"""LowRankLinear: a frozen linear map with a low-rank branch, the base class of all methods.
 
     y = x Wᵀ + bias + scaling · out_scale ⊙ ((rank_scale ⊙ drop(x) lora_aᵀ) coreᵀ) lora_bᵀ
 
 with x [..., K] and W [N, K]. Most methods have neither core nor scales: these are then left out.
 
-A module owns the very Parameters of the module it replaces, so ties survive and the keys
-``weight`` and ``bias`` of its state dict stay. A base that is more than a plain dense linear
-(quantized, hooked, a subclass with a forward of its own) is kept as ``base_layer`` and the branch
-is added to its output.
+A module owns the Parameters of the module it replaces, so ties survive and the keys ``weight`` and
+``bias`` of its state dict stay. A base that is more than a plain dense linear (quantized, hooked, a
+subclass with its own forward) is kept as ``base_layer`` and the branch is added to its output.
 """
 
 import importlib
@@ -33,12 +32,12 @@ from lowrank_ext.nn.base_layer import (
 
 
 class LowRankLinear(Adapter):
-    """What all methods share: ownership of the base, forward, merging, state dict. Use a subclass.
+    """Base class of all methods' modules: owns the base, forward, merging, state dict.
 
     Args:
         in_features, out_features: K and N.
-        config: of the method, see ``config_class``; its patterns and targets play no part here.
-            In its place any of its fields, such as ``r=8``, as keyword arguments.
+        config: the method's ``config_class``; its patterns and targets are not used here. Or its
+            fields as keyword arguments, such as ``r=8``.
         bias: whether the base has a bias.
         base: the module whose weights are taken over (``from_linear`` passes it); without it the
             module makes a weight [N, K] and a bias of its own, on ``device`` and of ``dtype``.
@@ -53,7 +52,7 @@ class LowRankLinear(Adapter):
         merged: whether the branch is inside the base weight right now.
         residual_taken: whether the initial branch has been subtracted from the base weight.
 
-    State dict. Unmerged: the base's keys, the branch's tensors and what rebuilds a residual base.
+    State dict. Unmerged: the base's keys, the branch's tensors and the buffers of a residual init.
     Merged: exactly the base's keys, holding the merged weight, as the plain module would have them;
     so it loads into a plain model, and loading it strictly into an adapted one names the missing
     keys rather than adding the branch twice. Loading into a merged module is refused: unmerge
@@ -67,7 +66,7 @@ class LowRankLinear(Adapter):
     inits: ClassVar[tuple[str, ...]] = ()
     svd_inits: ClassVar[tuple[str, ...]] = ()
     residual_inits: ClassVar[tuple[str, ...]] = ()
-    # What rebuilds a residual base: buffers with the branch's start, and tensors that never change.
+    # Tensors that rebuild a residual base: buffers with the branch's start, and constant tensors.
     residual_starts: ClassVar[tuple[str, ...]] = ()
     residual_constants: ClassVar[tuple[str, ...]] = ()
     # Why the branch of this method cannot be put into a weight; "" where it can.
@@ -129,7 +128,7 @@ class LowRankLinear(Adapter):
 
     @classmethod
     def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
-        """``config`` for a single module, or the one that ``options`` are the fields of."""
+        """The config of one module: ``config`` itself, or one with ``options`` as fields."""
         if config is None:
             return cls.config_class.of(cls.__name__, **options)
         if options:
@@ -145,7 +144,7 @@ class LowRankLinear(Adapter):
 
     @classmethod
     def check_fits(cls, in_features: int, out_features: int, config: AdapterConfig) -> None:
-        """Raise TypeError or ValueError, naming the argument, where ``config`` fits no such map."""
+        """Raise TypeError or ValueError, naming the argument, where ``config`` does not fit."""
         owner = cls.__name__
         check_rank(in_features, owner, "in_features")
         check_rank(out_features, owner, "out_features")
@@ -173,11 +172,11 @@ class LowRankLinear(Adapter):
         fills it. The method's options are a ``config`` or the fields of one, ``r=8, alpha=16``.
 
         Raises:
-            TypeError: ``linear`` is nothing of the above.
+            TypeError: ``linear`` is none of these.
             ValueError: an option is out of range, or an SVD init meets a base without a dense
                 weight.
 
-        Example:
+        Examples:
             >>> layer = LoRALinear.from_linear(nn.Linear(64, 32), r=8, alpha=16)
         """
         features = linear_features(linear)
@@ -250,10 +249,10 @@ class LowRankLinear(Adapter):
         return weight
 
     def reset_parameters(self) -> None:
-        """Initialize all the module owns: the base as its class does, then the branch.
+        """Initialize everything that the module owns: the base as its class does, then the branch.
 
-        For a module built on the meta device, after ``to_empty``. To start the adapter anew over a
-        base that has its weights use :meth:`reset_adapter`. A ``base_layer`` initializes itself.
+        For a module built on the meta device, after ``to_empty``. To restart only the adapter use
+        ``reset_adapter``. A ``base_layer`` initializes itself.
         """
         self.merged, self.unmerged_weight, self.residual_taken = False, None, False
         if self.weight is not None and self.fan_in_fan_out:
@@ -285,7 +284,7 @@ class LowRankLinear(Adapter):
         raise NotImplementedError
 
     def _initial_delta(self) -> Tensor:
-        """The branch that was taken out of the base weight, fp64 [N, K]. Residual inits only."""
+        """The initial branch that the base weight lacks, fp64 [N, K]. Residual inits only."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -309,13 +308,13 @@ class LowRankLinear(Adapter):
         weight.copy_(weight.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta))
 
     def base_weight(self) -> Tensor:
-        """The base weight as stored now, [N, K], a view: merged, or less the residual, if so."""
+        """View of the stored base weight, [N, K]: merged or residual, if that is its state."""
         weight = self._require_weight("base_weight")
         return weight.t() if self.fan_in_fan_out else weight
 
     @torch.no_grad()
     def original_weight(self) -> Tensor:
-        """A copy of the weight before adaptation, [N, K]; after a residual one rounding off."""
+        """Copy of the weight before adaptation, [N, K]; with a residual init to one rounding."""
         stored = self._require_weight("original_weight")
         unmerged = stored if self.unmerged_weight is None else self.unmerged_weight
         weight = unmerged.t() if self.fan_in_fan_out else unmerged
@@ -325,14 +324,14 @@ class LowRankLinear(Adapter):
 
     @classmethod
     def connect(cls, model: nn.Module) -> None:
-        """Tie the model's modules of this class together, where the method asks for it."""
+        """Link the model's modules of this class to each other, if the method needs it."""
 
     @classmethod
     def disconnect(cls, model: nn.Module) -> None:
-        """Undo what :meth:`connect` did to other modules of the model."""
+        """Undo what ``connect`` did to other modules of the model."""
 
     def check_mergeable(self) -> None:
-        """Raise ValueError when something that a merged weight depends on is not known yet."""
+        """Raise ValueError if a value that the merged weight depends on is missing."""
 
     def branch_factors(self, training: bool) -> tuple[Tensor, Tensor]:
         """The down and the up projection of the branch, [r, K] and [N, r], in the given mode."""
@@ -342,7 +341,7 @@ class LowRankLinear(Adapter):
         """scaling · diag(out_scale) lora_b core diag(rank_scale) lora_a, [N, K]; differentiable.
 
         The product is taken in fp64 and rounded once to fp32 (fp64 adapters: not at all), whatever
-        the matmul precision settings say.
+        torch's matmul precision is set to.
         """
         lora_a, lora_b = (factor.double() for factor in self.branch_factors(training=False))
         if self.core is not None:
@@ -385,7 +384,7 @@ class LowRankLinear(Adapter):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base weight the bits it had before :meth:`merge`. Harmless when not merged."""
+        """Give the base weight the bits it had before ``merge``. Harmless when not merged."""
         if not self.merged:
             return
         assert self.unmerged_weight is not None
@@ -409,7 +408,7 @@ class LowRankLinear(Adapter):
         return base.train(self.training)
 
     def _new_plain_module(self) -> nn.Module:
-        with torch.device("meta"):  # no memory, and no draw from any generator
+        with torch.device("meta"):  # takes no memory and draws no random numbers
             if self.fan_in_fan_out:
                 conv1d = importlib.import_module("transformers.pytorch_utils").Conv1D
                 plain: nn.Module = conv1d(self.out_features, self.in_features)
@@ -420,7 +419,7 @@ class LowRankLinear(Adapter):
         return plain
 
     def base_output(self, x: Tensor) -> Tensor:
-        """What the base computes from x with the weight it holds now."""
+        """The base's output for x with its present weight."""
         if self.base_layer is not None:
             y: Tensor = self.base_layer(x)
             return y
@@ -434,7 +433,7 @@ class LowRankLinear(Adapter):
         return self.adapted_output(x, *self.branch_factors(self.training), self.scaling)
 
     def adapted_output(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        """The base's output with the branch lora_b core lora_a on it; dropout in training mode."""
+        """The base's output plus the branch lora_b core lora_a; dropout in training mode."""
         options: dict[str, Any] = {
             "core": self.core,
             "rank_scale": self.rank_scale,
@@ -457,12 +456,12 @@ class LowRankLinear(Adapter):
         )
 
     def check_saveable(self, config: AdapterConfig) -> None:
-        """Raise ValueError where a file made for ``config`` would not hold what the module is."""
+        """Raise ValueError if a file with ``config`` could not represent the module's state."""
         if self.init in self.residual_inits and not self.residual_taken:
             raise ValueError("must hold its residual base weight, got a restored one")
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """All that belongs to the adapter, by name: parameters, then persistent buffers."""
+        """The adapter's tensors by name: parameters, then persistent buffers."""
         named = {**self._parameters, **self._buffers}
         base = {"weight", "bias", *self._non_persistent_buffers_set}
         return {name: t for name, t in named.items() if t is not None and name not in base}

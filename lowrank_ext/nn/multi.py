@@ -2,8 +2,8 @@
 
     y[m] = W x[m] + bias + scaling[i] · lora_b[i] lora_a[i] x[m],     i the adapter of row m
 
-Which row has which adapter is an argument of forward, or comes from the ``AdapterBank.rows`` block
-that the call is inside of.
+The adapter of each row is an argument of forward, or comes from the enclosing ``AdapterBank.rows``
+block.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
 class MultiLoRALinear(nn.Module):
-    """LoRA adapters stacked over one base; made by :meth:`from_linear`.
+    """LoRA adapters stacked over one base; made by ``from_linear``.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.
     ``lora_a`` and ``lora_b`` require no gradient at first. Rows without an adapter add nothing to
@@ -32,10 +32,10 @@ class MultiLoRALinear(nn.Module):
         names: the adapters, in the order of their ids.
         lora_a [n, r, K], lora_b [n, N, r]: Parameters, of the base's dtype (float32 over a base
             without a dense weight) unless ``adapter_dtype`` says float32.
-        dropout: probability of dropping an element of a branch's input in training mode, 0 unless
-            it is set; rows without an adapter have no branch.
+        dropout: probability of dropping an element of a branch's input in training mode, by default
+            0; rows without an adapter have no branch.
         scaling [n], ranks [n]: float64 and int64 buffers.
-        bank: number of the AdapterBank whose ``rows`` blocks count here, or -1.
+        bank: number of the AdapterBank whose ``rows`` blocks apply here, or -1.
     """
 
     weight: nn.Parameter | None
@@ -87,9 +87,9 @@ class MultiLoRALinear(nn.Module):
         Raises:
             TypeError: ``linear`` is not nn.Linear, Conv1D or a module with integer ``in_features``
                 and ``out_features``.
-            ValueError: the ops have no such pair of dtypes.
+            ValueError: the ops do not support the pair of dtypes.
 
-        Example:
+        Examples:
             >>> layer = MultiLoRALinear.from_linear(nn.Linear(64, 32))
             >>> layer.add("french", lora_a, lora_b, scaling=2.0)
             >>> y = layer(x, adapter_ids)  # x [B, T, 64], adapter_ids int64 [B, T]
@@ -103,7 +103,7 @@ class MultiLoRALinear(nn.Module):
 
     @torch.no_grad()
     def add(self, name: str, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        """Append an adapter, lora_a [r, K] and lora_b [N, r]; it gets the next id. Copies.
+        """Append an adapter, copies of lora_a [r, K] and lora_b [N, r]; it gets the next id.
 
         Raises:
             ValueError: the name is taken or a shape does not fit; nothing has changed then.
@@ -132,10 +132,10 @@ class MultiLoRALinear(nn.Module):
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
-        """Take an adapter out; the ids of those behind it move down by one, its memory is freed.
+        """Remove an adapter and free its memory; the ids after its own decrease by one.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: no adapter has this name.
         """
         if name not in self.names:
             raise ValueError(
@@ -158,7 +158,7 @@ class MultiLoRALinear(nn.Module):
         self._set_stacks(a, b)
 
     def base_module(self, original: nn.Module) -> nn.Module:
-        """``original``, the module this one was made of, with this one's base and mode."""
+        """``original``, the module that this one replaced, with the present base and mode."""
         if self.base_layer is None:
             original._parameters.update(weight=self.weight, bias=self.bias)
         return original.train(self.training)
@@ -171,12 +171,12 @@ class MultiLoRALinear(nn.Module):
         """x [..., K] to [..., N] in x's dtype.
 
         Args:
-            adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: as the active
-                ``AdapterBank.rows`` block says; outside of one the base alone.
+            adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: the ids of
+                the active ``AdapterBank.rows`` block; the base alone outside of one.
 
         Raises:
-            RuntimeError: activation checkpointing runs a trained adapter again outside of the block
-                that it first ran in.
+            RuntimeError: activation checkpointing reruns a trained adapter outside of the block of
+                its first run.
         """
         if self.base_layer is None:
             assert self.weight is not None
@@ -200,8 +200,8 @@ class MultiLoRALinear(nn.Module):
         )
 
     def _check_no_recomputation(self) -> None:
-        """Raise where backward runs forward again outside of its block: lora_a's and lora_b's
-        gradients would be missing."""
+        """Raise where backward reruns forward outside of its block: the gradients of lora_a and
+        lora_b would be missing."""
         if torch.compiler.is_compiling() or not self.lora_a.requires_grad:
             return
         in_block = self.bank in ACTIVE_ROWS.get()
@@ -223,6 +223,6 @@ class MultiLoRALinear(nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> Self:
         scaling = self.scaling
         super()._apply(fn, recurse)
-        if self.scaling.dtype != scaling.dtype:  # .to(dtype) is meant for the weights
+        if self.scaling.dtype != scaling.dtype:  # .to(dtype) must not change it
             self.scaling = scaling.to(self.scaling.device)
         return self

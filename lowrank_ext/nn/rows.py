@@ -1,7 +1,7 @@
 """Which adapter each row of a batch has, inside an ``AdapterBank.rows`` or ``motion.rows`` block.
 
-Blocks live in a context variable: threads and asyncio tasks do not see each other's. A block
-belongs to one owner, a bank or a model under ``motion.rows``, known by its number. Blocks of
+Blocks live in a context variable, so threads and asyncio tasks do not see each other's. A block
+belongs to one owner, a bank or a model under ``motion.rows``, identified by a number. Blocks of
 several owners may be nested.
 """
 
@@ -25,7 +25,8 @@ ROWS_NUMBERS = itertools.count()
 
 
 class RowsBlock:
-    """The adapters of the rows of a batch, and their ids in each layout of adapters, made once."""
+    """Names of the adapters of a batch's rows, and their ids by layout (the tuple of a module's
+    adapter names) and device, cached."""
 
     def __init__(self, names: Sequence[str | None], caller: str) -> None:
         self.names = tuple(names)
@@ -37,7 +38,7 @@ class RowsBlock:
         key = (layout, device)
         if key not in self._ids:
             used = any(name in layout for name in self.names)
-            # Not an inference tensor, whatever mode the first call is made in.
+            # A first call in inference mode must not make a tensor that training cannot use.
             with torch.inference_mode(False):
                 self._ids[key] = ids_of_names(self.names, layout, device) if used else None
         return self._ids[key]
@@ -54,7 +55,7 @@ class RowsBlock:
         return None if ids is None else ids_per_row(ids, x)
 
 
-# The blocks that hold now, by the numbers of their owners.
+# The active blocks, by owner number.
 ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", default={})  # noqa: B039
 
 
@@ -90,7 +91,7 @@ def rows_block(owner: int, names: Sequence[str | None], caller: str) -> Iterator
 def in_block(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """``function`` with the blocks that are active now, whenever and in whatever thread it runs.
 
-    Activation checkpointing needs it: its second run happens in backward, after the block's end and
+    For activation checkpointing, whose second run happens in backward: after the block's end, and
     on a GPU in a thread of autograd.
     """
     active = ACTIVE_ROWS.get()

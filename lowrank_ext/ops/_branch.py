@@ -1,4 +1,4 @@
-"""The arguments of a low-rank branch: seed, TF32, shape checks, and what is saved for backward."""
+"""The arguments of a low-rank branch: seed, TF32 flag, shape checks, saving for backward."""
 
 from typing import Any, NamedTuple
 
@@ -33,14 +33,14 @@ def make_branch(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Branch:
-    """The branch of a call on x, with its seed drawn and torch's TF32 setting read."""
+    """The branch arguments of a call on x, with the seed drawn and torch's TF32 setting read."""
     seed = draw_seed(dropout_p, seed, x.device)
     adapter = (lora_a, lora_b, core, rank_scale, out_scale)
     return Branch(*adapter, scaling, dropout_p, seed, tf32_allowed(x))
 
 
 def tf32_allowed(x: Tensor) -> bool:
-    """Whether torch is set to round the factors of fp32 products on x's device to TF32.
+    """Whether torch's settings let fp32 products on x's device use TF32.
 
     The kernels cannot read torch's setting: the stable ABI has no call for it.
     """
@@ -56,7 +56,7 @@ def _tf32_is_set() -> bool:
 
 
 def draw_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """The caller's seed, or one from torch's generator of ``device`` where dropout needs it."""
+    """The caller's seed; without one, a draw from torch's generator of ``device`` if p > 0."""
     if seed is not None or dropout_p == 0.0:
         return seed
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -83,7 +83,8 @@ def check_branch(op: str, branch: Branch, in_features: int, out_features: int) -
 
 
 def backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Fake of a backward op whose last arguments are the branch and which gradients are needed."""
+    """Fake of a backward op whose last arguments are the branch and the flags of needed
+    gradients."""
     branch, needs = Branch(*args[-15:-6]), args[-6:]
     return fake_gradients(dout, branch.lora_a.shape[1], branch[:5], needs)
 
@@ -99,7 +100,7 @@ def save_branch(ctx: Any, branch: Branch, *others: Tensor | None) -> None:
 
 
 def saved_branch(ctx: Any) -> tuple[Branch, tuple[Any, ...]]:
-    """The branch and the others of :func:`save_branch`."""
+    """The branch and ``others`` that ``save_branch`` saved."""
     lora_a, lora_b, core, rank_scale, out_scale, seed, *others = ctx.saved_tensors
     adapter = (lora_a, lora_b, core, rank_scale, out_scale)
     branch = Branch(*adapter, ctx.scaling, ctx.dropout_p, seed, ctx.allow_tf32)

@@ -1,4 +1,4 @@
-"""What the fakes of the ops share: shape checks, in the words of csrc/checks.h, and gradients."""
+"""Helpers of the ops' fakes: shape checks, in the words of csrc/checks.h, and gradients."""
 
 from collections.abc import Sequence
 

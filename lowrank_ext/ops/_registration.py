@@ -1,7 +1,7 @@
-"""How any op registers: fakes, autograd and autocast, in the library of ops of a given name.
+"""Registration of an op's fakes, autograd and autocast in the torch.library of a given name.
 
-The library's own ops are in lowrank_ext; the tests have a second library with the same schemas, the
-CUDA backend run on the CPU.
+The package's ops are in lowrank_ext. The tests have a second library with the same schemas, which
+runs the CUDA kernels on the CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Keeps the registrations of each library of ops alive for as long as the module is.
+# Kept, because a registration ends when its Library object is freed.
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def library(name: str) -> torch.library.Library:
-    """Where the Python kernels of torch.ops.<name> are registered."""
+    """The Library that holds the Python kernels of torch.ops.<name>."""
     if name not in _LIBRARIES:
         _LIBRARIES[name] = torch.library.Library(name, "IMPL")
     return _LIBRARIES[name]
@@ -43,10 +43,9 @@ def register_autograd(
 
     That look-up walks the schema at every call: 90 us for an op of eleven arguments, more than the
     whole rest of the call at decode sizes. Our schemas have no defaults, so nothing is lost.
-    `setup_context` is what torch.library.register_autograd documents. `backward` also gets the op
-    that computes the gradients, before the upstream gradients, of which at least one is not None;
-    it may leave out the Nones behind its last gradient. Gradients of gradients raise, where torch
-    would take that op for a constant.
+    `setup_context` is as in torch.library.register_autograd. `backward` takes ctx, the backward op
+    and the upstream gradients, at least one of which is not None; it may omit trailing Nones.
+    Second derivatives raise; torch alone would treat the backward op as a constant.
     """
     backward_op = getattr(getattr(torch.ops, library_name), f"{op_name}_backward").default
 
@@ -108,7 +107,7 @@ def needs_input_grad(ctx: Any) -> tuple[bool, ...]:
 def needed_gradients(
     backward_op: Callable[..., Sequence[Tensor]], args: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of `backward_op`, whose last arguments are `needs`; None where not needed."""
+    """The gradients that `backward_op` returns for `args` and `needs`; None where not needed."""
     gradients = backward_op(*args, *needs)
     return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The low-rank branch on the output of any base module."""
+"""lowrank_add: a low-rank branch on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def lowrank_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Adds a low-rank branch to a base output that some other module made from x.
+    """Adds a low-rank branch to the output that a base module computed from x.
 
         h = drop(x) lora_aᵀ
         y = base_out + scaling · out_scale ⊙ (((h ⊙ rank_scale) coreᵀ) lora_bᵀ)
@@ -48,7 +48,7 @@ def lowrank_add(
         base_out: [..., out_features], dtype of x; not modified.
         x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
         lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed: as in
-            :func:`lowrank_ext.ops.lowrank_linear`.
+            ``lowrank_ext.ops.lowrank_linear``.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -56,10 +56,10 @@ def lowrank_add(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> y = lowrank_add(quantized_linear(x), x, lora_a, lora_b, scaling=2.0)
 
-    Source: as :func:`lowrank_ext.ops.lowrank_linear`. In plain torch: lowrank_ext/reference.py.
+    Source: as ``lowrank_ext.ops.lowrank_linear``. In plain torch: lowrank_ext/reference.py.
     """
     branch = make_branch(x, lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed)
     y, _ = torch.ops.lowrank_ext.lowrank_add.default(base_out, x, *branch)

@@ -1,4 +1,4 @@
-"""Dense base and low-rank branch in one op."""
+"""lowrank_linear: dense base and low-rank branch in one op."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +71,7 @@ def lowrank_linear(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> y = lowrank_linear(x, weight, None, lora_a, lora_b, scaling=2.0, dropout_p=0.05)
 
     Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; core: LaMDA (arXiv 2406.12832);
@@ -115,7 +115,7 @@ def _backward(
     needs = (need_dx, *need_branch)
     saved = (x if needs[1] else None, weight, h)
     dx, *dbranch = needed_gradients(backward_op, (dout, *saved, *branch), needs)
-    # A base that trains (a module to save, a tied block) is outside the low-rank path: plain torch.
+    # A base that trains (modules_to_save, a tied weight) is rare: its gradients are plain torch.
     dweight = _as_rows(dout).mT @ _as_rows(x) if need_dweight else None
     dbias = dout.sum_to_size(dout.shape[-1]) if need_dbias else None
     return (dx, dweight, dbias, *dbranch)

@@ -1,4 +1,4 @@
-"""A mixture of low-rank experts on the output of any base module."""
+"""moe_lowrank_add: a mixture of low-rank experts on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _OP = "moe_lowrank_add"
 
 
 class MoEOutput(NamedTuple):
-    """What :func:`moe_lowrank_add` returns."""
+    """What ``moe_lowrank_add`` returns."""
 
     y: Tensor
     balance_loss: Tensor
@@ -63,11 +63,11 @@ def moe_lowrank_add(
         lora_b: [E, out_features, r_e].
         top_k: experts per token, at most E.
         scaling: factor of the branch.
-        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`. Every expert draws a mask of
-            its own.
-        shared_dropout: one mask for all experts instead, that of :func:`lowrank_add`.
-        token_mask: bool [...], False where a token is padding, which balance_loss leaves out; it is
-            routed all the same. None: every token counts.
+        dropout_p, seed: as in ``lowrank_ext.ops.lowrank_linear``. Every expert draws its own
+            mask.
+        shared_dropout: all experts use one mask, that of ``lowrank_add``.
+        token_mask: bool [...], False where a token is padding: it is routed, but not counted in
+            balance_loss. None: every token counts.
 
     Returns:
         y: [..., out_features], dtype of x, contiguous.
@@ -80,7 +80,7 @@ def moe_lowrank_add(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> y, balance_loss, *_ = moe_lowrank_add(
         ...     linear(x), x, router_weight, lora_a, lora_b, top_k=2, scaling=2.0
         ... )

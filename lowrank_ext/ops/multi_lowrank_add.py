@@ -1,4 +1,4 @@
-"""A low-rank branch per row, on the output of any base module."""
+"""multi_lowrank_add: a low-rank branch per row, on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,12 +60,12 @@ def multi_lowrank_add(
         base_out: [..., out_features], dtype of x; not modified.
         x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
         lora_a: [n, r, in_features]. The stacks have x's dtype, or float32 beside bfloat16 and
-            float16; what is used of them is rounded to x's dtype once per call.
+            float16; the adapters in use are rounded to x's dtype once per call.
         lora_b: [n, out_features, r].
         adapter_ids: int64 [...], from -1 to n - 1: an id for each row, any strides.
         scaling: float32 or float64 [n]; gets no gradient.
         ranks: int64 [n], from 0 to r; None: r for all.
-        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`.
+        dropout_p, seed: as in ``lowrank_ext.ops.lowrank_linear``.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -74,7 +74,7 @@ def multi_lowrank_add(
         RuntimeError: an argument has the wrong shape, dtype or device, on a CPU an id or a rank is
             out of range, or scaling requires a gradient; nothing has been computed then.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([0, -1, 2])  # a sequence each; x [3, T, K]
         >>> y = multi_lowrank_add(base(x), x, a, b, ids[:, None].expand(3, T), scaling)
 

@@ -60,8 +60,8 @@ OPTIONS = (
 
 
 def score_window(run: Run) -> int:
-    """--freeze-window, or AFLoRA's ten steps, fewer where its freezing phase is short: it gets at
-    least ten decisions if it has ten steps."""
+    """--freeze-window; by default AFLoRA's ten steps, or a tenth of a short freezing phase, so that
+    a phase of ten or more steps has at least ten decisions."""
     window, eta = run.options["freeze_window"], run.options["freeze_eta"]
     if window is not None:
         return int(window)

@@ -10,24 +10,24 @@ from lowrank_ext.config import AdapterConfig
 
 @dataclass(kw_only=True, frozen=True)
 class AFLoRAConfig(AdapterConfig):
-    """AFLoRA: both projections train until they are frozen one by one, two vectors train always.
+    """AFLoRA: the projections train until they are frozen one by one, two vectors always train.
 
     (Liu et al., arXiv 2403.13269.)
-    y = x Wᵀ + bias + scaling · out_scale ⊙ ((rank_scale ⊙ drop(x) lora_aᵀ) lora_bᵀ). Which
-    projection is frozen when is decided by ``lr.AdaptiveFreezeSchedule``, which has the options of
-    the schedule; without one nothing is frozen.
+    y = x Wᵀ + bias + scaling · out_scale ⊙ ((rank_scale ⊙ drop(x) lora_aᵀ) lora_bᵀ).
+    ``lr.AdaptiveFreezeSchedule``, which takes the schedule's options, decides when each projection
+    is frozen; without it nothing is frozen.
 
     Attributes:
-        alpha: None, the default, gives a scaling of 1, as in the released code for GLUE; the one
-            for LLaMA scales by alpha / r = 2.
+        alpha: None, the default, gives a scaling of 1, as in the released code for GLUE; the
+            released code for LLaMA scales by alpha / r = 2.
         init: ``"kaiming"``: lora_a uniform in ±sqrt(6/K) and lora_b in ±sqrt(6/r), rank_scale
             rank_scale_init, out_scale zero.
-        rank_scale_init: start of every entry of rank_scale, above 0.
-        live_modules: the adapted modules whose lora_a and lora_b train at first, named as
-            target_modules are; in the others only the vectors ever train. None, the default, stands
-            for all, as in the released code for LLaMA. That for GLUE leaves only the feed-forward
-            projections live, which it finds as those with in_features != out_features: with
-            grouped-query attention k and v look the same, so name them.
+        rank_scale_init: initial value of all entries of rank_scale, above 0.
+        live_modules: the adapted modules whose lora_a and lora_b train at first, named as in
+            target_modules; in the others only the vectors train. None, the default, stands for all,
+            as in the released code for LLaMA. The code for GLUE trains projections of the
+            feed-forward layers only, which it finds by in_features != out_features; with
+            grouped-query attention k and v match that too, so name the modules.
     """
 
     peft_type: ClassVar[str] = "AFLORA"
@@ -42,7 +42,7 @@ class AFLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        # out_scale starts at zero: with rank_scale zero too all gradients would be zero for ever.
+        # out_scale starts at zero: with rank_scale zero too, all gradients would stay zero.
         check_number(self.rank_scale_init, owner, "rank_scale_init", positive=True)
         if self.live_modules is not None:
             self._set("live_modules", normalized_names(self.live_modules, owner, "live_modules"))

@@ -1,18 +1,18 @@
-"""AFLoRA's adaptive freezing: which lora_a and lora_b stop training when, by a score of their own.
+"""AFLoRA's adaptive freezing: each lora_a and lora_b is frozen at a step chosen by its score.
 
-(Liu et al., arXiv 2403.13269; the Trainer's callback: integrations/transformers.py.) Per live
-projection, with G its gradient at optimizer step t = 0, 1, …, all elementwise in fp32:
+(Liu et al., arXiv 2403.13269; the Trainer's callback: lowrank_ext/integrations/transformers.py.)
+Per live projection, with G its gradient at optimizer step t = 0, 1, …, all elementwise in fp32:
 
-    I        mean of |G| over a window of optimizer steps, of those whose gradients are finite
+    I        mean of |G| over the steps of a window whose gradients are finite
     Ī        beta1 Ī + (1 - beta1) I             when a window ends
     U        beta2 U + (1 - beta2) |I - Ī|       likewise, with the new Ī
     score    mean of all entries of Ī ⊙ U
 
 Between the steps start · T and eta · T the fraction rho(t) falls from 1 to 0, see
-:func:`keep_fraction`. At each end of a window in between, tau is the k-th smallest entry of Ī ⊙ U
+``keep_fraction``. At each end of a window in between, tau is the k-th smallest entry of Ī ⊙ U
 over all N entries of all live projections, k = int(N (1 - rho)), and every projection with
-score < tau is frozen. tau is an entry and a score is a mean, so rho is not the fraction of the
-projections that stay. From step eta · T on everything is frozen.
+score < tau is frozen. tau is an entry but a score is a mean, so rho is not the fraction of live
+projections. From step eta · T on everything is frozen.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -67,7 +67,7 @@ def keep_fraction(step: int, total_steps: int, start: float, eta: float, decay: 
 
 
 def check_schedule(owner: str, eta: object, start: object, decay: object, window: object) -> None:
-    """Raise ValueError, naming ``owner`` and the argument, for what is no schedule."""
+    """Raise ValueError, naming ``owner`` and the argument, for an invalid option."""
     eta = check_fraction(owner, "eta", eta)
     if start is not None and check_fraction(owner, "start", start) > eta:
         raise ValueError(f"{owner}: start must be at most eta={eta}, got {start!r}")
@@ -78,20 +78,20 @@ def check_schedule(owner: str, eta: object, start: object, decay: object, window
 class AdaptiveFreezeSchedule:
     """Freezes the trainable lora_a and lora_b of the model's AFLoRALinears, one after another.
 
-    Call :meth:`step` once per optimizer step, after the last backward and before
-    ``optimizer.step()``. What it freezes then loses its gradient, so that the optimizer does not
-    move it any more, its requires_grad and its optimizer state; once a lora_a is frozen, its module
+    Call ``step`` once per optimizer step, after the last backward and before
+    ``optimizer.step()``. A projection that it freezes loses its gradient, so that the optimizer
+    does not move it, its requires_grad and its optimizer state; once a lora_a is frozen, its module
     keeps no x for backward. The vectors go on training.
 
-    The scores are of the accumulated, reduced gradients. Clipping them by their norm or unscaling
-    them, before or after the call, changes nothing: their norm is taken at the end of each backward
-    too, and by how much it has changed since is undone. (Clipping by value is not one factor, and
-    cannot be.) A step whose gradients are not finite leaves the scores alone. Apart from the steps
-    that decide, and from a GradScaler's scale, the host waits for nothing.
+    The scores use the accumulated, reduced gradients. Clipping these by norm or unscaling them,
+    before or after the call, does not change the scores: the norm is also taken at the end of each
+    backward, and its change since then is undone. (Clipping by value is not one factor, so it cannot be
+    undone.) A step with gradients that are not finite does not change the scores. The host waits
+    for the device only in steps that decide, and for the scale of a GradScaler.
 
-    Where torch.distributed is initialized, frozen projections keep requires_grad with a zero
-    gradient that :meth:`step` takes away (see ``frozen_may_leave``), so x stays saved for backward.
-    All ranks take the decision of the first; the entries of DTensors are counted where they are.
+    Where torch.distributed is initialized, frozen projections keep requires_grad, and ``step``
+    removes their zero gradients (see ``frozen_may_leave``); x stays saved for backward. All ranks
+    follow the decision of the first; each rank counts its own entries of DTensors.
 
     Args:
         model: a model adapted with AFLoRA, after ``fully_shard`` if that is used. Projections that
@@ -101,30 +101,30 @@ class AdaptiveFreezeSchedule:
             None stands for eta / 3. The released code for GLUE has eta 0.3 and start 0.05 or 0.1,
             that for LLaMA 0.7 and 0.3.
         decay: ``"cubic"``, as for GLUE, or ``"quadratic"``, as for LLaMA; see
-            :func:`keep_fraction`.
-        window: optimizer steps in a window, at whose ends decisions fall.
-        beta1, beta2: memory of Ī and of U, at least 0 and below 1.
+            ``keep_fraction``.
+        window: optimizer steps in a window; decisions are made at its end.
+        beta1, beta2: decay rates of Ī and of U, at least 0 and below 1.
         optimizer: if given, its state for a projection is dropped when that is frozen.
-        scaler: the ``torch.amp.GradScaler`` in use, if any, so that a new scale is not taken for a
-            larger gradient.
+        scaler: the ``torch.amp.GradScaler`` in use, if any, so that a change of its scale does not
+            count as a change of the gradients.
         process_group: the ranks that hold the same model (data parallel), by default all.
 
     Attributes:
         step_count: optimizer steps so far.
         frozen_at: for each frozen projection, by name, the step that froze it.
 
-    To resume, load the model's weights first, then call :meth:`load_state_dict`.
+    To resume, load the model's weights first, then call ``load_state_dict``.
 
     Raises:
         ValueError: an argument is out of range, or the model has no AFLoRALinear.
 
-    Example:
-        schedule = AdaptiveFreezeSchedule(model, total_steps=1000, optimizer=optimizer)
-        for batch in batches:
-            model(**batch).loss.backward()
-            schedule.step()
-            optimizer.step()
-            optimizer.zero_grad()
+    Examples:
+        >>> schedule = AdaptiveFreezeSchedule(model, total_steps=1000, optimizer=optimizer)
+        >>> for batch in batches:
+        ...     model(**batch).loss.backward()
+        ...     schedule.step()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
     """
 
     before_optimizer: ClassVar[bool] = True
@@ -163,7 +163,7 @@ class AdaptiveFreezeSchedule:
 
     @classmethod
     def check_options(cls, owner: str, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming ``owner`` and the argument, for what is no schedule."""
+        """Raise ValueError, naming ``owner`` and the argument, for an invalid option."""
         check_schedule(owner, *(options[name] for name in _OPTIONS))
 
     @classmethod
@@ -178,14 +178,14 @@ class AdaptiveFreezeSchedule:
             total_steps,
             **{name: options[name] for name in _OPTIONS},
             optimizer=optimizer,
-            scaler=getattr(optimizer, "scaler", None),  # of accelerate's wrapper
+            scaler=getattr(optimizer, "scaler", None),  # accelerate's wrapper has it
         )
 
     def _device(self) -> torch.device:
         live = next(iter(self._live.values()), None)
         return torch.device("cpu") if live is None else live.mean.device
 
-    # -------------------------------------------------------------- gradients as backward left them
+    # --------------------------------------------------------- norm of the gradients after backward
 
     def _watch(self, parameter: nn.Parameter) -> RemovableHandle:
         return parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -194,8 +194,8 @@ class AdaptiveFreezeSchedule:
         backward = torch._C._current_graph_task_id()
         if backward != self._queued_for:
             self._queued_for = backward
-            # Twice: DDP and FSDP2 finish their reductions in such a callback too, which may have
-            # been queued after this one.
+            # Queued twice, to run after the callbacks in which DDP and FSDP2 finish their
+            # reductions: those may be queued after this one.
             queue_callback = Variable._execution_engine.queue_callback
             queue_callback(lambda: queue_callback(self._measure))
 
@@ -212,7 +212,7 @@ class AdaptiveFreezeSchedule:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Takes in the gradients that the parameters hold, then freezes those whose turn has come.
+        """Updates the scores with the present gradients, then freezes projections that are due.
 
         Raises:
             RuntimeError: no live projection has a gradient: backward has not run, or the gradients
@@ -224,7 +224,7 @@ class AdaptiveFreezeSchedule:
             self._observe()
             for projection in self._chosen():
                 self._freeze(projection.name)
-        for name in self.frozen_at:  # still there only where frozen tensors keep requires_grad
+        for name in self.frozen_at:  # they have gradients only where they keep requires_grad
             self._parameters[name].grad = None
         self.step_count += 1
 
@@ -247,16 +247,16 @@ class AdaptiveFreezeSchedule:
         self._count.add_(finite.to(self._count.device))
 
     def _undone(self, norm: Tensor) -> Tensor:
-        """What takes a gradient from what it is now to what backward made of it, unscaled."""
+        """Factor from the present gradients to those that backward computed, unscaled."""
         raw, self._raw_norm = self._raw_norm, None
-        if raw is None:  # the gradients did not come from backward
+        if raw is None:  # the gradients are not from backward
             return torch.ones_like(norm)
         if self.scaler is not None:
             raw = raw / self.scaler.get_scale()
         return torch.where((norm > 0) & raw.isfinite(), raw / norm, 1.0)
 
     def _close_window(self) -> None:
-        # A window without one finite gradient says nothing, nor does the one before the first step.
+        # A window without finite gradients changes nothing, such as that before the first step.
         filled = self._count > 0
         weights = [torch.where(filled, 1 - beta, 0.0) for beta in (self.beta1, self.beta2)]
         for projection in self._live.values():
@@ -302,7 +302,7 @@ class AdaptiveFreezeSchedule:
         if frozen_may_leave():
             stop_training(parameter, self.optimizer)
             return
-        # From the next backward on: clipping sees live gradients only.
+        # Zero from the next backward on, so that clipping counts live gradients only.
         self._hooks[name] = parameter.register_post_accumulate_grad_hook(_zero_gradient)
         if self.optimizer is not None:
             self.optimizer.state.pop(parameter, None)
@@ -321,7 +321,7 @@ class AdaptiveFreezeSchedule:
         return counts
 
     def remove(self) -> None:
-        """Takes the hooks off the model. What is frozen stays so; nothing more will be."""
+        """Removes the hooks from the model. Frozen projections stay frozen; no more are frozen."""
         for hook in self._hooks.values():
             hook.remove()
         self._live.clear()
@@ -334,7 +334,7 @@ class AdaptiveFreezeSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Numbers, and per live projection three fp32 tensors on the CPU.
 
-        Of sharded models the tensors are whole, so every rank must call this.
+        Tensors of sharded models are gathered, so every rank must call this.
         """
         live = {name: projection.state() for name, projection in self._live.items()}
         return {**self.numbers(), "count": int(self._count), "live": live}
@@ -344,7 +344,7 @@ class AdaptiveFreezeSchedule:
         """Continues the saved schedule: its live projections train, its frozen ones do not.
 
         Raises:
-            ValueError: the state is not one of this model's. Nothing has been changed then.
+            ValueError: the state does not fit the model. Nothing has been changed then.
         """
         self._check_state(state)
         self.step_count, self.frozen_at = state["step"], {}
@@ -383,7 +383,7 @@ class AdaptiveFreezeSchedule:
                 raise ValueError(f"{owner}: statistics of {name} must be {fits}, got {shapes}")
 
     def _check_names(self, live: Set[str], frozen: Set[str]) -> None:
-        # The state may know more frozen ones: they may be frozen in the model already.
+        # Frozen ones of the state that are not in the model are fine: they may be frozen already.
         own = self._parameters.keys()
         for name in sorted((own - live - frozen) | (live - own)):
             where = "model" if name in own else "state"

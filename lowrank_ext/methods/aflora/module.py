@@ -1,4 +1,4 @@
-"""AFLoRALinear: two trainable vectors around projections that are frozen one by one."""
+"""AFLoRALinear: two trainable vectors with projections that are frozen one by one."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ class AFLoRALinear(LowRankLinear):
 
     Init ``kaiming``: lora_a uniform in ±sqrt(6/K), lora_b in ±sqrt(6/r), rank_scale
     ``rank_scale_init``, out_scale zero. Drawn in fp32 on the CPU, so the numbers depend on neither
-    device nor dtype. The branch is zero at the start, and at the first step only out_scale has a
-    gradient that is not.
+    device nor dtype. The branch starts at zero, and in the first step only out_scale has a nonzero
+    gradient.
     """
 
     config_class = AFLoRAConfig
@@ -33,7 +33,7 @@ class AFLoRALinear(LowRankLinear):
 
     @classmethod
     def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
-        if "train_projections" in options:  # of one module: the config says it by its name
+        if "train_projections" in options:  # the option of one module; a config has live_modules
             live = None if options.pop("train_projections") else ()
             options = {**options, "live_modules": live}
         config = super()._config(config, options)

@@ -1,6 +1,6 @@
 """Scores of the projections: statistics of their gradients, and the k-th smallest of all entries.
 
-See ``freezing.py`` for the formulas. Tensors may be DTensors, of which each rank holds a part.
+See ``freezing.py`` for the formulas. Parameters may be DTensors, of which each rank holds a part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.freezing import local_part
 
-# The process groups over which a tensor is divided; () where every rank has all of it.
+# The process groups over which a tensor is sharded; () where every rank has all of it.
 Groups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 STATISTICS = ("window_sum", "mean", "spread")  # Σ |G| of the window, Ī and U
 
@@ -21,7 +21,7 @@ class Projection:
     """A live lora_a or lora_b and the statistics of its gradient, fp32; of DTensors the local part.
 
     Attributes:
-        groups: what the parameter is divided over.
+        groups: the process groups over which the parameter is sharded.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
@@ -40,7 +40,7 @@ class Projection:
         return None if gradient is None else local_part(gradient)
 
     def close_window(self, count: Tensor, weights: Sequence[Tensor]) -> None:
-        """Ī and U take in the window, a sum of ``count`` steps, by their weights 1 - beta."""
+        """Update Ī and U with the mean of a window of ``count`` steps, with weights 1 - beta."""
         count, mean_weight, spread_weight = (t.to(self.mean.device) for t in (count, *weights))
         window_mean = self.window_sum / count.clamp(min=1)
         self.mean.lerp_(window_mean, mean_weight)
@@ -48,7 +48,7 @@ class Projection:
         self.window_sum.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Whole tensors on the CPU; gathered, where they are sharded."""
+        """Whole tensors on the CPU, gathered if sharded."""
         tensors = {key: getattr(self, key) for key in STATISTICS}
         return {key: _gathered(tensor, self.parameter) for key, tensor in tensors.items()}
 
@@ -60,12 +60,12 @@ class Projection:
 def kth_smallest(entries: Mapping[Groups, Sequence[Tensor]], k: int) -> Tensor:
     """The k-th smallest (k from 1) of all entries of all tensors, fp32 without dimensions.
 
-    The entries must be at least 0 and not nan, k at most their number. They are never copied
-    together or sorted: fp32 numbers of one sign are ordered as their bits are, and histograms of
-    11, 11 and 9 of these find the answer. Exact, in whole numbers on the device, without a wait.
+    The entries must be at least 0 and not nan, k at most their number. They are neither
+    concatenated nor sorted: nonnegative fp32 numbers are ordered like their bits, and a radix
+    select by histograms of 11, 11 and 9 bits finds the answer. Exact; the host does not wait.
 
     Args:
-        entries: for each tuple of process groups the tensors that are divided over these.
+        entries: for each tuple of process groups the tensors that are sharded over these.
     """
     device = next(tensor.device for tensors in entries.values() for tensor in tensors)
     prefix = torch.zeros(1, dtype=torch.int64, device=device)
@@ -85,8 +85,8 @@ def kth_smallest(entries: Mapping[Groups, Sequence[Tensor]], k: int) -> Tensor:
 
 
 def _histogram(tensor: Tensor, prefix: Tensor, shift: int, num_bits: int) -> Tensor:
-    """How many entries have each value in ``num_bits`` bits from ``shift`` up, of those whose
-    higher bits are ``prefix``."""
+    """Histogram of the ``num_bits`` bits from ``shift`` up, over entries whose higher bits are
+    ``prefix``."""
     bits = tensor.contiguous().view(torch.int32).flatten()
     matches = (bits >> (shift + num_bits)) == prefix.to(bits.device)
     digits = (bits >> shift) & ((1 << num_bits) - 1)
@@ -95,7 +95,7 @@ def _histogram(tensor: Tensor, prefix: Tensor, shift: int, num_bits: int) -> Ten
 
 
 def _layout(parameter: Any) -> tuple[Any, Any] | None:
-    """Device mesh and placements of a DTensor, None of any other tensor."""
+    """Device mesh and placements of a DTensor; None for any other tensor."""
     divided = hasattr(parameter, "device_mesh")
     return (parameter.device_mesh, parameter.placements) if divided else None
 
@@ -123,7 +123,7 @@ def everywhere(flag: Tensor, groups: Groups) -> Tensor:
 
 
 def _gathered(local: Tensor, like: nn.Parameter) -> Tensor:
-    """The whole of a tensor that is divided as ``like`` is, a copy on the CPU."""
+    """The whole of a tensor that is sharded like ``like``, a copy on the CPU."""
     if (layout := _layout(like)) is None:
         return local.cpu().clone()
     from torch.distributed.tensor import DTensor
@@ -133,7 +133,7 @@ def _gathered(local: Tensor, like: nn.Parameter) -> Tensor:
 
 
 def _local_of_whole(whole: Tensor, like: nn.Parameter) -> Tensor:
-    """What this rank has of a whole tensor, divided as ``like`` is."""
+    """This rank's part of a whole tensor, sharded like ``like``."""
     if (layout := _layout(like)) is None:
         return whole
     from torch.distributed.tensor import distribute_tensor

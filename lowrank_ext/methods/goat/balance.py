@@ -1,6 +1,6 @@
 """Load balancing of expert routers: the loss that a training loop adds, and the load itself.
 
-(The Trainer's mix-in: integrations/transformers.py.)
+(The mix-in for transformers' Trainer: ``trainer.py``.)
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ __all__ = ["ExpertLoad", "balance_loss", "expert_load"]
 def balance_loss(model: nn.Module) -> Tensor:
     """Sum over the model's GOATLinears of balance_coefficient · E Σ fᵢ Pᵢ, a scalar to add.
 
-    fᵢ is the part of the tokens that chose expert i (Σ f = top_k, no gradient), Pᵢ the mean of its
-    probability: balanced, a module adds balance_coefficient · top_k. Counted is each module's last
-    forward in training mode, once: what a call has collected, or a backward has gone through, is
-    not collected again. So call it after every forward that gets a backward, and divide the sum of
-    both losses when accumulating gradients. A second forward by activation checkpointing
-    (use_reentrant=False) adds nothing; in evaluation mode the sum is zero. Ranks of a data-parallel
-    run each balance their own tokens.
+    fᵢ is the share of tokens routed to expert i (Σ f = top_k, no gradient), Pᵢ its mean
+    probability: with even load a module adds balance_coefficient · top_k. The loss is that of each
+    module's last forward in training mode, and is collected once: not again by a second call, nor
+    after a backward through it. So call it after every forward that gets a backward, and divide the
+    sum of both losses when accumulating gradients. A second forward by activation checkpointing
+    (use_reentrant=False) adds nothing; in evaluation mode the sum is zero. Each rank of a
+    data-parallel run balances its own tokens.
 
     Under torch.compile checkpointed blocks need
-    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``, as dynamo says.
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
 
     Raises:
         ValueError: the model has no GOATLinear.
         RuntimeError: gradients are enabled, but were not when a module ran, as in reentrant
             checkpointing: its router would never be balanced.
 
-    Example:
+    Examples:
         >>> loss = model(**batch).loss + lr.balance_loss(model)
         >>> loss.backward()
     """
@@ -58,8 +58,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 
 class ExpertLoad(ForwardMeter):
-    """Counts which experts a model's tokens choose, between ``with`` and its end; see
-    :func:`expert_load`.
+    """Counts the tokens of each expert inside a ``with`` block; see ``expert_load``.
 
     Attributes:
         counts: for every GOATLinear, by path, the tokens that chose each expert, int64 [E].
@@ -82,12 +81,12 @@ class ExpertLoad(ForwardMeter):
         return count
 
     def shares(self) -> dict[str, Tensor]:
-        """counts over an even share of them, fp32 [E]: 1 for every expert when balanced."""
+        """Counts relative to an even share, fp32 [E] by path: 1 for every expert when balanced."""
         return {path: c * (len(c) / c.sum().clamp(min=1)) for path, c in self.counts.items()}
 
 
 def expert_load(model: nn.Module) -> ExpertLoad:
-    """Counts the tokens that each expert of each GOATLinear gets from all forwards in a block.
+    """Counts the tokens of each expert of each GOATLinear, over all forwards in a ``with`` block.
 
     Works in both modes and on compiled models, which run eagerly in the block; honors
     ``lr.token_mask``.
@@ -95,7 +94,7 @@ def expert_load(model: nn.Module) -> ExpertLoad:
     Raises:
         ValueError: the model has no GOATLinear.
 
-    Example:
+    Examples:
         >>> with lr.expert_load(model) as load:
         ...     model(**batch)
         >>> load.counts["model.layers.0.self_attn.q_proj"]

@@ -26,14 +26,15 @@ class GOATConfig(AdapterConfig):
         r: total rank; every expert has r / num_experts of it, so num_experts must divide r (and
             every rank in rank_pattern).
         alpha: as elsewhere, None stands for r; used by scale ``"alpha_over_re"``.
-        dropout: drawn anew for every expert; the router sees x without it. The paper's is 0.05.
+        dropout: drawn separately for every expert; the router sees x without it. The paper has
+            0.05.
         init: ``"goat"``: the singular triples of W are cut into num_experts segments and each
-            expert starts from the top r / num_experts of its own, divided by rho. ``"goat_mini"``:
-            from the last ones. Both take residual_factor times the sum of all experts out of the
-            base weight. ``"zero"``: every lora_a Kaiming, every lora_b zero, W untouched: a plain
-            mixture of LoRA experts.
+            expert starts from the first r / num_experts of its segment, divided by rho.
+            ``"goat_mini"``: from the last ones. Both subtract residual_factor times the sum of all
+            experts from the base weight. ``"zero"``: every lora_a Kaiming, every lora_b zero, W
+            untouched: a plain mixture of LoRA experts.
         num_experts, top_k: 1 <= top_k <= num_experts.
-        rho: what the singular values of an expert's start are divided by.
+        rho: divisor of the singular values from which an expert starts.
         residual_factor: c in W - c · scaling · Σ Bᵢ Aᵢ, the residual base; None stands for
             1 / num_experts, with which balanced routing leaves W as it was on average. A single
             token sees only top_k experts, so the output is not exactly the base's at the start.
@@ -101,7 +102,7 @@ class GOATConfig(AdapterConfig):
 
     @property
     def taken_out(self) -> float:
-        """residual_factor, or the number that None stands for."""
+        """residual_factor, or its default for None."""
         return 1 / self.num_experts if self.residual_factor is None else self.residual_factor
 
     def scaling_for(self, path: str, in_features: int) -> float:

@@ -1,6 +1,6 @@
-"""GOAT's files: lora_A [E, r/E, K], lora_B [E, N, r/E], the router, and the starts of both.
+"""GOAT's files: lora_A [E, r/E, K], lora_B [E, N, r/E], the router, and initial factors.
 
-The starts, which rebuild the residual base weight, are there but for init="zero".
+The initial lora_A and lora_B rebuild the residual base weight; with init="zero" there are none.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from lowrank_ext.adapter_format import AdapterFormat, StoredConfig
 
 
 class GOATFormat(AdapterFormat):
-    """Tensors of its own; lora_alpha means nothing with scale="theory"."""
+    """The format with GOAT's tensors; with scale="theory" lora_alpha is not read."""
 
     def __init__(self) -> None:
         super().__init__(

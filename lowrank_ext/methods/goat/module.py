@@ -24,19 +24,23 @@ class GOATLinear(LowRankLinear):
     lora_a [E, r/E, K], lora_b [E, N, r/E] and router_weight [E, K] train.
 
     Inits, with W = U diag(sig) Vᵀ in fp32, q = min(K, N) // E, R = r/E and s the scaling:
-        ``goat``: expert i starts from the triples i·q … i·q + R - 1:  Aᵢ = sqrt(sig / (s rho)) Vᵀ,
-            Bᵢ = U sqrt(sig / (s rho)), rounded to the base's dtype, and the base weight becomes
-            W - c s Σ Bᵢ Aᵢ, c being residual_factor (1/E). The buffers ``lora_a_init`` and
-            ``lora_b_init`` rebuild W.
-        ``goat_mini``: the same from the last R of each segment, i·q + q - R … i·q + q - 1.
-        ``zero``: lora_a uniform in ±1/sqrt(K), lora_b zero, W untouched.
-    The router is uniform in ±1/sqrt(K). What is random is drawn in fp32 on the CPU.
 
-    In training mode forward leaves the balance loss of its tokens on the module, where
-    ``lr.balance_loss`` collects it. It cannot be merged: which experts act depends on the input.
+    - ``goat``: expert i starts from the triples i·q … i·q + R - 1:  Aᵢ = sqrt(sig / (s rho)) Vᵀ,
+      Bᵢ = U sqrt(sig / (s rho)), rounded to the base's dtype, and the base weight becomes
+      W - c s Σ Bᵢ Aᵢ, c being residual_factor (1/E). The buffers ``lora_a_init`` and
+      ``lora_b_init`` rebuild W.
+    - ``goat_mini``: the same from the last R of each segment, i·q + q - R … i·q + q - 1.
+    - ``zero``: lora_a uniform in ±1/sqrt(K), lora_b zero, W untouched.
 
-    Attributes beside LowRankLinear's: num_experts, top_k, residual_factor (never None),
-    shared_dropout, balance_coefficient, as in ``GOATConfig``; expert_rank, r / num_experts.
+    The router is uniform in ±1/sqrt(K). Random numbers are drawn in fp32 on the CPU.
+
+    In training mode forward stores the balance loss of its tokens on the module, where
+    ``lr.balance_loss`` collects it. The module cannot be merged: its experts depend on the input.
+
+    Attributes:
+        num_experts, top_k, shared_dropout, balance_coefficient: as in ``GOATConfig``.
+        residual_factor: as in ``GOATConfig``, never None.
+        expert_rank: r / num_experts.
     """
 
     config_class = GOATConfig
@@ -83,8 +87,7 @@ class GOATLinear(LowRankLinear):
         u, sig, v_t = top_singular_triples(weight, min(weight.shape))
         chosen = self._chosen_triples().to(weight.device)  # [E, R]
         root = (sig[chosen] / (self.scaling * self.config.rho)).sqrt()
-        # The op rounds the adapters to x's dtype: rounded here, what the residual leaves out is
-        # what the experts compute.
+        # Rounded as by the op, so that the residual lacks exactly what the experts compute.
         self.lora_a.copy_((root.unsqueeze(-1) * v_t[chosen]).to(weight.dtype))
         self.lora_b.copy_((u.t()[chosen] * root.unsqueeze(-1)).mT.to(weight.dtype))
         self.lora_a_init.copy_(self.lora_a)
@@ -95,7 +98,7 @@ class GOATLinear(LowRankLinear):
         return torch.empty(like.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
 
     def _chosen_triples(self) -> Tensor:
-        """Which singular triples each expert starts from, int64 [E, R]."""
+        """Indices of the singular triples from which each expert starts, int64 [E, R]."""
         segment = min(self.in_features, self.out_features) // self.num_experts
         start = segment - self.expert_rank if self.init == "goat_mini" else 0
         firsts = start + segment * torch.arange(self.num_experts)
@@ -108,7 +111,7 @@ class GOATLinear(LowRankLinear):
         return self.residual_factor * self.scaling * (stacked_b @ stacked_a)
 
     def delta_weight(self) -> Tensor:
-        """There is none: raises TypeError."""
+        """Raises TypeError: the branch is no single matrix."""
         raise TypeError(
             f"GOATLinear.delta_weight: the branch must be one matrix, {self.unmergeable_because}"
         )
@@ -132,25 +135,26 @@ class GOATLinear(LowRankLinear):
         return y
 
     def _keep(self, loss: Tensor) -> None:
-        """Leave ``loss`` for take_balance_loss, until then or until backward has gone through it.
+        """Store ``loss`` until take_balance_loss or a backward through it.
 
-        Not while backward runs: this is then activation checkpointing's second forward, whose graph
-        must not outlive its block. Under torch.compile neither can be seen, and dynamo refuses the
-        assignment inside a checkpointed region unless told to leave it out of the second forward.
+        A forward that runs during backward is activation checkpointing's second one: its loss is
+        not stored, as its graph must not outlive the block. Under torch.compile this cannot be
+        detected, and dynamo refuses the assignment in a checkpointed region unless it is configured
+        to skip it in the second forward.
         """
         if torch.compiler.is_compiling():
             self._balance_loss = loss
         elif torch._C._current_graph_task_id() == -1:
             self._balance_loss = loss
             if loss.grad_fn is not None:
-                # Weak: the node is in the loss's own graph, which must be free to go.
+                # Weak references: the hook is in the loss's graph and must not keep it alive.
                 module, kept = weakref.ref(self), weakref.ref(loss)
                 loss.grad_fn.register_prehook(lambda gradients: _forget(module(), kept()))
 
     def take_balance_loss(self) -> Tensor | None:
-        """The last forward's balance loss, E Σ fᵢ Pᵢ, without balance_coefficient; only once.
+        """The last forward's balance loss, E Σ fᵢ Pᵢ, without balance_coefficient.
 
-        None when there was no forward in training mode since the last call or backward.
+        None if no forward in training mode has run since the last call or backward.
         """
         loss, self._balance_loss = self._balance_loss, None
         return loss
@@ -160,7 +164,7 @@ class GOATLinear(LowRankLinear):
         """How many tokens of x [..., K] the router sends to each expert, int64 [E]."""
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))  # as in the op's autocast rule
+            x = x.to(torch.get_autocast_dtype(device))  # as by the op's autocast rule
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(device, enabled=False):
             logits = x.to(wide) @ self.router_weight.to(x.dtype).to(wide).mT
@@ -168,7 +172,7 @@ class GOATLinear(LowRankLinear):
         return ops.moe_route(logits, top_k=self.top_k, token_mask=mask).expert_counts
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle is not what ran: it has no loss to collect (nor can a graph be copied).
+        # A copy has run no forward, so it has no loss; and a graph cannot be copied.
         return {**self.__dict__, "_balance_loss": None}
 
     def extra_repr(self) -> str:

@@ -1,23 +1,23 @@
-"""The mask of real tokens: which of a batch count for load balancing."""
+"""token_mask: which tokens of a batch count for load balancing."""
 
 from typing import Self
 
 from torch import Tensor
 
-# The mask of the innermost `with token_mask(...)`. Not a ContextVar: autograd may run the
-# recomputation of a checkpointed forward on a thread of its own.
+# The mask of the innermost `with token_mask(...)`. A global instead of a ContextVar, because
+# autograd may recompute a checkpointed forward on another thread.
 _token_mask: Tensor | None = None
 
 
 class token_mask:  # used like a function
     """``with lr.token_mask(mask):`` only tokens where ``mask`` is true count for load balancing.
 
-    Every GOATLinear whose input has the mask's leading dimensions uses it, with x [..., K] and mask
-    [...], bool or integer (a tokenizer's attention_mask), on x's device; others count all tokens.
-    It changes the balance loss and the counted load, never the output. With activation
-    checkpointing backward belongs inside the block, as it runs forward once more.
+    The mask [...] is bool or integer (a tokenizer's attention_mask), on x's device. It applies to
+    every GOATLinear whose input x [..., K] has the mask's shape as leading dimensions; others count
+    all tokens. It changes the balance loss and the counted load, never the output. With activation
+    checkpointing backward must run inside the block too, as it reruns forward.
 
-    Example:
+    Examples:
         >>> with lr.token_mask(batch["attention_mask"]):
         ...     loss = model(**batch).loss + lr.balance_loss(model)
         ...     loss.backward()
@@ -44,6 +44,6 @@ class token_mask:  # used like a function
 
 
 def current_token_mask(x: Tensor) -> Tensor | None:
-    """The mask that holds for the rows of x [..., K], if any."""
+    """The active mask that applies to the rows of x [..., K], or None."""
     mask = _token_mask
     return mask if mask is not None and mask.shape == x.shape[:-1] else None

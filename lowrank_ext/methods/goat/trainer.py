@@ -1,4 +1,4 @@
-"""GOAT in transformers' Trainer: the balance loss as a mix-in."""
+"""BalanceLossMixin: GOAT's balance loss in transformers' Trainer."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +10,21 @@ from lowrank_ext.methods.goat.token_mask import token_mask
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # what it is mixed into is the Trainer: transformers is not imported here
+    Trainer = object  # users mix it into the Trainer; transformers is not imported here
 
 
 class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
-    """Adds GOAT's :func:`lowrank_ext.balance_loss` to the loss of any transformers Trainer.
+    """Adds GOAT's ``lowrank_ext.balance_loss`` to the loss of any transformers Trainer.
 
     Each micro-batch of an accumulated step adds its share. Tokens that a two-dimensional
     ``attention_mask`` of the batch masks out do not count (see ``lowrank_ext.token_mask``). The
-    training loss that is logged includes it; evaluation is left alone.
+    logged training loss includes it; evaluation is unchanged.
 
     Raises:
         ValueError: when training begins for a model without a GOATLinear.
         RuntimeError: when a step begins under nn.DataParallel, whose replicas keep their losses.
 
-    Example:
+    Examples:
         >>> class BalancedTrainer(lr.BalanceLossMixin, Trainer): ...
         >>> BalancedTrainer(model, args, train_dataset=data).train()
     """
@@ -41,7 +41,7 @@ class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
         counted = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             counted = mask.to(self.args.device).bool()
-        # Around backward too, in which activation checkpointing runs forward once more.
+        # Around backward too, in which activation checkpointing reruns forward.
         with token_mask(counted):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
@@ -68,8 +68,8 @@ class BalanceLossMixin(Trainer):  # type: ignore[misc]  # untyped base
         return result + balance.to(result.device)
 
     def _divided_already(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the task's loss is a share of the whole accumulated step, which the Trainer then
-        does not divide by the number of micro-batches: its own rule."""
+        """Whether the Trainer, by its own rule, does not divide the task's loss by the number of
+        micro-batches, because it is a share of the whole accumulated step already."""
         told: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         if told is not None:
             return told

@@ -10,8 +10,8 @@ from lowrank_ext.methods.lamda.freezing import FreezeSchedule
 from lowrank_ext.methods.lamda.module import LaMDALinear
 from lowrank_ext.recipe import Option, ParameterGroup, Recipe, Run, Training, fraction_above_zero
 
-# A core holds singular values (about 10), a column of lora_b has norm 1 spread over its N entries
-# (about 0.04 each). AdamW moves every entry by the same amount, so the core needs larger steps.
+# Entries of a core are singular values (about 10); those of lora_b, whose columns have norm 1, are
+# about 0.04. AdamW moves every entry by the same amount, so the core needs larger steps.
 CORE_LR_FACTOR = 40.0
 
 FREEZE_ETA = Option(

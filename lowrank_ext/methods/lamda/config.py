@@ -15,18 +15,18 @@ class LaMDAConfig(AdapterConfig):
     (``FreezeSchedule``) has frozen its columns.
 
     Attributes:
-        init: ``"svd_residual"``: the top-r singular triples of W, taken out of the base weight.
-            Dropout then falls on the principal part of W itself: on SmolLM2 a dropout of 0.05 takes
+        init: ``"svd_residual"``: the top-r singular triples of W, subtracted from the base weight.
+            Dropout then acts on the principal part of W itself: on SmolLM2 a dropout of 0.05 raises
             the first training loss from 2.7 to 6.8, so leave it at 0 there.
             ``"svd_zero_core"``: the same projections with a zero core and W untouched.
             ``"lora"``: lora_a Kaiming, lora_b zero, core as ``nn.Linear`` starts.
         train_lora_b: False freezes lora_b from the start.
-        rank_budget: None, or what LaMDA++'s rank allocation keeps: ``"rank"`` (mean rank) or
-            ``"params"`` (sum of squared ranks). The ranks are found by ``adapt``, which stores them
-            in ``rank_pattern`` of the model's ``lowrank_config``; a non-empty ``rank_pattern`` is
-            used as it is.
-        direction: which spectra get larger ranks, ``"flat_gets_more"`` or
-            ``"concentrated_gets_more"``.
+        rank_budget: None, or the quantity that LaMDA++'s rank allocation preserves: ``"rank"``
+            (mean rank) or ``"params"`` (sum of squared ranks). ``adapt`` allocates the ranks and
+            stores them in ``rank_pattern`` of the model's ``lowrank_config``; a non-empty
+            ``rank_pattern`` is used as it is.
+        direction: which weights get larger ranks, those of flat spectra (``"flat_gets_more"``) or
+            of concentrated ones (``"concentrated_gets_more"``).
     """
 
     peft_type: ClassVar[str] = "LAMDA"
@@ -41,7 +41,7 @@ class LaMDAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        # lora_b starts at zero there: frozen, it would leave the core without a gradient for ever.
+        # With "lora" lora_b starts at zero; frozen, it would keep the core's gradient at zero.
         if self.init == "lora" and not self.train_lora_b:
             raise ValueError(
                 f"{owner}: train_lora_b must be True with init='lora' (lora_b starts at zero), "
@@ -54,8 +54,8 @@ class LaMDAConfig(AdapterConfig):
         )
 
     def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:
-        # svd_residual: the starts of lora_b and of core's diagonal, which with lora_a rebuild the
-        # residual base weight.
+        # svd_residual: the initial lora_b and diagonal of core, which with lora_a rebuild the
+        # original base weight.
         starts = {"lora_b_init": [out_features, r], "core_init": [r]}
         return {
             **super().adapter_shapes(r, in_features, out_features),

@@ -1,6 +1,6 @@
-"""LaMDA's files: the core, and with init="svd_residual" what rebuilds the residual base weight.
+"""LaMDA's files: the core, and with init="svd_residual" the initial lora_b and diagonal of core.
 
-These are the start of lora_b and of core's diagonal; lora_a never changes.
+These rebuild the residual base weight, together with lora_a, which never changes.
 """
 
 import re
@@ -10,7 +10,7 @@ from lowrank_ext.adapter_format import AdapterFormat, StoredConfig
 
 
 class LaMDAFormat(AdapterFormat):
-    """Tensors of its own; the ranks of a file are the ones that were allocated."""
+    """The format with LaMDA's tensors; a file's ranks are those that were allocated."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -24,6 +24,6 @@ class LaMDAFormat(AdapterFormat):
     def options(self, stored: StoredConfig) -> dict[str, Any]:
         options = super().options(stored)
         if options.get("rank_budget") is not None and not options["rank_pattern"]:
-            # An empty pattern would have the ranks allocated once more.
+            # An empty pattern would make adapt allocate the ranks again.
             options["rank_pattern"] = {f"^{re.escape(path)}": options["r"] for path in stored.paths}
         return options

@@ -1,11 +1,11 @@
 """LaMDA's gradual freezing of lora_b.
 
-(The Trainer's callback: integrations/transformers.py.) The unit is a column of lora_b,
-from column 0 (the largest singular value with the SVD inits) up. After optimizer step t of T the
-first ``min(r, floor(r · t / (eta · T)))`` columns are frozen, all of them once t >= eta · T (LaMDA,
-arXiv 2406.12832, where eta = 0.3). A frozen column never changes again. Zeroing its gradient is not
-enough for that (momentum and weight decay still move it), so its values are kept aside and written
-back after every optimizer step, whatever the optimizer did.
+(The Trainer's callback: lowrank_ext/integrations/transformers.py.) Columns of lora_b are frozen in
+order, from column 0 (the largest singular value with the SVD inits) up. After optimizer step t of T
+the first ``min(r, floor(r · t / (eta · T)))`` columns are frozen, all of them once t >= eta · T
+(LaMDA, arXiv 2406.12832, where eta = 0.3). A frozen column never changes again. Zeroing its
+gradient is not enough (momentum and weight decay still move it), so a copy of its values is written
+back after every optimizer step.
 """
 
 import math
@@ -33,8 +33,8 @@ __all__ = ["FreezeSchedule", "num_frozen_columns"]
 def num_frozen_columns(step: int, rank: int, total_steps: int, eta: float, bucket: int = 1) -> int:
     """Columns of lora_b that are frozen after ``step`` optimizer steps.
 
-    ``floor(rank · step / (eta · total_steps))``, rounded down to a multiple of ``bucket``, until
-    ``step >= eta · total_steps``, from when on it is ``rank``.
+    ``floor(rank · step / (eta · total_steps))``, rounded down to a multiple of ``bucket``; ``rank``
+    from ``step >= eta · total_steps`` on.
     """
     freezing_steps = exact(eta) * total_steps
     if step >= freezing_steps:
@@ -43,7 +43,7 @@ def num_frozen_columns(step: int, rank: int, total_steps: int, eta: float, bucke
 
 
 def _columns(tensor: Tensor, stop: int) -> Tensor:
-    """View of the first ``stop`` columns; of a DTensor sharded on dim 0, of the local rows."""
+    """View of the first ``stop`` columns; for a DTensor sharded on dim 0, of its local rows."""
     return local_part(tensor)[:, :stop]
 
 
@@ -76,9 +76,9 @@ class _FrozenColumns:
             _columns(self.module.lora_b, self.count).copy_(self.values)
 
     def mask_gradients(self) -> None:
-        """Zeroes the frozen columns of every new gradient: clipping sees live columns only."""
+        """Zeroes the frozen columns of new gradients, so that clipping counts live columns only."""
         if self._hook is None:
-            # The hook that runs after accumulation: FSDP2 calls this one on its sharded parameters.
+            # Of the hooks on a parameter, FSDP2 calls this one on sharded parameters.
             self._hook = self.module.lora_b.register_post_accumulate_grad_hook(self._mask)
 
     def _mask(self, lora_b: Tensor) -> None:
@@ -92,7 +92,7 @@ class _FrozenColumns:
             self._hook = None
 
     def release(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """All columns are frozen: lora_b stops being trained and nothing is kept for it."""
+        """All columns are frozen: end the training of lora_b and drop the copy of its values."""
         self.unmask_gradients()
         stop_training(self.module.lora_b, optimizer)
         self.values = None
@@ -113,27 +113,27 @@ class FreezeSchedule:
         bucket: columns are frozen in multiples of this, for graphs that are captured or compiled.
         optimizer: if given, its state for a lora_b is dropped when all columns are frozen.
 
-    Call :meth:`step` once after each ``optimizer.step()``. Between the two the frozen columns may
-    hold what the optimizer made of them. Once all columns of a module are frozen, its lora_b has
+    Call ``step`` once after each ``optimizer.step()``; between the two, frozen columns may hold
+    values that the optimizer has changed. Once all columns of a module are frozen, its lora_b has
     requires_grad False and grad None, and autograd does no work for it. Where torch.distributed is
-    initialized it keeps requires_grad (see :func:`frozen_may_leave`); its gradient is zero then,
-    and its values are still restored.
+    initialized it keeps requires_grad (see ``frozen_may_leave``), its gradient is zero, and its
+    values are still restored.
 
     Build it after ``fully_shard``; a lora_b that is a DTensor must be replicated or sharded on
-    dim 0. To resume, load the model's weights first, then call :meth:`load_state_dict`: the saved
+    dim 0. To resume, load the model's weights first, then call ``load_state_dict``: the saved
     lora_b holds the frozen values.
 
     Raises:
         ValueError: an argument is out of range, the model has no LaMDALinear, or a lora_b would be
             frozen at once (eta = 0) while it is all zero, so that its module could never train.
 
-    Example:
-        schedule = FreezeSchedule(model, total_steps=1000, optimizer=optimizer)
-        for batch in batches:
-            model(**batch).loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+    Examples:
+        >>> schedule = FreezeSchedule(model, total_steps=1000, optimizer=optimizer)
+        >>> for batch in batches:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     schedule.step()
+        ...     optimizer.zero_grad()
     """
 
     before_optimizer: ClassVar[bool] = False
@@ -160,7 +160,7 @@ class FreezeSchedule:
 
     @classmethod
     def check_options(cls, owner: str, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming ``owner`` and the argument, for what is no schedule."""
+        """Raise ValueError, naming ``owner`` and the argument, for an invalid option."""
         check_fraction(owner, "eta", options["eta"])
         check_positive(owner, "bucket", options["bucket"])
 
@@ -184,7 +184,7 @@ class FreezeSchedule:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Restores the frozen columns bit for bit, then freezes those whose turn has come."""
+        """Restores the frozen columns bit for bit, then freezes the columns that are due."""
         for frozen in self._frozen.values():
             frozen.restore()
         self.step_count += 1
@@ -208,7 +208,7 @@ class FreezeSchedule:
         return {name: frozen.count for name, frozen in self._frozen.items()}
 
     def remove(self) -> None:
-        """Takes the gradient hooks off the model and stops guarding the columns frozen so far."""
+        """Removes the gradient hooks from the model; frozen columns are no longer restored."""
         for frozen in self._frozen.values():
             frozen.unmask_gradients()
         self._frozen.clear()

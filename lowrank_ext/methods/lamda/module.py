@@ -19,11 +19,12 @@ class LaMDALinear(LowRankLinear):
     frozen, column by column, by ``FreezeSchedule``, or not at all with ``train_lora_b=False``.
 
     Inits, with W = U diag(sig) Vᵀ in fp32 and s the scaling:
-        ``svd_residual``: lora_a = V_rᵀ, lora_b = U_r, core = diag(sig_r) / s, and the base weight
-            becomes W - s lora_b core lora_a, of the values rounded to the base's dtype. The buffers
-            ``lora_b_init`` [N, r] and ``core_init`` [r] rebuild W (lora_a never changes).
-        ``svd_zero_core``: the same projections, core zero, W untouched.
-        ``lora``: lora_a Kaiming, lora_b zero, core as nn.Linear starts: the released code's choice.
+
+    - ``svd_residual``: lora_a = V_rᵀ, lora_b = U_r, core = diag(sig_r) / s, all rounded to the
+      base's dtype, and the base weight becomes W - s lora_b core lora_a. The buffers
+      ``lora_b_init`` [N, r] and ``core_init`` [r] rebuild W (lora_a never changes).
+    - ``svd_zero_core``: the same projections, core zero, W untouched.
+    - ``lora``: lora_a Kaiming, lora_b zero, core as nn.Linear starts, as in the released code.
     """
 
     config_class = LaMDAConfig
@@ -55,8 +56,7 @@ class LaMDALinear(LowRankLinear):
             return
         weight = self.base_weight()
         u, sig, v_t = top_singular_triples(weight, self.r)
-        # The ops round the adapters to x's dtype: rounded here, what the residual leaves out is
-        # what the branch computes.
+        # Rounded as by the ops, so that the residual lacks exactly what the branch computes.
         self.lora_a.copy_(v_t.to(weight.dtype))
         self.lora_b.copy_(u.to(weight.dtype))
         self.core.zero_()

@@ -8,9 +8,9 @@ as the budget allows, the module with the largest gain per added cost goes up to
     concentrated_gets_more    gain = log(1 - E(now)) - log(1 - E(next))
 
 The first is largest for a flat spectrum (captured energy grows by the largest factor), the second
-for a concentrated one (missing energy falls by the largest factor), whatever the rank. The plain
-difference E(next) - E(now) has no such direction: at ranks far below min(N, K) it favors
-concentrated spectra, and flat ones where the others are exhausted. The paper (arXiv 2406.12832)
+for a concentrated one (missing energy falls by the largest factor), at any rank. The plain
+difference E(next) - E(now) has no such fixed direction: at ranks far below min(N, K) it favors
+concentrated spectra, and once these are exhausted flat ones. The paper (arXiv 2406.12832)
 says that a normalized energy score drives the ranks; formula, candidates and budget are our choice.
 """
 
@@ -57,7 +57,8 @@ def allocate_ranks(
         target_modules: as in LaMDAConfig.
         budget: ``"rank"`` keeps the sum of ranks of L modules within L · r, ``"params"`` the sum of
             squared ranks (what LaMDA trains in the end) within L · r².
-        direction: ``"flat_gets_more"`` or ``"concentrated_gets_more"``, see the module's docstring.
+        direction: which spectra get larger ranks, ``"flat_gets_more"`` or
+            ``"concentrated_gets_more"``.
         candidates: ranks to choose from, increasing, the first at most r. Default: r/2, r, 3r/2, in
             whole eights where r is a multiple of 8 and at least 16.
         progress: show a progress bar while the spectra are computed.
@@ -69,7 +70,7 @@ def allocate_ranks(
         TypeError: r or a candidate is no int, or a target has no dense weight.
         ValueError: an argument is out of range, a target is missing, a weight holds inf or nan.
 
-    Example:
+    Examples:
         >>> allocate_ranks(model, 32, ["q_proj", "v_proj"])
         {'model.layers.0.self_attn.q_proj': 16, 'model.layers.0.self_attn.v_proj': 48, …}
     """
@@ -96,23 +97,23 @@ def with_allocated_ranks(
     ranks = allocate_ranks(
         model,
         config.r,
-        "|".join(map(re.escape, targets)),  # these paths and no other
+        "|".join(map(re.escape, targets)),  # matches exactly these paths
         budget=config.rank_budget,
         direction=config.direction,
     )
-    # Anchored, so that no path is taken for the end of a longer one.
+    # Anchored, so that a path does not match as the end of a longer one.
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
     return dataclasses.replace(config, rank_pattern=pattern)
 
 
 def _with_progress(groups: list[list[str]]) -> Iterable[list[str]]:
-    from rich.progress import track  # importing lowrank_ext does without
+    from rich.progress import track  # here, so that import lowrank_ext stays fast
 
     return track(groups, "spectra")
 
 
 def default_candidates(r: int) -> list[int]:
-    """r - d, r, r + d with d = r/2, or the next lower eight for multiples of 8 from 16 on."""
+    """r - d, r, r + d with d = r/2, rounded down to a multiple of 8 if r is one and at least 16."""
     step = r // 16 * 8 if r >= 16 and r % 8 == 0 else r // 2
     return sorted({r - step, r, r + step})
 
@@ -156,7 +157,7 @@ def _growth_of_captured(now: Energy, after: Energy) -> float:
 
 def _decay_of_missing(now: Energy, after: Energy) -> float:
     if now[1] == 0:
-        return 0.0  # nothing is missing, more rank buys nothing
+        return 0.0  # no energy is missing
     return math.inf if after[1] == 0 else math.log(now[1]) - math.log(after[1])
 
 
@@ -193,7 +194,7 @@ def _target_weights(model: nn.Module, target_modules: str | Sequence[str]) -> di
 
 
 def _shared(weights: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of modules with one and the same weight together, in the order of the first."""
+    """Names of modules, those with a common weight together, in the order of their first."""
     groups = defaultdict(list)
     for name, weight in weights.items():
         groups[weight.data_ptr(), weight.shape, weight.stride(), weight.device].append(name)
@@ -218,7 +219,8 @@ def _unit(names: list[str], weight: Tensor, candidates: Iterable[int], gain: Gai
 
 
 def _greedy(units: Sequence[_Unit], cost: Callable[[int], int], budget: int) -> list[int]:
-    """Rank of each unit: all start at their first, steps up go by gain per cost in the budget."""
+    """Rank of each unit: all start at the first rank; then the step up with the largest gain per
+    cost is taken, as long as one fits the budget."""
     levels = [0] * len(units)
     left = budget - sum(len(unit.names) * cost(unit.ranks[0]) for unit in units)
 

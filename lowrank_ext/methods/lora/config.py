@@ -8,12 +8,12 @@ from lowrank_ext.config import AdapterConfig
 
 @dataclass(kw_only=True, frozen=True)
 class LoRAConfig(AdapterConfig):
-    """LoRA: y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ, both projections train.
+    """LoRA: y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ; lora_a and lora_b train.
 
     Attributes:
         init: ``"kaiming"``: lora_a uniform as in PEFT, lora_b zero. ``"gaussian"``: lora_a normal
             with standard deviation 1/r, lora_b zero. ``"pissa"``: the top-r singular triples of W,
-            which are taken out of the base weight (Meng et al., arXiv 2404.02948).
+            which are subtracted from the base weight (Meng et al., arXiv 2404.02948).
     """
 
     peft_type: ClassVar[str] = "LORA"

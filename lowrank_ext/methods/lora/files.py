@@ -1,7 +1,7 @@
 """LoRA's files: PEFT's own, and PiSSA as a plain LoRA of twice the rank, which any PEFT reads.
 
 With init="pissa" the file holds A = [A; A_init] and B = [B, -B_init] over the original base. The
-tensor file's metadata lets :meth:`LoRAFormat.unpack` take it apart again.
+tensor file's metadata lets ``LoRAFormat.unpack`` split it again.
 """
 
 import json
@@ -21,7 +21,7 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 LORA_A_INIT, LORA_B_INIT = "lora_A_init.weight", "lora_B_init.weight"
 _PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling
 
-# Inits of PEFT that leave the base weights alone, and what continues them here.
+# Inits of PEFT that leave the base weights unchanged, and the init of a config that loads them.
 _PEFT_INITS = {
     True: "kaiming",
     False: "kaiming",
@@ -34,7 +34,7 @@ _PEFT_INITS = {
 
 
 class LoRAFormat(AdapterFormat):
-    """PEFT's format; PiSSA's starts are tensors of their own in memory only."""
+    """PEFT's format; only in memory are PiSSA's initial factors separate tensors."""
 
     def __init__(self) -> None:
         super().__init__({"lora_a_init": LORA_A_INIT, "lora_b_init": LORA_B_INIT})
@@ -98,9 +98,9 @@ def _doubled(numbers: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
 
 
 def _numbers_before_doubling(files: AdapterFiles) -> dict[str, Any] | None:
-    """r, lora_alpha and patterns of a PiSSA file that :class:`LoRAFormat` wrote, else None.
+    """r, lora_alpha and patterns of a PiSSA file that ``LoRAFormat`` wrote, else None.
 
-    None also for one whose config has been edited since: it is then the plain LoRA that it says.
+    None also if the config was edited since: the file is then read as the plain LoRA it also is.
     """
     text = files.metadata.get(_PISSA_KEY)
     if text is None:

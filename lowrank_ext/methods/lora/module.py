@@ -11,15 +11,14 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 class LoRALinear(LowRankLinear):
     """LoRA (Hu et al., arXiv 2106.09685): y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ.
 
-    Inits:
-        ``kaiming``: lora_a uniform in ±1/sqrt(K), lora_b zero; after the same ``torch.manual_seed``
-            these are PEFT's numbers. Drawn in fp32 on the CPU, so they depend on neither device nor
-            dtype.
-        ``gaussian``: lora_a normal with standard deviation 1/r, lora_b zero; likewise.
-        ``pissa`` (arXiv 2404.02948): with W = U diag(sig) Vᵀ, lora_a = sqrt(sig_r / s) V_rᵀ and
-            lora_b = U_r sqrt(sig_r / s), s being the scaling, both rounded to the base's dtype; the
-            base weight becomes W - s lora_b lora_a. The buffers ``lora_a_init`` and ``lora_b_init``
-            rebuild W.
+    Inits; random numbers are drawn in fp32 on the CPU, so they depend on neither device nor dtype:
+
+    - ``kaiming``: lora_a uniform in ±1/sqrt(K), lora_b zero; after the same ``torch.manual_seed``
+      these are PEFT's numbers.
+    - ``gaussian``: lora_a normal with standard deviation 1/r, lora_b zero; likewise.
+    - ``pissa`` (arXiv 2404.02948): with W = U diag(sig) Vᵀ, lora_a = sqrt(sig_r / s) V_rᵀ and
+      lora_b = U_r sqrt(sig_r / s), s being the scaling, both rounded to the base's dtype; the base
+      weight becomes W - s lora_b lora_a. The buffers ``lora_a_init`` and ``lora_b_init`` rebuild W.
     """
 
     config_class = LoRAConfig
@@ -47,8 +46,7 @@ class LoRALinear(LowRankLinear):
         weight = self.base_weight()
         u, sig, v_t = top_singular_triples(weight, self.r)
         root = (sig / self.scaling).sqrt()
-        # The ops round the adapters to x's dtype: rounded here, what the residual leaves out is
-        # what the branch computes.
+        # Rounded as by the ops, so that the residual lacks exactly what the branch computes.
         self.lora_a.copy_((root.unsqueeze(1) * v_t).to(weight.dtype))
         self.lora_b.copy_((u * root).to(weight.dtype))
         self.lora_a_init.copy_(self.lora_a)

@@ -2,7 +2,7 @@
 
 The adapter's two files are PEFT's. The head's metadata holds the options of the model and the
 digest of the adapter's weights, so that a head is never put on another adapter; the three files are
-replaced together, see :mod:`lowrank_ext.adapter_files`.
+replaced together, see ``lowrank_ext.adapter_files``.
 """
 
 import json

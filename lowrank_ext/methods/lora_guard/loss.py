@@ -45,7 +45,7 @@ class GuardLoss(nn.Module):
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> criterion = GuardLoss(train_labels)
         >>> loss = criterion(*model.guard(input_ids, attention_mask)[:2], labels)
     """

@@ -49,9 +49,9 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
     A constant score has the share of positives, the baseline.
 
     Raises:
-        ValueError: as :func:`precision_recall`.
+        ValueError: as ``precision_recall``.
 
-    Example:
+    Examples:
         >>> average_precision(torch.tensor([0, 0, 1, 1]), torch.tensor([0.1, 0.4, 0.35, 0.8]))
         0.8333333333333333
     """

@@ -68,8 +68,8 @@ class GuardModel(nn.Module):
 
     Args:
         base_lm: a causal language model of transformers, on its final device; taken over and
-            changed in place until :meth:`unload`.
-        r, alpha, dropout: of the adapters, as in :class:`lowrank_ext.LoRAConfig`.
+            changed in place until ``unload``.
+        r, alpha, dropout: of the adapters, as in ``lowrank_ext.LoRAConfig``.
         targets: its target_modules; names that match nothing raise.
         num_categories: C, kinds of unsafe content.
         unsafe_head: True: the head has C + 1 outputs, the first is the unsafe logit. False: it has
@@ -82,7 +82,7 @@ class GuardModel(nn.Module):
 
     Attributes:
         head: nn.Linear, hidden size to outputs.
-        bank: the :class:`lowrank_ext.AdapterBank` that holds the adapters under the name "guard".
+        bank: the ``lowrank_ext.AdapterBank`` that holds the adapters under the name "guard".
         lora_config, head_options: what was asked for.
 
     Raises:
@@ -91,7 +91,7 @@ class GuardModel(nn.Module):
         ValueError: an argument is out of range, or base_lm carries adapters already. Nothing has
             been changed then.
 
-    Example:
+    Examples:
         >>> model = GuardModel(base_lm, r=8, alpha=16, targets=("q_proj", "v_proj"),
         ...                    num_categories=14)
         >>> unsafe, categories, _ = model.guard(input_ids, attention_mask)
@@ -207,14 +207,14 @@ class GuardModel(nn.Module):
         mean nothing there.
 
         Args:
-            input_ids, attention_mask: as in :meth:`guard`.
+            input_ids, attention_mask: as in ``guard``.
             rows: B bools, true for the rows to judge. None: all; the lm_head is not run then, and
                 positions are counted from each row's first real token.
             lm_options: for the base model (with ``rows=None``: for its backbone), such as
                 use_cache or position_ids.
 
         Raises:
-            ValueError: as :meth:`guard`, or ``rows`` has another length.
+            ValueError: as ``guard``, or ``rows`` has another length.
         """
         _check_tokens(input_ids, attention_mask, type(self).__name__)
         judged = _judged(rows, len(input_ids), type(self).__name__)
@@ -285,7 +285,7 @@ class GuardModel(nn.Module):
         self._checkpointing = prepare_for_checkpointing(self.base_lm)
 
     def disable_checkpointing(self) -> None:
-        """Undo :meth:`enable_checkpointing`."""
+        """Undo ``enable_checkpointing``."""
         if self._checkpointing is not None:
             self._checkpointing.remove()
             self._checkpointing = None
@@ -301,7 +301,7 @@ class GuardModel(nn.Module):
         return Overhead(base, lora, head, base / (lora + head))
 
     def summary(self) -> "Table":
-        """A rich table of :meth:`overhead`, beside a guard that is a model of its own."""
+        """A rich table of ``overhead``, beside a guard that is a model of its own."""
         numbers = self.overhead()
         from rich.table import Table  # printing is rare, importing lowrank_ext is not
 

@@ -1,7 +1,7 @@
 """What the modules of a chain hand to each other during one call of a model.
 
 A *chain* is a row of modules that run one after another, such as the q_proj of every block. What
-one leaves for the next lives in a :class:`Frame`, which exists only while the *owner* of the chain
+one leaves for the next lives in a ``Frame``, which exists only while the *owner* of the chain
 (the module that runs the blocks) is in its forward. So no tensor outlives the call, nested calls
 have frames of their own, and so have threads and asyncio tasks: the frame is a context variable.
 
@@ -121,7 +121,7 @@ def carry_chains(module: nn.Module, chains: frozenset[str] = frozenset()) -> Non
 
 
 def stop_carrying(module: nn.Module) -> None:
-    """Undo :func:`carry_chains`. Harmless for other modules."""
+    """Undo ``carry_chains``. Harmless for other modules."""
     vars(module).pop("_owned_chains", None)
     if "_plain_class" in vars(type(module)):
         module.__class__ = vars(type(module))["_plain_class"]

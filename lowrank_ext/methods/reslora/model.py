@@ -28,7 +28,7 @@ def reslora_call(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no ResLoRALinear.
 
-    Example:
+    Examples:
         >>> with lr.reslora_call(blocks):
         ...     for block in blocks:  # an nn.ModuleList
         ...         x = block(x)
@@ -40,7 +40,7 @@ def reslora_call(model: nn.Module) -> Iterator[None]:
 
 class InputSizes(ForwardMeter):
     """Measures the inputs of ResLoRALinears between ``with`` and its end; see
-    :func:`reslora_statistics`.
+    ``reslora_statistics``.
 
     Attributes:
         calls: how many inputs of each module have counted, by path.
@@ -87,7 +87,7 @@ def reslora_statistics(model: nn.Module, window: int = 100) -> InputSizes:
     Raises:
         ValueError: the model has no ResLoRALinear, or window is below 1.
 
-    Example:
+    Examples:
         >>> with lr.reslora_statistics(model), torch.no_grad():
         ...     for batch in batches:
         ...         model(**batch)
@@ -118,10 +118,10 @@ def reslora_merge_error(model: nn.Module, forward: Callable[[], Tensor]) -> Merg
 
     Raises:
         ValueError: the model has no ResLoRALinear, is merged or in training mode with dropout; or
-            as :func:`lowrank_ext.merge`.
-        TypeError: as :func:`lowrank_ext.merge`.
+            as ``lowrank_ext.merge``.
+        TypeError: as ``lowrank_ext.merge``.
 
-    Example:
+    Examples:
         >>> error = lr.reslora_merge_error(model, lambda: model(**batch).logits)
         >>> error.output, max(error.modules.values())
     """

@@ -89,7 +89,7 @@ class ResLoRALinear(LowRankLinear):
             yield module
 
     def reached(self) -> list["ResLoRALinear"]:
-        """Those of :meth:`earlier` that this module's branch reaches."""
+        """Those of ``earlier`` that this module's branch reaches."""
         if self.shortcut == "input":
             return list(self._previous)
         return list(itertools.islice(self.earlier(), None if self.pre_num == -1 else self.pre_num))
@@ -109,7 +109,7 @@ class ResLoRALinear(LowRankLinear):
 
     @classmethod
     def disconnect(cls, model: nn.Module) -> None:
-        """Undo :meth:`connect` for what lies around the modules."""
+        """Undo ``connect`` for what lies around the modules."""
         for module in model.modules():
             stop_carrying(module)
 
@@ -321,13 +321,13 @@ class ResLoRALinear(LowRankLinear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """As :meth:`LowRankLinear.merge`; exact for ``block``, else see :meth:`delta_weight`.
+        """As ``LowRankLinear.merge``; exact for ``block``, else see ``delta_weight``.
 
         The modules of a chain must all be merged or none. What the estimate changes is measured by
         ``lr.reslora_merge_error``.
 
         Raises:
-            TypeError: as :meth:`LowRankLinear.merge`.
+            TypeError: as ``LowRankLinear.merge``.
             ValueError: merge="input" without ``lr.reslora_statistics``.
         """
         if self.merged:

@@ -1,4 +1,5 @@
-"""What torch.compile does not trace into. Imported by traced code only: the mark imports dynamo."""
+"""Getter that torch.compile calls without tracing it; imported while tracing only, because its
+decorator imports torch._dynamo."""
 
 from contextvars import ContextVar
 from typing import TypeVar

@@ -42,7 +42,7 @@ def export_lora(
             weights).
         OSError: the files cannot be written. The directory holds what it held before.
 
-    Example:
+    Examples:
         >>> lr.motion.export_lora(model, "dance", format="diffusers")
         >>> pipeline.load_lora_weights("dance")
     """

@@ -36,10 +36,10 @@ class BasisLoRALinear(LowRankLinear):
     """Set-and-Sequence (arXiv 2502.14844): the LoRA of stage 1, and residuals over its basis.
 
     The basis is lora_a and the coefficients are lora_b with ``basis="down"``, the other way round
-    with ``"up"``. Stage 1 trains both. :meth:`begin_residual_stage` freezes them and adds a
+    with ``"up"``. Stage 1 trains both. ``begin_residual_stage`` freezes them and adds a
     residual of the coefficients' shape, zero at first, which alone trains: the Parameter
     ``lora_residual_<name>``. Several residuals may share the basis; what is computed is their sum,
-    each times its scale of :meth:`set_scales`.
+    each times its scale of ``set_scales``.
 
     In training mode elements of the coefficients are dropped: of lora_b in stage 1, of the trained
     residual in stage 2. The mask is drawn by the op's own dropout, so backward draws it again from
@@ -61,7 +61,7 @@ class BasisLoRALinear(LowRankLinear):
         residual_scales: factor of each residual, by name, in the order of their stages. A new stage
             sets those of the earlier residuals to 0: each is trained on the identity alone.
 
-    Example:
+    Examples:
         >>> layer = BasisLoRALinear.from_linear(nn.Linear(64, 32), r=8)
         >>> ...  # train on unordered frames
         >>> layer.begin_residual_stage("dance")
@@ -143,7 +143,7 @@ class BasisLoRALinear(LowRankLinear):
         )
 
     def check_new_residual(self, name: str, coef_dropout: float | None, caller: str) -> None:
-        """Raise as :meth:`begin_residual_stage` does, in the name of ``caller``."""
+        """Raise as ``begin_residual_stage`` does, in the name of ``caller``."""
         check_residual_name(name, self.residuals, caller)
         if coef_dropout is not None:
             check_probability(coef_dropout, caller, "coef_dropout")
@@ -198,7 +198,7 @@ class BasisLoRALinear(LowRankLinear):
         motion: float | Mapping[str, float] | None,
         caller: str,
     ) -> tuple[float, dict[str, float]]:
-        """identity_scale and residual_scales as :meth:`set_scales` would leave them."""
+        """identity_scale and residual_scales as ``set_scales`` would leave them."""
         self._check_unmerged(caller)
         if motion is not None and not self.residual_scales:
             raise ValueError(f"{caller}: motion must be None before a residual stage, got {motion}")

@@ -2,7 +2,7 @@
 
 The two files of an adapter, but with the tensors ``<path>.lora_residual_<name>.weight`` alone. The
 weights' metadata say of each module what scaling it had and the SHA-256 of its basis, by which
-:func:`load_residual` knows the basis again.
+``load_residual`` knows the basis again.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def load_residual(model: Model, path: str | os.PathLike[str], name: str | None =
             scalings or the basis are not those that it was trained on; the message names the file.
             Nothing has changed then.
 
-    Example:
+    Examples:
         >>> model = lr.load_adapter(base, "stage1")
         >>> lr.motion.load_residual(model, "dance")
     """

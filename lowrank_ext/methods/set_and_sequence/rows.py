@@ -19,7 +19,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """A ``with`` block in which row b of every batch moves by the residual ``names[b]``.
 
     None stands for the identity alone. A row's residual counts with factor 1, whatever
-    :func:`set_scales` says of residuals; the identity's factor holds. The first dimension of every
+    ``set_scales`` says of residuals; the identity's factor holds. The first dimension of every
     input of an adapted module must be the batch.
 
     The block belongs to the current context (contextvars): other threads and tasks are not
@@ -33,7 +33,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         TypeError: ``names`` is a string, or holds something else than strings and None.
         RuntimeError: the model is in training mode.
 
-    Example:
+    Examples:
         >>> with lr.motion.rows(model, ["dance", "wave", None]):
         ...     velocity = model(latents_of_three, timestep, text)
     """

@@ -31,7 +31,7 @@ def begin_residual_stage(
         ValueError: the model was not adapted with BasisLoRAConfig or is merged, the name is taken
             or no name, or coef_dropout is no probability. Nothing has changed then.
 
-    Example:
+    Examples:
         >>> lr.motion.begin_residual_stage(model, name="dance")
         >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
@@ -74,7 +74,7 @@ def set_scales(
             given before a residual stage, or a number is not finite. TypeError: it is no number.
             Nothing has changed then.
 
-    Example:
+    Examples:
         >>> lr.motion.set_scales(model, identity=0.6, motion={"dance": 1.0, "wave": 0.5})
     """
     caller = "set_scales"

@@ -261,12 +261,12 @@ class TwoPathCrossAttention(nn.Module):
 
     Attributes:
         to_q, to_k, to_v, to_out: the frozen nn.Linear of the text path.
-        style_path: the :class:`StylePath`.
+        style_path: the ``StylePath``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
 
-    Example:
+    Examples:
         >>> layer = TwoPathCrossAttention(320)
         >>> y = layer(x, text, style)  # [B, S, 320], [B, 77, 768], [1 or B, n, 768]
     """

@@ -70,7 +70,7 @@ class StylePathConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that :meth:`to_dict` described.
+        """The config that ``to_dict`` described.
 
         Raises:
             ValueError: ``peft_type`` is another one, or a key is no field.

@@ -37,7 +37,7 @@ class StyleEmbedder(nn.Module):
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
 
-    Example:
+    Examples:
         >>> embedder = StyleEmbedder()
         >>> tokens = embedder(lr.style.encode_style(clip_vision, images))  # [N, 8, 768]
     """

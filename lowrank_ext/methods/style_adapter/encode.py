@@ -49,7 +49,7 @@ def encode_style(
         TypeError: vision_model has not CLIP's parts, or an option is of the wrong type.
         ValueError: images do not fit the model or ``references``.
 
-    Example:
+    Examples:
         >>> images = processor(images=pictures, return_tensors="pt").pixel_values  # 2 for each of N
         >>> features = encode_style(clip_vision, images, references=2)  # [N, 512, 1024]
     """

@@ -48,7 +48,7 @@ def save_style(
         ValueError: there is no style path. Nothing is written.
         OSError: the files cannot be written. The directory holds what it held before.
 
-    Example:
+    Examples:
         >>> lr.style.save_style(unet, "out/style", embedder)
     """
     if embedder is not None and not isinstance(embedder, StyleEmbedder):
@@ -69,7 +69,7 @@ def save_style(
 
 
 def load_style(unet: nn.Module, path: str | os.PathLike[str]) -> StyleEmbedder | None:
-    """Give ``unet`` the style path that :func:`save_style` wrote, and return its embedder if any.
+    """Give ``unet`` the style path that ``save_style`` wrote, and return its embedder if any.
 
     A model without a style path gets one, as from ``add_style_path``; one that has it, of the same
     options, gets the values.

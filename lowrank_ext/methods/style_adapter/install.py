@@ -32,7 +32,7 @@ __all__ = [
 def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "Table":
     """Give every cross-attention of a diffusers UNet a trainable style path; the rest is frozen.
 
-    Until :func:`set_style` chooses a style the model computes what it did before, bit for bit.
+    Until ``set_style`` chooses a style the model computes what it did before, bit for bit.
 
     Args:
         unet: a UNet2DConditionModel, or another model with diffusers' ``attn_processors``, whose
@@ -41,7 +41,7 @@ def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "T
         config: options; None stands for ``StylePathConfig()``.
 
     Returns:
-        The table of :func:`style_summary`.
+        The table of ``style_summary``.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -49,7 +49,7 @@ def add_style_path(unet: nn.Module, config: StylePathConfig | None = None) -> "T
         ValueError: it has a style path already, no cross-attention, or one that is not supported.
             Nothing has changed then.
 
-    Example:
+    Examples:
         >>> lr.style.add_style_path(unet)
         >>> with lr.style.set_style(unet, embedder(features)):  # [N, n, 768]
         ...     noise = unet(noisy, timestep, text).sample
@@ -80,7 +80,7 @@ def remove_style_path(unet: nn.Module) -> None:
 
 
 class StyleBlock:
-    """What :func:`set_style` returns: as a context manager it ends its style."""
+    """What ``set_style`` returns: as a context manager it ends its style."""
 
     def __init__(self, state: StyleState, style: Style | None) -> None:
         self._state, self._earlier = state, state.style
