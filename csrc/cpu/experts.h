@@ -44,8 +44,6 @@ struct ExpertOperands : Dtypes {
   Matrix lora_a;         // [E r_e, K], compute
   Matrix lora_b;         // [E N, r_e], compute
   ExpertForm form;
-
-  bool mask_per_expert() const { return dropout.active() && !shared_dropout; }
 };
 
 // The form for experts of this rank.

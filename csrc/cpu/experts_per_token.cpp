@@ -38,9 +38,10 @@ class TokenForward {
     const auto* ids = call_.topk_ids.as<int64_t>() + token * ops_.top_k;
     const auto* weights = call_.topk_weights.as<acc_t>() + token * ops_.top_k;
     const auto* b = packed_b_.as<packed_of<storage_t>>();
+    const bool one_input = ops_.shared_dropout || !ops_.dropout.active();
     const storage_t* input = nullptr;
     for (int64_t j = 0; j < ops_.top_k; ++j) {
-      if (input == nullptr || ops_.mask_per_expert())
+      if (j == 0 || !one_input)
         input = load_row(row_at(call_.x, token), ops_.compute, ops_.in_features,
                          mask_.draw(ids[j], token, 0, ops_.in_features), input_.data());
       down(ids[j], input, row_at(call_.h, token, ids[j] * rank));

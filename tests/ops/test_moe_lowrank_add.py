@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import DtypePair, executor, executor_ops, has_executor
+from conftest import DtypePair, has_simt, simt_module, simt_ops
 from distributed_cases import end_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext import ops
 
-# ExpertPlan of csrc/cuda/plan_experts.h: (grouped, dense_up_backward).
+# ExpertPlan of csrc/cuda/experts/plan_experts.h: (grouped, dense_up_backward).
 DENSE, GROUPED, GROUPED_DENSE_UP = FORMS = (False, False), (True, False), (True, True)
 FORM_NAMES = ("dense", "grouped", "grouped, dense up backward")
 grouped_forms = pytest.mark.parametrize("form", FORMS[1:], ids=FORM_NAMES[1:])
@@ -72,12 +72,12 @@ two_dtypes = pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "m
 
 def take_form(form: tuple[bool, bool]) -> None:
     """From here to the test's end, on the executor; elsewhere nothing."""
-    if has_executor() and torch.ops.lowrank_ext.moe_lowrank_add is executor_ops().moe_lowrank_add:
-        executor().host.fix_expert_plan(*form)
+    if has_simt() and torch.ops.lowrank_ext.moe_lowrank_add is simt_ops().moe_lowrank_add:
+        simt_module().host.fix_expert_plan(*form)
 
 
 @pytest.fixture(autouse=True)
-def form_of_rank(request: pytest.FixtureRequest, ops_on_executor: None) -> None:
+def form_of_rank(request: pytest.FixtureRequest, ops_on_simt: None) -> None:
     """both_forms on the executor."""
     callspec = getattr(request.node, "callspec", None)
     rank = callspec.params.get("rank") if callspec else None
@@ -85,7 +85,7 @@ def form_of_rank(request: pytest.FixtureRequest, ops_on_executor: None) -> None:
         take_form(DENSE if rank == PER_TOKEN_RANK else GROUPED)
 
 
-@pytest.mark.executor(every=11)
+@pytest.mark.simt(every=11)
 @both_forms
 @pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
@@ -128,7 +128,7 @@ three_dtypes = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.executor(every=11)
+@pytest.mark.simt(every=11)
 @three_dtypes
 @pytest.mark.parametrize(
     "sizes",
@@ -146,7 +146,7 @@ def test_sizes_that_need_several_blocks(device: str, dtypes: DtypePair, sizes: S
     check_sizes(sizes, dtypes, device)
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @grouped_forms
 @three_dtypes
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_grouped_sizes(
     check_sizes(sizes, dtypes, device)
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @grouped_forms
 @pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
@@ -190,7 +190,7 @@ def test_grouped_values_and_gradients(
     )
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @pytest.mark.parametrize("form", FORMS, ids=FORM_NAMES)
 @pytest.mark.parametrize("needs", [(name,) for name in NAMES] + [NAMES[2:], NAMES[:2]], ids=str)
 def test_some_gradients_alone(device: str, needs: tuple[str, ...], form: tuple[bool, bool]) -> None:
@@ -204,7 +204,7 @@ def test_some_gradients_alone(device: str, needs: tuple[str, ...], form: tuple[b
         assert_same_bits(value, every[name], name)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
 @two_dtypes
@@ -213,7 +213,7 @@ def test_every_expert_chosen(device: str, dtypes: DtypePair, num_experts: int, r
     assert_within_rule(tensors, make_dout(tensors), top_k=num_experts)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_one_expert_is_lowrank_add(
@@ -237,7 +237,7 @@ def test_one_expert_is_lowrank_add(
     assert not got["drouter_weight"].any()
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_forms
 def test_shared_dropout_is_the_mask_of_expert_zero(device: str, rank: int) -> None:
     """Equal experts then make one branch, of lowrank_add's mask; own masks make another."""
@@ -252,7 +252,7 @@ def test_shared_dropout_is_the_mask_of_expert_zero(device: str, rank: int) -> No
     assert not torch.equal(y, own)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_router_sees_x_without_dropout(device: str, dtypes: DtypePair, rank: int) -> None:
     tensors = make_tensors((20,), 30, 9, 5, rank, dtypes, device)
@@ -263,7 +263,7 @@ def test_router_sees_x_without_dropout(device: str, dtypes: DtypePair, rank: int
     assert not torch.equal(dropped.y, plain.y)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_routes_as_moe_route_does(device: str, kernels: str, dtypes: DtypePair, rank: int) -> None:
     """Integer logits, so that any order of summation gives them exactly, with many ties."""
@@ -283,7 +283,7 @@ def test_routes_as_moe_route_does(device: str, kernels: str, dtypes: DtypePair, 
         torch.testing.assert_close(loss, expected.balance_loss, rtol=rounding, atol=0)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_h_holds_the_chosen_experts_and_zeros(device: str, dtypes: DtypePair, rank: int) -> None:
     tensors = make_tensors((30,), 33, 9, 5, rank, dtypes, device)
@@ -297,7 +297,7 @@ def test_h_holds_the_chosen_experts_and_zeros(device: str, dtypes: DtypePair, ra
     assert by_expert[chosen].ne(0).any(-1).all()
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
 @pytest.mark.parametrize("lead", [(0,), (4,)])
@@ -316,7 +316,7 @@ def test_zero_branch_is_a_copy_of_base_out(
     assert_same_bits(tensors["base_out"], before, "base_out shares memory with y")
 
 
-@pytest.mark.executor(every=13)
+@pytest.mark.simt(every=13)
 @both_forms
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 33])
 @pytest.mark.parametrize(("num_in", "num_out"), [(1, 1), (31, 65), (64, 63), (129, 33)])
@@ -329,7 +329,7 @@ def test_shapes(
     assert_within_rule(tensors, make_dout(tensors), top_k=2, **options)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 130])
 @two_dtypes
 def test_every_rank(device: str, dtypes: DtypePair, rank: int) -> None:
@@ -338,7 +338,7 @@ def test_every_rank(device: str, dtypes: DtypePair, rank: int) -> None:
     assert_within_rule(tensors, make_dout(tensors), top_k=2)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize(("num_in", "num_out"), [(0, 5), (5, 0), (0, 0)])
 def test_no_columns(device: str, dtypes: DtypePair, num_in: int, num_out: int, rank: int) -> None:
@@ -347,7 +347,7 @@ def test_no_columns(device: str, dtypes: DtypePair, num_in: int, num_out: int, r
     assert_within_rule(tensors, make_dout(tensors), top_k=1, **options)
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @both_forms
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3), (2, 0, 3)])
 def test_leading_dimensions_are_kept(device: str, rank: int, lead: tuple[int, ...]) -> None:
@@ -357,7 +357,7 @@ def test_leading_dimensions_are_kept(device: str, rank: int, lead: tuple[int, ..
     assert_within_rule(tensors, make_dout(tensors), top_k=2, **options)
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("names", ["x", "dout", "base_out", "lora_a lora_b router_weight"])
@@ -448,7 +448,7 @@ def test_second_derivatives_are_refused() -> None:
 SOME = [n for size in (1, 2) for n in itertools.combinations(NAMES, size)]
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("needs", SOME, ids="+".join)
 def test_some_gradients_equal_those_of_all(device: str, rank: int, needs: tuple[str, ...]) -> None:
@@ -461,7 +461,7 @@ def test_some_gradients_equal_those_of_all(device: str, rank: int, needs: tuple[
         assert_same_values(some, {name: every[name] for name in some})
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("used", ["y", "balance_loss"])
 def test_one_output_used(device: str, dtypes: DtypePair, rank: int, used: str) -> None:
@@ -474,7 +474,7 @@ def test_one_output_used(device: str, dtypes: DtypePair, rank: int, used: str) -
         assert got["dx"].any() and got["drouter_weight"].any()
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @both_forms
 @pytest.mark.parametrize("needed", GRADIENTS)
 def test_backward_op_computes_only_what_is_asked(device: str, rank: int, needed: str) -> None:
@@ -508,7 +508,7 @@ def test_backward_op_names_what_is_missing(missing: str) -> None:
         torch.ops.lowrank_ext.moe_lowrank_add_backward(*args)
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 def test_two_runs_and_thread_counts_give_the_same_bits(
     device: str, dtypes: DtypePair, rank: int
@@ -553,7 +553,7 @@ def test_opcheck(device: str, dtypes: DtypePair, rank: int, layout: Layout) -> N
 # Rows that must not touch each other, experts without rows
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_a_bad_row_changes_no_other(device: str, dtypes: DtypePair, rank: int) -> None:
     """RF-12: NaN in one token; also not through an expert's gradient that it did not choose."""
@@ -578,7 +578,7 @@ def test_a_bad_row_changes_no_other(device: str, dtypes: DtypePair, rank: int) -
         assert not grad[2:].isnan().any(), "experts 2 to 4 did not see the bad token"
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_bad_logits_give_valid_ids(device: str, dtypes: DtypePair, rank: int) -> None:
     """RF-12 in the router itself: ties, infinities and NaN."""
@@ -591,7 +591,7 @@ def test_bad_logits_give_valid_ids(device: str, dtypes: DtypePair, rank: int) ->
     assert ids[0].tolist() == [0, 1]
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("choices", [[0, 2, 0], [3], [3, 3, 3, 3], []], ids=str)
 def test_experts_without_tokens(
@@ -615,7 +615,7 @@ def test_experts_without_tokens(
         assert got["balance_loss"] == 0
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @two_dtypes
 def test_bad_weights_of_an_idle_expert_do_not_spread(
@@ -635,7 +635,7 @@ def test_bad_weights_of_an_idle_expert_do_not_spread(
         assert not got[name][3:].any()
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("shared", [False, True])
 def test_integers_are_exact(device: str, dtypes: DtypePair, rank: int, shared: bool) -> None:
@@ -803,7 +803,7 @@ def test_raw_op_needs_a_seed_for_dropout() -> None:
         torch.ops.lowrank_ext.moe_lowrank_add(*raw_args(tensors, top_k=2, dropout_p=0.5))
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_saved_for_backward(device: str) -> None:
     """x only where lora_a or the router trains; no mask, no dropped copy, no fp32 copy of x."""
     tensors = make_tensors((50,), 96, 40, 4, 2, MIXED, device)

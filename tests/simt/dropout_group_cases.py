@@ -49,7 +49,7 @@ def column_groups(experts: Experts, shared_dropout: bool) -> list[tuple[slice, i
 
 
 def zero_between_groups(dz: Tensor, experts: Experts, shared_dropout: bool) -> Tensor:
-    """dz [M, R] with zeros in the columns that are nobody's."""
+    """dz [M, R] with zeros in the padding columns."""
     result = torch.zeros_like(dz)
     for columns, _ in column_groups(experts, shared_dropout):
         result[:, columns] = dz[:, columns]

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import executor, has_executor
+from conftest import has_simt, simt_module
 from torch import Tensor
 
 from lowrank_ext import reference
 
-if not has_executor():
-    pytest.skip("the executor is not built, run `make simt`", allow_module_level=True)
-_simt = executor()
+if not has_simt():
+    pytest.skip("the SIMT executor is not built, run `make simt`", allow_module_level=True)
+_simt = simt_module()
 
 COMPUTE_TYPES = ("bf16", "fp16", "tf32", "fp32", "fp64")
 DTYPES = {

@@ -106,7 +106,7 @@ def total(traffic: ModuleType, reports: list[dict[str, Any]]) -> int:
 def test_grouped_experts_of_few_ranks_move_less_than_dense_ones(
     traffic: ModuleType, simt: ModuleType
 ) -> None:
-    """8 experts of rank 2 with masks of their own, top 2.
+    """8 experts of rank 2 each with its own mask, top 2.
 
     In the forward x is read once by the router and once for each choice, which is as little as
     gathered rows can come to: (3 + 2) / 3 = 1.67 of what one pass needs. In the backward dout is
@@ -193,7 +193,7 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "lowrank_down",
             "lowrank_up",
             "lowrank_up_backward",
-            "lowrank_down_backward_lora_a",
+            "outer_sum",
             "lowrank_down_backward_x",
             "dense_stack",
             "dense_down",
@@ -214,8 +214,7 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "segment_down",
             "segment_up",
             "segment_up_backward",
-            "segment_up_backward_lora_b",
-            "segment_down_backward_lora_a",
+            "segment_outer",
             "segment_down_backward_x",
         }
         assert len(re.findall(rf"^all of [a-z ]+ward +{kind} ", done.stdout, re.M)) == 8

@@ -13,6 +13,10 @@ enum class ComputeType { kBf16, kFp16, kTf32, kFp32, kFp64 };
 
 enum class ElementType { kBf16, kFp16, kFp32, kFp64 };
 
+inline int64_t element_bytes(ElementType type) {
+  return type == ElementType::kFp64 ? 8 : type == ElementType::kFp32 ? 4 : 2;
+}
+
 // A [num_rows, num_cols] matrix of dense rows on the device; a vector has one row. data is null
 // where the argument is absent (or the output not asked for).
 struct MatrixRef {
@@ -42,16 +46,15 @@ struct Device {
   Stream stream;
 };
 
-// Sums that are split over blocks and left as they are: part s of a [M, R] sum in rows
-// [s M, (s + 1) M) of data [num_splits · M, R], rows row_stride elements apart, in the accumulator's
-// type.
+// Sums that are split over blocks and left as they are: part s of a [M, R] sum in rows [s M, (s +
+// 1) M) of data [num_splits · M, R], rows row_stride elements apart, in the accumulator's type.
 struct PartialSums {
   void* data = nullptr;
   int num_splits = 0;
   int64_t row_stride = 0;
 };
 
-// What they take.
+// The splits and the memory that they take.
 struct PartialSumsSize {
   int num_splits;
   int64_t row_stride, bytes;

@@ -1,5 +1,5 @@
-// How elements are stored, multiplied and summed. A kernel takes one of these kinds as its template
-// argument `Number`; it never names a CUDA type.
+// How elements are stored, multiplied and summed. A kernel takes one of these types as its template
+// argument `Compute`; it never names a CUDA type.
 #pragma once
 
 #include <cuda_bf16.h>

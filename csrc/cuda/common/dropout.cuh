@@ -2,7 +2,7 @@
 // lowrank_ext/reference.py. Element (m, k) belongs to the Philox4x32-7 call with counter
 // (k / 8, m mod 2^32, m / 2^32, expert) and key (seed mod 2^32, seed / 2^32); its four words, low
 // half first, are 16-bit draws for eight neighbouring columns; draws below `threshold` are dropped.
-// expert is 0 but where each of several experts has a mask of its own.
+// expert is 0 unless each expert has its own mask.
 //
 // A mask is applied to one 16-byte chunk at a time, by the thread that copied it: a chunk of eight
 // 2-byte elements is one call. Wider elements share a call between two or four chunks, and each of

@@ -27,7 +27,7 @@
 namespace lowrank_ext::cuda {
 
 struct LaunchShape {
-  unsigned grid_x, grid_y, grid_z;  // one that is zero launches nothing
+  unsigned grid_x, grid_y, grid_z;  // a zero launches nothing
   unsigned threads;                 // of a block
   size_t shared_bytes;              // dynamic shared memory
 };
@@ -53,7 +53,7 @@ inline bool launches_nothing(const LaunchShape& shape) {
 
 struct Stream {};
 
-// Set by tests, so that plans which split their work are run: small, as the tests' shapes are.
+// Tests set it, so that plans which split their work run at the tests' small shapes.
 inline int simt_num_sms = 4;
 
 inline int num_sms(int) { return simt_num_sms; }
@@ -96,7 +96,7 @@ void launch_kernel(const char* name, void (*kernel)(Params), LaunchShape shape,
 
 using Stream = cudaStream_t;
 
-// Errors of the runtime stay pending for the next who asks: taken out here, since they are thrown.
+// An error of the runtime stays pending until it is read: read here, since it is thrown.
 inline void check_cuda(cudaError_t error, const std::string& where) {
   if (error == cudaSuccess) return;
   cudaGetLastError();

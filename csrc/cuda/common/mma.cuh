@@ -41,30 +41,12 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
 #endif
 }
 
-// One access of kBytes (4, 8 or 16), both sides aligned to it. `from` is global or shared memory,
-// `into` the thread's own. store_vector the other way round, to shared memory.
-template <int kBytes>
-__device__ __forceinline__ void load_vector(void* into, const void* from) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-#ifdef LOWRANK_EXT_SIMT
-  simt::load(into, from, kBytes);
-#else
-  if constexpr (kBytes == 16) {
-    *static_cast<uint4*>(into) = *static_cast<const uint4*>(from);
-  } else if constexpr (kBytes == 8) {
-    *static_cast<uint2*>(into) = *static_cast<const uint2*>(from);
-  } else {
-    *static_cast<uint32_t*>(into) = *static_cast<const uint32_t*>(from);
-  }
-#endif
-}
+#ifndef LOWRANK_EXT_SIMT
+namespace detail {
 
 template <int kBytes>
-__device__ __forceinline__ void store_vector(void* to, const void* from) {
+__device__ __forceinline__ void move_vector(void* to, const void* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-#ifdef LOWRANK_EXT_SIMT
-  simt::store(to, from, kBytes);
-#else
   if constexpr (kBytes == 16) {
     *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
   } else if constexpr (kBytes == 8) {
@@ -72,6 +54,30 @@ __device__ __forceinline__ void store_vector(void* to, const void* from) {
   } else {
     *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
   }
+}
+
+}  // namespace detail
+#endif
+
+// One access of kBytes (4, 8 or 16), both sides aligned to it. `from` is global or shared memory,
+// `into` the thread's own. store_vector the other way round, to shared memory.
+template <int kBytes>
+__device__ __forceinline__ void load_vector(void* into, const void* from) {
+#ifdef LOWRANK_EXT_SIMT
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  simt::load(into, from, kBytes);
+#else
+  detail::move_vector<kBytes>(into, from);
+#endif
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_vector(void* to, const void* from) {
+#ifdef LOWRANK_EXT_SIMT
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  simt::store(to, from, kBytes);
+#else
+  detail::move_vector<kBytes>(to, from);
 #endif
 }
 

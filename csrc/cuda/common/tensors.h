@@ -1,6 +1,6 @@
-// Between torch's tensors and kernels.h: untyped matrices, scratch memory, the vendor's matrix
-// products (cuBLAS; in the executor's build, whose tensors are on the CPU, the CPU's),
-// registration.
+// Between torch's tensors and the kernel interfaces: references to matrices, scratch memory, the
+// vendor's matrix products (cuBLAS; in the executor's build, whose tensors are on the CPU, the
+// CPU's), registration.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "common/kernels.h"
+#include "common/scratch.h"
 #include "matrix.h"
 
 // STABLE_TORCH_LIBRARY_IMPL of the backend that csrc/cuda is.
@@ -83,88 +84,47 @@ inline Device device_of_kernels(const Tensor& like) {
   return {num_sms(index), current_stream(index)};
 }
 
-// One piece of scratch memory per call, from torch's allocator: first every part is reserved, then
-// the whole is allocated. Torch may reuse it as soon as the call returns, but only behind the
+// One piece of scratch memory per call, from torch's allocator, laid out by lay_out(scratch), which
+// is called twice (scratch.h). Torch may reuse it as soon as the call returns, but only behind the
 // call's kernels on their stream.
 class Workspace {
  public:
-  // Returns the part's offset; parts are aligned to a cache line of the L2.
-  int64_t reserve(int64_t num_bytes) {
-    constexpr int64_t kAlignment = 128;
-    const int64_t offset = num_bytes_;
-    num_bytes_ += (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
-  }
-  void allocate(const Tensor& like) {
-    if (num_bytes_ > 0) buffer_ = empty({num_bytes_}, ScalarType::Byte, like);
-  }
-  void* at(int64_t offset) const {
-    return buffer_ ? static_cast<char*>(buffer_->data_ptr()) + offset : nullptr;
+  template <class F>
+  Workspace(const Tensor& like, F lay_out) {
+    Scratch measured;
+    lay_out(measured);
+    if (measured.num_bytes() == 0) return;
+    buffer_ = empty({measured.num_bytes()}, ScalarType::Byte, like);
+    Scratch placed(buffer_->data_ptr());
+    lay_out(placed);
   }
 
  private:
-  int64_t num_bytes_ = 0;
   std::optional<Tensor> buffer_;
 };
-
-// A matrix in scratch memory whose rows start on 16 bytes, as the kernels' fast path wants them.
-struct ScratchMatrix {
-  MatrixRef matrix;  // no data before the workspace is allocated
-  int64_t offset;
-};
-
-inline ScratchMatrix reserve_matrix(Workspace& workspace, ScalarType dtype, int64_t num_rows,
-                                    int64_t num_cols) {
-  const int64_t chunk = 16 / element_size(dtype);
-  const int64_t row_stride = (num_cols + chunk - 1) / chunk * chunk;
-  const int64_t offset = workspace.reserve(num_rows * row_stride * element_size(dtype));
-  return {{nullptr, element_type(dtype), num_rows, num_cols, row_stride}, offset};
-}
-
-// Once the workspace is allocated.
-inline MatrixRef placed(const ScratchMatrix& scratch, const Workspace& workspace) {
-  MatrixRef matrix = scratch.matrix;
-  matrix.data = workspace.at(scratch.offset);
-  return matrix;
-}
 
 // Adapter tensors that the kernels cannot read where they are, since they have another dtype than x
 // or strided columns: copies in scratch memory, all by one launch.
 class AdapterCopies {
  public:
-  AdapterCopies(ScalarType input, Workspace& workspace) : input_(input), workspace_(workspace) {}
-
-  // `operand` becomes the copy, whose data come with round; it must stay where it is until then.
-  void add(const MatrixRef& source, int64_t col_stride, MatrixRef& operand) {
-    const ScratchMatrix scratch =
-        reserve_matrix(workspace_, input_, source.num_rows, source.num_cols);
-    copies_.push_back({source, col_stride, scratch.matrix});
-    offsets_.push_back(scratch.offset);
-    operands_.push_back(&operand);
-    operand = scratch.matrix;
+  // The copy of source, of dense rows, which round fills.
+  MatrixRef add(const MatrixRef& source, int64_t col_stride, ElementType type, Scratch& scratch) {
+    const MatrixRef rounded = scratch.matrix(type, source.num_rows, source.num_cols);
+    copies_.push_back({source, col_stride, rounded});
+    return rounded;
   }
-
-  // Once the workspace is allocated.
-  void round(const Device& device) {
-    if (copies_.empty()) return;
-    for (size_t i = 0; i < copies_.size(); ++i)
-      copies_[i].rounded.data = operands_[i]->data = workspace_.at(offsets_[i]);
-    round_adapters(copies_.data(), static_cast<int>(copies_.size()), device);
+  void round(const Device& device) const {
+    if (!copies_.empty()) round_adapters(copies_.data(), static_cast<int>(copies_.size()), device);
   }
 
  private:
-  const ScalarType input_;
-  Workspace& workspace_;
   std::vector<AdapterCopy> copies_;
-  std::vector<int64_t> offsets_;
-  std::vector<MatrixRef*> operands_;
 };
 
 inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
   const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
   if (threshold == 0) return {};
-  // Of 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will
-  // do.
+  // 1 / (1 - p) of the rounded p; any finite factor where nothing is kept.
   const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
   return {threshold, scale, data_of<const int64_t>(seed)};
 }

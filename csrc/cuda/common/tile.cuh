@@ -8,8 +8,8 @@
 // fragments.
 //
 // A product's accumulators are distributed over the block's warps as mma.sync's m16n8 fragments
-// are: lane 4 g + t owns rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8 piece. Kinds without
-// tensor cores use the same ownership, so every kernel is written once.
+// are: lane 4 g + t owns rows g, g + 8 and columns 2 t, 2 t + 1 of each 16 x 8 piece. Compute types
+// without tensor cores use the same ownership, so every kernel is written once.
 #pragma once
 
 #include <cstdint>

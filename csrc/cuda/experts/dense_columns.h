@@ -36,7 +36,7 @@ struct DenseColumns {
   __host__ __device__ __forceinline__ int first_col(int expert) const {
     return first_expert + expert * expert_stride;
   }
-  // The expert whose column this is, -1 where it is the router's or nobody's.
+  // The expert whose column this is, -1 for the router's columns and for padding.
   __host__ __device__ __forceinline__ int expert_of(int col) const {
     const int inside = col - first_expert;
     if (inside < 0 || inside >= num_experts * expert_stride) return -1;

@@ -1,20 +1,16 @@
-// dx [M, K] = Σ_g drop'_g(dz_g W_g), the groups of columns of dz being those of dropout_groups.h:
-// the router's is added as it is, every other one scaled and through the mask that x saw in the
-// forward pass, drawn again.
+// dx [M, K] = Σ_g drop'_g(dz_g w_g), over the groups of columns of dropout_groups.h. The router's
+// part is added as it is, every other one scaled and through its group's dropout mask, drawn again.
 //
 // A block owns 128 rows and a line of 128 bytes of columns of dx, a warp 16 of the rows. It walks
-// over the units of dz and W: tiles of dz (128 x 16) and of W (16 x the columns) come through four
-// stages of cp.async, so any number of columns R will do. Two sums lie in registers, in acc_t: that
-// of the group and that of all groups before it. At a group's end the warp draws the mask of its
-// tile, a Philox call for eight columns of a row, eight bits a call; lanes get the bits of the
-// elements that they own by shuffles and add what is kept to the sum of all groups. Each mask is
-// drawn once, and not at all for rows where dz_g is zero, as it is wherever the expert was not
-// chosen: a unit that is zero in all the warp's rows is not even multiplied. Still there are up to
-// E draws per element of dx, and on a GPU the integer units bound this kernel, not memory.
+// over the units of dz and w: tiles of dz (128 x 16) and of w (16 x the columns) come through four
+// stages of cp.async. Two sums lie in registers, in acc_t: the group's and that of all groups
+// before it. At a group's end the warp draws the mask of its tile and adds what is kept
+// (dropout_sum.cuh). Rows where dz_g is zero, as it is where the expert was not chosen, draw
+// nothing; a unit that is zero in all the warp's rows is not multiplied.
 //
-// Shared memory: four stages of 128 · 16 elements of dz and 2 KiB of W; 24, 40 and 72 KiB for
-// elements of 2, 4 and 8 bytes. The result, rounded once, leaves through them in whole 16-byte
-// chunks. Tails: what lies outside is zero in shared memory and not stored.
+// Shared memory: four stages of 128 · 16 elements of dz and 2 KiB of w; 24, 40 and 72 KiB for
+// elements of 2, 4 and 8 bytes; the result, rounded once, leaves through them. What lies outside is
+// zero in shared memory and not stored.
 #pragma once
 
 #include "common/launch.h"
@@ -31,7 +27,7 @@ struct DenseExpandParams {
   Matrix<const scalar_t> w;   // [R, K]
   Matrix<scalar_t> dx;        // [M, K]
   DropoutGroups groups;
-  typename Compute::acc_t scale;  // of what is masked
+  typename Compute::acc_t scale;  // of the experts' sums
   Dropout dropout;
   int64_t num_col_tiles;
 

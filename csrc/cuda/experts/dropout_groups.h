@@ -1,8 +1,7 @@
-// The dense form of moe_lowrank_add under dropout: x passes through a mask, or through none, on its
-// way to each column of z, and columns that see the same one form a group of whole units
-// (DenseColumns::padded). The router's columns come first and see none. The others are one group,
-// with mask 0, where dropout is shared, else a group per expert, with the expert's mask (word 3 of
-// the Philox counter: dropout.cuh).
+// The dense form of moe_lowrank_add under dropout. Columns of z that see x through the same dropout
+// mask form a group of whole units (DenseColumns::padded). The router's columns come first and see
+// x itself. The experts' columns are one group with mask 0 where dropout is shared, else one group
+// per expert, with the expert's mask (word 3 of the Philox counter: dropout.cuh).
 #pragma once
 
 #include "experts/dense_columns.h"
@@ -19,8 +18,8 @@ struct DropoutGroups {
   int num_cols;
 
   static DropoutGroups of(const DenseColumns& columns, bool shared_dropout) {
-    const int masked = columns.num_cols - columns.first_expert;
-    return {columns.first_expert, shared_dropout ? masked : columns.expert_stride,
+    const int expert_cols = columns.num_cols - columns.first_expert;
+    return {columns.first_expert, shared_dropout ? expert_cols : columns.expert_stride,
             columns.num_cols};
   }
   // The mask that the columns of a unit see, -1 where they see none.

@@ -1,24 +1,17 @@
-// thin_product.cuh where groups of C's columns each see L through a dropout mask of their own
-// (dropout_groups.h):
-//     dense_down   z [M, R]    = drop_g(x) W_gᵀ      L = drop_g(x),  R = Wᵀ
-//     dense_outer  dW [R, K]ᵀ  = drop_g(x)ᵀ dz_g     L = drop_g(x)ᵀ, R = dz
+// thin_product.cuh where groups of C's columns each see L through their own dropout mask
+// (dropout_groups.h): dense_down and dense_outer.
 //
 // A block owns 64 rows and 64 columns (four units) of C and one split of the contraction, whose
-// tiles of L and R (16 KiB a step) come through three stages of cp.async. Of each step's tile of L
-// it makes a masked copy (8 KiB) for every mask that its units see, at most four: a thread reads
-// the chunks that it copied itself and writes them, masked, into each copy. One barrier frees the
-// copies, another one publishes them and the stage; then every warp multiplies its two units, each
-// with the copy that it sees (the router's with the stage itself). So a step reads L once from
-// memory and draws one Philox call per eight elements and mask. Masks that differ by expert make
-// that E draws per element of x: on a GPU the integer units bound these kernels, not memory. In
-// dense_outer, a row of x is neither drawn nor copied for a group whose dz is zero in that row, as it
-// is wherever the expert was not chosen. A warp is spared the draws where that is so for all rows
-// of its 512 bytes. Elements of x that are not finite are zero in dense_outer's copies: only their
-// own token's experts may become NaN by them, and those have NaN in dz.
+// tiles of L and R come through three stages of cp.async. Of each step's tile of L it makes a
+// dropped copy for every mask that its units see, at most four: a thread reads the chunks that it
+// copied itself and writes them into each copy. One barrier frees the copies, another publishes
+// them and the stage; then every warp multiplies its two units, each with its copy (the router's
+// with the stage itself). In dense_outer a row of x is neither drawn nor copied for a group whose
+// dz is zero in that row, and elements of x that are not finite are zero in the copies.
 //
-// Shared memory: 3 · 16 KiB of stages and 4 · 8 KiB of copies, 80 KiB. Sums are kept in acc_t,
-// scaled where masked, and leave through shared memory as a split's partial sums. What lies outside
-// the matrices is zero in shared memory and never stored; units beyond the last are not multiplied.
+// Shared memory: 3 · 16 KiB of stages and 4 · 8 KiB of copies. Sums are in acc_t, scaled behind a
+// mask, and leave through shared memory as a split's partial sums. What lies outside the matrices
+// is zero in shared memory and never stored; units beyond the last are not multiplied.
 #pragma once
 
 #include "experts/dropout_groups.h"
@@ -46,7 +39,7 @@ struct DropoutProductParams {
   Matrix<acc_t> partials;        // [num_splits · M, R] or [num_splits · R, K], which may be padded
   int64_t rows_per_split;        // of partials: M or R
   DropoutGroups groups;
-  acc_t scale;  // of what is masked
+  acc_t scale;  // of the experts' columns
   Dropout dropout;
   int num_rank_tiles;
   int64_t steps_per_split;
@@ -131,7 +124,7 @@ struct DropoutProductTraits {
 
 namespace detail {
 
-// The masks that a block's units see, and their masked copies.
+// The masks that a block's units see, and the dropped copies of L.
 template <class Traits>
 struct DroppedCopies {
   using LargeTile = typename Traits::LargeTile;
@@ -182,7 +175,7 @@ __device__ __forceinline__ uint32_t nonzero_chunks(const TileT& tile, int row, i
   return lanes >> (thread % kWarpSize - chunk) & ~0u >> (32 - TileT::kChunksPerRow);
 }
 
-// This thread's chunks of a step's tile of L, masked, into every copy.
+// This thread's chunks of a step's tile of L, through each mask, into every copy.
 template <class Traits>
 __device__ __forceinline__ void fill_copies(const DroppedCopies<Traits>& copies,
                                             const typename Traits::LargeTile& large,

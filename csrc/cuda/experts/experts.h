@@ -1,8 +1,8 @@
 // What the two forms of moe_lowrank_add on a GPU share: the call, its outputs and its gradients.
 //
-// Dense (experts_dense.cu): every token multiplies with every expert, and those that it did not
+// Dense (experts_dense.cpp): every token multiplies with every expert, and those that it did not
 // choose count as zero. Few columns; one pass over each stream.
-// Grouped (experts_grouped.cu): slots sorted by expert, each multiplied with its own expert only.
+// Grouped (experts_grouped.cpp): slots sorted by expert, each multiplied with its own expert only.
 #pragma once
 
 #include "common/tensors.h"
@@ -52,8 +52,7 @@ struct ExpertCall {
   bool drops() const { return dropout.threshold != 0; }
   int64_t num_h_cols() const { return num_experts * rank; }
   ExpertPlan plan() const {
-    if (fixed_expert_plan) return *fixed_expert_plan;
-    return plan_experts({num_experts, rank, top_k, element_size(input), drops(), shared_dropout});
+    return expert_plan({num_experts, rank, top_k, element_size(input), drops(), shared_dropout});
   }
   ExpertRouting routing(const RoutingTensors& tensors) const {
     return {ref(tensors.router_probs), ref(tensors.topk_weights),
@@ -84,7 +83,5 @@ void forward_dense(const ExpertCall& call, const ExpertForward& pass, const Tens
 void backward_dense(const ExpertCall& call, const ExpertBackward& pass, const Tensor& like);
 void forward_grouped(const ExpertCall& call, const ExpertForward& pass, const Tensor& like);
 void backward_grouped(const ExpertCall& call, const ExpertBackward& pass, const Tensor& like);
-
-inline int64_t if_needed(bool is_needed, int64_t size) { return is_needed ? size : 0; }
 
 }  // namespace lowrank_ext::cuda

@@ -4,7 +4,8 @@
 // over dout and two of K columns in the backward.
 //
 // Under dropout the columns are padded to groups that see the same mask, and three kernels draw the
-// masks anew from the seed: dense_down, dense_outer and dense_expand in place of the products of rank R.
+// masks anew from the seed: dense_down, dense_outer and dense_expand in place of the products of
+// rank R.
 //
 // Forward: stack, down, gate, balance, up. Backward: stack, gate h, up backward, gate backward, dw,
 // unstack, dx.
@@ -71,26 +72,25 @@ void forward_dense(const ExpertCall& call, const ExpertForward& pass, const Tens
   const auto& [compute_type, device] = std::tie(call.compute_type, call.device);
   const DenseColumns& columns = experts.columns;
   const int64_t num_rows = pass.x.num_rows, num_h_cols = call.num_h_cols();
-  const PartialSumsSize down = experts.down_workspace(num_rows);
-  Workspace workspace;
-  const ScratchMatrix w = reserve_matrix(workspace, call.input, columns.num_cols, call.in_features);
-  const ScratchMatrix up = reserve_matrix(workspace, call.input, call.out_features, num_h_cols);
-  const ScratchMatrix gated = reserve_matrix(workspace, call.input, num_rows, num_h_cols);
-  const int64_t z_offset = workspace.reserve(down.bytes);
-  const int64_t gate_offset =
-      workspace.reserve(moe_gate_workspace_bytes(num_rows, columns.num_experts));
-  workspace.allocate(like);
+  MatrixRef w, up, gated;
+  PartialSums z;
+  void* gate = nullptr;
+  const Workspace workspace(like, [&](Scratch& scratch) {
+    const ElementType input = element_type(call.input);
+    w = scratch.matrix(input, columns.num_cols, call.in_features);
+    up = scratch.matrix(input, call.out_features, num_h_cols);
+    gated = scratch.matrix(input, num_rows, num_h_cols);
+    z = scratch.partial_sums(experts.down_workspace(num_rows));
+    gate = scratch.bytes(moe_gate_workspace_bytes(num_rows, columns.num_experts));
+  });
 
-  const PartialSums z{workspace.at(z_offset), down.num_splits, down.row_stride};
   if (num_rows > 0) {
-    experts.stack(placed(w, workspace), placed(up, workspace));
-    experts.down(pass.x, placed(w, workspace), z);
+    experts.stack(w, up);
+    experts.down(pass.x, w, z);
   }
   // Without rows too: then counts and loss are zero.
-  moe_gate(compute_type, columns, z, pass.routing, pass.balance_loss, pass.h,
-           placed(gated, workspace), workspace.at(gate_offset), device);
-  lowrank_up(compute_type, pass.base, placed(gated, workspace), Mid{}, placed(up, workspace),
-             MatrixRef{}, call.scaling, pass.y, device);
+  moe_gate(compute_type, columns, z, pass.routing, pass.balance_loss, pass.h, gated, gate, device);
+  lowrank_up(compute_type, pass.base, gated, Mid{}, up, MatrixRef{}, call.scaling, pass.y, device);
 }
 
 void backward_dense(const ExpertCall& call, const ExpertBackward& pass, const Tensor& like) {
@@ -98,54 +98,47 @@ void backward_dense(const ExpertCall& call, const ExpertBackward& pass, const Te
   const auto& [compute_type, device, needs] = std::tie(call.compute_type, call.device, pass.needs);
   const DenseColumns& columns = experts.columns;
   const int64_t num_rows = pass.dout.num_rows, num_h_cols = call.num_h_cols();
-  const ScalarType accumulator = statistics_dtype(call.input);
   const bool need_g = pass.need_g(), need_p = needs.dlora_b;
+  const ElementType input = element_type(call.input);
+  const ElementType accumulator = element_type(statistics_dtype(call.input));
   const UpBackwardWorkspace up_sizes = lowrank_up_backward_workspace(
       compute_type, num_rows, call.out_features, num_h_cols, need_g, need_p, device.num_sms);
-  const PartialSumsSize dw_sizes = experts.outer_workspace(num_rows);
+  MatrixRef w, up, gated, dup, dz;
+  GPartials g;
+  void* p = nullptr;
+  PartialSums dw_sums;
+  const Workspace workspace(like, [&](Scratch& scratch) {
+    if (needs.dx) w = scratch.matrix(input, columns.num_cols, call.in_features);
+    up = scratch.matrix(input, call.out_features, num_h_cols);
+    if (need_p) gated = scratch.matrix(input, num_rows, num_h_cols);
+    if (need_g)
+      g = {
+          scratch.bytes(up_sizes.num_g_splits * num_rows * num_h_cols * element_bytes(accumulator)),
+          up_sizes.num_g_splits};
+    p = scratch.bytes(up_sizes.p_bytes);
+    if (need_p) dup = scratch.matrix(accumulator, call.out_features, num_h_cols);
+    if (need_g) dz = scratch.matrix(input, num_rows, columns.num_cols);
+    if (needs.x()) dw_sums = scratch.partial_sums(experts.outer_workspace(num_rows));
+  });
 
-  Workspace workspace;
-  const ScratchMatrix w = reserve_matrix(workspace, call.input,
-                                         if_needed(needs.dx, columns.num_cols), call.in_features);
-  const ScratchMatrix up = reserve_matrix(workspace, call.input, call.out_features, num_h_cols);
-  const ScratchMatrix gated =
-      reserve_matrix(workspace, call.input, if_needed(need_p, num_rows), num_h_cols);
-  const int64_t g_offset = workspace.reserve(
-      if_needed(need_g, up_sizes.num_g_splits * num_rows * num_h_cols * element_size(accumulator)));
-  const int64_t p_offset = workspace.reserve(up_sizes.p_bytes);
-  const ScratchMatrix dup =
-      reserve_matrix(workspace, accumulator, if_needed(need_p, call.out_features), num_h_cols);
-  const ScratchMatrix dz =
-      reserve_matrix(workspace, call.input, if_needed(need_g, num_rows), columns.num_cols);
-  const int64_t dw_offset = workspace.reserve(if_needed(needs.x(), dw_sizes.bytes));
-  workspace.allocate(like);
-  const auto at = [&](bool is_needed, const ScratchMatrix& scratch) {
-    return is_needed ? placed(scratch, workspace) : MatrixRef{};
-  };
-
-  experts.stack(at(needs.dx, w), placed(up, workspace));
-  if (need_p)
-    dense_apply_gates(compute_type, columns, pass.routing, pass.h, placed(gated, workspace),
-                      device);
-  const GPartials g =
-      need_g ? GPartials{workspace.at(g_offset), up_sizes.num_g_splits} : GPartials{};
-  lowrank_up_backward(compute_type, pass.dout, at(need_p, gated), Mid{}, placed(up, workspace),
-                      MatrixRef{}, call.scaling, g, workspace.at(p_offset), at(need_p, dup),
-                      MatrixRef{}, device);
+  experts.stack(w, up);
+  if (need_p) dense_apply_gates(compute_type, columns, pass.routing, pass.h, gated, device);
+  lowrank_up_backward(compute_type, pass.dout, gated, Mid{}, up, MatrixRef{}, call.scaling, g, p,
+                      dup, MatrixRef{}, device);
   MatrixRef dw;
   if (need_g) {
     dense_gate_backward(compute_type, columns, g, pass.routing, pass.dbalance_loss, pass.h,
-                        needs.gates(), placed(dz, workspace), device);
+                        needs.gates(), dz, device);
     if (needs.x()) {
-      dw = {workspace.at(dw_offset), element_type(accumulator),
-            dw_sizes.num_splits * columns.num_cols, call.in_features, dw_sizes.row_stride};
-      experts.outer(placed(dz, workspace), pass.x, dw.data);
+      dw = {dw_sums.data, accumulator, dw_sums.num_splits * columns.num_cols, call.in_features,
+            dw_sums.row_stride};
+      experts.outer(dz, pass.x, dw.data);
     }
   }
   if (needs.x() || need_p)
-    dense_unstack(compute_type, columns, dw, dw_sizes.num_splits, at(need_p, dup),
-                  pass.drouter_weight, pass.dlora_a, pass.dlora_b, device);
-  if (needs.dx) experts.expand(placed(dz, workspace), placed(w, workspace), pass.dx);
+    dense_unstack(compute_type, columns, dw, dw_sums.num_splits, dup, pass.drouter_weight,
+                  pass.dlora_a, pass.dlora_b, device);
+  if (needs.dx) experts.expand(dz, w, pass.dx);
 }
 
 }  // namespace lowrank_ext::cuda

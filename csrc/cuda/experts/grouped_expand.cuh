@@ -1,25 +1,18 @@
-// From ranks to features in the grouped form of moe_lowrank_add, summed over the experts e_j that
-// each token chose; what lies between an expert's projections has a row m k + j for choice j:
+// From ranks to features in the grouped form, summed over the experts e_j that each token chose:
 //     y [M, N]  = base + scaling Σ_j gated[m k + j] lora_b[e_j]ᵀ
 //     dx [M, K] = dlogits router_weight + scale Σ_j drop'_{e_j}(dh[m k + j] lora_a[e_j])
 //
-// A block owns a tile of tokens, a warp 16 of them, in an order in which neighbours chose the same
-// experts (order_tokens), and a share of the columns. It first lists the experts that its tokens
-// chose. Then, for each line of 128 bytes of columns and each expert of the list, lowest first,
-// tiles of the expert's rows of left [tokens, 16] and of right [16, columns] come through four
-// stages of cp.async, one barrier a step; tokens that did not choose the expert have zeros in left,
-// and a warp none of whose tokens did multiplies nothing. The router is the first on the list.
-//
-// Two sums lie in registers, in acc_t: that of the expert and that of all before it. The first is
-// added to the second by the tokens that chose the expert only, through their mask, which the warp
-// draws again (dropout_sum.cuh). So nothing spreads from an expert to a token that did not choose
-// it, and a token's bits do not depend on its neighbours. The epilogue is segment_up.cuh's: whole
-// chunks, where the rows lie, base loaded a tile ahead.
+// A block owns a tile of tokens in the order of order_tokens, a warp 16 of them, and a share of the
+// columns. It lists the experts that its tokens chose (the router first). For each line of 128
+// bytes of columns and each expert of the list, tiles of left [tokens, 16] and of right [16,
+// columns] come through four stages of cp.async. A token that did not choose the expert has zeros
+// in left. Two sums lie in registers, in acc_t: the expert's, and that of all before it, to which
+// only the tokens that chose the expert add it, through their mask (dropout_sum.cuh). The epilogue
+// is segment_up.cuh's.
 //
 // Shared memory: four stages of 16 elements for each token and 2 KiB of right for each 128 bytes of
-// columns, 2 KiB for each warp, and 4 bytes for each token, each of its choices, each word of 32
-// experts and each place of the list. With 128 tokens, k = 2 and 8 experts that is 42 KiB with
-// elements of 2 bytes, 58 with 4 and 90 with 8.
+// columns, 2 KiB for each warp, and 4 bytes for each token, choice, word of 32 experts and place of
+// the list: 42, 58 and 90 KiB for elements of 2, 4, 8 bytes with 128 tokens, k = 2 and 8 experts.
 #pragma once
 
 #include "experts/dropout_sum.cuh"
@@ -151,7 +144,7 @@ struct ChosenExperts {
         list[size + __popc(bits & ((1u << lane) - 1))] = 32 * word + lane;
       size += __popc(bits);
     }
-    if (size == 0) {  // ids that are no expert's: the walk needs a place, which adds nothing
+    if (size == 0) {  // only ids outside [0, E): the walk needs a place, which adds nothing
       if (thread == 0) list[0] = 0;
       size = 1;
     }
@@ -247,7 +240,7 @@ struct ExpertWalk {
     return __ballot_sync(0xFFFFFFFFu, has);
   }
 
-  // The sum of all places grows by one's part.
+  // Adds the part of one place of the list to the sum of all.
   __device__ __forceinline__ void add_part(typename Traits::Sum& sum,
                                            const typename Traits::Sum& part, int place,
                                            uint32_t rows, int warp_row, int64_t warp_col,

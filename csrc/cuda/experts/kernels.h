@@ -1,5 +1,5 @@
-// The kernel interface of moe_lowrank_add: what host code calls, defined in the .cu files beside it.
-// Names that begin with dense or grouped belong to one form (experts.h), others to both.
+// The kernel interface of moe_lowrank_add: what host code calls, defined in the .cu files beside
+// it. Names that begin with dense or grouped belong to one form (experts.h), others to both.
 #pragma once
 
 #include "common/arguments.h"
@@ -51,9 +51,10 @@ void dense_gate_backward(ComputeType compute_type, const DenseColumns& columns, 
                          const ExpertRouting& routing, const MatrixRef& dbalance_loss,
                          const MatrixRef& h, bool gates, const MatrixRef& dz, const Device& device);
 
-// The three products under dropout: each group of columns g sees x through the group's dropout mask,
-// the router's columns see x itself. columns is DenseColumns::padded of the same shared_dropout, the
-// threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in padding columns.
+// The three products under dropout: each group of columns g sees x through the group's dropout
+// mask, the router's columns see x itself. columns is DenseColumns::padded of the same
+// shared_dropout, the threshold at least 1. w [R, K] and dz [M, R] are of x's type, and zero in
+// padding columns.
 
 // z [M, R] = drop_g(x) w_gᵀ, left as it is split.
 PartialSumsSize dense_down_workspace(ComputeType compute_type, int64_t num_rows,
@@ -75,8 +76,8 @@ void dense_expand(ComputeType compute_type, const MatrixRef& dz, const MatrixRef
                   const DenseColumns& columns, bool shared_dropout, const DropoutArgs& dropout,
                   const MatrixRef& dx, const Device& device);
 
-// Without dropout, columns packed: dw [R, K] = dzᵀ x, left as it is split. Elements of x that are not
-// finite count as zero: the token's own experts have NaN in dz, and its others zeros, which the
+// Without dropout, columns packed: dw [R, K] = dzᵀ x, left as it is split. Elements of x that are
+// not finite count as zero: the token's own experts have NaN in dz, and its others zeros, which the
 // product would make NaN.
 PartialSumsSize dense_outer_packed_workspace(ComputeType compute_type, int64_t num_rows,
                                              int64_t in_features, int64_t num_cols, int num_sms);
@@ -121,7 +122,7 @@ void grouped_up(ComputeType compute_type, const TokenChoices& choices, const Mat
                 const Device& device);
 
 // dx [M, K] = dlogits router_weight + Σ_j drop'(dh[m k + j] lora_a[e_j]), through the mask of
-// expert e_j or, shared, mask 0.
+// expert e_j or, with shared dropout, mask 0.
 void grouped_down_backward_x(ComputeType compute_type, const TokenChoices& choices,
                              const MatrixRef& dlogits, const MatrixRef& router_weight,
                              const MatrixRef& dh, const StackRef& lora_a, bool shared_dropout,

@@ -1,5 +1,6 @@
 #include "experts/moe_gate.cuh"
 
+#include "common/scratch.h"
 #include "experts/kernels.h"
 
 namespace lowrank_ext::cuda {
@@ -10,16 +11,15 @@ Matrix<const bool> mask_of(const ExpertRouting& routing) {
   return dense_matrix(routing.token_mask, 1, routing.probs.num_rows);
 }
 
-// Of the workspace: each block's sums of probabilities, then its counts.
+// Each block's sums of probabilities, and its counts.
 struct BlockSums {
   double* probs;
   int64_t* counts;
-};
 
-BlockSums block_sums_of(void* workspace, int64_t num_blocks, int num_experts) {
-  const auto probs = static_cast<double*>(workspace);
-  return {probs, reinterpret_cast<int64_t*>(probs + num_blocks * num_experts)};
-}
+  BlockSums(int64_t num_blocks, int num_experts, Scratch& scratch)
+      : probs(scratch.array<double>(num_blocks * num_experts)),
+        counts(scratch.array<int64_t>(num_blocks * num_experts)) {}
+};
 
 template <class Compute>
 GateBackwardParams<Compute> gate_backward_params(const DenseColumns& columns,
@@ -42,8 +42,9 @@ GateBackwardParams<Compute> gate_backward_params(const DenseColumns& columns,
 }  // namespace
 
 int64_t moe_gate_workspace_bytes(int64_t num_rows, int num_experts) {
-  const int64_t num_sums = plan_gate(num_rows, num_experts).num_blocks * num_experts;
-  return num_sums * static_cast<int64_t>(sizeof(double) + sizeof(int64_t));
+  Scratch scratch;
+  BlockSums(plan_gate(num_rows, num_experts).num_blocks, num_experts, scratch);
+  return scratch.num_bytes();
 }
 
 void moe_gate(ComputeType compute_type, const DenseColumns& columns, const PartialSums& z,
@@ -52,7 +53,8 @@ void moe_gate(ComputeType compute_type, const DenseColumns& columns, const Parti
   const int64_t num_rows = routing.probs.num_rows, num_experts = columns.num_experts;
   const int64_t top_k = routing.weights.num_cols;
   const int64_t num_blocks = plan_gate(num_rows, columns.num_experts).num_blocks;
-  const BlockSums sums = block_sums_of(workspace, num_blocks, columns.num_experts);
+  Scratch scratch(workspace);
+  const BlockSums sums(num_blocks, columns.num_experts, scratch);
   dispatch(compute_type, [&](auto compute) {
     using Compute = decltype(compute);
     using scalar_t = typename Compute::scalar_t;

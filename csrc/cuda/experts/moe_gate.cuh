@@ -1,35 +1,17 @@
-// What happens between the two projections of the dense form of moe_lowrank_add, on [M, R] matrices
-// only. The columns of z = x Wᵀ are the router's logits and every expert's h (dense_columns.h);
-// they come as partial sums, so that logits are never rounded to x's type.
-//
-//     moe_gate           sums z's splits in their order; per row softmax, top-k (routing.cuh) and
-//                        the chosen experts' weights; h [M, E r] where chosen and exact zeros
-//                        elsewhere, and gated = weight · h
-//     balance            tokens per expert and the loss, from each block's part (balance.cuh)
-//     dense_apply_gates         gated again, for the backward
+// What lies between the two projections of moe_lowrank_add in the dense form, on z [M, R] = x wᵀ:
+//     moe_gate           softmax and top-k of the router's columns (topk.cuh); h [M, E r] where chosen
+//                        and exact zeros elsewhere, gated = weight · h; balance.cuh adds the loss
+//     dense_apply_gates  gated again, for the backward
 //     moe_gate_backward  from G's splits, G = scaling · dout lora_b: per choice
 //                            dweight_j = Σ_r G[e_j r] h[e_j r]
 //                            dlogit_i  = p_i (b_i - Σ p b) + [i = e_j] w_j (dweight_j - Σ w dweight)
 //                        with b the balance loss's gradient of the probabilities (the first term
 //                        only of counted tokens), and dz [M, R] = [dlogits, w_j G where chosen]
-//
-// In the grouped form z has the router's columns only, and what belongs to an expert has a row for
-// each slot (token m's choice j is slot m k + j):
-//
-//     grouped_gate          from the sums of the slots' h [M k, r], also split: h [M, E r] with zeros
-//                        elsewhere and gated [M k, r]
-//     grouped_apply_gates        gated again, from h [M, E r]
-//     moe_gate_backward  G may have a row for each slot; dlogits [M, E] and dh [M k, r] apart
-//
-// A row is worked on by a group of 8, 16 or 32 lanes, enough for an expert each, and a block of 256
-// threads by as many rows as it has groups. Neighbouring lanes own neighbouring columns, so a
-// group's loads are whole sectors. What a row's lanes tell each other beyond the routing goes
-// through the outputs ids, weights and probs, which __syncwarp orders. All statistics are in acc_t;
-// sums over lanes and splits have a fixed order, and those over tokens are in double. No shared
-// memory. Lanes of rows beyond the end take part in the shuffles only.
-//
-// Of G and z only the columns of chosen experts are read; a NaN in another expert's does not
-// matter.
+// A group of 8, 16 or 32 lanes owns a row; a block of 256 threads as many rows as it has groups.
+// Lanes of a row exchange ids, weights and probs through the outputs, ordered by __syncwarp.
+// Statistics are in acc_t, sums over tokens in double, every sum in a fixed order. No shared
+// memory. Lanes of rows beyond the end take part in the shuffles only. Of G and z only columns of
+// chosen experts are read.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +27,7 @@ namespace lowrank_ext::cuda {
 
 constexpr int kGateThreads = 256;
 
-// 64 registers a thread, except where numbers take two each.
+// 64 registers a thread, except where a number takes two.
 template <class Compute>
 constexpr int kGateMinBlocks = sizeof(typename Compute::acc_t) == 8 ? 2 : 4;
 

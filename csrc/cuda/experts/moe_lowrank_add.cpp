@@ -48,11 +48,3 @@ LOWRANK_EXT_CUDA_IMPL(m) {
 }
 
 }  // namespace lowrank_ext::cuda
-
-// For benchmarks/bench_expert_forms.py, by ctypes: 0 the dense form, 1 the grouped one, 2 the
-// grouped one with a dense up backward, anything else what is planned.
-extern "C" __attribute__((visibility("default"))) void lowrank_ext_fix_expert_plan(int form) {
-  using lowrank_ext::cuda::ExpertPlan, lowrank_ext::cuda::fixed_expert_plan;
-  const bool is_form = form >= 0 && form <= 2;
-  fixed_expert_plan = is_form ? std::optional(ExpertPlan{form > 0, form == 2}) : std::nullopt;
-}

@@ -2,12 +2,12 @@
 // Counted, not timed: no GPU has measured the threshold yet (benchmarks/gpu_measure.py times both
 // forms side by side).
 //
-// What is counted are passes over streams of x's size, forward and backward, with K and N alike: x
-// read by the projections down, base read and y written, dout read, x read for the weights'
-// gradients, dx written. A product or a mask costs as much as the passes that take as long:
+// The plan counts passes over streams of x's size, forward and backward, with K and N alike: x read
+// by the projections down, base read and y written, dout read, x read for the weights' gradients,
+// dx written. A product or a mask costs as many passes as take the same time:
 //     dense    a read of x and of dout for each tile of columns, whose number is R = E r + E, padded
-//              under dropout; products with all of R; in the forward, under masks of their own, E
-//              draws
+//              under dropout; products with all of R; in the forward E draws where each expert has
+//              its own mask
 //     grouped  a read of x for the router and one for each choice, two of dout for each choice;
 //              k r columns, r padded to 16; k draws
 // Products: 80 multiply-adds a byte on tensor cores, 6 without (an H100 at 0.5 PFLOP/s, or 30
@@ -29,7 +29,7 @@ struct ExpertSizes {
 
 struct ExpertPlan {
   bool grouped;
-  // In the grouped form: dout is multiplied with all experts, which it meets without a mask.
+  // In the grouped form: one pass over dout multiplies it with every expert's lora_b.
   bool dense_up_backward;
 };
 
@@ -96,8 +96,16 @@ inline ExpertPlan plan_experts(const ExpertSizes& sizes) {
   return {costs.grouped() < costs.dense(), costs.dense_up_backward() < costs.grouped_up_backward()};
 }
 
-// What a call takes in place of the plan, where a benchmark or a test has set it to have every form
-// at any size. Not while calls are made in other threads.
+// The plan of a call. In the executor's build and in a library built for benchmarks
+// (LOWRANK_EXT_BENCHMARKS in CMakeLists.txt) a fixed plan takes its place, so that every form runs
+// at any size; it is set while no other thread makes calls.
+#ifdef LOWRANK_EXT_FIXED_PLANS
 inline std::optional<ExpertPlan> fixed_expert_plan;
+inline ExpertPlan expert_plan(const ExpertSizes& sizes) {
+  return fixed_expert_plan ? *fixed_expert_plan : plan_experts(sizes);
+}
+#else
+inline ExpertPlan expert_plan(const ExpertSizes& sizes) { return plan_experts(sizes); }
+#endif
 
 }  // namespace lowrank_ext::cuda

@@ -1,24 +1,16 @@
 // The expansion from rank to features that ends the forward and the backward pass of the branch:
 //     out [M, C] = base + scale · col_scale ⊙ drop'(mid(left) right),   left [M, r]
-// with right = lora_bᵀ for y (C = N, left = h) and right = lora_a for dx (C = K, left = dh). base
-// is read once and out written once; both dominate the traffic, so everything is arranged around
-// them.
+// with right = lora_bᵀ for y (left = h) and right = lora_a for dx (left = dh).
 //
-// Tiles: a warp owns 16 rows and, at a time, one line of 128 bytes of columns of out; a block of
-// kWarpsM x kWarpsN warps owns 16 kWarpsM rows and walks over its share of the columns. mid(left)
-// of the block's rows is computed once and stays in shared memory for all ranks; tiles
-// [columns, kRankTile] of right stream through kStages stages of cp.async, rank tile by rank tile.
-// Products are accumulated in acc_t.
-//
-// Epilogue, without the block: the warp turns its accumulators around through 2 KiB of its own, so
-// that each lane holds whole 16-byte chunks of out, adds base in acc_t, rounds once and stores.
-// The base chunks of the next tile are loaded right after those of this tile are used: they are in
-// flight under the next product. A lane reads exactly what it writes, so base may be out itself.
+// A warp owns 16 rows and, at a time, one line of 128 bytes of columns of out; a block of kWarpsM x
+// kWarpsN warps walks over its share of the columns. mid(left) of the block's rows stays in shared
+// memory for all ranks; tiles [columns, kRankTile] of right stream through kStages stages of
+// cp.async. Sums are in acc_t. A warp turns its accumulators around through 2 KiB, so that each
+// lane adds base to whole 16-byte chunks, rounds once and stores; the next tile's base is loaded
+// under the next product. A lane reads exactly what it writes, so base may be out itself.
 //
 // Shared memory: 16 kWarpsM · r' elements of mid (r' = r up to a multiple of kRankTile), kStages
-// tiles of right, 2 KiB per warp; with 2-byte elements and 128 rows 26 KiB at rank 16 and 56 KiB at
-// rank 64, with 64 rows 48 KiB at rank 128 and 96 KiB at rank 512. Tails: what lies outside is zero
-// in shared memory and not stored.
+// tiles of right, 2 KiB per warp. What lies outside is zero in shared memory and not stored.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +42,7 @@ struct ExpandParams {
 
   Matrix<const scalar_t> base;       // [M, C], or one row repeated, or absent
   Matrix<const scalar_t> left;       // [M, r]
-  MidFactors<scalar_t> mid;          // of left; absent where left is taken as it is
+  MidFactors<scalar_t> mid;          // of left; absent: left itself
   Matrix<const scalar_t> right;      // [C, r] or, along rows, [r, C]
   Matrix<const scalar_t> col_scale;  // [1, C] or absent
   Matrix<scalar_t> out;              // [M, C]
@@ -302,6 +294,33 @@ struct OutputLane : LaneChunks<Traits> {
   }
 };
 
+// A block's column tiles: left_tile(k) of each rank tile k times the tile of right that streams by,
+// summed, then finished and stored by `output`.
+template <class Traits, class LeftTile, class Output>
+__device__ __forceinline__ void expand_column_tiles(
+    const typename Traits::Params& params, const Matrix<const typename Traits::scalar_t>& right,
+    LeftTile left_tile, RightStream<Traits>& stream, const typename Traits::Staging& staging,
+    Output& output, int num_col_tiles, int num_rank_tiles, int64_t warp_col, int thread) {
+#pragma unroll 1
+  for (int tile = 0; tile < num_col_tiles; ++tile) {
+    typename Traits::Sum sum;
+    sum.clear();
+#pragma unroll 1
+    for (int k = 0; k < num_rank_tiles; ++k) {
+      const int now = opaque(thread);  // registers: addresses are not kept across steps
+      copy_async_wait<Traits::kStages - 2>();
+      __syncthreads();  // this step's tile is complete, and the one before it has been read
+      stream.issue(right, num_rank_tiles, now);
+      multiply_add<Contraction::kAlongColumns, Traits::Op::kRightContraction, Traits::kRankTile>(
+          sum, left_tile(k), stream.take(), now);
+    }
+    const int64_t tile_col = warp_col + int64_t{tile} * Traits::kBlockCols;
+    output.lane = opaque(output.lane);  // as above
+    output.finish(params, sum, staging, tile_col,
+                  tile + 1 < num_col_tiles ? tile_col + Traits::kBlockCols : -1);
+  }
+}
+
 }  // namespace detail
 
 // Block (x, y) owns rows x · kBlockRows … and column tiles y · col_tiles_per_block ….
@@ -347,7 +366,7 @@ __device__ __forceinline__ void expand(const typename Traits::Params& params) {
     for (int stage = 0; stage < Traits::kStages - 1; ++stage)
       stream.issue(params.right, num_rank_tiles, thread);
   };
-  MidFactors<scalar_t> factors;  // known to be absent where there are none: no code for them
+  MidFactors<scalar_t> factors;  // constant where the op has no mid: no code for it
   if constexpr (Traits::Op::kHasMid) factors = params.mid;
   // A product's scratch is where the stages will be; a mere copy can go under them.
   if (!factors.core) start_stream();
@@ -358,24 +377,8 @@ __device__ __forceinline__ void expand(const typename Traits::Params& params) {
   if (factors.core) start_stream();
   output.load(params, warp_col);
 
-#pragma unroll 1
-  for (int tile = 0; tile < num_col_tiles; ++tile) {
-    typename Traits::Sum sum;
-    sum.clear();
-#pragma unroll 1
-    for (int k = 0; k < num_rank_tiles; ++k) {
-      const int now = opaque(thread);  // registers: addresses are not kept across steps
-      copy_async_wait<Traits::kStages - 2>();
-      __syncthreads();  // this step's tile is complete, and the one before it has been read
-      stream.issue(params.right, num_rank_tiles, now);
-      multiply_add<Contraction::kAlongColumns, Traits::Op::kRightContraction, Traits::kRankTile>(
-          sum, mid_tile(k), stream.take(), now);
-    }
-    const int64_t tile_col = warp_col + int64_t{tile} * Traits::kBlockCols;
-    output.lane = opaque(output.lane);  // as above
-    output.finish(params, sum, staging, tile_col,
-                  tile + 1 < num_col_tiles ? tile_col + Traits::kBlockCols : -1);
-  }
+  detail::expand_column_tiles<Traits>(params, params.right, mid_tile, stream, staging, output,
+                                      num_col_tiles, num_rank_tiles, warp_col, thread);
 }
 
 // ---- plan

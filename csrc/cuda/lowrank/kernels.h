@@ -1,5 +1,6 @@
-// The kernel interface of the low-rank branch: what host code calls, one function per kernel or chain
-// of kernels, defined in the .cu files beside it, which choose the compute type's instantiation.
+// The kernel interface of the low-rank branch: what host code calls, one function per kernel or
+// chain of kernels, defined in the .cu files beside it, which choose the compute type's
+// instantiation.
 //
 // Workspaces are scratch on the device; their sizes come from the plans, so the size functions take
 // what a plan takes. All of them may be zero.

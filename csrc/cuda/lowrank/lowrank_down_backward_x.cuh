@@ -1,5 +1,5 @@
-// dx [M, K] = base + scale · drop'(dh lora_a): the expansion of expand.cuh with left = dh as it is
-// and right = lora_a [r, K], contracted along its rows; tiles, shared memory, accumulation and
+// dx [M, K] = base + scale · drop'(dh lora_a): the expansion of expand.cuh with left = dh and
+// right = lora_a [r, K], contracted along its rows; tiles, shared memory, accumulation and
 // tails are described there. The dropout of the forward pass is drawn again, for whole chunks of
 // dx, from (seed, m, k).
 #pragma once

@@ -1,21 +1,26 @@
 #include "lowrank/lowrank_mid_backward.cuh"
 
 #include "common/dispatch.h"
+#include "common/scratch.h"
 #include "lowrank/kernels.h"
 
 namespace lowrank_ext::cuda {
 
 namespace {
 
-// Elements of the workspace: the parts of dcore, then those of drank_scale.
+// The workspace: a part for each group of row tiles, of dcore and of drank_scale where asked for.
+template <class Compute>
 struct Parts {
-  int64_t dcore, drank_scale;
-};
+  using acc_t = typename Compute::acc_t;
 
-Parts parts_of(const MidBackwardPlan& plan, int64_t rank, bool need_dcore, bool need_drank_scale) {
-  return {need_dcore ? plan.num_row_groups * rank * rank : 0,
-          need_drank_scale ? plan.num_row_groups * rank : 0};
-}
+  acc_t *dcore = nullptr, *drank_scale = nullptr;
+
+  Parts(const MidBackwardPlan& plan, int64_t rank, bool need_dcore, bool need_drank_scale,
+        Scratch& scratch) {
+    if (need_dcore) dcore = scratch.array<acc_t>(plan.num_row_groups * rank * rank);
+    if (need_drank_scale) drank_scale = scratch.array<acc_t>(plan.num_row_groups * rank);
+  }
+};
 
 }  // namespace
 
@@ -24,11 +29,10 @@ int64_t lowrank_mid_backward_workspace_bytes(ComputeType compute_type, int64_t n
                                              int num_sms) {
   return dispatch(compute_type, [&](auto compute) {
     using Compute = decltype(compute);
-    const Parts parts =
-        parts_of(plan_mid_backward<Compute>(num_rows, need_dcore || need_drank_scale, num_sms),
-                 rank, need_dcore, need_drank_scale);
-    return static_cast<int64_t>(sizeof(typename Compute::acc_t)) *
-           (parts.dcore + parts.drank_scale);
+    const auto plan = plan_mid_backward<Compute>(num_rows, need_dcore || need_drank_scale, num_sms);
+    Scratch scratch;
+    Parts<Compute>(plan, rank, need_dcore, need_drank_scale, scratch);
+    return scratch.num_bytes();
   });
 }
 
@@ -56,7 +60,8 @@ void lowrank_mid_backward(ComputeType compute_type, const GPartials& g, const Ma
     const bool need_dcore = static_cast<bool>(dcore), need_drank = static_cast<bool>(drank_scale);
     const MidBackwardPlan plan =
         plan_mid_backward<Compute>(num_rows, need_dcore || need_drank, device.num_sms);
-    const Parts parts = parts_of(plan, rank, need_dcore, need_drank);
+    Scratch scratch(workspace);
+    const Parts<Compute> parts(plan, rank, need_dcore, need_drank, scratch);
     MidBackwardParams<Compute> params{};
     params.g = g_matrix;
     params.num_splits = g.num_splits;
@@ -64,9 +69,8 @@ void lowrank_mid_backward(ComputeType compute_type, const GPartials& g, const Ma
     params.h = matrix_of<const scalar_t>(h);
     params.mid = {matrix_of<const scalar_t>(mid.rank_scale), matrix_of<const scalar_t>(mid.core)};
     params.dh = matrix_of<scalar_t>(dh);
-    if (need_dcore) params.dcore = dense(workspace, plan.num_row_groups * rank);
-    if (need_drank)
-      params.drank_scale = dense(static_cast<acc_t*>(workspace) + parts.dcore, plan.num_row_groups);
+    if (need_dcore) params.dcore = dense(parts.dcore, plan.num_row_groups * rank);
+    if (need_drank) params.drank_scale = dense(parts.drank_scale, plan.num_row_groups);
     params.row_tiles_per_group = plan.row_tiles_per_group;
     launch_lowrank_mid_backward<Compute>(params, plan, device.stream);
     const int num_parts = static_cast<int>(plan.num_row_groups);

@@ -1,4 +1,4 @@
-// Everything of the backward pass that lives on [M, r]. With u = mid(h) = (h ⊙ rank_scale) coreᵀ:
+// The part of the backward pass on [M, r]. With u = mid(h) = (h ⊙ rank_scale) coreᵀ:
 //     du [M, r]        = Σ_s g[s]                      (the splits of G, in the order of s)
 //     dh [M, r]        = (du core) ⊙ rank_scale
 //     dcore [r, r]     = duᵀ (h ⊙ rank_scale)
@@ -6,15 +6,13 @@
 // Absent factors are ones. Where both are absent only the sum is left (partial_sums.cuh).
 //
 // Block (x, y, z) walks over the row tiles (64 rows) of group x. z = 0 computes the columns of rank
-// tile y of du core, hence of dh and of its rows' part of drank_scale; if dcore is asked for, block
-// z also sums rows j of rank tile z, columns i of rank tile y of dcore. Up to one rank tile (64, or
-// 32 without tensor cores) that is one block, which reads g and h once. The parts of the row groups
-// go to a workspace and are added in order by partial_sums.
+// tile y of du core, hence of dh and of drank_scale; block z also sums rows j of rank tile z,
+// columns i of rank tile y of dcore. The parts of the row groups are added in order by
+// partial_sums.
 //
-// Shared memory: du, h ⊙ rank_scale [64, rank tile] and core [rank tile, rank tile] in scalar_t,
-// du core (or du) [64, rank tile] in acc_t: 40 KiB for 2-byte elements, 64 KiB at most. All sums
-// are in acc_t; du and h ⊙ rank_scale are rounded to scalar_t where they are operands of a product.
-// Tails: what lies outside is zero in shared memory and not stored.
+// Shared memory: du, h ⊙ rank_scale [64, rank tile] and core [rank tile, rank tile] in scalar_t, du
+// core (or du) [64, rank tile] in acc_t: 64 KiB at most. Sums are in acc_t, operands of products
+// are rounded to scalar_t. What lies outside is zero in shared memory and not stored.
 #pragma once
 
 #include <algorithm>

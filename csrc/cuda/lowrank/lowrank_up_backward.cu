@@ -2,6 +2,7 @@
 // for each of them.
 #include "lowrank/lowrank_up_backward.cuh"
 
+#include "common/scratch.h"
 #include "lowrank/kernels.h"
 
 namespace lowrank_ext::cuda {
@@ -15,22 +16,24 @@ UpBackwardPlan plan_of(ComputeType compute_type, int64_t num_rows, int64_t out_f
   });
 }
 
-// P's workspace: its partial sums, then, where P has a pass of its own, mid(h) [M, r].
-struct PWorkspace {
-  int64_t sums_bytes, mid_stride, mid_bytes;
-};
-
+// P's workspace: its partial sums and, where P has a pass of its own, mid(h) [M, r].
 template <class Compute>
-PWorkspace p_workspace_of(const UpBackwardPlan& plan, int64_t num_rows, int64_t out_features,
-                          int64_t rank) {
-  const int64_t stride = padded_to_sector(rank);
-  PWorkspace workspace{};
-  workspace.sums_bytes =
-      plan.num_p_parts() * out_features * stride * sizeof(typename Compute::acc_t);
-  workspace.mid_stride = stride;
-  if (!plan.one_pass) workspace.mid_bytes = num_rows * stride * sizeof(typename Compute::scalar_t);
-  return workspace;
-}
+struct PWorkspace {
+  using scalar_t = typename Compute::scalar_t;
+  using acc_t = typename Compute::acc_t;
+
+  Matrix<acc_t> sums;
+  MatrixRef mid;
+
+  PWorkspace(const UpBackwardPlan& plan, int64_t num_rows, int64_t out_features, int64_t rank,
+             Scratch& scratch) {
+    const int64_t stride = padded_to_sector(rank), sum_rows = plan.num_p_parts() * out_features;
+    sums = {scratch.array<acc_t>(sum_rows * stride), sum_rows, stride, stride, true};
+    if (!plan.one_pass)
+      mid = {scratch.array<scalar_t>(num_rows * stride), element_type<scalar_t>(), num_rows, rank,
+             stride};
+  }
+};
 
 template <class Compute>
 struct UpBackwardCall {
@@ -53,10 +56,9 @@ struct UpBackwardCall {
     return matrix_of<acc_t>(
         {g.data, element_type<acc_t>(), g.num_splits * num_rows(), rank(), rank()});
   }
-  Matrix<acc_t> p_sums(const UpBackwardPlan& plan) const {
-    const int64_t stride = padded_to_sector(rank());
-    return {static_cast<acc_t*>(p_workspace), plan.num_p_parts() * out_features(), stride, stride,
-            true};
+  PWorkspace<Compute> p(const UpBackwardPlan& plan) const {
+    Scratch scratch(p_workspace);
+    return {plan, num_rows(), out_features(), rank(), scratch};
   }
   MidFactors<scalar_t> mid_factors() const {
     return {matrix_of<const scalar_t>(mid.rank_scale), matrix_of<const scalar_t>(mid.core)};
@@ -70,7 +72,7 @@ struct UpBackwardCall {
     params.lora_b = matrix_of<const scalar_t>(lora_b);
     params.out_scale = matrix_of<const scalar_t>(out_scale);
     params.g = g_sums();
-    params.p = p_sums(plan);
+    params.p = p(plan).sums;
     params.scaling = scaling;
     launch_lowrank_up_backward(plan, params, stream);
   }
@@ -90,9 +92,7 @@ struct UpBackwardCall {
                   const Device& device) const {
     MatrixRef left = h;
     if (mid.rank_scale || mid.core) {
-      const auto workspace = p_workspace_of<Compute>(plan, num_rows(), out_features(), rank());
-      left = {static_cast<char*>(p_workspace) + workspace.sums_bytes, h.type, num_rows(), rank(),
-              workspace.mid_stride};
+      left = p(plan).mid;
       launch_mid_rows<Compute>(
           {matrix_of<const scalar_t>(h), mid_factors(), matrix_of<scalar_t>(left)}, stream);
     }
@@ -102,9 +102,9 @@ struct UpBackwardCall {
 
   void finish_p(const UpBackwardPlan& plan, const MatrixRef& dlora_b,
                 const MatrixRef& dout_scale) const {
-    const Matrix<acc_t> p = p_sums(plan);
+    const Matrix<acc_t> sums = p(plan).sums;
     LoraBGradientsParams<Compute> params{};
-    params.p = {p.data, p.num_rows, rank(), p.row_stride, true};
+    params.p = {sums.data, sums.num_rows, rank(), sums.row_stride, true};
     params.num_partials = static_cast<int>(plan.num_p_parts());
     params.lora_b = matrix_of<const scalar_t>(lora_b);
     params.out_scale = matrix_of<const scalar_t>(out_scale);
@@ -121,10 +121,12 @@ UpBackwardWorkspace lowrank_up_backward_workspace(ComputeType compute_type, int6
                                                   bool need_p, int num_sms) {
   const UpBackwardPlan plan =
       plan_of(compute_type, num_rows, out_features, rank, need_g, need_p, num_sms);
-  const auto p_workspace = dispatch(compute_type, [&](auto compute) {
-    return p_workspace_of<decltype(compute)>(plan, num_rows, out_features, rank);
-  });
-  return {plan.num_g_splits(), need_p ? p_workspace.sums_bytes + p_workspace.mid_bytes : 0};
+  Scratch scratch;
+  if (need_p)
+    dispatch(compute_type, [&](auto compute) {
+      PWorkspace<decltype(compute)>(plan, num_rows, out_features, rank, scratch);
+    });
+  return {plan.num_g_splits(), scratch.num_bytes()};
 }
 
 void lowrank_up_backward(ComputeType compute_type, const MatrixRef& dout, const MatrixRef& h,

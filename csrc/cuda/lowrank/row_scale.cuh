@@ -1,7 +1,7 @@
 // out_scale ⊙ lora_b, formed in shared memory: the rows of a tile of lora_b are multiplied by their
 // elements of out_scale, in acc_t and rounded once, by the threads that copied them, before the
 // barrier that publishes the tile. The factors of the next tile are fetched a step ahead, so that
-// nobody waits for them.
+// no thread waits for them.
 #pragma once
 
 #include "common/tile.cuh"

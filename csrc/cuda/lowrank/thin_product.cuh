@@ -3,19 +3,16 @@
 //     lowrank_up_backward  G [M, r] = dout (out_scale ⊙ lora_b)    L = dout,      R = out_scale ⊙ lora_b
 //     outer sums           P [N, r] = doutᵀ mid(h)                 L = doutᵀ,     R = mid(h)
 //                          dlora_aᵀ [K, r] = drop(x)ᵀ dh           L = drop(x)ᵀ,  R = dh
-//
 // A block owns kBlockOuter rows and kRankTile columns of C and one split of the contraction, which
-// it walks in steps of kDepth elements (128 bytes of the large matrix's type): tiles of L (128 ·
-// kBlockOuter bytes) and R (128 · kRankTile bytes) come through kStages stages of cp.async. A
-// thread masks (dropout) or scales (out_scale) the chunks that it copied itself, before the barrier
-// that publishes them: one barrier a step. Blocks of the same rows and another rank tile are
-// neighbours in the grid and find L in the L2.
+// it walks in steps of kDepth elements (128 bytes): tiles of L and R come through kStages stages of
+// cp.async. A thread drops or scales the chunks that it copied itself, before the barrier that
+// publishes them. Blocks of the same rows and another rank tile are neighbours and find L in the
+// L2.
 //
 // Shared memory: kStages · 128 (kBlockOuter + kRankTile) bytes: 40, 48, 64, 72 KiB for rank tiles
-// 16, 32, 64, 128; 16 KiB where rows are few. Sums are kept in acc_t, scaled, and leave through
-// shared memory in whole 16-byte chunks: rounded into C, or as a split's partial sums, which
-// another kernel adds in order. What lies outside the matrices is zero in shared memory and never
-// stored.
+// 16, 32, 64, 128; 16 KiB where rows are few. Sums are in acc_t and leave through shared memory in
+// whole 16-byte chunks: rounded into C, or as a split's partial sums, which another kernel adds in
+// order. What lies outside the matrices is zero in shared memory and never stored.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +63,7 @@ struct ThinProductPlan {
   int64_t num_blocks() const { return num_outer_tiles * num_rank_tiles * num_splits; }
 };
 
-// What a plan asks of a number kind.
+// What a plan asks of a compute type.
 struct ComputeTraits {
   int64_t element_bytes, acc_bytes;
 };
@@ -263,8 +260,8 @@ __device__ __forceinline__ void clear_own_nonfinite(const typename Traits::Large
   });
 }
 
-// f(column of the tile, sum), as a tile at (first_row, first_col) of out, by way of shared memory
-// that nobody uses any more.
+// f(column of the tile, sum), as a tile at (first_row, first_col) of out, by way of shared memory,
+// which is free again.
 template <class Traits, class T, class F>
 __device__ __forceinline__ void store_sum(typename Traits::Sum& sum, unsigned char* shared, F f,
                                           const Matrix<T>& out, int64_t first_row,

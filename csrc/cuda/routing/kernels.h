@@ -1,5 +1,5 @@
-// The kernel interface of routing: top-k of logits, and orders of slots and tokens by their experts.
-// Defined in the .cu files beside it.
+// The kernel interface of routing: top-k of logits, and orders of slots and tokens by their
+// experts. Defined in the .cu files beside it.
 #pragma once
 
 #include "common/arguments.h"
@@ -7,8 +7,8 @@
 namespace lowrank_ext::cuda {
 
 // Slots stably ordered by their group: ids [S], an expert or an adapter each, 0 … n - 1. With
-// extra_groups two more follow: n for the slots with id -1, n + 1 for those with any other id that
-// is not a group's; without, every id must be a group's. One launch where that pays, else three.
+// extra_groups two more groups follow: n has the slots with id -1, n + 1 those with any other
+// invalid id; without, every id must be valid. One launch where that pays, else three.
 struct SlotOrder {
   int64_t* sorted_slots;  // [S]
   int64_t* offsets;       // [groups + 1]: group g's are sorted_slots[offsets[g] … offsets[g + 1]]

@@ -1,5 +1,5 @@
-// moe_route on the GPU. Counts and order stay on the device. The host does not look at the ids of a
-// backward call: one out of range has no gradient.
+// moe_route on the GPU. Counts and orders stay on the device; the host does not look at the ids of a
+// backward call, and an id outside [0, E) has no gradient.
 #include "ops/moe_route.h"
 
 #include "common/tensors.h"
@@ -14,9 +14,10 @@ void moe_route_cuda(const Tensor& router_logits, const std::optional<Tensor>& to
   const Device device = device_of_kernels(router_logits);
   const MatrixRef logits = ref(router_logits);
   const int64_t top_k = out.topk_ids.size(1);
-  Workspace workspace;
-  const int64_t scratch = workspace.reserve(route_workspace_bytes(logits, top_k, device.num_sms));
-  workspace.allocate(router_logits);
+  void* route_workspace = nullptr;
+  const Workspace workspace(router_logits, [&](Scratch& scratch) {
+    route_workspace = scratch.bytes(route_workspace_bytes(logits, top_k, device.num_sms));
+  });
   route(logits, top_k, data_of<const bool>(token_mask),
         {ref(out.topk_weights),
          data_of<int64_t>(out.topk_ids),
@@ -24,7 +25,7 @@ void moe_route_cuda(const Tensor& router_logits, const std::optional<Tensor>& to
          scalar_ref(out.balance_loss),
          {data_of<int64_t>(out.sorted_slots), data_of<int64_t>(out.expert_offsets),
           data_of<int64_t>(out.slot_positions)}},
-        workspace.at(scratch), device);
+        route_workspace, device);
 }
 
 void moe_route_backward_cuda(const std::optional<Tensor>& dtopk_weights,

@@ -2,6 +2,7 @@
 
 #include "common/dispatch.h"
 #include "common/launch.h"
+#include "common/scratch.h"
 #include "routing/kernels.h"
 
 namespace lowrank_ext::cuda {
@@ -22,35 +23,32 @@ auto dispatch_scalar(ElementType type, F f) {
   }
 }
 
-int64_t element_bytes(ElementType type) {
-  return type == ElementType::kFp64 ? 8 : type == ElementType::kFp32 ? 4 : 2;
-}
-
-// Parts of the workspace, in bytes: prob_sums, choices, and what order_slots asks for.
-struct RouteWorkspace {
-  int64_t choices, order, end;
-
-  RouteWorkspace(const RoutePlan& plan, const MatrixRef& logits, int64_t top_k, int num_sms) {
-    constexpr int64_t kAlignment = 16;
-    const int64_t sums = plan.one_block ? 0 : plan.num_warps * logits.num_cols;
-    const int64_t statistics_bytes = logits.type == ElementType::kFp64 ? 8 : 4;
-    choices = sums * statistics_bytes;
-    order = (choices + sums * static_cast<int64_t>(sizeof(int)) + kAlignment - 1) / kAlignment *
-            kAlignment;
-    end = order + (plan.one_block ? 0
-                                  : order_slots_workspace_bytes(logits.num_rows * top_k,
-                                                                logits.num_cols, num_sms));
-  }
-};
-
 RoutePlan plan_of(const MatrixRef& logits, int num_sms) {
   return {logits.num_rows, logits.num_cols, element_bytes(logits.type), num_sms};
 }
 
+// The sums of each warp's tokens, and what order_slots asks for; nothing in one block.
+struct RouteWorkspace {
+  void *prob_sums = nullptr, *order = nullptr;
+  int* choices = nullptr;
+
+  RouteWorkspace(const RoutePlan& plan, const MatrixRef& logits, int64_t top_k, int num_sms,
+                 Scratch& scratch) {
+    if (plan.one_block) return;
+    const int64_t num_sums = plan.num_warps * logits.num_cols;
+    prob_sums = scratch.bytes(num_sums * (logits.type == ElementType::kFp64 ? 8 : 4));
+    choices = scratch.array<int>(num_sums);
+    order = scratch.bytes(
+        order_slots_workspace_bytes(logits.num_rows * top_k, logits.num_cols, num_sms));
+  }
+};
+
 }  // namespace
 
 int64_t route_workspace_bytes(const MatrixRef& logits, int64_t top_k, int num_sms) {
-  return RouteWorkspace(plan_of(logits, num_sms), logits, top_k, num_sms).end;
+  Scratch scratch;
+  RouteWorkspace(plan_of(logits, num_sms), logits, top_k, num_sms, scratch);
+  return scratch.num_bytes();
 }
 
 void route(const MatrixRef& logits, int64_t top_k, const bool* token_mask, const Routing& routing,
@@ -83,11 +81,11 @@ void route(const MatrixRef& logits, int64_t top_k, const bool* token_mask, const
                     params, device.stream);
       return;
     }
-    const RouteWorkspace parts(plan, logits, top_k, device.num_sms);
-    auto* const bytes = static_cast<unsigned char*>(workspace);
-    params.prob_sums = dense_matrix(reinterpret_cast<acc_t*>(bytes), plan.num_warps, num_experts);
-    params.choices =
-        dense_matrix(reinterpret_cast<int*>(bytes + parts.choices), plan.num_warps, num_experts);
+    Scratch scratch(workspace);
+    const RouteWorkspace parts(plan, logits, top_k, device.num_sms, scratch);
+    params.prob_sums =
+        dense_matrix(static_cast<acc_t*>(parts.prob_sums), plan.num_warps, num_experts);
+    params.choices = dense_matrix(parts.choices, plan.num_warps, num_experts);
     const LaunchShape shape{static_cast<unsigned>(plan.num_blocks(num_tokens, device.num_sms)), 1,
                             1, kRouteTokensThreads, 0};
     if (num_experts <= kMaxExpertsInRegisters) {
@@ -102,7 +100,7 @@ void route(const MatrixRef& logits, int64_t top_k, const bool* token_mask, const
          params.expert_counts, params.balance_loss},
         device.stream);
     order_slots(routing.topk_ids, num_slots, num_experts, /*extra_groups=*/false, routing.order,
-                bytes + parts.order, device);
+                parts.order, device);
   });
 }
 

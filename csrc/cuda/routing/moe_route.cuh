@@ -1,26 +1,16 @@
-// Routing of logits [T, E] (routing.cuh says how a row's k experts are found):
+// Routing of logits [T, E] (topk.cuh finds a row's k experts; softmax and sums in acc_t):
 //     weights [T, k]   softmax over the chosen logits
 //     counts [E]       choices of each expert by the tokens that count (token_mask)
 //     loss []          E Σ_i f_i P_i,  f_i = counts[i] / tokens,  P_i = mean of softmax(row)[i]
-// and the order of the slots by expert (order_slots.cuh). Softmax and sums in acc_t.
-//
-// moe_route_kernel is one block that does all of it, for a call of few tokens. Its warps take turns
-// over the tokens, as many rows at a time as fit; a lane sums the probabilities of its own experts
-// and counts their choices. The warps' sums meet in shared memory, one row of E for each, are added
-// in the order of the warps, and the slots are sorted in the same memory: the larger of
-// warps · E · (sizeof(acc_t) + 4) and 4 (32 + E (warps | 1)) bytes, 48 KiB at most.
-//
-// For more tokens route_tokens_kernel does the first part in many blocks, with the warps' sums in
-// the workspace, and balance.cuh the second; order_slots the third. Beyond 256 experts a
-// row does not fit into a warp's registers: it is read again for each choice, through the cache,
-// and a warp adds to its sums in memory; a lane owns experts lane, lane + 32, ….
-//
-// Backward, one launch, from ids and counts: with w and p the two softmaxes of a row again,
+// and the order of the slots by expert (slot_order.cuh). moe_route_kernel is one block that does
+// all of it for few tokens: its warps take turns over the tokens, their sums meet in shared memory
+// and are added in the order of the warps, then the slots are sorted in the same memory (48 KiB at
+// most). For more tokens route_tokens_kernel (route_many_experts_kernel beyond 256 experts, whose
+// rows it reads again for each choice) leaves the warps' sums in the workspace, balance.cuh adds
+// them and order_slots sorts. Backward, one launch, with w and p the two softmaxes of a row again,
 //     dlogits[i] = p_i (d_i - Σ p d)  +  (if i is choice j)  w_j (dw_j - Σ w dw)
-// where d_i = dloss · E · counts[i] / tokens². A lane owns the same experts as above; rows of more
-// than 256 are passed over in pieces, three times.
-//
-// Lanes and groups without a token or an expert take part in the shuffles and store nothing.
+// where d_i = dloss · E · counts[i] / tokens². Lanes without a token or an expert take part in the
+// shuffles and store nothing.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
-// The kernels that sort slots by their group: all of it in one block, or counts, their prefix sum and
-// the slots' places in a launch each. Steps, shared memory and tails are described in slot_order.cuh.
-// Included by order_slots.cu only, since the kernels are no templates.
+// The kernels that sort slots by their group: all of it in one block, or counts, their prefix sum
+// and the slots' places in a launch each. Steps, shared memory and tails are described in
+// slot_order.cuh. Included by order_slots.cu only, since the kernels are no templates.
 #pragma once
 
 #include "common/dispatch.h"

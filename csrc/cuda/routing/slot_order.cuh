@@ -32,7 +32,7 @@ struct SlotGroups {
   __host__ __device__ __forceinline__ int num_keys() const {
     return num_groups * keys_per_group + (extra_groups ? 2 : 0);
   }
-  // Without extra groups an id that is no group's, which must not be, writes nowhere outside.
+  // Without extra groups every id must be a group's; another one counts as the last group.
   __device__ __forceinline__ int key(int64_t slot) const {
     if (ids_per_slot > 1) return key_of_token(slot);
     const int64_t id = ids[slot];
@@ -40,7 +40,7 @@ struct SlotGroups {
     return extra_groups ? num_groups + (id == -1 ? 0 : 1) : num_groups - 1;
   }
   __device__ __forceinline__ int key_of_token(int64_t token) const {
-    int lowest = num_groups - 1, next = num_groups - 1;  // also of ids that are no group's
+    int lowest = num_groups - 1, next = num_groups - 1;  // also of ids outside [0, num_groups)
     for (int j = 0; j < ids_per_slot; ++j) {
       const int64_t id = ids[token * ids_per_slot + j];
       if (id < 0 || id >= next) continue;

@@ -20,78 +20,54 @@ StackRef stack_ref(const Tensor& stack) {
   return {first, stack.size(0), stack.stride(0)};
 }
 
-// The rows by adapter.
-class Rows {
- public:
-  RowGroups groups;
+// The rows by adapter, in scratch memory.
+struct Rows {
+  RowGroups groups{};
+  SlotOrder order{};
+  void* order_workspace = nullptr;
 
-  Rows(const MultiBranchArgs& args, int64_t num_rows, Workspace& workspace, const Device& device)
-      : ids_(dense(args.adapter_ids)), ranks_(dense(args.ranks)), workspace_(workspace) {
-    const int64_t n = args.num_adapters();
-    rows_offset_ = workspace.reserve(num_rows * 8);
-    offsets_offset_ = workspace.reserve((n + 3) * 8);
-    scratch_offset_ = workspace.reserve(order_slots_workspace_bytes(num_rows, n, device.num_sms));
-    groups = {nullptr, nullptr, nullptr, num_rows, n};
-    groups.ranks = data_of<const int64_t>(ranks_);
+  Rows() = default;
+  Rows(int64_t num_rows, int64_t num_adapters, const int64_t* ranks, int num_sms,
+       Scratch& scratch) {
+    order = {scratch.array<int64_t>(num_rows), scratch.array<int64_t>(num_adapters + 3), nullptr};
+    order_workspace = scratch.bytes(order_slots_workspace_bytes(num_rows, num_adapters, num_sms));
+    groups = {order.sorted_slots, order.offsets, ranks, num_rows, num_adapters};
   }
 
-  // Once the workspace is allocated.
-  void order(const Device& device) {
-    const SlotOrder order{static_cast<int64_t*>(workspace_.at(rows_offset_)),
-                          static_cast<int64_t*>(workspace_.at(offsets_offset_)), nullptr};
-    order_slots(data_of<const int64_t>(ids_), groups.num_rows, groups.num_groups,
-                /*extra_groups=*/true, order, workspace_.at(scratch_offset_), device);
-    groups.rows = order.sorted_slots;
-    groups.offsets = order.offsets;
+  void sort(const int64_t* adapter_ids, const Device& device) const {
+    order_slots(adapter_ids, groups.num_rows, groups.num_groups, /*extra_groups=*/true, order,
+                order_workspace, device);
   }
-
- private:
-  const Tensor ids_;
-  const std::optional<Tensor> ranks_;
-  const Workspace& workspace_;
-  int64_t rows_offset_, offsets_offset_, scratch_offset_;
 };
 
-// The stacks as the kernels read them: in x's dtype, with dense rows. One that is so is used where
-// it lies; another is copied as a whole, since the adapters in use are not known here.
-class Stacks {
+// A stack as the kernels read it: in x's dtype, with dense rows. One that is so is used where it
+// lies; another is copied as a whole, since the adapters in use are not known here.
+class Stack {
  public:
-  StackRef lora_a, lora_b;
-
-  Stacks(const MultiBranchArgs& args, ScalarType input, bool with_lora_a, bool with_lora_b,
-         Workspace& workspace)
-      : input_(input), copies_(input, workspace) {
-    if (with_lora_a) take(args.lora_a, lora_a);
-    if (with_lora_b) take(args.lora_b, lora_b);
-  }
-  Stacks(const Stacks&) = delete;  // copies_ points into this object
-
-  // Once the workspace is allocated.
-  void round(const Device& device) { copies_.round(device); }
-
- private:
-  void take(const Tensor& tensor, StackRef& stack) {
+  Stack(const Tensor& tensor, ScalarType input) : input_(input), tensor_(tensor) {
     const int64_t n = tensor.size(0), num_rows = tensor.size(1), num_cols = tensor.size(2);
     const bool dense_rows = tensor.stride(2) == 1 && tensor.stride(1) >= num_cols &&
                             (n == 1 || tensor.stride(0) >= num_rows * tensor.stride(1));
-    if (tensor.numel() == 0 || (dense_rows && tensor.scalar_type() == input_)) {
-      stack = stack_ref(tensor);
-      return;
-    }
+    readable_ = tensor.numel() == 0 || (dense_rows && tensor.scalar_type() == input);
     const bool one_matrix = n == 1 || tensor.stride(0) == num_rows * tensor.stride(1);
-    kept_.push_back(one_matrix ? tensor : torch::stable::contiguous(tensor));
-    const Tensor& source = kept_.back();
-    copies_.add({source.data_ptr(), element_type(source.scalar_type()), n * num_rows, num_cols,
-                 source.stride(1)},
-                source.stride(2), stack.first);
-    stack.first.num_rows = num_rows;
-    stack.num_groups = n;
-    stack.group_stride = num_rows * stack.first.row_stride;
+    if (!readable_ && !one_matrix) tensor_ = torch::stable::contiguous(tensor);
   }
 
-  const ScalarType input_;
-  AdapterCopies copies_;
-  std::vector<Tensor> kept_;
+  StackRef placed(AdapterCopies& copies, Scratch& scratch) const {
+    if (readable_) return stack_ref(tensor_);
+    const int64_t n = tensor_.size(0), num_rows = tensor_.size(1);
+    const MatrixRef source{tensor_.data_ptr(), element_type(tensor_.scalar_type()), n * num_rows,
+                           tensor_.size(2), tensor_.stride(1)};
+    StackRef stack{copies.add(source, tensor_.stride(2), element_type(input_), scratch), n};
+    stack.first.num_rows = num_rows;
+    stack.group_stride = num_rows * stack.first.row_stride;
+    return stack;
+  }
+
+ private:
+  ScalarType input_;
+  Tensor tensor_;
+  bool readable_;
 };
 
 // The schema has no flag that allows TF32, so it is not used.
@@ -104,21 +80,31 @@ void multi_lowrank_add_cuda(const MultiBranchArgs& args, const Tensor& base_out,
   const DeviceGuard guard(x.get_device_index());
   const Device device = device_of_kernels(x);
   const ComputeType compute_type = compute_type_of(x.scalar_type(), kAllowTf32);
-  const Tensor scaling = dense(args.scaling);
+  const Tensor ids = dense(args.adapter_ids), scaling = dense(args.scaling);
+  const std::optional<Tensor> ranks = dense(args.ranks);
+  const Stack lora_a_stack(args.lora_a, x.scalar_type()),
+      lora_b_stack(args.lora_b, x.scalar_type());
 
-  Workspace workspace;
-  Rows rows(args, num_rows, workspace, device);
-  Stacks stacks(args, x.scalar_type(), true, true, workspace);
-  const int64_t down = workspace.reserve(
-      segment_down_workspace_bytes(compute_type, num_rows, args.num_adapters(), args.in_features(),
-                                   args.rank(), device.num_sms));
-  workspace.allocate(x);
+  Rows rows;
+  AdapterCopies copies;
+  StackRef lora_a, lora_b;
+  void* down = nullptr;
+  const Workspace workspace(x, [&](Scratch& scratch) {
+    rows =
+        Rows(num_rows, args.num_adapters(), data_of<const int64_t>(ranks), device.num_sms, scratch);
+    copies = {};
+    lora_a = lora_a_stack.placed(copies, scratch);
+    lora_b = lora_b_stack.placed(copies, scratch);
+    down = scratch.bytes(segment_down_workspace_bytes(compute_type, num_rows, args.num_adapters(),
+                                                      args.in_features(), args.rank(),
+                                                      device.num_sms));
+  });
 
-  rows.order(device);
-  stacks.round(device);
-  segment_down(compute_type, rows.groups, ref(x), stacks.lora_a, ref(h),
-               dropout_of(args.dropout_p, args.seed), workspace.at(down), device);
-  segment_up(compute_type, rows.groups, ref(base_out), ref(h), stacks.lora_b, ref(scaling), ref(y),
+  rows.sort(data_of<const int64_t>(ids), device);
+  copies.round(device);
+  segment_down(compute_type, rows.groups, ref(x), lora_a, ref(h),
+               dropout_of(args.dropout_p, args.seed), down, device);
+  segment_up(compute_type, rows.groups, ref(base_out), ref(h), lora_b, ref(scaling), ref(y),
              device);
 }
 
@@ -133,34 +119,44 @@ void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBra
   const ScalarType input = dout.scalar_type();
   const ComputeType compute_type = compute_type_of(input, kAllowTf32);
   const DropoutArgs dropout = dropout_of(args.dropout_p, args.seed);
-  const Tensor scaling = dense(args.scaling);
+  const Tensor ids = dense(args.adapter_ids), scaling = dense(args.scaling);
+  const std::optional<Tensor> ranks = dense(args.ranks);
+  std::optional<Stack> lora_a_stack, lora_b_stack;
+  if (needs.dx) lora_a_stack.emplace(args.lora_a, input);
+  if (needs.g()) lora_b_stack.emplace(args.lora_b, input);
 
-  Workspace workspace;
-  Rows rows(args, num_rows, workspace, device);
-  Stacks stacks(args, input, needs.dx, needs.g(), workspace);
-  const ScratchMatrix dh_scratch =
-      reserve_matrix(workspace, input, needs.g() ? num_rows : 0, args.rank());
-  const int64_t up_backward = workspace.reserve(
-      needs.g() ? segment_down_workspace_bytes(compute_type, num_rows, args.num_adapters(),
-                                               args.out_features(), args.rank(), device.num_sms)
-                : 0);
-  workspace.allocate(dout);
-  const MatrixRef dh = placed(dh_scratch, workspace);
+  Rows rows;
+  AdapterCopies copies;
+  StackRef lora_a, lora_b;
+  MatrixRef dh;
+  void* up_backward = nullptr;
+  const Workspace workspace(dout, [&](Scratch& scratch) {
+    rows =
+        Rows(num_rows, args.num_adapters(), data_of<const int64_t>(ranks), device.num_sms, scratch);
+    copies = {};
+    if (lora_a_stack) lora_a = lora_a_stack->placed(copies, scratch);
+    if (lora_b_stack) lora_b = lora_b_stack->placed(copies, scratch);
+    if (!needs.g()) return;
+    dh = scratch.matrix(element_type(input), num_rows, args.rank());
+    up_backward = scratch.bytes(
+        segment_down_workspace_bytes(compute_type, num_rows, args.num_adapters(),
+                                     args.out_features(), args.rank(), device.num_sms));
+  });
 
-  rows.order(device);
-  stacks.round(device);
+  rows.sort(data_of<const int64_t>(ids), device);
+  copies.round(device);
   if (needs.dlora_b)
     segment_up_backward_lora_b(compute_type, rows.groups, ref(dout), ref(h), ref(scaling),
                                /*scale=*/1.0, stack_ref(gradients.dlora_b), device);
   if (!needs.g()) return;
-  segment_up_backward(compute_type, rows.groups, ref(dout), stacks.lora_b, ref(scaling), dh,
-                      workspace.at(up_backward), device);
+  segment_up_backward(compute_type, rows.groups, ref(dout), lora_b, ref(scaling), dh, up_backward,
+                      device);
   if (needs.dlora_a)
     segment_down_backward_lora_a(compute_type, rows.groups, dh, ref(x), dropout,
                                  stack_ref(gradients.dlora_a), device);
   if (needs.dx)
-    segment_down_backward_x(compute_type, rows.groups, dh, stacks.lora_a, dropout,
-                            ref(gradients.dx), device);
+    segment_down_backward_x(compute_type, rows.groups, dh, lora_a, dropout, ref(gradients.dx),
+                            device);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Features to ranks, row by row of its own adapter: h in the forward, dh in the backward.
+// Features to ranks, row by row, with the row's adapter: h in the forward, dh in the backward.
 #include "segments/segment_down.cuh"
 
 #include "common/partial_sums.cuh"

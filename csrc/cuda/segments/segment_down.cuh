@@ -1,13 +1,12 @@
-// C [M, r], for each row of its own group i: c[m] = scale · scaling[i] · L[m] R_i. This is
-//     h [M, r] = drop(x) lora_a[i]ᵀ              L = drop(x), R_i = lora_a[i]ᵀ
+// From features to rank, C [M, r]: row m of group i is scale · scaling[i] · L[m] R_i,
+//     h [M, r]  = drop(x) lora_a[i]ᵀ             L = drop(x), R_i = lora_a[i]ᵀ
 //     dh [M, r] = scaling[i] · dout lora_b[i]    L = dout,    R_i = lora_b[i]
-// or, where a row has several slots, the same with a row of C for each of them, M being their
-// number.
-// as thin_product.cuh computes it for one R: a block owns kBlockOuter rows of one segment,
-// gathered, kRankTile columns of C and one split of the contraction; tiles of L and R_i come
-// through kStages stages of cp.async, one barrier a step, sums in acc_t; a thread drops the chunks
-// that it copied itself. Shared memory as there, 128 kStages (kBlockOuter + kRankTile) bytes: 40
-// KiB at rank tile 16, 48 at 32, 64 at 64, and 16 KiB where rows are few.
+// Where a row has several slots, C has a row for each of them. As in thin_product.cuh, a block owns
+// kBlockOuter rows of one segment, gathered, kRankTile columns of C and one split of the
+// contraction; tiles of L and R_i come through kStages stages of cp.async, one barrier a step, sums
+// in acc_t; a thread drops the chunks that it copied itself. Shared memory as there, 128 kStages
+// (kBlockOuter + kRankTile) bytes: 40 KiB at rank tile 16, 48 at 32, 64 at 64, and 16 KiB where
+// rows are few.
 //
 // Of R_i only the group's own ranks are read. Columns of C beyond them are zeros, as are rows
 // without a group; rows of an invalid one are NaN. Rows of a tile beyond the segment's end are zero
@@ -127,7 +126,7 @@ __device__ __forceinline__ void segment_down_sum(typename Traits::Sum& sum,
   __syncthreads();  // the stages have been read
 }
 
-// By way of shared memory that nobody uses any more; out's row m is first_row + m.
+// By way of shared memory, which is free again; out's row m is first_row + m.
 template <class Traits, class T>
 __device__ __forceinline__ void store_segment_sum(typename Traits::Sum& sum, unsigned char* shared,
                                                   const typename Traits::Params& params,

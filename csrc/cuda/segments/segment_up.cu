@@ -1,4 +1,4 @@
-// Ranks to features, row by row of its own adapter: y in the forward, dx in the backward.
+// Ranks to features, row by row, with the row's adapter: y in the forward, dx in the backward.
 #include "segments/segment_up.cuh"
 
 #include "segments/kernels.h"

@@ -1,4 +1,4 @@
-// From rank to features, for each row of its own group i:
+// From rank to features, for a row of group i:
 //     y [M, N] = base + scaling[i] · h lora_b[i]ᵀ      (R_i = lora_b[i]ᵀ)
 //     dx [M, K] = drop'(dh lora_a[i])                  (R_i = lora_a[i])
 // as expand.cuh computes it for one R (a row has one slot here): a block owns a tile of one
@@ -134,7 +134,7 @@ struct SegmentOutputLane : LaneChunks<Traits> {
   }
 };
 
-// Rows that nothing is added to: base's bits, or zeros, or NaN. Several loads in flight a thread.
+// Rows without a branch: base's bits, or zeros, or NaN. Several loads in flight a thread.
 template <class Traits>
 __device__ __forceinline__ void copy_rows(const typename Traits::Params& params,
                                           const SegmentTile& tile, bool valid, int64_t first_col,
@@ -235,24 +235,8 @@ __device__ __forceinline__ void segment_expand(const typename Traits::Params& pa
   const int64_t warp_col = first_col + Traits::Sum::first_col(thread);
   output.load(params, warp_col);
 
-#pragma unroll 1
-  for (int col_tile = 0; col_tile < num_col_tiles; ++col_tile) {
-    typename Traits::Sum sum;
-    sum.clear();
-#pragma unroll 1
-    for (int k = 0; k < num_rank_tiles; ++k) {
-      const int now = opaque(thread);  // registers: addresses are not kept across steps
-      copy_async_wait<Traits::kStages - 2>();
-      __syncthreads();  // this step's tile is complete, and the one before it has been read
-      stream.issue(right, num_rank_tiles, now);
-      multiply_add<Contraction::kAlongColumns, Traits::Op::kRightContraction, Traits::kRankTile>(
-          sum, left_tile(k), stream.take(), now);
-    }
-    const int64_t tile_col = warp_col + int64_t{col_tile} * Traits::kBlockCols;
-    output.lane = opaque(output.lane);  // as above
-    output.finish(params, sum, staging, tile_col,
-                  col_tile + 1 < num_col_tiles ? tile_col + Traits::kBlockCols : -1);
-  }
+  detail::expand_column_tiles<Traits>(params, right, left_tile, stream, staging, output,
+                                      num_col_tiles, num_rank_tiles, warp_col, thread);
 }
 
 // y in the forward.

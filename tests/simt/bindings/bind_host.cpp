@@ -1,4 +1,4 @@
-// What csrc/cuda/branch.h and launch.h decide on the host, and the settings that the executor's
+// What lowrank/branch.h and common/launch.h decide on the host, and the settings that the executor's
 // build has in place of a GPU's properties.
 #include "bind_host.h"
 

@@ -88,7 +88,10 @@ PYBIND11_MODULE(_simt, m) {
       py::kw_only(), py::arg("schedule_seed") = 0, py::arg("record") = true,
       "Sets every option; what is not named gets its default.");
   bind_host(m);
-  bind_kernels(m);
+  bind_lowrank(m);
+  bind_experts(m);
+  bind_routing(m);
+  bind_segments(m);
   m.def("planted_names", &simt::planted_names);
   m.def("run_planted", &run_planted, py::arg("name"), py::kw_only(), py::arg("fixed"),
         py::arg("x").noconvert(), py::arg("y").noconvert(), py::arg("blocks") = 1,

@@ -1,27 +1,11 @@
 // Runs CUDA kernels on the CPU, one fiber per thread, and checks every access to memory.
 //
-// A kernel is the same C++ as on a GPU: compiled by g++ with the headers in stub/ in place of
-// CUDA's, and with -fsanitize=thread, which puts a call before each load and store. Those calls end
-// in hooks.cpp, not in libtsan. What C++ cannot name (vector accesses, cp.async, ldmatrix, mma) the
-// kernel headers write as calls of the functions below.
-//
-// Schedule (executor.cpp). One block at a time, blocks in random order. Within a block a random
-// warp runs, its lanes in random order, until it waits or, now and then, after a warp has met. All
-// choices follow from Options::schedule_seed: the same seed gives the same order.
-//
-// Checks (memory.cpp). An access must lie in a row of a tensor of the launch, in the block's
-// dynamic shared memory, or in writable data of this module, which is static shared memory
-// (stub/cuda_runtime.h). The thread's own stack is its registers and is not looked at. Each byte
-// remembers its last write and up to two reads since, with their thread and time: two accesses of
-// different threads, one of them a write, must be ordered by __syncthreads, or within a warp by
-// __syncwarp. Shuffles, votes, mma and ldmatrix order nothing. Blocks of one launch are never
-// ordered. Shared memory is uninitialised at the start of each block. The destination of a
-// copy_async holds 0xFF bytes (NaN in every type) and may not be touched until its thread has
-// waited for it. Every fault ends the launch with an Error.
-//
-// Traffic (traffic.cpp). The accesses of a warp's lanes form one request when they come from the
-// same place in the code for the same time since the lanes last met. Reports count requests, bytes,
-// 32-byte sectors and bank conflicts.
+// A kernel is the same C++ as on a GPU, compiled by g++ with the headers in stub/ in place of
+// CUDA's and with -fsanitize=thread, which puts a call before each load and store; those calls end
+// in hooks.cpp. What C++ cannot name (vector accesses, cp.async, ldmatrix, mma) the kernel headers
+// write as calls of the functions below. Blocks and warps run in an order that
+// Options::schedule_seed permutes (executor.cpp); memory.cpp says which accesses are allowed,
+// traffic.cpp what they cost.
 //
 // Templates and inline functions that kernels use must be compiled only with the instrumentation:
 // the linker keeps one copy of each. So everything here that kernels do not instantiate themselves

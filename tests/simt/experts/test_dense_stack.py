@@ -51,7 +51,7 @@ def stacked(columns, router: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Te
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 def test_stack(compute_type, sizes, layout):
-    """Rounded once; zero in columns that are nobody's; strided rows of the result."""
+    """Rounded once; zero in padding columns; strided rows of the result."""
     columns = _simt.dense_columns(*sizes[:2], **layout)
     wide = torch.float32 if compute_type in ("bf16", "fp16") and sizes[0] == 3 else None
     tensors = adapters(compute_type, sizes, wide)

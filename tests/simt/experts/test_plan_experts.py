@@ -1,10 +1,10 @@
 """experts/plan_experts.h: which form moe_lowrank_add takes, by sizes alone."""
 
 import pytest
-from conftest import has_executor
+from conftest import has_simt
 
-if not has_executor():
-    pytest.skip("the executor is not built, run `make simt`", allow_module_level=True)
+if not has_simt():
+    pytest.skip("the SIMT executor is not built, run `make simt`", allow_module_level=True)
 from kernel_calls import _simt
 
 OWN = {"drops": True, "shared_dropout": False}

@@ -31,7 +31,7 @@ def test_sizes(num_slots: int, num_groups: int) -> None:
 
 @pytest.mark.parametrize("num_slots", [0, 7, 300, 17000])
 def test_extra_groups(num_slots: int) -> None:
-    """-1 has a group of its own, and so have all ids that are no group's."""
+    """Id -1 has its own group; all other invalid ids share one."""
     ids = torch.randint(-3, 7, (num_slots,))
     ids[: num_slots // 7] = torch.tensor(2**40)
     got = order_slots(ids, 5, extra_groups=True)

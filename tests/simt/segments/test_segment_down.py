@@ -1,4 +1,4 @@
-"""h = drop(x) lora_a[i]ᵀ and dh = scaling[i] dout lora_b[i], row by row of its own group:
+"""h = drop(x) lora_a[i]ᵀ and dh = scaling[i] dout lora_b[i], row by row, by the row's group:
 segments/segment_down.cuh on the executor, and how it is planned."""
 
 import itertools

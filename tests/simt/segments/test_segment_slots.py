@@ -91,7 +91,7 @@ def test_outer(compute_type, shape, shared_dropout):
 @pytest.mark.parametrize("compute_type", ["bf16", "fp64"])
 def test_bad_rows_and_groups_stay_by_themselves(compute_type):
     """NaN in the operands of a group reaches its own rows only, and in a row its own slots only."""
-    groups = Groups.of_slots(choices(40, 2, 6) % 5, 6, True)  # nobody chose group 5
+    groups = Groups.of_slots(choices(40, 2, 6) % 5, 6, True)  # no row chose group 5
     x, lora_a = (
         few_ones(40, 70, compute_type=compute_type),
         few_ones(6 * 4, 70, compute_type=compute_type).reshape(6, 4, 70),

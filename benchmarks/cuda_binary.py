@@ -15,17 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-NUMBERS = ("Bf16", "Fp16", "Tf32", "Fp32", "Fp64")
-# What the kernels without a Number are instantiated for.
+COMPUTE_TYPES = ("Bf16", "Fp16", "Tf32", "Fp32", "Fp64")
+# What the kernels without a compute type are instantiated for.
 SCALARS = {"__nv_bfloat16": "Bf16", "__half": "Fp16", "float": "Fp32", "double": "Fp64"}
 
 
 class Name(NamedTuple):
-    """lowrank_ext::cuda::up_kernel<Traits<Bf16, 16>>(Params): family up_kernel, number Bf16."""
+    """lowrank_ext::cuda::up_kernel<Traits<Bf16, 16>>(Params): family up_kernel."""
 
     family: str
     arguments: str  # of the template
-    number: str
+    compute_type: str
 
 
 class Resources(NamedTuple):
@@ -149,6 +149,6 @@ def parse_name(demangled: str) -> Name:
     assert match is not None, demangled
     family, arguments = match[1], match[2] or ""
     words = re.findall(r"\w+", arguments)
-    number = next((word for word in words if word in NUMBERS), None)
-    number = number or next((SCALARS[word] for word in words if word in SCALARS), "")
-    return Name(family, arguments, number)
+    compute_type = next((word for word in words if word in COMPUTE_TYPES), None)
+    compute_type = compute_type or next((SCALARS[word] for word in words if word in SCALARS), "")
+    return Name(family, arguments, compute_type)
