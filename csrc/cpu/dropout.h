@@ -3,7 +3,7 @@
 // Element (m, k) belongs to the Philox4x32-7 call with counter (k / 8, m mod 2^32, m / 2^32,
 // expert) and key (seed mod 2^32, seed / 2^32); expert is 0 unless each expert has its own mask. The
 // four result words, low half first, are eight 16-bit draws for eight
-// neighbouring columns; a draw below `threshold` = round(p · 65536) drops its element. The
+// neighboring columns; a draw below `threshold` = round(p · 65536) drops its element. The
 // definition in plain torch is lowrank_ext/reference.py; the CUDA kernels draw the same bits.
 #pragma once
 

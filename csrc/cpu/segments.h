@@ -1,4 +1,4 @@
-// The rows of a batch by adapter: one segment for each adapter that has rows, as runs of neighbouring
+// The rows of a batch by adapter: one segment for each adapter that has rows, as runs of neighboring
 // rows.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace lowrank_ext::cpu {
 
-// Neighbouring rows.
+// Neighboring rows.
 struct Run {
   int64_t first, count;
 };

@@ -206,7 +206,7 @@ def test_fraction_dropped(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_neighbours_are_independent(p: float) -> None:
+def test_neighbors_are_independent(p: float) -> None:
     mask = reference.dropout_mask(7, 512, 1024, p)
     for shift in (1, 2, 7, 8, 16, 128):
         assert abs(correlation(mask[:, shift:], mask[:, :-shift])) < 5, f"columns, {shift} apart"
