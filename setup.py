@@ -1,8 +1,8 @@
 """Builds lowrank_ext/_C.so with CMake and Ninja. The metadata is in pyproject.toml.
 
 torch is looked up only when the extension is built: metadata and sdists need setuptools alone.
-The environment variables LOWRANK_EXT_CUDA=AUTO|ON|OFF and LOWRANK_EXT_CUDA_ARCHS="80;90" are
-passed to CMakeLists.txt, which explains them.
+The environment variables LOWRANK_EXT_CUDA=AUTO|ON|OFF, LOWRANK_EXT_CUDA_ARCHS="80;90" and
+LOWRANK_EXT_BENCHMARKS=ON|OFF are passed to CMakeLists.txt, which explains them.
 """
 
 import filecmp
@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 TORCH_FLOOR = (2, 11)  # first release with every stable-ABI call that csrc uses
 RETRY = "pip install --no-build-isolation ."
-BUILD_OPTIONS = ("LOWRANK_EXT_CUDA", "LOWRANK_EXT_CUDA_ARCHS")
+BUILD_OPTIONS = ("LOWRANK_EXT_CUDA", "LOWRANK_EXT_CUDA_ARCHS", "LOWRANK_EXT_BENCHMARKS")
 
 
 class Torch(NamedTuple):

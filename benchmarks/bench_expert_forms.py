@@ -1,5 +1,6 @@
 """The forms of moe_lowrank_add on a GPU, side by side: where the threshold of plan_experts.h lies.
 
+    LOWRANK_EXT_BENCHMARKS=ON make build               # a library that lets it choose the form
     python benchmarks/bench_expert_forms.py            # minutes on a GPU
     python benchmarks/bench_expert_forms.py --quick
     python benchmarks/bench_expert_forms.py --case 8192,4096,4096,8,2,4,0.05,bfloat16
@@ -22,14 +23,20 @@ from torch import Tensor
 
 import lowrank_ext
 
-# What lowrank_ext_fix_expert_plan (csrc/cuda/moe_lowrank_add.cu) takes.
+# What lowrank_ext_fix_expert_plan (csrc/cuda/experts/fix_expert_plan.cpp) takes.
 FORMS = {"planned": -1, "dense": 0, "grouped": 1, "grouped+": 2}
 
 
 def fix_form(name: str) -> None:
     """Make all later calls take this form; grouped+ has a dense up backward."""
-    library = Path(lowrank_ext.__file__).with_name("_C.so")
-    ctypes.CDLL(str(library)).lowrank_ext_fix_expert_plan(FORMS[name])
+    library = ctypes.CDLL(str(Path(lowrank_ext.__file__).with_name("_C.so")))
+    try:
+        library.lowrank_ext_fix_expert_plan(FORMS[name])
+    except AttributeError:
+        raise SystemExit(
+            "error: bench_expert_forms: _C.so does not let a benchmark choose the form, build it "
+            "with LOWRANK_EXT_BENCHMARKS=ON"
+        ) from None
 
 
 def grid() -> Iterator[Case]:

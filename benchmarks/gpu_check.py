@@ -196,7 +196,8 @@ def last_line(log: Path) -> str:
 
 def build(check: Check) -> str:
     arch = check.report["capability"].replace(".", "")
-    env = child_environment(LOWRANK_EXT_CUDA="ON", LOWRANK_EXT_CUDA_ARCHS=arch)
+    options = {"LOWRANK_EXT_CUDA_ARCHS": arch, "LOWRANK_EXT_BENCHMARKS": "ON"}
+    env = child_environment(LOWRANK_EXT_CUDA="ON", **options)
     log = LOGS / "build.log"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     status = finish(start(command, log, env), check.share(BUILD_SHARE))

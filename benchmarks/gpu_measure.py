@@ -177,10 +177,10 @@ class KernelTime(NamedTuple):
 # The passes over [M, K] and [M, N] tensors, and patterns of their kernels' names. Where K = N the
 # sum over rows for dlora_b, if it is a separate pass, needs as many bytes as that for dlora_a.
 PASSES = {
-    "lowrank_down": r"\bDownOp\b",
+    "lowrank_down": r"\blowrank_down_kernel\b",
     "lowrank_up": r"\blowrank_up_kernel\b",
-    "lowrank_up_backward": r"\blowrank_up_backward_kernel\b|\bUpBackwardOp\b",
-    "lowrank_down_backward_lora_a": r"\bOuterSumOp\b",
+    "lowrank_up_backward": r"\blowrank_up_backward(_g)?_kernel\b",
+    "lowrank_down_backward_lora_a": r"\bouter_sum_kernel\b",
     "lowrank_down_backward_x": r"\blowrank_down_backward_x_kernel\b",
 }
 

@@ -3,7 +3,7 @@
     python benchmarks/traffic.py                    # every kernel of a training step, bf16 first
     python benchmarks/traffic.py --kinds bf16 --rows 1024 --in-features 1024 --out-features 1024
 
-Runs csrc/cuda under tests/simt at one shape per kind of number. Registers are nvcc's, the most that
+Runs csrc/cuda under tests/simt at one shape per compute type. Registers are nvcc's, the most that
 any variant of a kernel takes on any architecture of _C.so.
 """
 
@@ -14,22 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_binary
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-import cuda_binary
-
 from lowrank_ext import _build_info
 
 ROOT = Path(__file__).resolve().parents[1]
 Report = Mapping[str, Any]
+Compiled = dict[tuple[str, str, int], int]  # registers by family, compute type and threads
 
-# dtype of x and adapters, allow_tf32, and the Number that the kernels are compiled for.
+# dtype of x and adapters, allow_tf32, and the compute type of the kernels.
 KINDS = {
     "bf16": (torch.bfloat16, False, "Bf16"),
     "fp16": (torch.float16, False, "Fp16"),
@@ -38,15 +36,6 @@ KINDS = {
     "fp64": (torch.float64, False, "Fp64"),
 }
 
-# The kernels behind launches of another name.
-KERNELS_OF = {
-    "segment_up_backward": "segment_down_kernel",
-    "segment_down_backward_x": "segment_up_kernel",
-    "segment_down_backward_lora_a": "segment_outer_kernel",
-    "segment_up_backward_lora_b": "segment_outer_kernel",
-    "expert_up": "expert_expand_kernel",
-    "expert_down_backward_x": "expert_expand_kernel",
-}
 # Partial sums between kernels.
 WORKSPACES = {"g", "p", "partials", "z", "dw"}
 # Streams, a byte of which counts each time it is asked for: [M, K] and [M, N] tensors and
@@ -64,7 +53,7 @@ registers  the most that any variant of the kernel takes for this kind, on any a
 """
 
 
-# ExpertPlan of csrc/cuda/plan_experts.h: grouped, dense_up_backward.
+# ExpertPlan of csrc/cuda/experts/plan_experts.h: grouped, dense_up_backward.
 DENSE, GROUPED, GROUPED_DENSE_UP = (False, False), (True, False), (True, True)
 
 
@@ -87,12 +76,14 @@ class Sizes(NamedTuple):
         return max(1, self.rank // self.num_experts)
 
 
-def load_executor() -> Any:
+def load_simt() -> Any:
     sys.path.insert(0, str(ROOT / "build" / "simt"))
     try:
         import _simt
     except ImportError:
-        raise SystemExit("error: traffic: the executor is not built, run `make simt`") from None
+        raise SystemExit(
+            "error: traffic: the SIMT executor is not built, run `make simt`"
+        ) from None
     return _simt
 
 
@@ -241,31 +232,29 @@ def needed_by_experts(sizes: Sizes, element_bytes: int) -> tuple[int, int]:
 # Registers
 
 
-def compiled_registers() -> dict[tuple[str, str, int], int]:
-    """By family, number and threads of a block; empty where _C.so has no kernels to read."""
+def compiled_registers() -> Compiled:
+    """Empty where _C.so has no kernels to read."""
     if not _build_info.CUDA_ARCHS or cuda_binary.why_unreadable() is not None:
         return {}
     library = ROOT / "lowrank_ext" / "_C.so"
     bounds = cuda_binary.launch_bounds(library)
     names = cuda_binary.names(bounds)
-    found: dict[tuple[str, str, int], int] = {}
+    found: Compiled = {}
     for arch in _build_info.CUDA_ARCHS:
         for mangled, used in cuda_binary.resources(library, arch).items():
             name = names[mangled]
-            key = (name.family, name.number, bounds[mangled].threads)
+            key = (name.family, name.compute_type, bounds[mangled].threads)
             found[key] = max(found.get(key, 0), used.registers)
     return found
 
 
-def registers(report: Report, number: str, compiled: Mapping[tuple[str, str, int], int]) -> str:
-    """A launch is named as its kernel is, or runs the product that several share. Of a kernel that
-    this number has no variant of, such as one of integers, the most that any takes."""
-    threads = report["block"][0]
-    kernel = report["kernel"]
-    for family in (f"{kernel}_kernel", KERNELS_OF.get(kernel, "thin_product_kernel")):
-        if (family, number, threads) in compiled:
-            return str(compiled[family, number, threads])
-    own = (f"{kernel}_kernel", threads)
+def registers(report: Report, compute_type: str, compiled: Compiled) -> str:
+    """Of a kernel that this type has no variant of, such as one of integers, the most that any
+    takes."""
+    kernel, threads = f"{report['kernel']}_kernel", report["block"][0]
+    if (kernel, compute_type, threads) in compiled:
+        return str(compiled[kernel, compute_type, threads])
+    own = (kernel, threads)
     return str(max((used for (f, _, t), used in compiled.items() if (f, t) == own), default="-"))
 
 
@@ -362,25 +351,25 @@ def main() -> None:
         options.top_k,
         options.adapters,
     )
-    simt = load_executor()
+    simt = load_simt()
     simt.host.set_num_sms(options.sms)
     start = time.perf_counter()
     compiled = compiled_registers()
     table = make_table()
     for kind in options.kinds:
-        number = KINDS[kind][2]
+        compute_type = KINDS[kind][2]
         for name, reports, wanted in rows_of(simt, sizes, kind):
             for report in reports:
-                add_launch(table, kind, report, registers(report, number, compiled))
+                add_launch(table, kind, report, registers(report, compute_type, compiled))
             add_pass(table, name, kind, reports, wanted)
-        statistics = "Fp32" if number == "Tf32" else number  # no products
+        statistics = "Fp32" if compute_type == "Tf32" else compute_type  # no products
         for report in run_routing(simt, sizes, kind):
             add_launch(table, kind, report, registers(report, statistics, compiled))
         table.add_section()
-        if number == "Tf32":
+        if compute_type == "Tf32":
             continue  # multi_lowrank_add never takes it
         for report in run_segments(simt, sizes, kind):
-            add_launch(table, kind, report, registers(report, number, compiled))
+            add_launch(table, kind, report, registers(report, compute_type, compiled))
         table.add_section()
     m, k, n, r, p, experts, top_k, adapters = sizes
     console = Console(width=None if sys.stdout.isatty() else 150)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lowrank_ext.config import AdapterConfig
+from lowrank_ext.config import AdapterConfig, config_names
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
@@ -15,7 +15,7 @@ from lowrank_ext.nn.base_layer import (
 )
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
-from lowrank_ext.registry import Method, config_names, method_of
+from lowrank_ext.registry import Method, method_of
 from lowrank_ext.targets import (
     find_targets,
     is_from_peft,

@@ -7,14 +7,13 @@ subclasses ``AdapterFormat``. Code for all files: ``lowrank_ext/checkpoint``.
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lowrank_ext.checkpoint.adapter_files import AdapterFiles
-    from lowrank_ext.config import AdapterConfig
-    from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.adapter_files import AdapterFiles
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 # Module path -> {kind: tensor}. A kind is the part of a tensor's key after the module's path.
 Adapters = dict[str, dict[str, Tensor]]
@@ -33,7 +32,7 @@ class StoredConfig(NamedTuple):
         where: caller and file, for messages.
     """
 
-    config_class: "type[AdapterConfig]"
+    config_class: type[AdapterConfig]
     fields: Mapping[str, Any]
     shared: Mapping[str, Any]
     paths: Collection[str]
@@ -89,19 +88,19 @@ class AdapterFormat:
         return named
 
     def shapes(
-        self, config: "AdapterConfig", r: int, in_features: int, out_features: int
+        self, config: AdapterConfig, r: int, in_features: int, out_features: int
     ) -> dict[str, list[int]]:
         """Shape of every tensor of a module in memory, by kind."""
         shapes = config.adapter_shapes(r, in_features, out_features)
         return {self.kind_of(attribute): shape for attribute, shape in shapes.items()}
 
-    def tensors(self, module: "LowRankLinear", config: "AdapterConfig") -> dict[str, Tensor]:
+    def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
         """The tensors of ``module`` that the file holds, by kind."""
         shapes = self.shapes(config, module.r, module.in_features, module.out_features)
         return {kind: getattr(module, self.attribute_of(kind)) for kind in shapes}
 
     def fields(
-        self, config: "AdapterConfig", numbers: Mapping[str, Any]
+        self, config: AdapterConfig, numbers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The method's own fields of the config file, and metadata for the tensor file.
 
@@ -111,12 +110,12 @@ class AdapterFormat:
         """
         return {key: getattr(config, key) for key in config.own_fields}, {}
 
-    def unpack(self, files: "AdapterFiles", adapters: Adapters) -> tuple["AdapterFiles", Adapters]:
+    def unpack(self, files: AdapterFiles, adapters: Adapters) -> tuple[AdapterFiles, Adapters]:
         """Convert what ``tensors`` and ``fields`` wrote to the tensors of modules."""
         return files, adapters
 
     def optional(
-        self, config: "AdapterConfig", shapes: Mapping[str, list[int]]
+        self, config: AdapterConfig, shapes: Mapping[str, list[int]]
     ) -> dict[str, list[int]]:
         """Shapes, by kind, of optional tensors: a file holds them for all modules or for none."""
         return {}

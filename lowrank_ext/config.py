@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from lowrank_ext import registry
 from lowrank_ext.checks import (
     check_alpha,
     check_choice,
@@ -56,6 +55,8 @@ class AdapterConfig:
     inits: ClassVar[tuple[str, ...]] = ()
     # Fields that adapter_config.json holds under their own names, beside PEFT's.
     own_fields: ClassVar[tuple[str, ...]] = ()
+    # The configs of all registered methods, by peft_type.
+    registered: ClassVar[dict[str, type["AdapterConfig"]]] = {}
     # Fields that select some of the adapted modules, by names as in target_modules.
     selectors: ClassVar[tuple[str, ...]] = ()
 
@@ -74,7 +75,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if not self.peft_type:
             raise TypeError(
-                f"AdapterConfig: use {registry.config_names()}, AdapterConfig itself is no method"
+                f"AdapterConfig: use {config_names()}, AdapterConfig itself is no method"
             )
         owner = type(self).__name__
         check_rank(self.r, owner, "r")
@@ -183,7 +184,7 @@ class AdapterConfig:
         """
         values = dict(values)
         peft_type = values.pop("peft_type", cls.peft_type)
-        known = {name: method.config_class for name, method in registry.METHODS.items()}
+        known = cls.registered
         if peft_type not in known:
             raise ValueError(
                 f"{cls.__name__}.from_dict: peft_type must be one of {sorted(known)}, "
@@ -202,6 +203,12 @@ class AdapterConfig:
                     f"{did_you_mean(key, names)}"
                 )
         return config_class(**values)
+
+
+def config_names() -> str:
+    """ "LoRAConfig, … or LastConfig": the configs of all methods, for messages."""
+    *names, last = (config.__name__ for config in AdapterConfig.registered.values())
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def _plain(value: object) -> object:

@@ -20,8 +20,8 @@ def merge(model: Model) -> Model:
         ValueError: the model carries no adapters, or a weight shares memory with a tensor of
             another module, which would change with it.
         TypeError: a base does not compute x weightᵀ + bias with a floating-point weight, or a
-            module's branch is no single matrix (GOAT: its experts are chosen by the input).
-        In both cases no weight has been touched.
+            module's branch is no single matrix (GOAT: its experts are chosen by the input). In
+            both cases no weight has been touched.
     """
     modules = lowrank_modules(model, "merge")
     _check_mergeable(model, modules)

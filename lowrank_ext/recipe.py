@@ -6,14 +6,12 @@
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.freezing import FreezingSchedule
-
-if TYPE_CHECKING:
-    from lowrank_ext.config import AdapterConfig
 
 # Parameters, and their learning rate relative to the run's.
 ParameterGroup = tuple[list[nn.Parameter], float]
@@ -134,7 +132,7 @@ class Recipe:
 
     name: str
     learning_rate: float
-    config: "Callable[[dict[str, Any], Run], AdapterConfig]"
+    config: Callable[[dict[str, Any], Run], AdapterConfig]
     options: tuple[Option, ...] = ()
     check: Callable[[Run], str | None] = _nothing
     training: Training = field(default_factory=Training)

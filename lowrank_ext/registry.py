@@ -6,30 +6,23 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
 
+import lowrank_ext.nn
 from lowrank_ext.adapter_format import AdapterFormat
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.freezing import FreezingSchedule
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.recipe import Recipe
 
-if TYPE_CHECKING:
-    from lowrank_ext.config import AdapterConfig
-    from lowrank_ext.nn.low_rank_linear import LowRankLinear
-
-__all__ = ["METHODS", "Method", "config_names", "method_of", "register"]
+__all__ = ["METHODS", "Method", "method_of", "recipes", "register", "unregister"]
 
 
 def _as_given(
-    model: nn.Module, config: "AdapterConfig", targets: Mapping[str, nn.Module]
-) -> "AdapterConfig":
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
+) -> AdapterConfig:
     return config
-
-
-CompleteConfig: TypeAlias = (
-    "Callable[[nn.Module, AdapterConfig, Mapping[str, nn.Module]], AdapterConfig]"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +31,8 @@ class Method:
 
     Attributes:
         config_class: the class of its options; ``peft_type`` names the method in files.
-        module_class: the class of the modules that replace linear ones.
+        module_class: the class of the modules that replace linear ones; public in
+            ``lowrank_ext.nn``.
         file_format: content of an adapter's two files.
         complete_config: takes the model, the config and the targets by path; returns the config
             with what depends on the model (LaMDA++: ranks). ``adapt`` calls it before any change.
@@ -46,10 +40,12 @@ class Method:
         recipes: the names that ``--method`` of ``lowrank-ext finetune`` takes for the method.
     """
 
-    config_class: "type[AdapterConfig]"
-    module_class: "type[LowRankLinear]"
+    config_class: type[AdapterConfig]
+    module_class: type[LowRankLinear]
     file_format: AdapterFormat = field(default_factory=AdapterFormat)
-    complete_config: "CompleteConfig" = _as_given
+    complete_config: Callable[
+        [nn.Module, AdapterConfig, Mapping[str, nn.Module]], AdapterConfig
+    ] = _as_given
     schedule_class: type[FreezingSchedule] | None = None
     recipes: tuple[Recipe, ...] = ()
 
@@ -70,26 +66,28 @@ def register(method: Method) -> Method:
     """
     if method.peft_type in METHODS:
         raise ValueError(f"register: peft_type must be new, got {method.peft_type!r} again")
-    taken = {recipe.name for other in METHODS.values() for recipe in other.recipes}
+    taken = {recipe.name for recipe in recipes()}
     for recipe in method.recipes:
         if recipe.name in taken:
             raise ValueError(f"register: names of recipes must be new, got {recipe.name!r} again")
     for other in METHODS.values():
         method.file_format.check_beside(other.file_format)
     METHODS[method.peft_type] = method
+    AdapterConfig.registered[method.peft_type] = method.config_class
+    setattr(lowrank_ext.nn, method.module_class.__name__, method.module_class)
     return method
 
 
-def method_of(config: "AdapterConfig") -> Method | None:
+def unregister(method: Method) -> None:
+    """Undo :func:`register`."""
+    del METHODS[method.peft_type], AdapterConfig.registered[method.peft_type]
+    delattr(lowrank_ext.nn, method.module_class.__name__)
+
+
+def method_of(config: AdapterConfig) -> Method | None:
     """The method whose config this is, or None."""
     method = METHODS.get(config.peft_type)
     return method if method is not None and type(config) is method.config_class else None
-
-
-def config_names() -> str:
-    """ "LoRAConfig, … or LastConfig": the configs of all methods, for messages."""
-    *names, last = (method.config_class.__name__ for method in METHODS.values())
-    return f"{', '.join(names)} or {last}" if names else last
 
 
 def recipes() -> Iterator[Recipe]:

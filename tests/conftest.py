@@ -37,10 +37,10 @@ def dtype_id(dtypes: torch.dtype | DtypePair) -> str:
     return "+".join(dict.fromkeys(str(name).removeprefix("torch.") for name in names))
 
 
-# ---- devices: the CPU, a GPU, and the CUDA kernels run on the CPU by the executor (tests/simt)
+# ---- devices: the CPU, a GPU, and the CUDA kernels on the CPU, by the SIMT executor (tests/simt)
 
-EXECUTOR = "simt"
-EXECUTOR_BUILD = Path(__file__).parents[1] / "build" / "simt"
+SIMT = "simt"
+SIMT_BUILD = Path(__file__).parents[1] / "build" / "simt"
 OP_NAMES = (
     "lowrank_linear",
     "lowrank_add",
@@ -50,32 +50,32 @@ OP_NAMES = (
 )
 
 
-def has_executor() -> bool:
-    return any(EXECUTOR_BUILD.glob("_simt*.so"))
+def has_simt() -> bool:
+    return any(SIMT_BUILD.glob("_simt*.so"))
 
 
 def device_params(marker: pytest.Mark | None) -> list[Any]:
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    no_executor = pytest.mark.skipif(
-        not has_executor(), reason="the executor is not built, run `make simt`"
+    no_simt = pytest.mark.skipif(
+        not has_simt(), reason="the SIMT executor is not built, run `make simt`"
     )
-    executor = [pytest.param(EXECUTOR, marks=no_executor)] if marker else []
+    on_simt = [pytest.param(SIMT, marks=no_simt)] if marker else []
     if marker and marker.kwargs.get("only"):
-        return executor
-    return ["cpu", *executor, pytest.param("cuda", marks=no_gpu)]
+        return on_simt
+    return ["cpu", *on_simt, pytest.param("cuda", marks=no_gpu)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "executor(every=1, only=False): run on the executor too (or only), of the test's cases "
+        "simt(every=1, only=False): run on the executor too (or only), of the test's cases "
         "every n-th one; an n that divides no parameter's number of values leaves out no value",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        params = device_params(metafunc.definition.get_closest_marker("executor"))
+        params = device_params(metafunc.definition.get_closest_marker("simt"))
         metafunc.parametrize("device", params, indirect=True, scope="session")
 
 
@@ -84,9 +84,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen: Counter[str] = Counter()
     left_out = []
     for item in items:
-        if runs_on_executor(item):
+        if runs_on_simt(item):
             test = item.nodeid.partition("[")[0]
-            every = item.get_closest_marker("executor").kwargs.get("every", 1)
+            every = item.get_closest_marker("simt").kwargs.get("every", 1)
             if seen[test] % every:
                 left_out.append(item)
             seen[test] += 1
@@ -95,64 +95,64 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
-def runs_on_executor(item: pytest.Item) -> bool:
+def runs_on_simt(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    return callspec is not None and callspec.params.get("device") == EXECUTOR
+    return callspec is not None and callspec.params.get("device") == SIMT
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """Where the tensors are. Those of the executor are on the CPU."""
-    return "cpu" if request.param == EXECUTOR else request.param
+    return "cpu" if request.param == SIMT else request.param
 
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> str:
-    """Whose kernels the test runs: "cpu", EXECUTOR or "cuda"."""
+    """Whose kernels the test runs: "cpu", SIMT or "cuda"."""
     return request.node.callspec.params["device"]
 
 
 @pytest.fixture(autouse=True)
-def ops_on_executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def ops_on_simt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a test on the executor torch.ops.lowrank_ext has the executor's ops."""
-    if runs_on_executor(request.node):
-        library = executor_ops()
+    if runs_on_simt(request.node):
+        library = simt_ops()
         for name in OP_NAMES:
             for op in (name, f"{name}_backward"):
                 monkeypatch.setattr(torch.ops.lowrank_ext, op, getattr(library, op))
 
 
 @cache
-def executor_ops() -> Any:
+def simt_ops() -> Any:
     """torch.ops.lowrank_ext_simt, with the Python side that the library's ops have."""
-    executor()
+    simt_module()
     for name in OP_NAMES:
         importlib.import_module(f"lowrank_ext.ops.{name}").register("lowrank_ext_simt")
     return torch.ops.lowrank_ext_simt
 
 
-def executor() -> ModuleType:
+def simt_module() -> ModuleType:
     """The module _simt: csrc/cuda compiled for the CPU."""
-    if str(EXECUTOR_BUILD) not in sys.path:
-        sys.path.append(str(EXECUTOR_BUILD))
+    if str(SIMT_BUILD) not in sys.path:
+        sys.path.append(str(SIMT_BUILD))
     return importlib.import_module("_simt")
 
 
 @pytest.fixture(scope="session")
 def simt() -> ModuleType:
     """The same, where a test cannot do without it."""
-    if not has_executor():
-        pytest.skip("the executor is not built, run `make simt`")
-    return executor()
+    if not has_simt():
+        pytest.skip("the SIMT executor is not built, run `make simt`")
+    return simt_module()
 
 
 @pytest.fixture(autouse=True)
-def executor_settings() -> Iterator[None]:
+def simt_settings() -> Iterator[None]:
     """What a test sets ends with it: the next one may count bytes, or launches of a default GPU."""
     yield
     if "_simt" in sys.modules:
-        executor().set_options()
-        executor().host.reset()
+        simt_module().set_options()
+        simt_module().host.reset()
 
 
 @pytest.fixture(scope="session", params=DTYPES, ids=dtype_id)

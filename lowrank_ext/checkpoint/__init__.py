@@ -2,7 +2,7 @@
 
 LoRA is written as PEFT writes it, and PEFT's LoRA files load here. The other methods use the same
 two files with their own ``peft_type``, most with more tensors per module (``layout.py``, and
-``files.py`` in the method's folder). Saving is atomic (``adapter_files.py``).
+``files.py`` in the method's folder). Saving is atomic (``lowrank_ext.adapter_files``).
 """
 
 from lowrank_ext.checkpoint.load import load_adapter

@@ -11,8 +11,8 @@ With P for ``base_model.model.<path>`` the tensor file holds
 from torch import Tensor, nn
 
 from lowrank_ext import registry
+from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
-from lowrank_ext.checkpoint.adapter_files import AdapterFiles
 
 PREFIX = "base_model.model."
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"

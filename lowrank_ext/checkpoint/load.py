@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ext.adapt import adapt, lowrank_modules
+from lowrank_ext.adapter_files import AdapterFiles, read_adapter_files
 from lowrank_ext.adapter_format import Adapters
-from lowrank_ext.checkpoint.adapter_files import AdapterFiles, read_adapter_files
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
     PREFIX,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lowrank_ext import registry
-from lowrank_ext.checkpoint.adapter_files import Companion, read_adapter_files, write_adapter_files
+from lowrank_ext.adapter_files import Companion, read_adapter_files, write_adapter_files
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,

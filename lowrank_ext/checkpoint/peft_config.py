@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lowrank_ext import registry
+from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters, StoredConfig
-from lowrank_ext.checkpoint.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matching_pattern
 from lowrank_ext.config import AdapterConfig

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lowrank_ext.checkpoint.adapter_files import write_file
+from lowrank_ext.adapter_files import write_file
 from lowrank_ext.checks import with_article
 from lowrank_ext.freezing import FreezingSchedule
 from lowrank_ext.registry import METHODS

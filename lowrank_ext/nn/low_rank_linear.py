@@ -43,10 +43,12 @@ class LowRankLinear(Adapter):
             module makes its own weight [N, K] and bias, on ``device`` and of ``dtype``.
 
     Attributes:
-        weight, bias: the base's Parameters, frozen; weight is [N, K], or [K, N] with
-            ``fan_in_fan_out`` (transformers' Conv1D). None when ``base_layer`` holds the base.
-        lora_a [r, K], lora_b [N, r] and, where the method has them, core [r, r], rank_scale [r],
-            out_scale [N] (else None): the branch, kept in the adapter's dtype.
+        weight: the base's Parameter, frozen, [N, K], or [K, N] with ``fan_in_fan_out``
+            (transformers' Conv1D). None, as bias, when ``base_layer`` holds the base.
+        bias: the base's Parameter, frozen, [N], or None.
+        lora_a: [r, K], as all of the branch in the adapter's dtype. Where the method has them, core
+            [r, r], rank_scale [r] and out_scale [N] stand beside it, else None.
+        lora_b: [N, r].
         merged: whether the branch is inside the base weight right now.
         residual_taken: whether the initial branch has been subtracted from the base weight.
 

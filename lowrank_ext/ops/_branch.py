@@ -63,7 +63,7 @@ def draw_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Te
 
 
 def check_branch(op: str, branch: Branch, in_features: int, out_features: int) -> None:
-    """The shape checks of csrc/checks.h in the same words, for fake tensors."""
+    """The shape checks of csrc/ops/branch.h in the same words, for fake tensors."""
     a, b, core = branch.lora_a, branch.lora_b, branch.core
     fits = a.dim() == 2 and a.shape[0] >= 1 and a.shape[1] == in_features
     check_shape(op, "lora_a", a, fits, f"[r, in_features={in_features}]")

@@ -138,7 +138,7 @@ def _fake(
 def _check_experts(
     router_weight: Tensor, lora_a: Tensor, lora_b: Tensor, in_features: int, out_features: int
 ) -> None:
-    """The shape checks of csrc/moe_checks.h in the same words, for fake tensors."""
+    """The shape checks of csrc/ops/moe_lowrank_add.h in the same words, for fake tensors."""
     a, b, router = lora_a.shape, lora_b.shape, router_weight.shape
     matches = len(a) == 3 and a[0] >= 1 and a[1] >= 1 and a[2] == in_features
     check_shape(_OP, "lora_a", lora_a, matches, f"[E, r_e, in_features={in_features}]")

@@ -103,7 +103,7 @@ def _fake(base_out: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check(adapters: _Adapters, x: Tensor, out_features: int) -> None:
-    """The shape checks of csrc/checks.h in the same words."""
+    """The shape checks of csrc/ops/multi_lowrank_add.h in the same words."""
     a, b, ids = adapters.lora_a, adapters.lora_b, adapters.adapter_ids
     in_features = x.shape[-1]
     fits = a.dim() == 3 and a.shape[1] >= 1 and a.shape[2] == in_features

@@ -224,16 +224,17 @@ def test_tables_are_printed(
 
 
 def test_every_pass_is_recognized_by_its_kernel(gpu_measure: ModuleType) -> None:
-    product = "void lowrank_ext::cuda::thin_product_kernel<lowrank_ext::cuda::Traits<Bf16, {}> >()"
-    other = "void lowrank_ext::cuda::{}_kernel<lowrank_ext::cuda::Traits<lowrank_ext::cuda::{}> >()"
+    kernel = (
+        "void lowrank_ext::cuda::{}_kernel<lowrank_ext::cuda::Traits<lowrank_ext::cuda::{}> >()"
+    )
     kernels = {
-        product.format("lowrank_ext::cuda::DownOp"): "lowrank_down",
-        product.format("lowrank_ext::cuda::UpBackwardOp"): "lowrank_up_backward",
-        product.format("lowrank_ext::cuda::OuterSumOp"): "lowrank_down_backward_lora_a",
-        other.format("lowrank_up", "UpOp"): "lowrank_up",
-        other.format("lowrank_up_backward", "Bf16"): "lowrank_up_backward",
-        other.format("lowrank_down_backward_x", "DownBackwardXOp"): "lowrank_down_backward_x",
-        other.format("partial_sums", "Bf16"): None,
+        kernel.format("lowrank_down", "DownOp"): "lowrank_down",
+        kernel.format("lowrank_up_backward_g", "UpBackwardOp"): "lowrank_up_backward",
+        kernel.format("outer_sum", "OuterSumOp"): "lowrank_down_backward_lora_a",
+        kernel.format("lowrank_up", "UpOp"): "lowrank_up",
+        kernel.format("lowrank_up_backward", "Bf16"): "lowrank_up_backward",
+        kernel.format("lowrank_down_backward_x", "DownBackwardXOp"): "lowrank_down_backward_x",
+        kernel.format("partial_sums", "Bf16"): None,
     }
     assert {name: gpu_measure.pass_of(name) for name in kernels} == kernels
     assert set(kernels.values()) - {None} == gpu_measure.pass_bytes(gpu_measure.TARGET).keys()

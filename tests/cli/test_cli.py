@@ -512,7 +512,7 @@ def stop_at_method(monkeypatch: pytest.MonkeyPatch, method: str, step: int) -> N
 
     def interrupted(self: Trainer, tokens: torch.Tensor) -> float:
         loss = train_step(self, tokens)
-        if (self.method, self.progress.step) == (method, step):
+        if (self.entry.name, self.progress.step) == (method, step):
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 

@@ -56,35 +56,41 @@ class Family(NamedTuple):
     """What all instantiations of one kernel must come to."""
 
     min_warps: int  # resident on an SM, as far as registers go
-    products: bool = False  # mma.sync where the number has it
+    products: bool = False  # mma.sync where the compute type has it
     async_copies: bool = False  # cp.async, 16 bytes at a time, past L1
     wide_loads: int = 0  # at least so many 16-byte loads from global memory in the code
     wide_stores: int = 0  # and stores
-    integers: bool = False  # no template over a number
+    integers: bool = False  # no template over a compute type
 
 
 FAMILIES = {
     "lowrank_up_kernel": Family(8, True, True, wide_loads=4, wide_stores=4),
     "lowrank_down_backward_x_kernel": Family(8, True, True, wide_loads=4, wide_stores=4),
     "lowrank_up_backward_kernel": Family(8, True, True),
-    "thin_product_kernel": Family(8, True, True, wide_stores=1),
+    "lowrank_down_kernel": Family(8, True, True, wide_stores=1),
+    "lowrank_up_backward_g_kernel": Family(8, True, True, wide_stores=1),
+    "outer_sum_kernel": Family(8, True, True, wide_stores=1),
     "lowrank_mid_backward_kernel": Family(8, True),
     "mid_rows_kernel": Family(8, True, wide_loads=1, wide_stores=1),
     "lora_b_gradients_kernel": Family(16),
-    "masked_product_kernel": Family(8, True, True, wide_stores=1),
-    "moe_expand_kernel": Family(8, True, True, wide_stores=1),
+    "dense_down_kernel": Family(8, True, True, wide_stores=1),
+    "dense_outer_kernel": Family(8, True, True, wide_stores=1),
+    "dense_expand_kernel": Family(8, True, True, wide_stores=1),
     "partial_sums_kernel": Family(16),
     "round_adapters_kernel": Family(16),
-    "stack_experts_kernel": Family(16),
-    "unstack_experts_kernel": Family(16),
+    "dense_stack_kernel": Family(16),
+    "dense_unstack_kernel": Family(16),
     "moe_gate_kernel": Family(16),
-    "moe_gate_h_kernel": Family(16),
+    "dense_apply_gates_kernel": Family(16),
     "moe_gate_backward_kernel": Family(16),
-    "moe_slots_kernel": Family(16),
-    "moe_slots_h_kernel": Family(16),
-    "expert_expand_kernel": Family(8, True, True, wide_stores=4),  # dx has no base to load
+    "grouped_gate_kernel": Family(16),
+    "grouped_apply_gates_kernel": Family(16),
+    "grouped_up_kernel": Family(8, True, True, wide_stores=4),
+    "grouped_down_backward_x_kernel": Family(8, True, True, wide_stores=4),
     "segment_down_kernel": Family(8, True, True, wide_stores=1),
+    "segment_up_backward_kernel": Family(8, True, True, wide_stores=1),
     "segment_up_kernel": Family(8, True, True, wide_loads=4, wide_stores=4),
+    "segment_down_backward_x_kernel": Family(8, True, True, wide_loads=4, wide_stores=4),
     "segment_outer_kernel": Family(8, True, True, wide_stores=1),
     "moe_route_kernel": Family(16),
     "route_tokens_kernel": Family(16),
@@ -155,9 +161,8 @@ def test_every_kernel_states_its_budget(arch: str) -> None:
     found = kernels(arch)
     assert {kernel.name.family for kernel in found.values()} == FAMILIES.keys()
     complain([f"{k}: no __launch_bounds__" for k in found.values() if not k.bounds.threads])
-    complain(
-        [f"{k}: no Number" for k in found.values() if not (k.name.number or k.family.integers)]
-    )
+    without = [k for k in found.values() if not (k.name.compute_type or k.family.integers)]
+    complain([f"{k}: no compute type" for k in without])
 
 
 @by_arch
@@ -193,8 +198,8 @@ def wrong_instructions(kernel: Kernel, code: Counter[str]) -> list[str]:
     def count(pattern: str) -> int:
         return sum(n for opcode, n in code.items() if re.fullmatch(pattern, opcode))
 
-    number, family = kernel.name.number, kernel.family
-    products = HMMA.get(number) or FMA.get(number, "")
+    compute_type, family = kernel.name.compute_type, kernel.family
+    products = HMMA.get(compute_type) or FMA.get(compute_type, "")
     wanted = {
         r"LDGSTS\.E\.BYPASS\.128.*": family.async_copies,
         r"LDG\.E\.128.*": family.wide_loads,
@@ -210,7 +215,7 @@ def wrong_instructions(kernel: Kernel, code: Counter[str]) -> list[str]:
         r"(LDL|STL).*": "local memory",
         r"(RED|ATOM[GS]?)\b.*\.(F16|F32|F64|BF16).*": "an atomic sum, whose order is not fixed",
     }
-    if number in FMA:
+    if compute_type in FMA:
         unwanted[r"HMMA.*"] = "a product of lower precision"
     wrong += [f"{count(p)} times {what}" for p, what in unwanted.items() if count(p)]
     return wrong
@@ -248,7 +253,7 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(FAMILIES, "bad_kernel", Family(64, True, True, 1, 1))
     ((key, used),) = cuda_binary.resources(binary, "80").items()
     bounds = cuda_binary.launch_bounds(binary)[key]
-    name = cuda_binary.names([key])[key]._replace(number="Fp32")
+    name = cuda_binary.names([key])[key]._replace(compute_type="Fp32")
     kernel = Kernel(name, used, bounds)
     assert name.family == "bad_kernel"
     assert bounds == Bounds(1024, 2)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import DtypePair, executor, executor_ops
+from conftest import DtypePair, simt_module, simt_ops
 from lowrank_cases import (
     BF16,
     FP32,
@@ -43,7 +43,7 @@ def host(simt: ModuleType) -> ModuleType:
 
 
 def test_settings_end_with_their_test(host: ModuleType) -> None:
-    """conftest.executor_settings calls reset behind every test."""
+    """conftest.simt_settings calls reset behind every test."""
     before = host.num_sms(), host.min_seeded_bytes()
     host.set_num_sms(before[0] + 1)
     host.set_min_seeded_bytes(before[1] + 1)
@@ -53,13 +53,13 @@ def test_settings_end_with_their_test(host: ModuleType) -> None:
 
 def launches(run) -> list[dict]:
     """The reports of the kernels that run() launches."""
-    executor().clear_reports()
+    simt_module().clear_reports()
     run()
-    return executor().reports()
+    return simt_module().reports()
 
 
 def run_forward(op: str, tensors: Tensors, **options: object) -> tuple[Tensor, Tensor]:
-    return getattr(executor_ops(), op)(*raw_args(op, tensors, **options))
+    return getattr(simt_ops(), op)(*raw_args(op, tensors, **options))
 
 
 def run_backward(
@@ -68,8 +68,8 @@ def run_backward(
     _, h = run_forward(op, tensors, **options)
     dout = make_dout(tensors, integers=True)
     arguments = raw_backward_args(op, tensors, dout, h, needs, **options)
-    executor().clear_reports()
-    return getattr(executor_ops(), f"{op}_backward")(*arguments)
+    simt_module().clear_reports()
+    return getattr(simt_ops(), f"{op}_backward")(*arguments)
 
 
 def base_bytes_read(reports: list[dict], kernel: str) -> int:
@@ -90,7 +90,7 @@ def test_outputs_are_seeded_from_a_size_on(host: ModuleType) -> None:
     assert host.seed_base_output(2**20, 2**16, 8), "a size that passes 2^32"
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @pytest.mark.parametrize("min_seeded_bytes", [ALWAYS, NEVER])
 @pytest.mark.parametrize("bias", ["none", "dense", "strided"])
 @pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
@@ -133,7 +133,7 @@ def test_seeded_output_reads_no_base(host: ModuleType, bias: bool) -> None:
         assert base_bytes_read(backward, "lowrank_down_backward_x") == base_of_dx
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("num_sms", [1, 3, 132])
 def test_any_number_of_processors(host: ModuleType, device: str, op: str, num_sms: int) -> None:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import lowrank_ext as lr
 from lowrank_ext.adapter_format import AdapterFormat
 from lowrank_ext.cli import main
-from lowrank_ext.config import AdapterConfig
+from lowrank_ext.config import AdapterConfig, config_names
 from lowrank_ext.nn import LowRankLinear
 from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.recipe import Option, Recipe, at_least
-from lowrank_ext.registry import METHODS, Method, register
+from lowrank_ext.registry import METHODS, Method, register, unregister
 
 PACKAGE = Path(lr.__file__).parent
 
@@ -93,7 +93,7 @@ TOY = Method(
 def toy() -> Iterator[None]:
     register(TOY)
     yield
-    del METHODS["TOY"]
+    unregister(TOY)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -115,7 +115,7 @@ def test_adapts_and_is_summarized() -> None:
     assert layer.toy_scale.requires_grad
     assert lr.trainable_parameters(model).trainable == 2 * (3 * 8 + 3 * 8 + 3)
     assert "Toy" in [str(cell) for cell in lr.summary(model).columns[1].cells]
-    assert "ToyConfig" in lr.registry.config_names()
+    assert "ToyConfig" in config_names()
 
 
 def test_merges_and_unmerges_bit_for_bit() -> None:

@@ -28,7 +28,7 @@ LAID_OUT = {
 }
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("op", OPS)
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(

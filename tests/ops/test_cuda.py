@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, CUDA graphs, sizes past 2³¹, the same bits as on the CPU.
 
-That CUDA computes the right values at all is one more parametrisation of the other test files. The
+That CUDA computes the right values at all is one more parametrization of the other test files. The
 tests marked `sanitize` are small enough to run under compute-sanitizer (`make gpu-check`).
 """
 

@@ -93,7 +93,7 @@ def test_op_draws_the_known_words(device: str, op: str) -> None:
         assert kept[0, column] and not dropped[0, column]
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_mask_equals_reference(device: str, dtype: torch.dtype, op: str, p: float) -> None:
@@ -104,7 +104,7 @@ def test_mask_equals_reference(device: str, dtype: torch.dtype, op: str, p: floa
         assert torch.equal(mask, expected)
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mask_depends_on_all_bits_of_the_seed(device: str, op: str, seed: int) -> None:
@@ -129,7 +129,7 @@ def test_mask_of_several_blocks(device: str, op: str, num_rows: int, num_cols: i
         assert torch.equal(mask, expected)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("op", OPS)
 def test_mask_at_rank_one(device: str, op: str) -> None:
     """h = Σ_k mask[m, k] 2^k is the row of the mask, read as a binary number."""
@@ -142,7 +142,7 @@ def test_mask_at_rank_one(device: str, op: str) -> None:
     assert torch.equal(y[:, 0], expected)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("op", OPS)
 def test_rows_are_counted_over_all_leading_dimensions(device: str, op: str) -> None:
     """Also where x is a view: the mask belongs to positions, not to addresses."""
@@ -169,7 +169,7 @@ def test_threads_do_not_change_the_mask() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_seed_may_have_any_shape_of_one_element(device: str, op: str, shape: tuple) -> None:
@@ -206,7 +206,7 @@ def test_fraction_dropped(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_neighbours_are_independent(p: float) -> None:
+def test_neighbors_are_independent(p: float) -> None:
     mask = reference.dropout_mask(7, 512, 1024, p)
     for shift in (1, 2, 7, 8, 16, 128):
         assert abs(correlation(mask[:, shift:], mask[:, :-shift])) < 5, f"columns, {shift} apart"
@@ -252,7 +252,7 @@ def test_base_path_is_not_dropped(device: str) -> None:
     assert y.item() == dx.sum().item()
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @pytest.mark.parametrize("op", OPS)
 def test_everything_dropped(device: str, dtype: torch.dtype, op: str) -> None:
     """RF-05: p = 1 gives exact zeros in the branch, also of values that are not finite."""
@@ -325,7 +325,7 @@ class Collector:
 # Recomputation
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])

@@ -13,6 +13,7 @@ from lowrank_cases import (
     evaluate,
     make_dout,
     make_tensors,
+    on_device,
     seed_tensor,
 )
 
@@ -21,7 +22,7 @@ from lowrank_ext import ops
 OP = "lowrank_add"
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_equals_lowrank_linear(device: str, dtypes: DtypePair, dropout_p: float) -> None:
     """With base_out = x weightᵀ + bias, on integers, both ops are the same function."""
@@ -38,7 +39,7 @@ def test_equals_lowrank_linear(device: str, dtypes: DtypePair, dropout_p: float)
     assert_same_values(got, {name: expected[name] for name in got})
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
 @pytest.mark.parametrize("lead", [(0,), (4,)])
 def test_zero_branch_is_a_copy_of_base_out(
@@ -55,7 +56,7 @@ def test_zero_branch_is_a_copy_of_base_out(
     assert_same_bits(tensors["base_out"], before, "base_out shares memory with y")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_gradient_of_base_out_is_dout(device: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(OP, (3, 11), 65, 43, 5, dtypes, device, optional=OPTIONAL)
     dout = make_dout(tensors)
@@ -63,7 +64,7 @@ def test_gradient_of_base_out_is_dout(device: str, dtypes: DtypePair) -> None:
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(device: str, low: torch.dtype) -> None:
     """RF-14, for base_out still in fp32 and for one that the base module already made half."""
@@ -89,8 +90,10 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), changes, message)
+    assert_raises_alike(
+        OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), on_device(changes, device), message
+    )

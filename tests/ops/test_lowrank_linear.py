@@ -11,6 +11,7 @@ from lowrank_cases import (
     assert_same_bits,
     call,
     make_tensors,
+    on_device,
     present,
     seed_tensor,
 )
@@ -20,7 +21,7 @@ from lowrank_ext import ops
 OP = "lowrank_linear"
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_zero_branch_is_exactly_the_linear(device: str, dtypes: DtypePair, p: float) -> None:
     tensors = make_tensors(OP, (9,), 33, 17, 4, dtypes, device, bias=False)
@@ -34,7 +35,7 @@ def test_zero_branch_is_exactly_the_linear(device: str, dtypes: DtypePair, p: fl
 # Autocast: RF-14
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(device: str, low: torch.dtype) -> None:
     x = torch.tensor([[1.00390625]], device=device, requires_grad=True)
@@ -52,7 +53,7 @@ def test_autocast(device: str, low: torch.dtype) -> None:
     assert outside.dtype == torch.float32 and outside.item() == 2.0078125
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_autocast_follows_linear(device: str) -> None:
     """Everything that F.linear accepts under autocast: mixed inputs, fp64, a disabled region."""
     tensors = make_tensors(OP, (5,), 8, 6, 2, FP32, device, optional=OPTIONAL)
@@ -67,7 +68,7 @@ def test_autocast_follows_linear(device: str) -> None:
         assert call(ops, OP, wide).dtype == torch.float64
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_half_base_with_fp32_adapters_needs_no_autocast(device: str) -> None:
     one = torch.ones(1, 1, device=device)
     x = torch.tensor([[1.00390625]], device=device)
@@ -91,11 +92,13 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_argument(device: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), changes, message)
+    assert_raises_alike(
+        OP, make_tensors(OP, (3,), 8, 6, 2, FP32, device), on_device(changes, device), message
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -24,6 +24,7 @@ from lowrank_cases import (
     evaluate,
     make_dout,
     make_tensors,
+    on_device,
     padded_rows,
     poison_freed_memory,
     present,
@@ -69,7 +70,7 @@ def raw_backward(
     return backward(*raw_backward_args(op, tensors, dout, h, needs, **options))
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("optional", SUBSETS, ids=subset_id)
 @both_ops
@@ -83,7 +84,7 @@ def test_values_and_gradients(
     assert_within_rule(op, tensors, make_dout(tensors), **options)
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @several_dtypes
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_sizes_that_need_several_blocks(
 # Shapes
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 31, 32, 33, 127, 128, 129])
 @pytest.mark.parametrize(
     ("num_in", "num_out"), [(1, 1), (7, 13), (31, 33), (33, 32), (128, 127), (127, 129)]
@@ -132,7 +133,7 @@ def test_shapes(
     assert_exact(op, tensors, make_dout(tensors, integers=True), **options)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize(("num_in", "num_out"), [(0, 5), (5, 0), (0, 0)])
 @both_ops
 def test_no_columns(device: str, op: str, dtypes: DtypePair, num_in: int, num_out: int) -> None:
@@ -141,7 +142,7 @@ def test_no_columns(device: str, op: str, dtypes: DtypePair, num_in: int, num_ou
     assert_exact(op, tensors, make_dout(tensors, integers=True), **options)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3), (2, 0, 3), (1, 2, 1, 2)])
 @both_ops
 def test_leading_dimensions_are_kept(device: str, op: str, lead: tuple[int, ...]) -> None:
@@ -154,7 +155,7 @@ def test_leading_dimensions_are_kept(device: str, op: str, lead: tuple[int, ...]
     assert_same_bits(got["y"].reshape(-1, 5), y, "y of flat rows")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_no_rows_give_zero_gradients(device: str, op: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(op, (0,), 6, 5, 3, dtypes, device, optional=OPTIONAL)
@@ -168,7 +169,7 @@ def test_no_rows_give_zero_gradients(device: str, op: str, dtypes: DtypePair) ->
 RANKS = [1, 2, 3, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 128]
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("rank", RANKS)
 @several_dtypes
 @both_ops
@@ -184,7 +185,7 @@ def test_every_rank(device: str, op: str, dtypes: DtypePair, rank: int) -> None:
     assert tensors["lora_a"].shape == (rank, 40)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_rank_above_both_sizes(device: str, op: str) -> None:
     tensors = make_tensors(op, (5,), 8, 12, 20, FP32, device, optional=OPTIONAL, integers=True)
@@ -216,7 +217,7 @@ LAID_OUT = {
 }
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @two_dtypes
 @pytest.mark.parametrize(("op", "names"), each_of(LAID_OUT))
@@ -229,7 +230,7 @@ def test_layouts(device: str, op: str, dtypes: DtypePair, layout: Layout, names:
     assert_layout_changes_nothing(op, tensors, dout, dropout_p=0.5, seed=seed_tensor(5, device))
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_transposed_leading_dimensions(device: str, op: str) -> None:
     """RF-03: x of strides (12, 1, 3) and a gradient of strides (15, 1, 3)."""
@@ -244,7 +245,7 @@ def test_transposed_leading_dimensions(device: str, op: str) -> None:
     assert_layout_changes_nothing(op, permuted, make_dout(permuted, integers=True))
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_gradient_of_a_sum_has_stride_zero(device: str, op: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(op, (2, 5), 9, 7, 3, dtypes, device, optional=OPTIONAL, integers=True)
@@ -286,7 +287,7 @@ NEEDED = {
 }
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize(("op", "needs"), each_of(NEEDED))
 def test_some_gradients_equal_those_of_all(
     device: str, op: str, dtypes: DtypePair, needs: list[str]
@@ -296,7 +297,7 @@ def test_some_gradients_equal_those_of_all(
     assert_exact(op, tensors, make_dout(tensors, integers=True), needs, **options)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_no_gradient_needed(device: str, op: str) -> None:
     tensors = make_tensors(op, (7,), 24, 18, 4, FP32, device)
@@ -309,7 +310,7 @@ def test_no_gradient_needed(device: str, op: str) -> None:
     assert_same_bits(inferred, call(ops, op, tensors).detach(), "y under inference_mode")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("needed", GRADIENTS)
 @both_ops
 def test_backward_op_computes_only_what_is_asked(device: str, op: str, needed: str) -> None:
@@ -326,7 +327,7 @@ def test_backward_op_computes_only_what_is_asked(device: str, op: str, needed: s
             assert alone.shape == (0,), name
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_backward_op_works_without_what_is_not_needed(device: str, op: str) -> None:
     """x is needed for dlora_a only, h for the other adapter gradients only."""
@@ -345,7 +346,7 @@ def test_backward_op_works_without_what_is_not_needed(device: str, op: str) -> N
     torch.testing.assert_close(only_dx[0], every[0])
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_backward_op_returns_each_dtype(device: str, op: str, dtypes: DtypePair) -> None:
     """The op itself, since autograd would cast what it is given."""
@@ -356,7 +357,7 @@ def test_backward_op_returns_each_dtype(device: str, op: str, dtypes: DtypePair)
     assert {grad.dtype for grad in grads[1:]} == {dtypes.adapter}
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @both_ops
 def test_sums_over_rows_run_in_fp32(device: str, op: str, half: torch.dtype) -> None:
@@ -369,7 +370,7 @@ def test_sums_over_rows_run_in_fp32(device: str, op: str, half: torch.dtype) -> 
     assert [got[f"d{name}"].item() for name in needs] == [2051] * 5
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_second_derivative_is_refused(device: str, op: str) -> None:
     """Rather than being silently zero."""
@@ -384,7 +385,7 @@ def test_second_derivative_is_refused(device: str, op: str) -> None:
 # The op itself: h, aliasing, repeatability, rows on their own
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_h_is_the_down_projection(device: str, op: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(op, (2, 5), 40, 12, 3, dtypes, device, optional=OPTIONAL, integers=True)
@@ -395,7 +396,7 @@ def test_h_is_the_down_projection(device: str, op: str, dtypes: DtypePair) -> No
     assert y.is_contiguous() and h.is_contiguous()
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_two_runs_give_the_same_bits(device: str, op: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(op, (70,), 129, 65, 8, dtypes, device, optional=OPTIONAL)
@@ -419,7 +420,7 @@ def test_threads_change_nothing(op: str) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_a_row_of_nan_stays_in_its_row(device: str, op: str, dtypes: DtypePair) -> None:
     tensors = make_tensors(op, (35,), 20, 12, 4, dtypes, device)
@@ -441,7 +442,7 @@ OPCHECK = {
 }
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("layout", [torch.clone, transposed, padded_rows])
 @pytest.mark.parametrize("sample", OPCHECK)
 @both_ops
@@ -492,15 +493,17 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("case", WRONG)
 @both_ops
 def test_wrong_argument(device: str, op: str, case: str) -> None:
     changes, message = WRONG[case]
-    assert_raises_alike(op, make_tensors(op, (3,), 8, 6, 2, FP32, device), changes, message)
+    assert_raises_alike(
+        op, make_tensors(op, (3,), 8, 6, 2, FP32, device), on_device(changes, device), message
+    )
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_raw_op_needs_a_seed_for_dropout(device: str, op: str) -> None:
     tensors = make_tensors(op, (3,), 8, 6, 2, FP32, device)
@@ -508,7 +511,7 @@ def test_raw_op_needs_a_seed_for_dropout(device: str, op: str) -> None:
         raw(op, tensors, dropout_p=0.5)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_ops
 def test_backward_op_says_what_is_missing(device: str, op: str) -> None:
     tensors = make_tensors(op, (3,), 8, 6, 2, FP32, device)

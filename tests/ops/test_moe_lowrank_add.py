@@ -8,12 +8,13 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import DtypePair, executor, executor_ops, has_executor
+from conftest import DtypePair, has_simt, simt_module, simt_ops
 from distributed_cases import end_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from lowrank_cases import (
     Layout,
     Tensors,
     Values,
+    assert_raises_alike,
     assert_same_bits,
     assert_same_values,
     padded_rows,
@@ -37,13 +39,12 @@ from lowrank_cases import (
     evaluate as evaluate_branch,
 )
 from moe_cases import (
-    BY_GROUP,
-    BY_ROW,
     GRADIENTS,
+    GROUPED_RANK,
     NAMES,
     OP,
+    PER_TOKEN_RANK,
     assert_exact,
-    assert_raises_alike,
     assert_within_rule,
     evaluate,
     integer_tensors,
@@ -58,31 +59,33 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext import ops
 
-# ExpertPlan of csrc/cuda/plan_experts.h: (grouped, dense_up_backward).
+# ExpertPlan of csrc/cuda/experts/plan_experts.h: (grouped, dense_up_backward).
 DENSE, GROUPED, GROUPED_DENSE_UP = FORMS = (False, False), (True, False), (True, True)
 FORM_NAMES = ("dense", "grouped", "grouped, dense up backward")
 grouped_forms = pytest.mark.parametrize("form", FORMS[1:], ids=FORM_NAMES[1:])
 
-both_forms = pytest.mark.parametrize("rank", [BY_ROW, BY_GROUP], ids=["by row", "by group"])
+both_forms = pytest.mark.parametrize(
+    "rank", [PER_TOKEN_RANK, GROUPED_RANK], ids=["per token", "grouped"]
+)
 two_dtypes = pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=["float32", "mixed"])
 
 
 def take_form(form: tuple[bool, bool]) -> None:
     """From here to the test's end, on the executor; elsewhere nothing."""
-    if has_executor() and torch.ops.lowrank_ext.moe_lowrank_add is executor_ops().moe_lowrank_add:
-        executor().host.fix_expert_plan(*form)
+    if has_simt() and torch.ops.lowrank_ext.moe_lowrank_add is simt_ops().moe_lowrank_add:
+        simt_module().host.fix_expert_plan(*form)
 
 
 @pytest.fixture(autouse=True)
-def form_of_rank(request: pytest.FixtureRequest, ops_on_executor: None) -> None:
+def form_of_rank(request: pytest.FixtureRequest, ops_on_simt: None) -> None:
     """both_forms on the executor."""
     callspec = getattr(request.node, "callspec", None)
     rank = callspec.params.get("rank") if callspec else None
-    if rank in (BY_ROW, BY_GROUP):
-        take_form(DENSE if rank == BY_ROW else GROUPED)
+    if rank in (PER_TOKEN_RANK, GROUPED_RANK):
+        take_form(DENSE if rank == PER_TOKEN_RANK else GROUPED)
 
 
-@pytest.mark.executor(every=11)
+@pytest.mark.simt(every=11)
 @both_forms
 @pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
@@ -104,75 +107,77 @@ def test_values_and_gradients(
     assert_same_bits(got["dbase_out"], dout, "the gradient of base_out is dout")
 
 
-@pytest.mark.executor(every=11)
-@pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_in", "num_out", "num_experts", "top_k", "rank"),
-    [
-        (300, 257, 129, 8, 2, 4),
-        (7, 1030, 1100, 4, 3, 17),
-        (140, 1030, 1100, 3, 1, 33),
-        (65, 33, 31, 40, 5, 2),
-        (600, 64, 64, 2, 2, 20),
-        (2, 4099, 31, 3, 3, 1),
-    ],
-)
-def test_sizes_that_need_several_blocks(
-    device: str,
-    dtypes: DtypePair,
-    num_tokens: int,
-    num_in: int,
-    num_out: int,
-    num_experts: int,
-    top_k: int,
-    rank: int,
-) -> None:
+class Sizes(NamedTuple):
+    num_tokens: int
+    num_in: int
+    num_out: int
+    num_experts: int
+    top_k: int
+    rank: int
+
+
+def check_sizes(sizes: Sizes, dtypes: DtypePair, device: str) -> None:
+    num_tokens, num_in, num_out, num_experts, top_k, rank = sizes
     tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
     options = {"scaling": 2.0, "dropout_p": 0.05, "seed": seed_tensor(3, device)}
     assert_within_rule(tensors, make_dout(tensors), top_k=top_k, **options)
 
 
-@pytest.mark.executor(only=True)
-@grouped_forms
-@pytest.mark.parametrize("dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"])
+three_dtypes = pytest.mark.parametrize(
+    "dtypes", [FP32, BF16, MIXED], ids=["float32", "bfloat16", "mixed"]
+)
+
+
+@pytest.mark.simt(every=11)
+@three_dtypes
 @pytest.mark.parametrize(
-    ("num_tokens", "num_in", "num_out", "num_experts", "top_k", "rank"),
+    "sizes",
     [
-        (300, 257, 129, 8, 2, 2),
-        (7, 230, 300, 4, 3, 17),
-        (140, 130, 100, 3, 1, 33),
-        (65, 33, 31, 40, 5, 2),
-        (2, 4099, 31, 3, 3, 1),
+        Sizes(300, 257, 129, 8, 2, 4),
+        Sizes(7, 1030, 1100, 4, 3, 17),
+        Sizes(140, 1030, 1100, 3, 1, 33),
+        Sizes(65, 33, 31, 40, 5, 2),
+        Sizes(600, 64, 64, 2, 2, 20),
+        Sizes(2, 4099, 31, 3, 3, 1),
     ],
+    ids=str,
+)
+def test_sizes_that_need_several_blocks(device: str, dtypes: DtypePair, sizes: Sizes) -> None:
+    check_sizes(sizes, dtypes, device)
+
+
+@pytest.mark.simt(only=True)
+@grouped_forms
+@three_dtypes
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(300, 257, 129, 8, 2, 2),
+        Sizes(7, 230, 300, 4, 3, 17),
+        Sizes(140, 130, 100, 3, 1, 33),
+        Sizes(65, 33, 31, 40, 5, 2),
+        Sizes(2, 4099, 31, 3, 3, 1),
+    ],
+    ids=str,
 )
 def test_grouped_sizes(
-    device: str,
-    dtypes: DtypePair,
-    num_tokens: int,
-    num_in: int,
-    num_out: int,
-    num_experts: int,
-    top_k: int,
-    rank: int,
-    form: tuple[bool, bool],
+    device: str, dtypes: DtypePair, sizes: Sizes, form: tuple[bool, bool]
 ) -> None:
     """Few slots and many, one choice and several, ranks that do not start on 16 bytes."""
     take_form(form)
-    tensors = make_tensors((num_tokens,), num_in, num_out, num_experts, rank, dtypes, device)
-    options = {"scaling": 2.0, "dropout_p": 0.05, "seed": seed_tensor(3, device)}
-    assert_within_rule(tensors, make_dout(tensors), top_k=top_k, **options)
+    check_sizes(sizes, dtypes, device)
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @grouped_forms
 @pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 def test_grouped_values_and_gradients(
     device: str, dtypes: DtypePair, dropout_p: float, shared: bool, form: tuple[bool, bool]
 ) -> None:
-    """At a rank that the CPU takes row by row."""
+    """At a rank at which the CPU takes its per-token form."""
     take_form(form)
-    tensors = make_tensors((3, 11), 65, 43, 6, BY_ROW, dtypes, device)
+    tensors = make_tensors((3, 11), 65, 43, 6, PER_TOKEN_RANK, dtypes, device)
     assert_within_rule(
         tensors,
         make_dout(tensors),
@@ -185,7 +190,7 @@ def test_grouped_values_and_gradients(
     )
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @pytest.mark.parametrize("form", FORMS, ids=FORM_NAMES)
 @pytest.mark.parametrize("needs", [(name,) for name in NAMES] + [NAMES[2:], NAMES[:2]], ids=str)
 def test_some_gradients_alone(device: str, needs: tuple[str, ...], form: tuple[bool, bool]) -> None:
@@ -199,7 +204,7 @@ def test_some_gradients_alone(device: str, needs: tuple[str, ...], form: tuple[b
         assert_same_bits(value, every[name], name)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
 @two_dtypes
@@ -208,7 +213,7 @@ def test_every_expert_chosen(device: str, dtypes: DtypePair, num_experts: int, r
     assert_within_rule(tensors, make_dout(tensors), top_k=num_experts)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_one_expert_is_lowrank_add(
@@ -216,7 +221,7 @@ def test_one_expert_is_lowrank_add(
 ) -> None:
     """On integers bit for bit; the router's gradient is zero."""
     tensors = integer_tensors((9,), 24, 18, 1, rank, dtypes=dtypes, device=device)
-    if rank == BY_GROUP:  # sums of 40 integers leave bfloat16's exact range
+    if rank == GROUPED_RANK:  # sums of 40 integers leave bfloat16's exact range
         tensors["lora_a"][:, 4:] = 0
     options = {"scaling": 0.5, "dropout_p": dropout_p, "seed": seed_tensor(4, device)}
     dout = make_dout(tensors, integers=True)
@@ -232,7 +237,7 @@ def test_one_expert_is_lowrank_add(
     assert not got["drouter_weight"].any()
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @both_forms
 def test_shared_dropout_is_the_mask_of_expert_zero(device: str, rank: int) -> None:
     """Equal experts then make one branch, of lowrank_add's mask; own masks make another."""
@@ -247,7 +252,7 @@ def test_shared_dropout_is_the_mask_of_expert_zero(device: str, rank: int) -> No
     assert not torch.equal(y, own)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_router_sees_x_without_dropout(device: str, dtypes: DtypePair, rank: int) -> None:
     tensors = make_tensors((20,), 30, 9, 5, rank, dtypes, device)
@@ -258,7 +263,7 @@ def test_router_sees_x_without_dropout(device: str, dtypes: DtypePair, rank: int
     assert not torch.equal(dropped.y, plain.y)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_routes_as_moe_route_does(device: str, kernels: str, dtypes: DtypePair, rank: int) -> None:
     """Integer logits, so that any order of summation gives them exactly, with many ties."""
@@ -278,7 +283,7 @@ def test_routes_as_moe_route_does(device: str, kernels: str, dtypes: DtypePair, 
         torch.testing.assert_close(loss, expected.balance_loss, rtol=rounding, atol=0)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_h_holds_the_chosen_experts_and_zeros(device: str, dtypes: DtypePair, rank: int) -> None:
     tensors = make_tensors((30,), 33, 9, 5, rank, dtypes, device)
@@ -292,7 +297,7 @@ def test_h_holds_the_chosen_experts_and_zeros(device: str, dtypes: DtypePair, ra
     assert by_expert[chosen].ne(0).any(-1).all()
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
 @pytest.mark.parametrize("lead", [(0,), (4,)])
@@ -311,7 +316,7 @@ def test_zero_branch_is_a_copy_of_base_out(
     assert_same_bits(tensors["base_out"], before, "base_out shares memory with y")
 
 
-@pytest.mark.executor(every=13)
+@pytest.mark.simt(every=13)
 @both_forms
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 33])
 @pytest.mark.parametrize(("num_in", "num_out"), [(1, 1), (31, 65), (64, 63), (129, 33)])
@@ -324,7 +329,7 @@ def test_shapes(
     assert_within_rule(tensors, make_dout(tensors), top_k=2, **options)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 130])
 @two_dtypes
 def test_every_rank(device: str, dtypes: DtypePair, rank: int) -> None:
@@ -333,7 +338,7 @@ def test_every_rank(device: str, dtypes: DtypePair, rank: int) -> None:
     assert_within_rule(tensors, make_dout(tensors), top_k=2)
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize(("num_in", "num_out"), [(0, 5), (5, 0), (0, 0)])
 def test_no_columns(device: str, dtypes: DtypePair, num_in: int, num_out: int, rank: int) -> None:
@@ -342,7 +347,7 @@ def test_no_columns(device: str, dtypes: DtypePair, num_in: int, num_out: int, r
     assert_within_rule(tensors, make_dout(tensors), top_k=1, **options)
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @both_forms
 @pytest.mark.parametrize("lead", [(), (1,), (2, 1, 3), (2, 0, 3)])
 def test_leading_dimensions_are_kept(device: str, rank: int, lead: tuple[int, ...]) -> None:
@@ -352,7 +357,7 @@ def test_leading_dimensions_are_kept(device: str, rank: int, lead: tuple[int, ..
     assert_within_rule(tensors, make_dout(tensors), top_k=2, **options)
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("names", ["x", "dout", "base_out", "lora_a lora_b router_weight"])
@@ -418,7 +423,7 @@ def test_any_sizes(
 def test_gradcheck(rank: int, shared: bool) -> None:
     """In fp64 and away from ties, where the choice of experts does not change."""
     tensors = make_tensors((2, 3), 5, 3, 4, rank)
-    if rank == BY_GROUP:
+    if rank == GROUPED_RANK:
         tensors = {k: v / 4 if k == "lora_b" else v for k, v in tensors.items()}
 
     def op(*values: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,7 +433,7 @@ def test_gradcheck(rank: int, shared: bool) -> None:
         return got.y, got.balance_loss
 
     values = [tensors[name].requires_grad_() for name in NAMES]
-    assert torch.autograd.gradcheck(op, values, fast_mode=rank == BY_GROUP)
+    assert torch.autograd.gradcheck(op, values, fast_mode=rank == GROUPED_RANK)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -443,7 +448,7 @@ def test_second_derivatives_are_refused() -> None:
 SOME = [n for size in (1, 2) for n in itertools.combinations(NAMES, size)]
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("needs", SOME, ids="+".join)
 def test_some_gradients_equal_those_of_all(device: str, rank: int, needs: tuple[str, ...]) -> None:
@@ -456,7 +461,7 @@ def test_some_gradients_equal_those_of_all(device: str, rank: int, needs: tuple[
         assert_same_values(some, {name: every[name] for name in some})
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("used", ["y", "balance_loss"])
 def test_one_output_used(device: str, dtypes: DtypePair, rank: int, used: str) -> None:
@@ -469,7 +474,7 @@ def test_one_output_used(device: str, dtypes: DtypePair, rank: int, used: str) -
         assert got["dx"].any() and got["drouter_weight"].any()
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @both_forms
 @pytest.mark.parametrize("needed", GRADIENTS)
 def test_backward_op_computes_only_what_is_asked(device: str, rank: int, needed: str) -> None:
@@ -503,7 +508,7 @@ def test_backward_op_names_what_is_missing(missing: str) -> None:
         torch.ops.lowrank_ext.moe_lowrank_add_backward(*args)
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 def test_two_runs_and_thread_counts_give_the_same_bits(
     device: str, dtypes: DtypePair, rank: int
@@ -523,7 +528,7 @@ def test_two_runs_and_thread_counts_give_the_same_bits(
     # The vendor's products may cut their sums by threads: groups have them, and all sums over rows
     # but ours in bf16.
     ours = "avx512_bf16" in torch.ops.lowrank_ext.cpu_features()
-    if rank == BY_ROW and dtypes.base == torch.bfloat16 and (ours or device == "cuda"):
+    if rank == PER_TOKEN_RANK and dtypes.base == torch.bfloat16 and (ours or device == "cuda"):
         assert_same_values(several, first)
 
 
@@ -548,7 +553,7 @@ def test_opcheck(device: str, dtypes: DtypePair, rank: int, layout: Layout) -> N
 # Rows that must not touch each other, experts without rows
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_a_bad_row_changes_no_other(device: str, dtypes: DtypePair, rank: int) -> None:
     """RF-12: NaN in one token; also not through an expert's gradient that it did not choose."""
@@ -559,7 +564,7 @@ def test_a_bad_row_changes_no_other(device: str, dtypes: DtypePair, rank: int) -
     bad = ops.moe_lowrank_add(**leaves, top_k=2)
     others = [0, 1, 3, 4, 5]
     assert bad.topk_ids[2].tolist() == [0, 1] and bad.y[2].isnan().all()
-    if rank == BY_ROW:
+    if rank == PER_TOKEN_RANK:
         assert_same_bits(bad.y[others], good.y[others], "y of the other rows")
     else:  # the groups, and so the vendor's products, have other sizes
         torch.testing.assert_close(bad.y[others], good.y[others])
@@ -573,7 +578,7 @@ def test_a_bad_row_changes_no_other(device: str, dtypes: DtypePair, rank: int) -
         assert not grad[2:].isnan().any(), "experts 2 to 4 did not see the bad token"
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 def test_bad_logits_give_valid_ids(device: str, dtypes: DtypePair, rank: int) -> None:
     """RF-12 in the router itself: ties, infinities and NaN."""
@@ -586,7 +591,7 @@ def test_bad_logits_give_valid_ids(device: str, dtypes: DtypePair, rank: int) ->
     assert ids[0].tolist() == [0, 1]
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @both_forms
 @pytest.mark.parametrize("choices", [[0, 2, 0], [3], [3, 3, 3, 3], []], ids=str)
 def test_experts_without_tokens(
@@ -595,7 +600,7 @@ def test_experts_without_tokens(
     """RF-13: exact zeros, whatever was in the memory before."""
     tensors = routed_tensors(choices, 4, rank, dtypes)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    if rank == BY_GROUP:  # sums of 40 integers leave bfloat16's exact range
+    if rank == GROUPED_RANK:  # sums of 40 integers leave bfloat16's exact range
         tensors["lora_b"][:, :, 4:] = 0
     poison_freed_memory(*(tensor.numel() for tensor in tensors.values()), device=device)
     got = assert_exact(tensors, make_dout(tensors, integers=True), top_k=1)
@@ -610,7 +615,7 @@ def test_experts_without_tokens(
         assert got["balance_loss"] == 0
 
 
-@pytest.mark.executor(only=True)
+@pytest.mark.simt(only=True)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @two_dtypes
 def test_bad_weights_of_an_idle_expert_do_not_spread(
@@ -630,13 +635,13 @@ def test_bad_weights_of_an_idle_expert_do_not_spread(
         assert not got[name][3:].any()
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @both_forms
 @pytest.mark.parametrize("shared", [False, True])
 def test_integers_are_exact(device: str, dtypes: DtypePair, rank: int, shared: bool) -> None:
     """Masks, gathers and orders, with no tolerance: weights are 1/2."""
     tensors = integer_tensors((19,), 21, 35, 3, rank, dtypes=dtypes, device=device)
-    if rank == BY_GROUP:
+    if rank == GROUPED_RANK:
         tensors["lora_b"][:, :, 3:] = 0
     options = {"dropout_p": 0.5, "seed": seed_tensor(1, device), "shared_dropout": shared}
     dout = make_dout(tensors, integers=True)
@@ -730,7 +735,7 @@ class Mixture(nn.Module):
 def tokens_of(process: int) -> tuple[Tensor, Tensor]:
     """Expert 2 has tokens in process 1 only, and expert 1 in process 0 only."""
     torch.manual_seed(10 + process)
-    tensors = routed_tensors([[0, 1, 0, 1], [0, 2, 2, 0]][process], 3, BY_ROW, FP32)
+    tensors = routed_tensors([[0, 1, 0, 1], [0, 2, 2, 0]][process], 3, PER_TOKEN_RANK, FP32)
     return tensors["x"], tensors["base_out"]
 
 
@@ -798,7 +803,7 @@ def test_raw_op_needs_a_seed_for_dropout() -> None:
         torch.ops.lowrank_ext.moe_lowrank_add(*raw_args(tensors, top_k=2, dropout_p=0.5))
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_saved_for_backward(device: str) -> None:
     """x only where lora_a or the router trains; no mask, no dropped copy, no fp32 copy of x."""
     tensors = make_tensors((50,), 96, 40, 4, 2, MIXED, device)

@@ -5,8 +5,8 @@ import torch
 from conftest import DtypePair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_cases import LAYOUTS, Layout, assert_same_bits, transposed
-from moe_cases import assert_raises_alike, statistics_dtype
+from lowrank_cases import LAYOUTS, Layout, assert_raises_alike, assert_same_bits, transposed
+from moe_cases import statistics_dtype
 from torch import Tensor
 
 from lowrank_ext import ops, reference
@@ -62,7 +62,7 @@ def assert_like_reference(logits: Tensor, top_k: int, token_mask: Tensor | None)
     return got
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("num_experts", "top_k"),
@@ -77,7 +77,7 @@ def test_values(
     assert got.topk_weights.dtype == statistics_dtype(dtype)
 
 
-@pytest.mark.executor(every=7)
+@pytest.mark.simt(every=7)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 2), (8, 2), (5, 5), (64, 6)])
 @pytest.mark.parametrize("outputs", ["weights", "loss", "both"])
@@ -108,14 +108,14 @@ def test_gradients(
     torch.testing.assert_close(got.double(), truth, rtol=eps, atol=tolerance)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_ties_go_to_the_lower_id(device: str, dtype: torch.dtype) -> None:
     rows = [[0.0] * 6, [1, 2, 2, 1, 2, 0], [-3, -3, 5, -3, 5, 5], [0.0, -0.0, 0.0, -0.0, 0.0, 0.0]]
     ids = ops.moe_route(torch.tensor(rows, device=device).to(dtype), top_k=4).topk_ids
     assert ids.tolist() == [[0, 1, 2, 3], [1, 2, 4, 0], [2, 4, 5, 0], [0, 1, 2, 3]]
 
 
-@pytest.mark.executor(every=5)
+@pytest.mark.simt(every=5)
 @pytest.mark.parametrize("num_experts", [4, 9, 70])
 def test_many_ties(device: str, dtype: torch.dtype, num_experts: int) -> None:
     logits = torch.randint(-1, 2, (50, num_experts), device=device).to(dtype)
@@ -123,7 +123,7 @@ def test_many_ties(device: str, dtype: torch.dtype, num_experts: int) -> None:
         assert_like_reference(logits, top_k, None)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_nan_and_equal_logits_give_valid_ids(device: str, dtype: torch.dtype) -> None:
     """RF-12."""
     nan, inf = float("nan"), float("inf")
@@ -149,7 +149,7 @@ def test_nan_and_equal_logits_give_valid_ids(device: str, dtype: torch.dtype) ->
         assert_same_bits(getattr(again, name), getattr(got, name), name)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_gradient_of_a_bad_row_stays_in_it(device: str, dtype: torch.dtype) -> None:
     logits = torch.randn(4, 5, device=device).to(dtype)
     logits[1, 2] = torch.nan
@@ -166,7 +166,7 @@ def test_gradient_of_a_bad_row_stays_in_it(device: str, dtype: torch.dtype) -> N
         assert_same_bits(together[row], gradient(logits[row : row + 1])[0], f"row {row}")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_minus_infinity_is_a_probability_of_zero(device: str) -> None:
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, -torch.inf]], device=device)
     got = ops.moe_route(logits, top_k=2)
@@ -174,7 +174,7 @@ def test_minus_infinity_is_a_probability_of_zero(device: str) -> None:
     assert got.balance_loss.item() == 4.0
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_an_even_load_has_the_least_loss(device: str) -> None:
     """top_k, and E where one expert takes every first choice."""
     even = 50 * torch.eye(4, device=device).repeat(3, 1)
@@ -183,7 +183,7 @@ def test_an_even_load_has_the_least_loss(device: str) -> None:
     assert ops.moe_route(skewed, top_k=1).balance_loss.item() == pytest.approx(4.0)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_masked_tokens_are_routed_and_not_counted(
     device: str, kernels: str, dtype: torch.dtype
 ) -> None:
@@ -201,7 +201,7 @@ def test_masked_tokens_are_routed_and_not_counted(
     assert_same_bits(got.topk_ids[mask], kept.topk_ids, "topk_ids")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("lead", [(0,), (4,), (2, 0)])
 def test_no_token_counts(device: str, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     logits = torch.randn(*lead, 3, device=device).to(dtype).requires_grad_()
@@ -212,7 +212,7 @@ def test_no_token_counts(device: str, dtype: torch.dtype, lead: tuple[int, ...])
     assert not grad.any()
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 0, 3)])
 def test_leading_dimensions_are_kept(device: str, lead: tuple[int, ...]) -> None:
     mask = torch.rand(lead, device=device) < 0.5
@@ -220,7 +220,7 @@ def test_leading_dimensions_are_kept(device: str, lead: tuple[int, ...]) -> None
     assert got.topk_weights.shape == (*lead, 3)
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device: str, dtype: torch.dtype, layout: Layout) -> None:
     logits = layout(torch.randn(6, 10, device=device).to(dtype))
@@ -237,7 +237,7 @@ def test_layouts(device: str, dtype: torch.dtype, layout: Layout) -> None:
         assert_same_bits(strided, dense, "strided")
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     num_tokens=st.integers(0, 40),
@@ -280,7 +280,7 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.executor(every=3)
+@pytest.mark.simt(every=3)
 @pytest.mark.parametrize("layout", [torch.clone, transposed])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(device: str, dtype: torch.dtype, masked: bool, layout: Layout) -> None:
@@ -297,7 +297,7 @@ def test_opcheck(device: str, dtype: torch.dtype, masked: bool, layout: Layout) 
     )
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_compiled_with_a_dynamic_number_of_tokens(device: str) -> None:
     def run(logits: Tensor) -> Tensor:
         got = ops.moe_route(logits, top_k=2)
@@ -313,7 +313,7 @@ def test_compiled_with_a_dynamic_number_of_tokens(device: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_under_autocast(device: str) -> None:
     """Statistics stay in float32."""
     logits = torch.randn(4, 5, device=device)
@@ -350,7 +350,7 @@ def test_backward_refuses_ids_of_no_expert(bad: int) -> None:
         )
 
 
-@pytest.mark.executor
+@pytest.mark.simt
 def test_dtypes_of_the_issue(device: str, dtypes: DtypePair) -> None:
     """Statistics do not depend on the adapter's dtype, only on the logits'."""
     logits = torch.randn(4, 3, device=device).to(dtypes.base)

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import executor, has_executor
+from conftest import has_simt, simt_module
 from torch import Tensor
 
 from lowrank_ext import reference
 
-if not has_executor():
-    pytest.skip("the executor is not built, run `make simt`", allow_module_level=True)
-_simt = executor()
+if not has_simt():
+    pytest.skip("the SIMT executor is not built, run `make simt`", allow_module_level=True)
+_simt = simt_module()
 
-KINDS = ("bf16", "fp16", "tf32", "fp32", "fp64")
+COMPUTE_TYPES = ("bf16", "fp16", "tf32", "fp32", "fp64")
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -40,8 +40,8 @@ RAGGED_SHAPES = [
 ]
 
 
-def acc_dtype(kind: str) -> torch.dtype:
-    return torch.float64 if kind == "fp64" else torch.float32
+def acc_dtype(compute_type: str) -> torch.dtype:
+    return torch.float64 if compute_type == "fp64" else torch.float32
 
 
 # ---- arguments
@@ -72,13 +72,13 @@ def spread(tensor: Tensor, offset: int, padding: int) -> Tensor:
     return view
 
 
-def integers(*shape: int, kind: str, low: int = -1, high: int = 1) -> Tensor:
+def integers(*shape: int, compute_type: str, low: int = -1, high: int = 1) -> Tensor:
     """Small integers: every sum is exact in every order."""
-    return torch.randint(low, high + 1, shape).to(DTYPES[kind])
+    return torch.randint(low, high + 1, shape).to(DTYPES[compute_type])
 
 
-def normal(*shape: int, kind: str) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(DTYPES[kind])
+def normal(*shape: int, compute_type: str) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(DTYPES[compute_type])
 
 
 def threshold_and_seed(dropout_p: float, seed: Tensor | None) -> dict[str, int]:
@@ -93,9 +93,9 @@ def tf32(tensor: Tensor) -> Tensor:
     return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def plain(kind: str, product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
-    """What plain torch makes of it at this kind: product(*operands, rounding of operands)."""
-    return product(*operands, tf32 if kind == "tf32" else lambda tensor: tensor)
+def plain(compute_type: str, product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+    """Plain torch in this compute type: product(*operands, rounding of operands)."""
+    return product(*operands, tf32 if compute_type == "tf32" else lambda tensor: tensor)
 
 
 def true(product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
@@ -107,9 +107,9 @@ def true(product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
 FLOORS = {"fp64": 1e-13, "fp32": 2e-6, "tf32": 2e-6, "bf16": 2**-8, "fp16": 2**-11}
 
 
-def assert_within_rule(kind: str, got: Tensor, plain: Tensor, true: Tensor) -> None:
+def assert_within_rule(compute_type: str, got: Tensor, plain: Tensor, true: Tensor) -> None:
     """The error is at most twice plain torch's, in the maximum and in the mean."""
-    floor = FLOORS[kind] * true.abs().max()
+    floor = FLOORS[compute_type] * true.abs().max()
     for statistic in (torch.max, torch.mean):
         error = statistic((got.double() - true).abs())
         allowed = 2 * statistic((plain.double() - true).abs()) + floor
@@ -156,7 +156,7 @@ def traffic_of(report: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def lowrank_down(
-    kind: str,
+    compute_type: str,
     x: Tensor,
     lora_a: Tensor,
     *,
@@ -166,7 +166,7 @@ def lowrank_down(
 ) -> Tensor:
     h = torch.full((x.shape[0], lora_a.shape[0]), float("nan"), dtype=x.dtype)
     _simt.lowrank_down(
-        kind,
+        compute_type,
         matrix(x),
         matrix(lora_a),
         matrix(h),
@@ -177,7 +177,7 @@ def lowrank_down(
 
 
 def lowrank_up_backward(
-    kind: str,
+    compute_type: str,
     dout: Tensor,
     h: Tensor,
     lora_b: Tensor,
@@ -194,13 +194,13 @@ def lowrank_up_backward(
     num_rows, (out_features, rank) = dout.shape[0], lora_b.shape
     need_p = "dlora_b" in need or "dout_scale" in need
     shape = (num_rows, out_features, rank)
-    splits = _simt.num_g_splits(kind, *shape, need_p=need_p, num_sms=num_sms)
-    g = torch.full((splits, num_rows, rank), float("nan"), dtype=acc_dtype(kind))
+    splits = _simt.num_g_splits(compute_type, *shape, need_p=need_p, num_sms=num_sms)
+    g = torch.full((splits, num_rows, rank), float("nan"), dtype=acc_dtype(compute_type))
     gradient_dtype = gradient_dtype or dout.dtype
     dlora_b = torch.full((out_features, rank), float("nan"), dtype=gradient_dtype)
     dout_scale = torch.full((out_features,), float("nan"), dtype=gradient_dtype)
     _simt.lowrank_up_backward(
-        kind,
+        compute_type,
         matrix(dout),
         matrix(h),
         matrix(rank_scale),
@@ -218,7 +218,7 @@ def lowrank_up_backward(
 
 
 def lowrank_down_backward_lora_a(
-    kind: str,
+    compute_type: str,
     dh: Tensor,
     x: Tensor,
     *,
@@ -230,7 +230,7 @@ def lowrank_down_backward_lora_a(
     shape = (dh.shape[1], x.shape[1])
     dlora_a = torch.full(shape, float("nan"), dtype=gradient_dtype or x.dtype)
     _simt.lowrank_down_backward_lora_a(
-        kind,
+        compute_type,
         matrix(dh),
         matrix(x),
         **threshold_and_seed(dropout_p, seed),
@@ -241,7 +241,7 @@ def lowrank_down_backward_lora_a(
 
 
 def lowrank_up(
-    kind: str,
+    compute_type: str,
     base: Tensor | None,
     h: Tensor,
     lora_b: Tensor,
@@ -260,7 +260,7 @@ def lowrank_up(
     if base is not None and base.dim() == 1:
         base_matrix["row_stride"] = 0
     _simt.lowrank_up(
-        kind,
+        compute_type,
         base_matrix,
         matrix(h),
         matrix(rank_scale),
@@ -275,7 +275,7 @@ def lowrank_up(
 
 
 def lowrank_down_backward_x(
-    kind: str,
+    compute_type: str,
     base: Tensor | None,
     dh: Tensor,
     lora_a: Tensor,
@@ -288,7 +288,7 @@ def lowrank_down_backward_x(
     if dx is None:
         dx = torch.full((dh.shape[0], lora_a.shape[1]), float("nan"), dtype=dh.dtype)
     _simt.lowrank_down_backward_x(
-        kind,
+        compute_type,
         matrix(base),
         matrix(dh),
         matrix(lora_a),
@@ -300,7 +300,7 @@ def lowrank_down_backward_x(
 
 
 def lowrank_mid_backward(
-    kind: str,
+    compute_type: str,
     g: Tensor,
     h: Tensor | None,
     *,
@@ -312,16 +312,16 @@ def lowrank_mid_backward(
 ) -> dict[str, Tensor]:
     """What is needed of dh, dcore and drank_scale, from g [splits, M, r]."""
     num_splits, num_rows, rank = g.shape
-    gradient_dtype = gradient_dtype or DTYPES[kind]
+    gradient_dtype = gradient_dtype or DTYPES[compute_type]
     nan = float("nan")
     results = {
-        "dh": torch.full((num_rows, rank), nan, dtype=DTYPES[kind]),
+        "dh": torch.full((num_rows, rank), nan, dtype=DTYPES[compute_type]),
         "dcore": torch.full((rank, rank), nan, dtype=gradient_dtype),
         "drank_scale": torch.full((rank,), nan, dtype=gradient_dtype),
     }
     wanted = {name: results[name] if name in need else None for name in results}
     _simt.lowrank_mid_backward(
-        kind,
+        compute_type,
         g.data_ptr(),
         num_splits,
         matrix(h),

@@ -23,7 +23,7 @@ IDS = {
 
 
 class Groups(NamedTuple):
-    """RowGroups of kernels.h, and what keeps its memory."""
+    """RowGroups of segments/kernels.h, and what keeps its memory."""
 
     ids: Tensor
     num_groups: int
@@ -31,7 +31,7 @@ class Groups(NamedTuple):
     rows: Tensor
     offsets: Tensor
     slots_per_row: int = 1
-    masks_by_group: bool = False
+    shared_dropout: bool = True
 
     @staticmethod
     def of(ids: list[int] | Tensor, num_groups: int, ranks: list[int] | None = None) -> "Groups":
@@ -58,21 +58,21 @@ class Groups(NamedTuple):
             "num_rows": self.ids.numel(),
             "num_groups": self.num_groups,
             "slots_per_row": self.slots_per_row,
-            "masks_by_group": self.masks_by_group,
+            "shared_dropout": self.shared_dropout,
         }
 
     @staticmethod
-    def of_slots(ids: Tensor, num_groups: int, masks_by_group: bool) -> "Groups":
+    def of_slots(ids: Tensor, num_groups: int, shared_dropout: bool) -> "Groups":
         """ids [M, k]: every row has k groups."""
         groups = Groups.of(ids.flatten(), num_groups)
-        return groups._replace(slots_per_row=ids.shape[1], masks_by_group=masks_by_group)
+        return groups._replace(slots_per_row=ids.shape[1], shared_dropout=shared_dropout)
 
     def dropped(self, x: Tensor, dropout_p: float, seed: int) -> Tensor:
         """x of each slot, through its group's mask and scaled."""
         gathered = x.repeat_interleave(self.slots_per_row, 0)
         scale = reference.dropout_scale(dropout_p)
         for group in set(self.ids.tolist()):
-            mask = group if self.masks_by_group else 0
+            mask = 0 if self.shared_dropout else group
             kept = reference.dropout_mask(seed, *x.shape, dropout_p, expert=mask)
             own = self.ids == group
             gathered[own] = torch.where(kept.repeat_interleave(self.slots_per_row, 0), gathered, 0)[
@@ -160,12 +160,12 @@ def same(got: Tensor, expected: Tensor) -> None:
 # ---- calls
 
 
-def out_of(kind: str, rows: int, cols: int) -> Tensor:
-    return torch.full((rows, cols), 77.0, dtype=DTYPES[kind])
+def out_of(compute_type: str, rows: int, cols: int) -> Tensor:
+    return torch.full((rows, cols), 77.0, dtype=DTYPES[compute_type])
 
 
 def segment_down(
-    kind: str,
+    compute_type: str,
     groups: Groups,
     x: Tensor,
     lora_a: Tensor,
@@ -174,9 +174,9 @@ def segment_down(
     seed: Tensor | None = None,
     num_sms: int = 4,
 ) -> Tensor:
-    h = out_of(kind, groups.ids.numel(), lora_a.shape[1])
+    h = out_of(compute_type, groups.ids.numel(), lora_a.shape[1])
     _simt.segment_down(
-        kind,
+        compute_type,
         groups.argument(),
         matrix(x),
         stack(lora_a),
@@ -188,7 +188,7 @@ def segment_down(
 
 
 def segment_up_backward(
-    kind: str,
+    compute_type: str,
     groups: Groups,
     dout: Tensor,
     lora_b: Tensor,
@@ -196,9 +196,9 @@ def segment_up_backward(
     *,
     num_sms: int = 4,
 ) -> Tensor:
-    dh = out_of(kind, groups.ids.numel(), lora_b.shape[2])
+    dh = out_of(compute_type, groups.ids.numel(), lora_b.shape[2])
     _simt.segment_up_backward(
-        kind,
+        compute_type,
         groups.argument(),
         matrix(dout),
         stack(lora_b),
@@ -210,7 +210,7 @@ def segment_up_backward(
 
 
 def segment_up(
-    kind: str,
+    compute_type: str,
     groups: Groups,
     base: Tensor,
     h: Tensor,
@@ -220,9 +220,9 @@ def segment_up(
     y: Tensor | None = None,
     num_sms: int = 4,
 ) -> Tensor:
-    y = out_of(kind, h.shape[0], lora_b.shape[1]) if y is None else y
+    y = out_of(compute_type, h.shape[0], lora_b.shape[1]) if y is None else y
     _simt.segment_up(
-        kind,
+        compute_type,
         groups.argument(),
         matrix(base),
         matrix(h),
@@ -235,7 +235,7 @@ def segment_up(
 
 
 def segment_down_backward_x(
-    kind: str,
+    compute_type: str,
     groups: Groups,
     dh: Tensor,
     lora_a: Tensor,
@@ -244,9 +244,9 @@ def segment_down_backward_x(
     seed: Tensor | None = None,
     num_sms: int = 4,
 ) -> Tensor:
-    dx = out_of(kind, dh.shape[0], lora_a.shape[2])
+    dx = out_of(compute_type, dh.shape[0], lora_a.shape[2])
     _simt.segment_down_backward_x(
-        kind,
+        compute_type,
         groups.argument(),
         matrix(dh),
         stack(lora_a),
@@ -258,7 +258,7 @@ def segment_down_backward_x(
 
 
 def segment_up_backward_lora_b(
-    kind: str,
+    compute_type: str,
     groups: Groups,
     dout: Tensor,
     h: Tensor,
@@ -269,13 +269,13 @@ def segment_up_backward_lora_b(
     shape = (groups.num_groups, dout.shape[1], h.shape[1])
     dlora_b = torch.full(shape, 77.0, dtype=gradient_dtype or dout.dtype)
     _simt.segment_up_backward_lora_b(
-        kind, groups.argument(), matrix(dout), matrix(h), matrix(scaling), stack(dlora_b)
+        compute_type, groups.argument(), matrix(dout), matrix(h), matrix(scaling), stack(dlora_b)
     )
     return dlora_b
 
 
 def segment_down_backward_lora_a(
-    kind: str,
+    compute_type: str,
     groups: Groups,
     dh: Tensor,
     x: Tensor,
@@ -287,7 +287,7 @@ def segment_down_backward_lora_a(
     shape = (groups.num_groups, dh.shape[1], x.shape[1])
     dlora_a = torch.full(shape, 77.0, dtype=gradient_dtype or x.dtype)
     _simt.segment_down_backward_lora_a(
-        kind,
+        compute_type,
         groups.argument(),
         matrix(dh),
         matrix(x),

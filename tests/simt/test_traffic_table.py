@@ -71,11 +71,11 @@ def test_experts_move_what_one_branch_of_their_rank_does(
     """The dense form of moe_lowrank_add, without its copies of the adapters, which have no rows."""
     sizes = traffic.Sizes(256, 2048, 2048, 32, 0.0)
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
-    launches = ["stack_experts", "lowrank_down", "moe_gate", "balance", "lowrank_up"]
+    launches = ["dense_stack", "lowrank_down", "moe_gate", "balance", "lowrank_up"]
     assert [report["kernel"] for report in forward] == launches
     branch, branch_backward = traffic.run_step(simt, sizes._replace(rank=32 + 8), "bf16")
     assert sum(map(traffic.moved, forward[1:])) <= 1.05 * sum(map(traffic.moved, branch))
-    copies = {"stack_experts", "unstack_experts"}
+    copies = {"dense_stack", "dense_unstack"}
     passes = [report for report in backward if report["kernel"] not in copies]
     reread = sum(map(traffic.partial_sums_read, passes))
     branch_reread = sum(map(traffic.partial_sums_read, branch_backward))
@@ -106,20 +106,21 @@ def total(traffic: ModuleType, reports: list[dict[str, Any]]) -> int:
 def test_grouped_experts_of_few_ranks_move_less_than_dense_ones(
     traffic: ModuleType, simt: ModuleType
 ) -> None:
-    """8 experts of rank 2 with masks of their own, top 2.
+    """8 experts of rank 2 each with its own mask, top 2.
 
     In the forward x is read once by the router and once for each choice, which is as little as
     gathered rows can come to: (3 + 2) / 3 = 1.67 of what one pass needs. In the backward dout is
     read once, x three times, dx written once: also 5 / 3.
     """
     sizes = traffic.Sizes(1024, 1024, 1024, 16, 0.05)
-    assert simt.host.plan_experts(8, 2, 2, drops=True, own_masks=True) == traffic.GROUPED_DENSE_UP
+    options = {"drops": True, "shared_dropout": False}
+    assert simt.host.plan_experts(8, 2, 2, **options) == traffic.GROUPED_DENSE_UP
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
     stream = 2 * 1024 * 1024
     assert asked(forward, "x") == 3 * stream and asked(forward, "base") == stream
-    assert written(forward, "expert_up", "out") == stream
+    assert written(forward, "grouped_up", "out") == stream
     assert asked(backward, "dout") == stream and asked(backward, "source") == 3 * stream
-    assert written(backward, "expert_down_backward_x", "out") == stream
+    assert written(backward, "grouped_down_backward_x", "out") == stream
     forward_bytes, backward_bytes = traffic.needed_by_experts(sizes, element_bytes=2)
     assert total(traffic, forward) <= 1.72 * forward_bytes
     assert total(traffic, backward) <= 1.80 * backward_bytes
@@ -131,7 +132,7 @@ def test_grouped_experts_of_few_ranks_move_less_than_dense_ones(
 def test_grouped_experts_of_many_ranks(traffic: ModuleType, simt: ModuleType) -> None:
     """16 experts of rank 32, top 2: dout is gathered twice for each choice too."""
     sizes = traffic.Sizes(1024, 1024, 1024, 16 * 32, 0.05, num_experts=16)
-    assert simt.host.plan_experts(16, 32, 2, drops=True, own_masks=True) == traffic.GROUPED
+    assert simt.host.plan_experts(16, 32, 2, drops=True, shared_dropout=False) == traffic.GROUPED
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
     stream = 2 * 1024 * 1024
     assert asked(forward, "x") == 3 * stream
@@ -192,29 +193,28 @@ def test_the_table_has_every_kernel(simt: ModuleType) -> None:
             "lowrank_down",
             "lowrank_up",
             "lowrank_up_backward",
-            "lowrank_down_backward_lora_a",
+            "outer_sum",
             "lowrank_down_backward_x",
-            "stack_experts",
-            "moe_down",
+            "dense_stack",
+            "dense_down",
             "moe_gate",
             "balance",
-            "moe_gate_h",
+            "dense_apply_gates",
             "moe_gate_backward",
-            "moe_outer",
-            "moe_expand",
-            "unstack_experts",
-            "moe_slots",
-            "moe_slots_h",
-            "expert_up",
-            "expert_down_backward_x",
+            "dense_outer",
+            "dense_expand",
+            "dense_unstack",
+            "grouped_gate",
+            "grouped_apply_gates",
+            "grouped_up",
+            "grouped_down_backward_x",
             "moe_route",
             "moe_route_backward",
             "order_slots",
             "segment_down",
             "segment_up",
             "segment_up_backward",
-            "segment_up_backward_lora_b",
-            "segment_down_backward_lora_a",
+            "segment_outer",
             "segment_down_backward_x",
         }
         assert len(re.findall(rf"^all of [a-z ]+ward +{kind} ", done.stdout, re.M)) == 8

@@ -85,9 +85,9 @@ class AdaptiveFreezeSchedule:
 
     The scores use the accumulated, reduced gradients. Clipping these by norm or unscaling them,
     before or after the call, does not change the scores: the norm is also taken at the end of each
-    backward, and its change since then is undone. (Clipping by value is not one factor, so it
-    cannot be undone.) A step with gradients that are not finite does not change the scores. The
-    host waits for the device only in steps that decide, and for the scale of a GradScaler.
+    backward, and its change since then is undone. (Clipping by value is no single factor: it is
+    not undone.) A step with gradients that are not finite does not change the scores. The host
+    waits for the device only in steps that decide, and for the scale of a GradScaler.
 
     Where torch.distributed is initialized, frozen projections keep requires_grad, and ``step``
     removes their zero gradients (see ``frozen_may_leave``); x stays saved for backward. All ranks

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig
-from lowrank_ext.checkpoint.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, gathered, whole
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from lowrank_ext.checkpoint.adapter_files import Companion, read_companion, serialized
+from lowrank_ext.adapter_files import Companion, read_companion, serialized
 from lowrank_ext.checks import check_rank
 
 HEAD_NAME = "guard_head.safetensors"

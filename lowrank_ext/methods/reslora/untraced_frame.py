@@ -2,17 +2,17 @@
 decorator imports torch._dynamo."""
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from lowrank_ext.methods.reslora.chain_state import Frame
+Frame = TypeVar("Frame")
 
 
 @torch.compiler.disable(
     reason="ResLoRA: the chain's owner runs outside of the compiled function; compile the whole "
     "model to have one graph"
 )
-def untraced_frame(current: "ContextVar[Frame | None]") -> "Frame | None":
+def untraced_frame(current: ContextVar[Frame | None]) -> Frame | None:
+    """The frame of this thread or task, whatever the compiler knows of it."""
     return current.get()

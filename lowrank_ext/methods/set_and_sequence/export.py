@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowrank_ext.adapter_files import write_tensor_file
 from lowrank_ext.checkpoint import save_as_lora
-from lowrank_ext.checkpoint.adapter_files import write_tensor_file
 from lowrank_ext.checks import check_choice
 from lowrank_ext.methods.set_and_sequence.module import BasisLoRALinear
 from lowrank_ext.methods.set_and_sequence.stages import adapted_config, basis_modules

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_ext.checkpoint.adapter_files import (
+from lowrank_ext.adapter_files import (
     AdapterFiles,
     read_adapter_files,
     write_adapter_files,

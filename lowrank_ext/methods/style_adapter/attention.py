@@ -66,8 +66,10 @@ class StylePath(nn.Module):
         dtype, device: of the weights.
 
     Attributes:
-        to_k_style, to_v_style [C, style_dim], to_q_style [C, query_dim], to_out_style
-            [query_dim, C]: nn.Linear without bias; the last two are None where shared.
+        to_k_style: [C, style_dim], as all four an nn.Linear without bias.
+        to_v_style: [C, style_dim].
+        to_q_style: [C, query_dim], None where shared.
+        to_out_style: [query_dim, C], None where shared.
         lam: λ, a Parameter without dimensions, at least float32 whatever dtype the model is cast
             to.
     """

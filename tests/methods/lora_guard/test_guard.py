@@ -28,8 +28,8 @@ from transformers import (
 )
 
 import lowrank_ext as lr
-from lowrank_ext.checkpoint import adapter_files
-from lowrank_ext.checkpoint.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from lowrank_ext import adapter_files
+from lowrank_ext.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from lowrank_ext.methods.lora_guard import GuardLoss, GuardModel, last_token_index
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 from lowrank_ext.nn import MultiLoRALinear

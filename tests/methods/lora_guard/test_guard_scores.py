@@ -179,7 +179,15 @@ def tokenizer(base: Path) -> Any:
     return AutoTokenizer.from_pretrained(base)
 
 
-TEXTS = ["one", "a somewhat longer text", "x", "the fourth one", "äöü €", "seven 7 seven", "xy" * 30]
+TEXTS = [
+    "one",
+    "a somewhat longer text",
+    "x",
+    "the fourth one",
+    "äöü €",
+    "seven 7 seven",
+    "xy" * 30,
+]
 
 
 def test_each_text_as_if_alone(model: GuardModel, tokenizer: Any) -> None:
