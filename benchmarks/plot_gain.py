@@ -27,7 +27,7 @@ PEFT_COLOR, OUR_COLOR, LOSS_COLOR = "#9aa3ad", "#3f51b5", "#d1495b"
 
 
 def read_figures() -> dict[str, Any]:
-    """Exactly what is drawn."""
+    """All figures of the picture."""
     return {"step": read_step_times(), "saved": read_saved(), "layers": read_layer_ratios()}
 
 

@@ -79,7 +79,7 @@ def register(method: Method) -> Method:
 
 
 def unregister(method: Method) -> None:
-    """Undo :func:`register`."""
+    """Undo ``register``."""
     del METHODS[method.peft_type], AdapterConfig.registered[method.peft_type]
     delattr(lowrank_ext.nn, method.module_class.__name__)
 

@@ -2,7 +2,7 @@
 
 The adapter's two files are PEFT's. The head's metadata holds the options of the model and the
 digest of the adapter's weights, so that a head is never used with another adapter. The three files
-are replaced together, see ``lowrank_ext/checkpoint/adapter_files.py``.
+are replaced together, see ``lowrank_ext/adapter_files.py``.
 """
 
 import json

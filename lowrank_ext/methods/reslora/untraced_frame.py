@@ -14,5 +14,5 @@ Frame = TypeVar("Frame")
     "model to have one graph"
 )
 def untraced_frame(current: ContextVar[Frame | None]) -> Frame | None:
-    """The frame of this thread or task, whatever the compiler knows of it."""
+    """The current frame of this thread or task, read outside of the compiled graph."""
     return current.get()

@@ -1,7 +1,7 @@
 """save_style and load_style: files of the style path and its embedder, without the base models.
 
-The same two files as every adapter's, replaced as a pair (lowrank_ext/checkpoint/adapter_files.py).
-With P for ``unet.<path of the attention>``:
+The same two files as every adapter's, replaced as a pair (``lowrank_ext/adapter_files.py``). With P
+for ``unet.<path of the attention>``:
 
     P.to_k_style.weight [C, style_dim]    P.to_v_style.weight [C, style_dim]
     P.to_q_style.weight [C, query_dim]      with share_query=False
