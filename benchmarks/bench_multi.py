@@ -6,9 +6,9 @@
 
 PEFT runs a mixed batch (``adapter_names``) as a loop over the adapters: gather, two linears, scale,
 scatter. Each case is the forward of one layer over a frozen linear, without gradients, as PEFT
-allows it. Candidates take turns in every round. Two figures: the layer as a whole, time / time of
-the frozen linear; and "branch", what the layer takes beyond the frozen linear of its round, PEFT's
-over ours. Rows in which PEFT wins are marked.
+requires. Candidates take turns in every round. Two figures: of the whole layer, time / time of the
+frozen linear; and "branch", the time beyond the frozen linear of the same round, PEFT's over ours.
+Rows in which PEFT wins are marked.
 """
 
 import itertools
@@ -86,7 +86,7 @@ def make_ours(data: Data) -> Candidate:
 
 
 def make_peft(case: Case, data: Data) -> Candidate:
-    """PEFT's layer with the adapters in the base's dtype, as ours holds them."""
+    """PEFT's layer with the adapters in the base's dtype, as in ours."""
     config = peft.LoraConfig(r=case.rank, lora_alpha=SCALING * case.rank)
     options = {"r": case.rank, "lora_alpha": SCALING * case.rank}
     layer = peft.tuners.lora.Linear(data.linear, "0", config, **options)
@@ -102,7 +102,7 @@ def make_peft(case: Case, data: Data) -> Candidate:
 
 
 def check(case: Case, data: Data, candidates: dict[str, Candidate]) -> None:
-    """A wrong kernel is not worth a time."""
+    """Compare the candidates' outputs, so that only correct kernels are timed."""
     ids = torch.tensor(data.of_sequence, device=data.x.device)[:, None].expand(data.x.shape[:2])
     wide = (data.x.double(), data.lora_a.to(data.x.dtype), data.lora_b.to(data.x.dtype))
     base_out = data.x.double() @ data.linear.weight.double().T
@@ -134,7 +134,7 @@ COLUMNS = (
 
 
 def branch_ratio(rounds: Rounds) -> float:
-    """PEFT's time beyond the frozen linear over ours, medians of the differences by round."""
+    """PEFT's time beyond the frozen linear over ours, by medians of the rounds' differences."""
     extra = {
         name: statistics.median(
             layer.forward - base.forward

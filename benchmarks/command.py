@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines have in common: cases, options, and the walk through both."""
+"""The common command line of the benchmarks: cases, options, and the loop over cases."""
 
 import argparse
 import time
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def parse_case(kind: type, text: str) -> Any:
-    """A case of the NamedTuple `kind` from its fields, in their order, between commas."""
+    """A case of the NamedTuple `kind` from its comma-separated fields."""
     fields = get_type_hints(kind)
     parts = text.split(",")
     try:
@@ -42,8 +42,8 @@ def options_of(
     devices: Sequence[str] = ("cpu", "cuda"),
     seconds: float = 4.0,
 ) -> argparse.Namespace:
-    """The parsed command line of a benchmark of such cases. `quick` and `full` say what the options
-    of these names run; there is no --full without it."""
+    """The parsed command line of a benchmark with cases of `kind`. `quick` and `full` are the help
+    of these options; without `full` there is no --full."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help=quick)
@@ -74,8 +74,8 @@ def run(
     rows_of: Callable[[Any], Iterable[Row]],
     cells_of: Callable[[Row], Sequence[object]],
 ) -> list[Row]:
-    """Measures case by case and prints a table row for each of a case's rows, behind where this
-    runs and the lines of `head`. The JSON file is whole after every case."""
+    """Measures case by case; prints the machine, the lines of `head` and a table of the rows. The
+    JSON file is complete after every case."""
     where = machine(options.device)
     print(where, *head, "", sep="\n")
     table = Table((("case", 8), *columns))
@@ -95,7 +95,7 @@ def run(
 
 
 def loss(row: Row) -> str:
-    """The last cell of a row."""
+    """The last cell of a row, which marks a loss."""
     return f"LOSES to {'; '.join(row['loses_to'])}" if row["loses_to"] else ""
 
 

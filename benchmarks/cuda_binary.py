@@ -1,7 +1,7 @@
-"""What nvcc made of the kernels, read out of a binary by cuobjdump: registers, launch bounds, SASS.
+"""Registers, launch bounds and SASS of the kernels in a binary, read by cuobjdump.
 
-cuobjdump and nvdisasm come with the CUDA toolkit, or without one from the packages
-nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+cuobjdump and nvdisasm come with the CUDA toolkit, or from the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm.
 """
 
 import importlib.metadata
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 COMPUTE_TYPES = ("Bf16", "Fp16", "Tf32", "Fp32", "Fp64")
-# What the kernels without a compute type are instantiated for.
+# Element types of the kernels that are instantiated without a compute type.
 SCALARS = {"__nv_bfloat16": "Bf16", "__half": "Fp16", "float": "Fp32", "double": "Fp64"}
 
 
 class Name(NamedTuple):
-    """lowrank_ext::cuda::up_kernel<Traits<Bf16, 16>>(Params): family up_kernel."""
+    """lowrank_ext::cuda::up_kernel<Traits<Bf16, 16>>(Params) has the family up_kernel."""
 
     family: str
     arguments: str  # of the template
@@ -29,7 +29,7 @@ class Name(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Per thread, but for the bytes of static shared memory."""
+    """Resources per thread, and bytes of static shared memory per block."""
 
     registers: int
     stack: int
@@ -45,7 +45,7 @@ class Bounds(NamedTuple):
 
 
 def find_tool(name: str) -> str | None:
-    """Path of cuobjdump or nvdisasm: the toolkit's, else the one in the package of that name."""
+    """Path of cuobjdump or nvdisasm: the toolkit's, else that of the Python package."""
     on_path = shutil.which(name)
     if on_path is not None:
         return on_path
@@ -57,7 +57,7 @@ def find_tool(name: str) -> str | None:
 
 
 def why_unreadable() -> str | None:
-    """None where binaries can be read."""
+    """Why binaries cannot be read, or None."""
     missing = [name for name in ("cuobjdump", "nvdisasm", "c++filt") if find_tool(name) is None]
     return f"no {' and no '.join(missing)}" if missing else None
 
@@ -65,7 +65,7 @@ def why_unreadable() -> str | None:
 def _lines(binary: Path, *options: str) -> Iterator[str]:
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     assert cuobjdump is not None and nvdisasm is not None
-    # cuobjdump starts nvdisasm, by name.
+    # cuobjdump looks for nvdisasm on PATH.
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
     command = [cuobjdump, *options, str(binary)]
     with subprocess.Popen(
@@ -78,7 +78,7 @@ def _lines(binary: Path, *options: str) -> Iterator[str]:
 
 @cache
 def resources(binary: Path, arch: str) -> dict[str, Resources]:
-    """By mangled name, for the machine code of one architecture ("80")."""
+    """Resources by mangled name, of the machine code of one architecture ("80")."""
     found, name = {}, ""
     for line in _lines(binary, "-res-usage", "-arch", f"sm_{arch}"):
         if line.startswith(" Function "):
@@ -92,7 +92,7 @@ def resources(binary: Path, arch: str) -> dict[str, Resources]:
 
 @cache
 def launch_bounds(binary: Path) -> dict[str, Bounds]:
-    """By mangled name, as the PTX states them (machine code does not keep the second number)."""
+    """Launch bounds by mangled name, from the PTX (machine code does not keep min_blocks)."""
     found, name = {}, ""
     for line in _lines(binary, "-ptx"):
         if match := re.match(r"\.(?:visible|weak) \.entry (\w+)", line):
@@ -107,7 +107,7 @@ def launch_bounds(binary: Path) -> dict[str, Bounds]:
 
 @cache
 def opcodes(binary: Path, arch: str) -> dict[str, Counter[str]]:
-    """How often each instruction occurs in each kernel, its modifiers included: LDG.E.128."""
+    """Count of each instruction, with its modifiers (LDG.E.128), in each kernel."""
     found: dict[str, Counter[str]] = {}
     here: Counter[str] = Counter()
     for line in _lines(binary, "-sass", "-arch", f"sm_{arch}"):
@@ -121,7 +121,7 @@ def opcodes(binary: Path, arch: str) -> dict[str, Counter[str]]:
 
 @cache
 def has_machine_code(binary: Path) -> frozenset[str]:
-    """The architectures that the binary holds machine code for."""
+    """The architectures of the machine code in the binary."""
     return frozenset(
         match[1] for line in _lines(binary, "-lelf") if (match := re.search(r"\.sm_(\w+)\.", line))
     )

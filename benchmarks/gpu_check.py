@@ -31,7 +31,7 @@ LOGS = ROOT / "build" / "gpu-check"
 SECTIONS = ("build", "tests", "sanitizer", "target", "kernels", "experts", "grid")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
-# Shares of the whole time; what a section leaves is the grid's, which comes last.
+# Shares of the whole time; the grid, which comes last, gets the rest.
 BUILD_SHARE, TESTS_SHARE, SANITIZER_SHARE, EXPERTS_SHARE = 0.5, 0.3, 0.15, 0.1
 LAST_SECONDS = 5.0  # for printing and writing
 
@@ -43,11 +43,11 @@ MAX_RATIO = {
 MIN_COPY_SHARE = 0.80
 
 
-# What is there
+# The machine
 
 
 def why_no_gpu() -> str | None:
-    """None where the driver sees a GPU. Asks the driver itself: importing torch takes seconds."""
+    """None if the driver sees a GPU, else the reason; without importing torch, which is slow."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -61,7 +61,7 @@ def why_no_gpu() -> str | None:
 
 
 def what_is_missing() -> str | None:
-    """What stands in the way of a check on a machine with a GPU, in one line."""
+    """The missing requirement of a check on a machine with a GPU, in one line, or None."""
     needed = ("torch", "setuptools", "safetensors", "rich")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     another = "name another Python: make gpu-check PYTHON=..."
@@ -103,17 +103,17 @@ def environment() -> dict[str, Any]:
 
 
 def results_path(directory: Path, card: str, date: str, only: Sequence[str] = ()) -> Path:
-    """A run of some sections does not replace the file of a whole one."""
+    """The file of a run; that of some sections does not replace that of all."""
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     return directory / f"{'-'.join(['gpu-check', slug, date[:10], *only])}.json"
 
 
 class SectionFailed(Exception):
-    """Says in one line what went wrong; the sections after it are still run."""
+    """A section's failure, in one line; later sections still run."""
 
 
 class SectionSkipped(Exception):
-    """Says in one line what is not installed."""
+    """A section's missing requirement, in one line."""
 
 
 class Check:
@@ -138,7 +138,7 @@ class Check:
         write_json(self.path, self.report)
 
     def run(self, name: str, section: Callable[["Check"], str]) -> str:
-        """Runs a section, which returns its summary. Whatever it raises is reported, not fatal."""
+        """Runs a section, which returns its summary; an exception is reported and not fatal."""
         print(f"gpu-check: {name} ...", flush=True)
         start = time.monotonic()
         try:
@@ -173,7 +173,7 @@ def start(command: Sequence[str], log: Path, env: Mapping[str, str]) -> subproce
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit status; None where it had to be stopped. Interrupted first: pytest then reports."""
+    """The exit status; None after a timeout. Stopped by SIGINT first, so that pytest reports."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -242,7 +242,7 @@ def run_selection(name: str, selection: str, seconds: float) -> dict[str, Any]:
 
 
 def tests(check: Check) -> str:
-    """What runs on the GPU first, then the rest of the suite, in what is left of the time."""
+    """Runs the GPU tests first, then the rest of the suite, in the remaining time."""
     if importlib.util.find_spec("pytest") is None:
         raise SectionSkipped(f"pytest is not installed for {sys.executable}: no test was run")
     end = time.monotonic() + check.share(TESTS_SHARE)
@@ -271,14 +271,14 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer(check: Check) -> str:
-    """The tests marked `sanitize` under each tool, all at once."""
+    """Runs the tests marked `sanitize` under each tool, in parallel."""
     if importlib.util.find_spec("pytest") is None:
         raise SectionSkipped(f"pytest is not installed for {sys.executable}: no test was run")
     program = find_sanitizer()
     if program is None:
         raise SectionSkipped("compute-sanitizer was not found on PATH or in the CUDA toolkit")
-    test = [sys.executable, "-m", "pytest", "-q", "-m", "sanitize", "tests/test_cuda.py"]
-    # Without torch's cache each tensor is an allocation of its own, whose end memcheck knows.
+    test = [sys.executable, "-m", "pytest", "-q", "-m", "sanitize", "tests/ops/test_cuda.py"]
+    # Without torch's cache each tensor is a separate allocation, whose bounds memcheck checks.
     env = child_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     running = {}
     for tool in SANITIZER_TOOLS:
@@ -301,7 +301,7 @@ def sanitizer(check: Check) -> str:
     return summary
 
 
-# The measurements; gpu_measure imports lowrank_ext, so only once it is built
+# The measurements; gpu_measure is imported after the build, as it imports lowrank_ext
 
 
 def measure_target(check: Check) -> str:
@@ -329,7 +329,7 @@ EXPERT_BENCHES = ("bench_moe", "bench_expert_forms", "bench_multi")
 
 
 def measure_experts(check: Check) -> str:
-    """Mixtures of experts, their forms side by side, and batches of many adapters, by scripts."""
+    """Runs the scripts for mixtures of experts, their forms, and batches of many adapters."""
     if importlib.util.find_spec("peft") is None:
         raise SectionSkipped(f"peft, bench_multi's baseline, is not installed for {sys.executable}")
     tables = check.report["experts"] = {}
@@ -353,7 +353,7 @@ def run_bench(name: str, arguments: Sequence[str], seconds: float) -> list[dict[
 
 
 def measure_grid(check: Check) -> str:
-    """Case by case while there is time; a case that fails does not take the others with it."""
+    """Measures case by case in the remaining time; a failing case does not stop the others."""
     import gpu_measure
     import torch
     from layers import WrongResult
@@ -367,7 +367,7 @@ def measure_grid(check: Check) -> str:
         if check.left <= 0:
             break
         try:
-            # Half of a case's time goes into making and checking it.
+            # Making and checking a case takes about half of its time.
             rows.append(gpu_measure.run_case(case, check.left / (len(cases) - index) / 2, speed))
         except (WrongResult, torch.OutOfMemoryError) as error:
             failed.append(f"{case}: {str(error).splitlines()[0]}")
@@ -381,7 +381,7 @@ def measure_grid(check: Check) -> str:
 
 
 def copy_speed(check: Check) -> float:
-    """Measured once, by the first section that asks."""
+    """Speed of a large copy, measured once."""
     import gpu_measure
     from layers import peft_name
 
@@ -391,11 +391,11 @@ def copy_speed(check: Check) -> float:
     return check.report["copy_bytes_per_second"]
 
 
-# What is printed at the end
+# The tables at the end
 
 
 def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The issue's targets beside what was measured; value None: not measured."""
+    """The targets with the measured values; None where not measured."""
     found = []
     for key, name in (("target", "ours"), ("lamda", "lamda")):
         text, limit = MAX_RATIO[name]
@@ -510,7 +510,7 @@ def main() -> int:
             continue
         outcomes[name] = check.run(name, section)
         if (name, outcomes[name]) == ("build", "FAILED"):
-            break  # the library of an earlier build must not answer for this one
+            break  # an earlier build must not be measured instead
     check.report["targets"] = targets(check.report)
     check.save()
     print_tables(check.report)

@@ -1,7 +1,7 @@
-"""What gpu_check.py measures once the library is built for the card.
+"""The measurements of gpu_check.py, after the library is built for the card.
 
-All GPU times are taken with CUDA events, L2 emptied before each call and the host's work hidden
-(timing.py); candidates take turns, figures are medians.
+All GPU times are taken with CUDA events, with L2 flushed before each call and the host's work
+hidden (timing.py); candidates take turns, figures are medians.
 """
 
 import itertools
@@ -57,9 +57,9 @@ def copy_bandwidth() -> float:
 
 
 def branch_bytes(case: Case, part: str, lora_a_trains: bool = True) -> int:
-    """What the branch must move beside the base's two products, in bytes.
+    """Bytes that the branch must move in addition to the base's two products.
 
-    Forward: x read, y written or read once more. Backward: dout read, x too where lora_a trains,
+    Forward: reads x, and reads or writes y once more. Backward: reads dout, and x if lora_a trains;
     dx as y. The branch's weights, their gradients and h count once per pass.
     """
     m, k, n, r = case[:4]
@@ -72,7 +72,7 @@ def branch_bytes(case: Case, part: str, lora_a_trains: bool = True) -> int:
 
 
 def make_modules(case: Case, data: Data) -> dict[str, nn.Module]:
-    """By column, adapters in the base's dtype."""
+    """The modules by column, adapters in the base's dtype."""
     return {
         "frozen": data.linear,
         "ours": make_ours(case, data, torch.bfloat16),
@@ -81,7 +81,7 @@ def make_modules(case: Case, data: Data) -> dict[str, nn.Module]:
 
 
 def make_compiled(case: Case, data: Data, dynamic: bool) -> tuple[dict[str, nn.Module], str | None]:
-    """The compiled formula, or why this machine cannot compile it (no Triton, no C compiler)."""
+    """The compiled formula, or the reason why it cannot be compiled (no Triton, no C compiler)."""
     module = Compiled(case, data, dynamic)
     try:
         module(data.x)
@@ -99,7 +99,7 @@ def row_of(case: Case, rounds: Rounds, copy_speed: float, lora_a_trains: bool = 
         row[part] = {
             "milliseconds": {name: rounds.median(name, part) * 1e3 for name in rounds.seconds},
             "ratios": {name: rounds.ratio(name, "frozen", part) for name in rounds.seconds},
-            # The speed at which the branch's bytes would have moved in the time it added.
+            # The branch's bytes over the time it added, relative to the copy speed.
             "copy_share": needed / extra / copy_speed if extra > 0 else None,
         }
     return row
@@ -108,7 +108,7 @@ def row_of(case: Case, rounds: Rounds, copy_speed: float, lora_a_trains: bool = 
 def run_case(case: Case, budget: float, copy_speed: float, target: bool = False) -> Row:
     """Checks the candidates of a case, then times them for about `budget` seconds.
 
-    The target's case gets a compiled graph of its own sizes, and our layer with fp32 adapters too.
+    The target's case has a compiled graph of static sizes, and also our layer with fp32 adapters.
     """
     allow_many_graphs()
     data = make_data(case, DEVICE)
@@ -130,7 +130,7 @@ def run_case(case: Case, budget: float, copy_speed: float, target: bool = False)
 
 
 def grid() -> Iterator[Case]:
-    """What matters most comes first, since the time may not suffice for everything."""
+    """The cases, most important first, since the time may not suffice for all."""
     for rank, features, dropout in itertools.product(GRID_RANKS, GRID_FEATURES, GRID_DROPOUTS):
         for num_rows in GRID_ROWS:
             yield Case(num_rows, features, features, rank, dropout, "bfloat16")
@@ -144,7 +144,7 @@ def run_target(copy_speed: float) -> Row:
 
 
 def run_lamda(copy_speed: float) -> Row:
-    """LaMDA after its freezing: only the core trains, x is neither read again nor kept."""
+    """LaMDA after its freezing: only the core trains, backward neither reads nor keeps x."""
     data = make_data(TARGET, DEVICE)
     module = LaMDALinear.from_linear(
         data.linear,
@@ -174,8 +174,8 @@ class KernelTime(NamedTuple):
     seconds: float  # of one call, median
 
 
-# The passes over [M, K] and [M, N] tensors, and how their kernels are recognised. Where K = N the
-# sum over rows for dlora_b, if it takes a pass of its own, needs what dlora_a's needs.
+# The passes over [M, K] and [M, N] tensors, and patterns of their kernels' names. Where K = N the
+# sum over rows for dlora_b, if it is a separate pass, needs as many bytes as that for dlora_a.
 PASSES = {
     "lowrank_down": r"\blowrank_down_kernel\b",
     "lowrank_up": r"\blowrank_up_kernel\b",
@@ -186,9 +186,9 @@ PASSES = {
 
 
 def pass_bytes(case: Case) -> dict[str, int]:
-    """What each pass of lowrank_add's forward and backward must move, in bytes.
+    """Bytes that each pass of lowrank_add's forward and backward must move.
 
-    The base's output is read by the forward; dx is written only, as there is no base product.
+    The forward reads the base's output; dx is only written, as there is no base product.
     """
     m, k, n, r = case[:4]
     return {
@@ -205,7 +205,7 @@ def pass_of(kernel_name: str) -> str | None:
 
 
 def profile_kernels(case: Case, steps: int = 20) -> list[KernelTime]:
-    """Every kernel of ours in lowrank_add's forward and backward, timed by the profiler."""
+    """The kernels of lowrank_add's forward and backward, timed by the profiler."""
     data = make_data(case, DEVICE)
     base = torch.randn(case.num_rows, case.out_features, device=DEVICE).to(data.x.dtype)
     adapter = [t.to(data.x.dtype).requires_grad_() for t in (data.lora_a, data.lora_b)]

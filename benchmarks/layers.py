@@ -1,6 +1,6 @@
-"""One adapted linear layer as ours, as PEFT's and as one writes it without a library.
+"""The adapted linear layers that the benchmarks time: ours, PEFT's and the plain torch formula.
 
-What the benchmarks time, and the check that each of them computes the right thing first.
+Each is checked against the reference before it is timed.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What all candidates of a case share. The adapter is held in fp32."""
+    """Tensors that all candidates of a case share; the adapter in fp32."""
 
     x: Tensor
     linear: nn.Linear
@@ -85,7 +85,7 @@ def make_ours(case: Case, data: Data, adapter_dtype: torch.dtype) -> nn.Module:
 
 
 class PeftFormula(nn.Module):
-    """What PEFT's layer computes, operation by operation, for where PEFT is not installed."""
+    """The operations of PEFT's layer, for machines without PEFT."""
 
     def __init__(self, case: Case, data: Data, adapter_dtype: torch.dtype) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class PeftFormula(nn.Module):
 
 
 def make_peft(case: Case, data: Data, adapter_dtype: torch.dtype) -> nn.Module:
-    """PEFT's layer. fp32 adapters are what get_peft_model makes of a half-size base by default."""
+    """PEFT's layer. Over a bf16 or fp16 base get_peft_model makes fp32 adapters by default."""
     if peft is None:
         return PeftFormula(case, data, adapter_dtype)
     config = peft.LoraConfig(r=case.rank, lora_alpha=SCALING * case.rank, lora_dropout=case.dropout)
@@ -116,13 +116,13 @@ def make_peft(case: Case, data: Data, adapter_dtype: torch.dtype) -> nn.Module:
 
 
 def peft_name() -> str:
-    """What stands behind the column "peft"."""
+    """What the column "peft" measures: PEFT and its version, or the formula."""
     return "PEFT's formula in plain torch" if peft is None else f"PEFT {peft.__version__}"
 
 
 @cache
 def compiled_formula(dropout: float, dynamic: bool) -> Callable[..., Tensor]:
-    """What one writes without a library, compiled; `dynamic`: one graph for all sizes."""
+    """The plain torch formula, compiled; `dynamic`: one graph for all sizes."""
 
     def formula(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         h = F.linear(F.dropout(x, dropout), lora_a)
@@ -148,10 +148,10 @@ class Compiled(nn.Module):
 
 
 def allow_many_graphs() -> None:
-    """Static shapes cost a graph each; past its limit dynamo would stop compiling.
+    """Raise dynamo's limit of graphs, as static shapes need one each.
 
-    In dynamic graphs the sizes of parameters may change too, and sizes that happen to be equal in
-    one case (a rank and a number of rows) are told apart.
+    In dynamic graphs let the sizes of parameters change too, and treat sizes as distinct that are
+    equal by chance in one case (a rank and a number of rows).
     """
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 10_000
@@ -160,7 +160,7 @@ def allow_many_graphs() -> None:
 
 
 def as_candidate(module: nn.Module, data: Data) -> Candidate:
-    """A training step of the layer: x and what is not frozen get gradients."""
+    """A training step of the layer, with gradients of x and of all trainable parameters."""
     wanted = [data.x, *(p for p in module.parameters() if p.requires_grad)]
 
     def backward(y: Tensor) -> object:
@@ -169,20 +169,20 @@ def as_candidate(module: nn.Module, data: Data) -> Candidate:
     return Candidate(lambda: module(data.x), backward)
 
 
-# Checking: a wrong kernel is not worth a time
+# Checking: only correct kernels are timed
 
 CHECKED_ROWS = 32
 
 
 class WrongResult(Exception):
-    """A candidate's values are not those of the reference."""
+    """A candidate's values differ from the reference's."""
 
 
 def check(case: Case, data: Data, modules: Mapping[str, nn.Module]) -> None:
-    """Every candidate's forward without dropout, and the op with dropout, forward and backward.
+    """Check every candidate's forward without dropout, and the op's forward and backward with it.
 
-    Only the first rows are compared: rows are independent, and with a zero gradient elsewhere the
-    adapter's gradients are theirs alone.
+    Only the first rows are compared: rows are independent, and with a zero upstream gradient for
+    the others the adapter's gradients depend on these alone.
     """
     rows = slice(0, CHECKED_ROWS)
     weight = data.linear.weight

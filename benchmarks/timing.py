@@ -1,4 +1,4 @@
-"""One timer, one row printer and one file writer for all benchmarks."""
+"""The timer, the table printer and the file writer of all benchmarks."""
 
 import datetime
 import json
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU where there is one
+from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU, if any
 
 
 class Candidate(NamedTuple):
-    """Something to time: forward, and backward of what forward returned."""
+    """Functions to time: forward, and backward of forward's result."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], object]
 
 
 class Seconds(NamedTuple):
-    """One call: forward alone, and forward with backward."""
+    """Times of one call: forward alone, and forward with backward."""
 
     forward: float
     both: float
@@ -35,7 +35,7 @@ class Seconds(NamedTuple):
 
 @dataclass
 class Rounds:
-    """Seconds per candidate; entry i of every candidate is from the same round."""
+    """Times by candidate; entry i of every candidate is from the same round."""
 
     seconds: dict[str, list[Seconds]]
 
@@ -43,7 +43,7 @@ class Rounds:
         return statistics.median(getattr(call, part) for call in self.seconds[name])
 
     def ratio(self, name: str, base: str, part: str) -> float:
-        """Median over the rounds of name / base within the round: drift of the machine cancels."""
+        """Median over the rounds of name / base in the same round, so that drift cancels."""
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         return statistics.median(getattr(a, part) / getattr(b, part) for a, b in pairs)
 
@@ -60,7 +60,7 @@ def time_interleaved(
 ) -> Rounds:
     """Rounds of one call each, in a new random order every time, for about `budget` seconds.
 
-    Warm-up is not counted: it holds page faults, the packing of weights and compilation.
+    Warm-up (page faults, packing of weights, compilation) is not counted.
     """
     call = _call_on_gpu(device) if device == "cuda" else _call_on_cpu
     for candidate in candidates.values():
@@ -89,7 +89,7 @@ def _call_on_cpu(candidate: Candidate) -> Seconds:
 
 
 def _call_on_gpu(device: str) -> Callable[[Candidate], Seconds]:
-    """Times the GPU's work alone: L2 is emptied and the GPU held until the host has queued it."""
+    """Times the GPU's work alone: L2 is flushed, and the GPU waits until the host has queued it."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
     hold = int(HOST_SECONDS * _spins_per_second())
@@ -109,7 +109,7 @@ def _call_on_gpu(device: str) -> Callable[[Candidate], Seconds]:
     return call
 
 
-# Longer than the host takes to queue one candidate's forward and backward.
+# More than the host needs to queue one candidate's forward and backward.
 HOST_SECONDS = 2e-3
 
 
@@ -126,7 +126,7 @@ def _spins_per_second() -> float:
 
 
 def seconds_back_to_back(candidate: Candidate, calls: int) -> float:
-    """Wall time of one of many calls, the host included: what small sizes cost in eager mode."""
+    """Wall time per call over many calls, with the host's: the eager cost of small sizes."""
     candidate.backward(candidate.forward())
     start = clock()
     for _ in range(calls):
@@ -135,7 +135,7 @@ def seconds_back_to_back(candidate: Candidate, calls: int) -> float:
 
 
 def machine(device: str) -> str:
-    """One line that says where the numbers come from."""
+    """The machine's hardware and software, in one line."""
     parts = [cpu_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
     if device == "cuda":
         parts = [
@@ -158,8 +158,8 @@ def cpu_name() -> str:
 
 
 def nvidia_smi(query: str) -> str:
-    """What nvidia-smi says of torch's current device."""
-    # nvidia-smi numbers the cards without regard to CUDA_VISIBLE_DEVICES; the id holds for both.
+    """nvidia-smi's answer to `query` for torch's current device."""
+    # By id, because nvidia-smi's indices ignore CUDA_VISIBLE_DEVICES.
     card = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     command = ["nvidia-smi", card, f"--query-gpu={query}", "--format=csv,noheader"]
     try:
@@ -169,7 +169,7 @@ def nvidia_smi(query: str) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Whole or not at all: written under another name, then renamed."""
+    """Writes a JSON file atomically: under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as file:
@@ -181,7 +181,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 class Table:
-    """Rows of fixed width on stdout, each printed as soon as it is known."""
+    """Prints rows of fixed width on stdout, each as soon as it is measured."""
 
     def __init__(self, columns: Sequence[tuple[str, int]]) -> None:
         self.widths = [width for _, width in columns]
@@ -193,6 +193,6 @@ class Table:
 
 
 def progress(text: str) -> None:
-    """What is running now, on stderr, replaced by the next; only where a person watches."""
+    """Shows on stderr what is running, if it is a terminal; the next text replaces it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

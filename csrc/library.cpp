@@ -1,6 +1,5 @@
-// Every op of the library. This file is the table of contents: schemas only, kernels register
-// themselves. The executor's module (tests/simt) compiles it too, for its own library of the same
-// ops, whose backend is csrc/cuda run on the CPU.
+// The schema of every op; kernels register themselves. The executor's module (tests/simt) compiles
+// this file too, for its own library of the same ops, whose backend is csrc/cuda run on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #ifdef LOWRANK_EXT_SIMT
@@ -68,8 +67,8 @@ STABLE_TORCH_LIBRARY(lowrank_ext, m) {
       "need_drouter_weight, bool need_dlora_a, bool need_dlora_b) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
 #ifndef LOWRANK_EXT_SIMT  // no CUDA backend: nothing for the executor to run
-  // int64 [...], an id for each row of x [..., K]: what the active AdapterBank.rows block of this
-  // bank says for modules with these adapters. Implemented in Python, beside the block.
+  // int64 [...]: the adapter id of each row of x [..., K], from the active AdapterBank.rows block of
+  // the bank, for modules with these adapters. Implemented in Python, beside the block.
   m.def("active_adapter_ids(Tensor x, int bank, str[] layout) -> Tensor");
   // Instruction sets that the CPU kernels use on this machine, separated by spaces.
   m.def("cpu_features() -> str");

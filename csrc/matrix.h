@@ -1,6 +1,5 @@
 // Two-dimensional views and fresh buffers, on any device, through torch's C shim and without the
-// dispatcher. No function here allocates a copy of its operands, but dense and as_matrix where they
-// must.
+// dispatcher. Only dense and as_matrix copy their operand, where its strides leave no choice.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -61,7 +60,7 @@ inline int32_t aoti_dtype(ScalarType dtype) {
   }
 }
 
-// Dense and not initialised.
+// Dense, uninitialized.
 inline Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& sizes,
                        ScalarType dtype) {
   const std::vector<int64_t> strides = dense_strides(sizes);
@@ -115,21 +114,16 @@ inline Tensor as_matrix(const Tensor& tensor) {
   return contiguous_view(dense(tensor));
 }
 
+inline std::optional<Tensor> as_matrix(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(as_matrix(*tensor)) : tensor;
+}
+
 // The shape of `like` with another last dimension.
 inline std::vector<int64_t> with_last_dim(const Tensor& like, int64_t last) {
   std::vector<int64_t> sizes;
   for (int64_t dim = 0; dim + 1 < like.dim(); ++dim) sizes.push_back(like.size(dim));
   sizes.push_back(last);
   return sizes;
-}
-
-// A dense tensor under another shape of the same size.
-inline Tensor with_shape(const Tensor& dense, const std::vector<int64_t>& sizes) {
-  const std::vector<int64_t> strides = dense_strides(sizes);
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      dense.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &view));
-  return Tensor(view);
 }
 
 }  // namespace lowrank_ext

@@ -1,8 +1,8 @@
-"""AFLoRA beside LoRA on SmolLM2-135M: what still trains, what a step costs, what is learned.
+"""AFLoRA beside LoRA on SmolLM2-135M: trainable parameters, cost of a step, loss.
 
 Both are trained on Python's own manual from the same start. While AFLoRA's projections freeze one
 by one, the number of trainable parameters, the bytes that forward keeps for backward and the time
-of a step fall; LoRA's stay. Written: aflora.png.
+of a step fall; LoRA's do not. Writes aflora.png.
 
     python examples/aflora.py --out build/examples
 """
@@ -33,14 +33,14 @@ from lowrank_ext.cli.models import find_model, load_model, resolve_dtype
 from lowrank_ext.cli.training import held_out_loss, learning_rate_factor, model_loss
 
 BATCH, RANK = 2, 16
-# Freezes from a tenth of the steps to six tenths, in decisions two steps apart.
+# Freezes between a tenth and six tenths of the steps, with a decision every two steps.
 SCHEDULE: dict[str, Any] = {"start": 0.1, "eta": 0.6, "window": 2}
 console = Console()
 
 
 @dataclass
 class Run:
-    """What one method showed, a value per step where it is a list."""
+    """Measurements of one method; lists have a value per step."""
 
     name: str
     before: float = 0.0
@@ -51,19 +51,19 @@ class Run:
 
     @property
     def average_trainable(self) -> float:
-        """Averaged over the steps, as the paper counts."""
+        """Trainable parameters averaged over the steps, as the paper counts."""
         return statistics.mean(self.trainable)
 
 
 def real_model() -> tuple[Callable[[], nn.Module], Corpus]:
-    """SmolLM2-135M, anew at each call, and Python's language topics."""
+    """A function that loads SmolLM2-135M, and Python's language topics."""
     source, dtype = find_model(None), resolve_dtype("auto")
     corpus = load_corpus((), "text", load_model(source, dtype).tokenizer, seq_len=128)
     return lambda: load_model(source, dtype).model, corpus
 
 
 def tiny_model() -> tuple[Callable[[], nn.Module], Corpus]:
-    """A random Llama that reads bytes: only to see that everything runs."""
+    """A small random Llama on bytes, which only shows that everything runs."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ def train(
     peak_lr: float,
     schedule: Callable[[torch.optim.Optimizer], lr.AdaptiveFreezeSchedule | None],
 ) -> None:
-    """A plain loop, as in any script; AFLoRA needs the one line with freezing.step()."""
+    """A plain training loop; AFLoRA adds the line with freezing.step()."""
     held_out = corpus.held_out_batches(BATCH, most=6)
     run.before = held_out_loss(model, held_out)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -114,7 +114,7 @@ def kept(
     freezing: lr.AdaptiveFreezeSchedule | None,
     step: int,
 ) -> float:
-    """MiB that forward keeps for backward; measured where it may have changed."""
+    """MiB that forward keeps for backward; measured again when it may have changed."""
     changed = step == 0 or (freezing is not None and step in freezing.frozen_at.values())
     if not changed:
         return run.kept_mebibytes[-1]
@@ -122,7 +122,7 @@ def kept(
 
 
 def table(runs: list[Run]) -> Table:
-    """A row per method: a > b stands for the first and the last step."""
+    """A row per method; a > b are the values at the first and the last step."""
     shown = Table("method", title=f"rank {RANK}, {len(runs[0].trainable)} steps", show_edge=False)
     headings = ("trainable", "on average", "kept MiB", "ms/step", "held-out loss")
     for heading in headings:
@@ -166,7 +166,7 @@ def picture(runs: list[Run]) -> bytes:
 
 
 def running_median(numbers: list[float], width: int = 5) -> list[float]:
-    """Of up to `width` neighbours on either side."""
+    """Median of each number with up to `width` neighbors on either side."""
     spans = (slice(max(0, i - width), i + width + 1) for i in range(len(numbers)))
     return [statistics.median(numbers[span]) for span in spans]
 

@@ -1,10 +1,10 @@
-"""LoRA-Guard on SmolLM2-135M: a language model learns to recognise prompt injections.
+"""LoRA-Guard on SmolLM2-135M: a language model learns to recognize prompt injections.
 
-The texts are those of the package bastioncorpus (MIT licence): attacks of seven kinds, and harmless
+The texts are those of the package bastioncorpus (MIT license): attacks of seven kinds, and harmless
 texts that look like attacks. Two thirds train the guard, the rest is scored; texts of one intent,
-which are rewordings of each other, are on one side. Shows how little the guard adds, that what the
-model generates keeps its bits, and the precision-recall curve before and after training, in
-guard.png. The guard is saved too, for `lowrank-ext guard`.
+which are rewordings of each other, are in the same part. Shows the guard's additional parameters,
+that the model's generation is unchanged bit for bit, and in guard.png the precision-recall curve
+before and after training. Saves the guard for `lowrank-ext guard`.
 
     pip install bastioncorpus
     python examples/guard.py --out build/examples
@@ -27,16 +27,16 @@ from torch import Tensor
 import lowrank_ext as lr
 from lowrank_ext.cli.files import prepare_output, write_bytes
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
-from lowrank_ext.guard.screening import pad
+from lowrank_ext.methods.lora_guard.screening import pad
 
 BATCH, EPOCHS, LEARNING_RATE, MAX_LENGTH = 8, 5, 1e-3, 128
-HELD_OUT = 3  # one group of texts in so many
+HELD_OUT = 3  # every third group of texts
 QUICK_TEXTS = 16
 console = Console(highlight=False)
 
 
 class Texts(NamedTuple):
-    """N texts and the kinds of attack that they are, bool [N, C]: none for a harmless one."""
+    """N texts and their kinds of attack, bool [N, C]; a harmless text has none."""
 
     texts: list[str]
     labels: Tensor
@@ -60,7 +60,7 @@ def load_texts() -> tuple[Texts, Texts, list[str]]:
 
     def side(is_held_out: bool) -> Texts:
         chosen = [row for row in rows if ((row.intent or row.text) in held_out) is is_held_out]
-        # Attacks have a slot for a code word: without one the braces would give them away.
+        # Attacks have a slot for a code word; unfilled, its braces would give them away.
         texts = [row.render(digest(row.id)[:8]) for row in chosen]
         labels = [[row.is_malicious and row.category == kind for kind in kinds] for row in chosen]
         return Texts(texts, torch.tensor(labels))
@@ -73,7 +73,7 @@ def digest(text: str) -> str:
 
 
 def train(model: lr.guard.GuardModel, tokenizer: Any, data: Texts, epochs: int) -> None:
-    """AdamW with a linear decay; every epoch has batches of its own."""
+    """AdamW with linear decay; every epoch draws new batches."""
     tokens = [tokenizer(text)["input_ids"][:MAX_LENGTH] for text in data.texts]
     criterion = lr.guard.GuardLoss(data.labels)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +94,7 @@ def train(model: lr.guard.GuardModel, tokenizer: Any, data: Texts, epochs: int) 
 
 
 def random_batches(lengths: Tensor) -> list[Tensor]:
-    """All rows once, those of similar length together, so that little is padded."""
+    """Batches of all rows, by similar length, so that there is little padding."""
     batches = (lengths * (1 + 0.3 * torch.rand(len(lengths)))).argsort().split(BATCH)
     return [batches[index] for index in torch.randperm(len(batches))]
 
@@ -105,7 +105,7 @@ def scores(model: lr.guard.GuardModel, tokenizer: Any, data: Texts) -> Tensor:
 
 
 def continuation(model: Any, tokenizer: Any) -> tuple[str, list[Tensor]]:
-    """What the model generates, and the logits of every step."""
+    """The model's generated text, and the logits of every step."""
     output = model.generate(
         **tokenizer("The three largest oceans are", return_tensors="pt"),
         max_new_tokens=12,
@@ -117,7 +117,7 @@ def continuation(model: Any, tokenizer: Any) -> tuple[str, list[Tensor]]:
 
 
 def curve_plot(unsafe: Tensor, curves: dict[str, Tensor]) -> bytes:
-    """PNG: precision over recall, and what calling everything unsafe has."""
+    """PNG: precision over recall, and the precision of calling every text unsafe."""
     figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(

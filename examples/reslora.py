@@ -1,8 +1,8 @@
 """ResLoRA beside LoRA on SmolLM2-135M: loss at equal steps, and what merging costs.
 
 LoRA and ResLoRA's three shortcuts are trained on Python's own manual from the same start, with the
-same numbers of parameters. Afterwards each is merged; where the shortcut can only be estimated in a
-weight, the table says what that does to the held-out loss. Written: reslora.png.
+same numbers of parameters. Afterwards each is merged; for shortcuts that a merged weight can only
+estimate, the table shows the effect on the held-out loss. Writes reslora.png.
 
     python examples/reslora.py --out build/examples
 """
@@ -42,7 +42,7 @@ console = Console()
 
 @dataclass
 class Run:
-    """What one method showed."""
+    """Measurements of one method."""
 
     name: str
     trainable: int
@@ -59,7 +59,7 @@ def real_model() -> tuple[nn.Module, Corpus]:
 
 
 def tiny_model() -> tuple[nn.Module, Corpus]:
-    """A random Llama that reads bytes: only to see that everything runs."""
+    """A small random Llama on bytes, which only shows that everything runs."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -70,7 +70,7 @@ def tiny_model() -> tuple[nn.Module, Corpus]:
 
 
 def train(name: str, model: nn.Module, corpus: Corpus, steps: int) -> Run:
-    """A plain loop, as in any script."""
+    """A plain training loop."""
     run = Run(name, lr.trainable_parameters(model).trainable)
     held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
     run.held_out.append((0, held_out_loss(model, held_out)))

@@ -1,10 +1,10 @@
-"""Set-and-Sequence on a small video diffusion transformer: the look of a clip, then its motion.
+"""Set-and-Sequence on a small video diffusion transformer: a clip's appearance, then its motion.
 
-No pretrained video model is at hand, so one is made first: diffusers' WanTransformer3DModel with
-random weights learns clips of discs and squares that drift in straight lines. Then one clip is
-learned in the method's two stages (arXiv 2502.14844): a two-coloured ring that runs along a path
-which no clip of the base model has. Stage 1 sees its frames one by one, in no order; stage 2 sees
-the clip and trains the motion residual alone, over the basis of stage 1.
+The base model is trained first: diffusers' WanTransformer3DModel with random weights learns clips
+of discs and squares that drift in straight lines. Then one clip is learned in the method's two
+stages (arXiv 2502.14844): a two-colored ring on a path that no clip of the base model has. Stage 1
+sees its frames one by one, unordered; stage 2 sees the clip and trains the motion residual alone,
+over the basis of stage 1.
 
     python examples/set_and_sequence.py --out build/examples
 """
@@ -46,14 +46,14 @@ app = typer.Typer(add_completion=False)
 # --------------------------------------------------------------------------------------- clips
 
 
-def draw(centres: Tensor, shape: Callable[[Tensor, Tensor], Tensor], colours: Tensor) -> Tensor:
-    """Frames [3, F, H, W] in [-1, 1]: `shape` gives the cover of each colour around the centres."""
+def draw(centers: Tensor, shape: Callable[[Tensor, Tensor], Tensor], colors: Tensor) -> Tensor:
+    """Frames [3, F, H, W] in [-1, 1]; `shape` gives each color's coverage around the centers."""
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    covers = shape(y - centres[:, 0, None, None], x - centres[:, 1, None, None])
-    frames = -torch.ones(3, len(centres), SIZE, SIZE)
-    for cover, colour in zip(covers, colours, strict=True):  # [F, H, W], [3]
-        frames = frames + cover * (colour[:, None, None, None] - frames)
+    covers = shape(y - centers[:, 0, None, None], x - centers[:, 1, None, None])
+    frames = -torch.ones(3, len(centers), SIZE, SIZE)
+    for cover, color in zip(covers, colors, strict=True):  # [F, H, W], [3]
+        frames = frames + cover * (color[:, None, None, None] - frames)
     return frames
 
 
@@ -62,55 +62,55 @@ def soft(distance: Tensor) -> Tensor:
     return torch.sigmoid(-3 * distance)
 
 
-def drifting_clip(is_square: Tensor, colour: Tensor, motion: Tensor, frames: int) -> Tensor:
-    """What the base model knows: one colour [3], one straight line; motion is place and speed."""
+def drifting_clip(is_square: Tensor, color: Tensor, motion: Tensor, frames: int) -> Tensor:
+    """A clip for the base model: one color [3] on a line; motion is position and velocity."""
     times = torch.linspace(-1, 1, frames) if frames > 1 else torch.zeros(1)
-    centres = REACH * (motion[:2] + times.unsqueeze(1) * motion[2:])
+    centers = REACH * (motion[:2] + times.unsqueeze(1) * motion[2:])
 
     def shape(y: Tensor, x: Tensor) -> Tensor:
         distance = torch.maximum(y.abs(), x.abs()) if is_square else torch.hypot(y, x)
         return soft(distance - RADIUS).unsqueeze(0)
 
-    return draw(centres, shape, colour.unsqueeze(0))
+    return draw(centers, shape, color.unsqueeze(0))
 
 
 def target_clip() -> Tensor:
     """The concept: an orange ring with a blue core that swings through three quarters of a turn."""
     angle = torch.linspace(0, 1.5 * math.pi, FRAMES)
-    centres = REACH * torch.stack([torch.sin(angle), torch.cos(angle)], dim=1)
+    centers = REACH * torch.stack([torch.sin(angle), torch.cos(angle)], dim=1)
 
     def shape(y: Tensor, x: Tensor) -> Tensor:
         distance = torch.hypot(y, x)
         return torch.stack([soft(distance - RADIUS), soft(distance - RADIUS / 2)])
 
-    return draw(centres, shape, torch.tensor([[1.0, 0.2, -0.9], [-0.9, 0.0, 1.0]]))
+    return draw(centers, shape, torch.tensor([[1.0, 0.2, -0.9], [-0.9, 0.0, 1.0]]))
 
 
 # --------------------------------------------------------------------------------- model, loss
 
 
 class Prompts(nn.Module):
-    """Stands for a text encoder: three tokens that tell shape, colour and motion.
+    """Replaces a text encoder: three tokens that describe shape, color and motion.
 
-    The concept has the rare tokens [v] for its colour and, in a dynamic prompt, [u] for its motion.
+    The concept has the rare tokens [v] for its color and, in a dynamic prompt, [u] for its motion.
     They start at zero, as the paper's [v] does, and are trained.
     """
 
     shapes: Tensor
-    colours: Tensor
+    colors: Tensor
     motions: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shapes", torch.randn(2, TEXT_DIM))
-        self.register_buffer("colours", torch.randn(3, TEXT_DIM))
+        self.register_buffer("colors", torch.randn(3, TEXT_DIM))
         self.register_buffer("motions", torch.randn(4, TEXT_DIM))
         self.v = nn.Parameter(torch.zeros(TEXT_DIM))
         self.u = nn.Parameter(torch.zeros(TEXT_DIM))
 
-    def describe(self, is_square: Tensor, colour: Tensor, motion: Tensor) -> Tensor:
+    def describe(self, is_square: Tensor, color: Tensor, motion: Tensor) -> Tensor:
         """Text [B, 3, TEXT_DIM] of drifting shapes."""
-        tokens = [self.shapes[is_square.long()], colour @ self.colours, motion @ self.motions]
+        tokens = [self.shapes[is_square.long()], color @ self.colors, motion @ self.motions]
         return torch.stack(tokens, dim=1)
 
     def concept(self, batch: int, dynamic: bool = False) -> Tensor:
@@ -120,7 +120,7 @@ class Prompts(nn.Module):
 
     @torch.no_grad()
     def text(self, batch: int, dynamic: bool = False) -> Tensor:
-        """The same, not to be differentiated."""
+        """The same without a graph."""
         return self.concept(batch, dynamic)
 
 
@@ -129,7 +129,7 @@ def video_model() -> WanTransformer3DModel:
         patch_size=(1, 4, 4),
         num_attention_heads=4,
         attention_head_dim=24,
-        in_channels=9,  # three colours, and six that say where and when a pixel is
+        in_channels=9,  # three colors, and six for the pixel's position and time
         out_channels=3,
         text_dim=TEXT_DIM,
         freq_dim=64,
@@ -142,8 +142,8 @@ def video_model() -> WanTransformer3DModel:
 def velocity(model: nn.Module, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """The model's velocity at clips [B, 3, F, H, W].
 
-    Its attention knows differences of positions alone, so that it could learn no path: waves along
-    time, height and width go in as six more channels. A single frame is at time 0.
+    Its attention has relative positions only, so that it could not learn a path: waves along time,
+    height and width are added as six more channels. A single frame is at time 0.
     """
     batch, _, frames, _, _ = noisy.shape
     times = torch.linspace(-1, 1, frames) if frames > 1 else torch.zeros(1)
@@ -156,7 +156,7 @@ def velocity(model: nn.Module, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor
 
 
 def shifted(t: Tensor) -> Tensor:
-    """More of the time near 1, where the noise hides all but place and colour."""
+    """t shifted towards 1, where the noise hides all but position and color."""
     return SHIFT * t / (1 + (SHIFT - 1) * t)
 
 
@@ -173,7 +173,7 @@ def flow_loss(
 
 @torch.no_grad()
 def sample(model: nn.Module, text: Tensor) -> Tensor:
-    """Clips [B, 3, F, H, W] for text [B, …], from the same noise each time, by Euler's method."""
+    """Clips [B, 3, F, H, W] for text [B, …], by Euler's method from fixed noise."""
     model.eval()
     clips = torch.randn(
         len(text), 3, FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(1)
@@ -186,7 +186,7 @@ def sample(model: nn.Module, text: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fixed_loss(model: nn.Module, clips: Tensor, text: Tensor) -> float:
-    """Loss without masks on noise that is the same each time."""
+    """Loss without masks on fixed noise."""
     model.eval()
     generator = torch.Generator().manual_seed(2)
     losses = [flow_loss(model, clips, text, generator) for _ in range(8)]
@@ -233,10 +233,10 @@ def pretrain(model: nn.Module, prompts: Prompts, steps: int) -> list[float]:
     def batch() -> tuple[Tensor, Tensor]:
         frames, size = (1, 32) if next(step) % 4 == 0 else (FRAMES, 8)
         is_square = torch.rand(size) < 0.5
-        colour, motion = (2 * torch.rand(size, n) - 1 for n in (3, 4))
-        drawn = zip(is_square, colour, motion, strict=True)
+        color, motion = (2 * torch.rand(size, n) - 1 for n in (3, 4))
+        drawn = zip(is_square, color, motion, strict=True)
         clips = torch.stack([drifting_clip(*values, frames) for values in drawn])
-        return clips, prompts.describe(is_square, colour, motion)
+        return clips, prompts.describe(is_square, color, motion)
 
     return train("base model", model, [trainable(model, 2e-3)], steps, batch)
 
@@ -269,7 +269,7 @@ def sequence_stage(model: nn.Module, prompts: Prompts, clip: Tensor, steps: int)
 
 
 def errors(clips: Tensor, target: Tensor) -> tuple[float, float]:
-    """(look, motion): of each frame to the nearest frame of the target, and to its own."""
+    """(look, motion): error of each frame to the target's nearest frame, and to the same frame."""
     pairs = (clips.unsqueeze(3) - target.unsqueeze(1)).square().mean(dim=(1, 4, 5))  # [B, F, F]
     return pairs.min(dim=2).values.mean().item(), pairs.diagonal(dim1=1, dim2=2).mean().item()
 
@@ -378,7 +378,7 @@ def check_motion_zero(model: nn.Module, prompts: Prompts, stage1: Tensor) -> Non
 
 @torch.no_grad()
 def check_export(model: nn.Module, base: nn.Module, prompts: Prompts, out: Path) -> None:
-    """The same concept as an ordinary LoRA, read by diffusers on the base model."""
+    """Loads the exported LoRA with diffusers on the base model, and compares."""
     directory = out / "set_and_sequence_lora"
     lr.motion.export_lora(model, directory, format="diffusers")
     inputs = (

@@ -1,9 +1,9 @@
-"""StyleAdapter on synthetic styles: which reference is shown decides how a drawing looks.
+"""StyleAdapter on synthetic styles: the reference determines the style of a drawing.
 
-A small diffusion UNet first learns to draw four shapes, in colours and textures at random; the
-prompt says only which shape. It is then frozen, and a style path and its embedder learn to take
-colours and texture from two reference drawings of other shapes. The picture style_adapter.png has a
-row for each prompt and a column for each style, none of which was seen in training.
+A small diffusion UNet first learns to draw four shapes in random colors and textures; the prompt
+names only the shape. It is then frozen, and a style path and its embedder learn to take colors and
+texture from two reference drawings of other shapes. The picture style_adapter.png has a row for
+each prompt and a column for each style; no style was seen in training.
 
     python examples/style_adapter.py --out build/examples
 """
@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False)
 
 
 class Styles(NamedTuple):
-    """Of N drawings: colours of ink and paper [N, 3] in 0 … 1, and the ink's texture, int64 [N]."""
+    """Styles of N drawings: colors of ink and paper [N, 3] in 0 … 1, ink texture int64 [N]."""
 
     ink: Tensor
     paper: Tensor
@@ -51,7 +51,7 @@ class Styles(NamedTuple):
 
 
 def random_styles(count: int) -> Styles:
-    """Any dark ink on any light paper, so that a prompt says where it is dark."""
+    """Random dark inks on random light papers, so that a prompt determines the dark region."""
     ink, paper = 0.6 * torch.rand(count, 3), 0.5 + 0.5 * torch.rand(count, 3)
     return Styles(ink, paper, torch.randint(len(TEXTURES), (count,)))
 
@@ -74,7 +74,7 @@ def silhouettes() -> Tensor:
 
 
 def textures() -> Tensor:
-    """How much ink there is at a place, [3, SIZE, SIZE]."""
+    """Amount of ink at each pixel, [3, SIZE, SIZE]."""
     y, x = torch.meshgrid(*2 * [torch.arange(SIZE)], indexing="ij")
     stripes = (y // 2) % 2
     checks = (x // 2 + y // 2) % 2
@@ -99,7 +99,7 @@ class Painter(NamedTuple):
         return self.words(shapes).unflatten(1, (2, TEXT_DIM))
 
     def loss(self, drawings: Tensor, shapes: Tensor, noisy_steps: bool = False) -> Tensor:
-        """noisy_steps draws steps with much noise more often than others."""
+        """The loss on drawings; noisy_steps draws steps with much noise more often."""
         clean, noise = 2 * drawings - 1, torch.randn_like(drawings)
         share = torch.rand(len(clean))
         share = share.sqrt() if noisy_steps else share
@@ -160,15 +160,15 @@ def new_stylist() -> Stylist:
         num_attention_heads=4,
     )
     vision = CLIPVisionModel(config).eval()
-    # Its LayerNorm forgets how large a patch's embedding is, and with it how bright a flat patch
-    # is, unless positions of a similar size are added. (A trained model has learned that.)
+    # Its LayerNorm removes the norm of a patch's embedding, and so the brightness of a flat patch,
+    # unless position embeddings of similar norm are added, as a trained model has them.
     nn.init.normal_(vision.embeddings.position_embedding.weight, std=0.2)
     embedder = lr.style.StyleEmbedder(64, TEXT_DIM, num_tokens=4, num_layers=2, num_heads=4)
     return Stylist(vision, embedder)
 
 
 def references_for(shapes: Tensor, styles: Styles) -> Tensor:
-    """For each drawing REFERENCES drawings of other shapes in its style, one after the other."""
+    """REFERENCES drawings of other shapes in each drawing's style, consecutive."""
     shifts = torch.stack([torch.randperm(len(SHAPES) - 1)[:REFERENCES] + 1 for _ in shapes])
     others = (shapes.unsqueeze(1) + shifts) % len(SHAPES)
     rows = torch.arange(len(shapes)).repeat_interleave(REFERENCES)
@@ -211,7 +211,7 @@ def train_style(painter: Painter, stylist: Stylist, steps: int, batch: int) -> N
         shapes, styles = torch.randint(len(SHAPES), (batch,)), random_styles(batch)
         tokens = stylist.tokens(references_for(shapes, styles))
         lr.style.set_style(painter.unet, tokens)
-        # The style is decided where there is much noise; with less it can be seen in the drawing.
+        # Steps with much noise determine the style; with less noise the drawing shows it.
         return painter.loss(draw(shapes, styles), shapes, noisy_steps=True)
 
     trained = [p for p in painter.unet.parameters() if p.requires_grad]
@@ -222,7 +222,7 @@ def train_style(painter: Painter, stylist: Stylist, steps: int, batch: int) -> N
 def paint_grid(painter: Painter, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Every shape without a style [4, 3, SIZE, SIZE], and in each of S styles [4, S, …].
 
-    One batch: plain rows stand beside styled ones.
+    All are rows of one batch.
     """
     choices: list[Tensor | None] = [None, *tokens]
     shapes = torch.arange(len(SHAPES)).repeat_interleave(len(choices))
@@ -232,7 +232,7 @@ def paint_grid(painter: Painter, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Distances(NamedTuple):
-    """Mean colour distance per pixel and channel, in 0 … 1."""
+    """Mean color distance per pixel and channel, in 0 … 1."""
 
     right: float
     wrong: float  # mean over the wrong ones
@@ -241,14 +241,14 @@ class Distances(NamedTuple):
 
 
 def distances(differences: Tensor) -> Distances:
-    """Of [P, C]: picture p compared with each of C candidates; [P, 0] is the right one."""
+    """Distances from [P, C], picture p against each of C candidates; column 0 is the right one."""
     right, wrong = differences[:, 0], differences[:, 1:]
     found = int((right < wrong.min(dim=1).values).sum())
     return Distances(right.mean().item(), wrong.mean().item(), found, len(right))
 
 
 def measure(styled: Tensor, styles: Styles) -> tuple[Distances, Distances]:
-    """How well the pictures follow their reference, and how well their prompt."""
+    """Distances of the pictures to their style and to their prompt."""
     num_shapes, num_styles = styled.shape[:2]
     shapes = torch.arange(num_shapes).repeat_interleave(num_styles)
     columns = torch.arange(num_styles).repeat(num_shapes)
@@ -265,7 +265,7 @@ def measure(styled: Tensor, styles: Styles) -> tuple[Distances, Distances]:
 
 
 def result_table(style: Distances, prompt: Distances) -> Table:
-    table = Table(title="colour distance of the pictures to the drawing they should be")
+    table = Table(title="color distance of the pictures to the drawing they should be")
     for heading in ("asked", "right", "wrong", "nearest is right"):
         table.add_column(heading, justify="left" if heading == "asked" else "right")
     for name, found in (("style of the reference", style), ("shape of the prompt", prompt)):
@@ -275,7 +275,7 @@ def result_table(style: Distances, prompt: Distances) -> Table:
 
 
 def picture(references: Tensor, plain: Tensor, styled: Tensor) -> bytes:
-    """The grid as a PNG: rows prompts, columns styles, under the references of each."""
+    """The grid as a PNG: a row for each prompt, a column for each style below its references."""
     num_shapes, num_styles = styled.shape[:2]
     figure, axes = plt.subplots(
         1 + num_shapes, 1 + num_styles, figsize=(1.5 * (1 + num_styles), 1.5 * (1 + num_shapes))

@@ -1,60 +1,30 @@
-"""Model surgery: low-rank modules in place of a model's linear modules; and what was done."""
+"""Model surgery: replaces linear modules of a model by low-rank modules."""
 
-import dataclasses
-import re
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from rich.filesize import decimal
-from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from lowrank_ext.config import (
-    AdapterConfig,
-    AFLoRAConfig,
-    BasisLoRAConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    ResLoRAConfig,
-)
-from lowrank_ext.config.base import config_names
-from lowrank_ext.nn.aflora import AFLoRALinear
-from lowrank_ext.nn.basis import BasisLoRALinear
-from lowrank_ext.nn.goat import GOATLinear
-from lowrank_ext.nn.lamda import LaMDALinear
-from lowrank_ext.nn.linear import (
-    LoRALinear,
-    LowRankLinear,
+from lowrank_ext.config import AdapterConfig, config_names
+from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
     dense_weight,
     linear_features,
 )
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
-from lowrank_ext.nn.reslora import ResLoRALinear
-from lowrank_ext.rank_allocation import allocate_ranks
+from lowrank_ext.registry import Method, method_of
 from lowrank_ext.targets import (
     find_targets,
     is_from_peft,
     modules_named,
-    outermost_modules,
     shared_tensors,
 )
 
-MODULE_CLASSES: dict[type[AdapterConfig], type[LowRankLinear]] = {
-    LoRAConfig: LoRALinear,
-    LaMDAConfig: LaMDALinear,
-    AFLoRAConfig: AFLoRALinear,
-    GOATConfig: GOATLinear,
-    ResLoRAConfig: ResLoRALinear,
-    BasisLoRAConfig: BasisLoRALinear,
-}
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
-# Eval-mode shortcuts of torch's transformer, which read the weights of linears and never call them.
+# Switches of torch's fused eval path of transformers, which reads weights without calling linears.
 _FUSED_FLAGS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
@@ -63,21 +33,20 @@ _FUSED_FLAGS: dict[type[nn.Module], str] = {
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Model:
+def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Model:
     """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
 
-    Afterwards exactly the adapters (what of them trains) and ``modules_to_save`` require gradients.
-    The output is the base model's, bit for bit where the init starts with a zero branch (GOAT's SVD
-    inits give it on average only, see GOATConfig). A module
-    that is registered at several paths is adapted once and stays shared; tied weights stay tied.
-    The config, with the ranks LaMDA++ found, is kept as ``model.lowrank_config``. torch's fused
-    eval path of nn.TransformerEncoderLayer, which would bypass the adapters, is switched off in
-    adapted layers.
+    Afterwards only the trainable tensors of the adapters and ``modules_to_save`` require gradients.
+    The output is the base model's, bit for bit where the branch starts at zero (with GOAT's SVD
+    inits on average only, see GOATConfig). A module registered at several paths is adapted once and
+    stays shared; tied weights stay tied. The config, with the ranks that LaMDA++ found, is kept as
+    ``model.lowrank_config``. torch's fused eval path of nn.TransformerEncoderLayer, which would
+    bypass the adapters, is switched off in adapted layers.
 
     Args:
         model: any torch or transformers model; returned.
-        config: of the method, see ``lowrank_ext.config``.
-        initialise: False leaves the adapters at zero and the base untouched, for a loader that
+        config: the method's, such as ``LoRAConfig``.
+        initialize: False leaves the adapters at zero and the base untouched, for a loader that
             fills them.
 
     Raises:
@@ -86,20 +55,19 @@ def adapt(model: Model, config: AdapterConfig, *, initialise: bool = True) -> Mo
             that an init would change is tied to another module, or the model carries adapters
             already. All of this is checked before the first change.
 
-    Example:
+    Examples:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     """
-    module_class = _checked_method(model, config)
+    method = _checked_method(model, config)
+    module_class = method.module_class
     targets = find_targets(model, config)
-    config = _with_allocated_ranks(model, config, targets)
+    config = method.complete_config(model, config, targets)
     _check_options(model, config, module_class, targets)
     model.requires_grad_(False)
     replace_modules(
         model,
         {
-            module: module_class.from_linear(
-                module, initialise=initialise, **config.module_options(path)
-            )
+            module: module_class.from_linear(module, config.for_module(path), initialize=initialize)
             for path, module in targets.items()
         },
     )
@@ -114,7 +82,7 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
     """Path and module of every adapter of the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no adapter.
     """
     modules = {path: m for path, m in model.named_modules() if isinstance(m, LowRankLinear)}
     if not modules:
@@ -153,128 +121,11 @@ def set_fused_encoders(model: nn.Module, on: bool) -> None:
             kept["fused_path_before_adapt"], kept[flag] = kept[flag], 0
 
 
-class TrainableParameters(NamedTuple):
-    """Numbers of parameters; ``percent`` is 100 · trainable / total."""
-
-    trainable: int
-    total: int
-    percent: float
-
-
-def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """How many of the model's parameters train. A parameter with several owners counts once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total = sum(size for size, _ in sizes)
-    trainable = sum(size for size, trains in sizes if trains)
-    return TrainableParameters(trainable, total, 100 * trainable / total if total else 0.0)
-
-
-def summary(model: nn.Module) -> Table:
-    """A rich table of what was adapted: one row for each kind of module and shape, then the rest.
-
-    Size is the memory of the adapter's own tensors (for modules trained whole: of the module).
-
-    Raises:
-        ValueError: the model carries no adapters.
-    """
-    kinds: dict[tuple[str, str, int, int], list[LowRankLinear]] = {}
-    for path, m in lowrank_modules(model, "summary").items():
-        name = path.rpartition(".")[2] or "(model)"
-        kinds.setdefault((name, type(m).__name__, m.in_features, m.out_features), []).append(m)
-    numbers = trainable_parameters(model)
-    table = Table(
-        title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
-        f"({numbers.percent:.3g} %)"
-    )
-    table.add_column("module")
-    table.add_column("kind")
-    for heading in ("count", "in → out", "rank", "scaling", "trainable", "size"):
-        table.add_column(heading, justify="right")
-    for (name, kind, num_in, num_out), modules in kinds.items():
-        own = [t for m in modules for t in m.adapter_tensors().values()]
-        table.add_row(
-            name,
-            kind.removesuffix("Linear"),
-            str(len(modules)),
-            f"{num_in} → {num_out}",
-            _span([m.r for m in modules]),
-            _span([m.scaling for m in modules]),
-            *_trainable_and_size(own),
-        )
-    for name, saved in _saved_modules(model).items():
-        tensors = [*saved.parameters(), *saved.buffers()]
-        table.add_row(name, type(saved).__name__, "1", "", "", "", *_trainable_and_size(tensors))
-    return table
-
-
-class HookHandles:
-    """Removes several hooks at once: ``remove()``, or at the end of a ``with`` block."""
-
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-
-def prepare_for_checkpointing(model: nn.Module) -> HookHandles:
-    """Let gradients reach the adapters through reentrant activation checkpointing.
-
-    Reentrant checkpointing differentiates a block only if one of its inputs requires a gradient,
-    which the output of a frozen embedding does not. A hook makes the output of the input embeddings
-    require one; the embedding weights stay frozen. Call it before or after switching checkpointing
-    on. With ``use_reentrant=False`` it is not needed and only costs an input gradient.
-
-    The embeddings are what ``model.get_input_embeddings()`` returns, else every nn.Embedding.
-
-    Returns:
-        A handle whose ``remove()`` takes the hooks away; also a context manager.
-
-    Raises:
-        ValueError: the model has no embedding; make the input tensor require a gradient instead.
-    """
-    embeddings = _input_embeddings(model)
-    if not embeddings:
-        raise ValueError(
-            f"prepare_for_checkpointing: model must have input embeddings, got a "
-            f"{type(model).__name__} with none; call requires_grad_() on its input instead"
-        )
-    return HookHandles([module.register_forward_hook(_require_grad) for module in embeddings])
-
-
-def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad:
-        output.requires_grad_()
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    if callable(get_embeddings):
-        try:
-            found = get_embeddings()
-        except NotImplementedError:  # transformers raises it where it cannot tell
-            found = None
-        if isinstance(found, nn.Module):
-            return [found]
-    return [m for m in model.modules() if isinstance(m, nn.Embedding)]
-
-
-def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLinear]:
+def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
-    if type(config) not in MODULE_CLASSES:
+    method = method_of(config) if isinstance(config, AdapterConfig) else None
+    if method is None:
         raise TypeError(f"adapt: config must be a {config_names()}, got {type(config).__name__}")
     for path, module in model.named_modules():
         where = path or "the model itself"
@@ -288,25 +139,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> type[LowRankLine
                 f"adapt: model must carry no PEFT adapter, got peft's "
                 f"{type(module).__qualname__} at {where}; pass the base model"
             )
-    return MODULE_CLASSES[type(config)]
-
-
-def _with_allocated_ranks(
-    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
-) -> AdapterConfig:
-    """LaMDA++: the config with a rank for every target in rank_pattern."""
-    if not isinstance(config, LaMDAConfig) or config.rank_budget is None or config.rank_pattern:
-        return config
-    ranks = allocate_ranks(
-        model,
-        config.r,
-        "|".join(map(re.escape, targets)),  # these paths and no other
-        budget=config.rank_budget,
-        direction=config.direction,
-    )
-    # Anchored, so that no path is taken for the end of a longer one.
-    pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
-    return dataclasses.replace(config, rank_pattern=pattern)
+    return method
 
 
 def _check_options(
@@ -315,20 +148,17 @@ def _check_options(
     module_class: type[LowRankLinear],
     targets: Mapping[str, nn.Module],
 ) -> None:
-    """Raise for whatever would make building one of the modules fail, or change a tied weight."""
+    """Raise where a module could not be built, or where its init would change a tied weight."""
     by_svd = config.init in module_class.svd_inits
     residual = config.init in module_class.residual_inits
     weights = {m: w for m in targets.values() if (w := dense_weight(m)) is not None}
     shared = shared_tensors(model, weights) if residual else {}
     for path, module in targets.items():
         features = linear_features(module)
-        assert features is not None  # find_targets returns no other modules
-        options = config.module_options(path)
+        assert features is not None  # find_targets returns only modules with features
         weight = weights.get(module)
         try:
-            module_class.check_options(
-                *features, **{key: options[key] for key in ("r", "alpha", "dropout", "init")}
-            )
+            module_class.check_fits(*features, config.for_module(path))
             adapter_dtype_for(
                 None if weight is None else weight.dtype,
                 config.adapter_dtype,
@@ -360,19 +190,3 @@ def _unfreeze(model: nn.Module, config: AdapterConfig) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_()
-
-
-def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Outermost modules that train whole."""
-    config = getattr(model, "lowrank_config", None)
-    return outermost_modules(model, () if config is None else config.modules_to_save)
-
-
-def _trainable_and_size(tensors: list[Tensor]) -> tuple[str, str]:
-    trainable = sum(t.numel() for t in tensors if t.requires_grad)
-    return f"{trainable:,}", decimal(sum(t.numel() * t.element_size() for t in tensors))
-
-
-def _span(values: list[int] | list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} … {high:g}"

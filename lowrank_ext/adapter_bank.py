@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
-from lowrank_ext.checkpoint import LoRATensors, check_adapters, read_lora
-from lowrank_ext.config.checks import did_you_mean, normalised_adapter_dtype
-from lowrank_ext.nn import LowRankLinear
-from lowrank_ext.nn.multi import ACTIVE_ROWS, ROWS_NUMBERS, MultiLoRALinear, RowsBlock
+from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_lora
+from lowrank_ext.checks import did_you_mean, normalized_adapter_dtype
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.rows import ROWS_NUMBERS, check_names, rows_block
 from lowrank_ext.targets import is_from_peft
 
 __all__ = ["AdapterBank", "BankMemory"]
@@ -31,7 +32,7 @@ def check_no_adapters(model: nn.Module, what: str) -> None:
 
 
 class BankMemory(NamedTuple):
-    """Bytes on the model's devices: of each adapter, of the padding to a common rank, of all."""
+    """Bytes on the model's devices: of each adapter, of padding to a common rank, in total."""
 
     adapters: Mapping[str, int]
     padding: int
@@ -41,17 +42,17 @@ class BankMemory(NamedTuple):
 class AdapterBank:
     """LoRA adapters of one model, side by side, chosen per sequence.
 
-    The first adapter that targets a linear module puts a :class:`~lowrank_ext.nn.MultiLoRALinear`
-    in its place; when the last one goes, the module itself comes back. Inside a :meth:`rows` block
-    each sequence of a batch runs with its own adapter, or with none. Sequences without one have the
-    bits that the plain model computes for the same batch; a module that an adapter does not target
-    is the base module for its sequences.
+    The first adapter that targets a linear module replaces it by a
+    ``lowrank_ext.nn.MultiLoRALinear``; unloading the last one puts the original module back.
+    Inside a ``rows`` block each sequence of a batch runs with its own adapter, or with none.
+    Sequences without one have the bits that the plain model computes for the same batch. Modules
+    that an adapter does not target compute the base's output for its sequences.
 
     Weights are kept once, in the base's dtype, in stacks padded to a module's largest rank. Loading
     and unloading build the stacks anew and must happen outside of all ``rows`` blocks; a compiled
     model is then compiled again, while entering a block never costs a compilation.
 
-    A deep copy or an unpickled bank has a model and blocks of its own.
+    A deep copy or an unpickled bank has its own model and blocks.
 
     Args:
         model: a plain model on its final device; the bank changes it in place.
@@ -60,9 +61,9 @@ class AdapterBank:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: model carries adapters of :func:`lowrank_ext.adapt`, of PEFT or of another bank.
+        ValueError: model carries adapters of ``lowrank_ext.adapt``, of PEFT or of another bank.
 
-    Example:
+    Examples:
         >>> bank = lr.AdapterBank(model)
         >>> bank.load("french", "adapters/french")
         >>> bank.load("legal", "adapters/legal")
@@ -76,7 +77,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         check_no_adapters(model, "AdapterBank: model")
         self.model = model
-        self.adapter_dtype = normalised_adapter_dtype(adapter_dtype, "AdapterBank")
+        self.adapter_dtype = normalized_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(ROWS_NUMBERS)
         self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
         self._originals: dict[MultiLoRALinear, nn.Module] = {}
@@ -91,15 +92,15 @@ class AdapterBank:
     def load(self, name: str, path: str | os.PathLike[str]) -> None:
         """Load the LoRA checkpoint in the directory ``path`` (PEFT's format) as ``name``.
 
-        use_rslora, rank_pattern and alpha_pattern are honoured; ranks and targets may differ from
-        those of the other adapters. Dropout is not applied. A checkpoint that changes more than
-        linear modules, row by row, is refused: modules_to_save, DoRA, trained biases, an initial
+        use_rslora, rank_pattern and alpha_pattern are honored; ranks and targets may differ from
+        those of the other adapters. Dropout is not applied. A checkpoint is refused if it is more
+        than a low-rank branch of linear modules: modules_to_save, DoRA, trained biases, an initial
         residual (PiSSA that was not converted), LaMDA.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: the name is taken, or a file is damaged, belongs to another model or uses
-                what is not supported; the message names file and key. The model is as it was.
+            ValueError: the name is taken, or a file is damaged, belongs to another model or uses an
+                unsupported option; the message names file and key. The model is as it was.
             RuntimeError: a ``rows`` block is active.
         """
         self._check_new("load", name)
@@ -107,11 +108,11 @@ class AdapterBank:
             self._add(name, read_lora(self.model, path, "AdapterBank.load").adapters)
 
     def add(self, name: str, adapters: Mapping[str, LoRATensors]) -> None:
-        """Take in a LoRA given by module path of the model, as ``name``. Copies.
+        """Add a LoRA, given as tensors by module path, under ``name``. The tensors are copied.
 
         Raises:
-            ValueError: the name is taken, a path is no linear module's, or a shape does not fit it.
-                The model is as it was.
+            ValueError: the name is taken, a path names no linear module, or a shape does not fit
+                it. The model is as it was.
             RuntimeError: a ``rows`` block is active.
         """
         self._check_new("add", name)
@@ -120,10 +121,10 @@ class AdapterBank:
             self._add(name, adapters)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter and free its memory.
+        """Remove an adapter and free its memory.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: no adapter has this name.
             RuntimeError: a ``rows`` block is active.
         """
         self._check_known("unload", name)
@@ -134,7 +135,7 @@ class AdapterBank:
             self._restore([module for module in modules if not module.names])
 
     def close(self) -> None:
-        """Unload everything: the model is the plain one again. The bank may be used further.
+        """Unload all adapters: the model is the plain one again. The bank stays usable.
 
         Raises:
             RuntimeError: a ``rows`` block is active.
@@ -144,7 +145,7 @@ class AdapterBank:
             self._restore(list(self._originals))
 
     def memory(self) -> BankMemory:
-        """What the adapters occupy."""
+        """Memory of the adapters."""
         own = {
             name: sum(module.bytes_of_rank(rank) for module, rank in modules.items())
             for name, modules in self._adapters.items()
@@ -160,32 +161,28 @@ class AdapterBank:
         """A ``with`` block in which sequence b of every batch runs with adapter ``names[b]``.
 
         None stands for the base alone. The first dimension of every input of an adapted module must
-        be the batch. ``generate`` with num_beams or num_return_sequences multiplies its rows, each
-        sequence's copies next to each other: give each name as many times in a row.
+        be the batch. ``generate`` with num_beams or num_return_sequences repeats each sequence,
+        copies next to each other: repeat each name likewise.
 
         The block belongs to the current context (contextvars): other threads and tasks are not
-        affected, and a thread started inside it does not inherit it. A block inside a block counts
-        until it ends. Recomputation by activation checkpointing must happen inside the block.
+        affected, and a thread started inside it does not inherit it. Of nested blocks the innermost
+        applies. Recomputation by activation checkpointing must happen inside the block.
 
         Raises:
-            TypeError: ``names`` is a string, or holds something else than strings and None.
+            TypeError: ``names`` is a string, or has an item that is neither a string nor None.
             ValueError: a name is unknown; inside the block, from the first adapted module: the
                 batch has another number of rows.
         """
-        if isinstance(names, str) or not all(isinstance(n, str | None) for n in names):
-            raise TypeError(
-                f"AdapterBank.rows: names must be a sequence of names and None, got {names!r}"
-            )
+        check_names(names, "AdapterBank.rows")
         with self._lock:
             for name in names:
                 if name is not None:
                     self._check_known("rows", name)
             self._blocks += 1
-        token = ACTIVE_ROWS.set({**ACTIVE_ROWS.get(), self._number: RowsBlock(names)})
         try:
-            yield
+            with rows_block(self._number, names, "AdapterBank.rows"):
+                yield
         finally:
-            ACTIVE_ROWS.reset(token)
             with self._lock:
                 self._blocks -= 1
 
@@ -204,7 +201,7 @@ class AdapterBank:
 
     @contextmanager
     def _between_blocks(self, action: str) -> Iterator[None]:
-        """Holds the lock; nothing runs with the stacks meanwhile."""
+        """Raise where a rows block is active; holds the lock, so that none begins meanwhile."""
         with self._lock:
             if self._blocks:
                 raise RuntimeError(
@@ -236,7 +233,7 @@ class AdapterBank:
         }
 
     def _modules_for(self, paths: Mapping[str, LoRATensors]) -> dict[str, MultiLoRALinear]:
-        """The module at each path, put in the place of a plain one where there is none yet."""
+        """The MultiLoRALinear at each path; it replaces a plain module where there is none yet."""
         present = {path: self.model.get_submodule(path) for path in paths}
         new = {
             module: MultiLoRALinear(module, self._number, self.adapter_dtype)

@@ -1,10 +1,10 @@
 """The two files of an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-They are replaced as a pair. Both are written under other names and synced. Renaming the weights is
-the commit; then the config is renamed, whose waiting name holds the digest of the weights that it
-belongs to. A reader that finds a waiting config with the digest of the present weights takes it. So
-wherever the process dies, either the old pair or the new pair can be read. More files, companions,
-may belong to a save; they are treated as the config is.
+They are replaced as a pair. Both are written under temporary names and synced. Renaming the weights
+is the commit; then the config is renamed, whose temporary name holds the digest of its weights. A
+reader that finds a temporary config with the digest of the present weights takes it. So the process
+may die at any point: either the old pair or the new pair can be read. A save may have more files,
+companions, which are handled like the config.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ __all__ = [
     "Companion",
     "read_adapter_files",
     "read_companion",
-    "serialised",
+    "serialized",
     "write_adapter_files",
     "write_tensor_file",
 ]
@@ -33,12 +33,12 @@ __all__ = [
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-# From the digest of the weights to what a file that belongs to them holds.
+# Content of a companion file, given the digest of the weights it belongs to.
 Companion: TypeAlias = Callable[[str], bytes]
 
 
 class AdapterFiles(NamedTuple):
-    """What the two files hold, and where they are and who reads them for messages."""
+    """Content of the two files; their directory and the caller, for messages."""
 
     caller: str
     config_path: Path
@@ -55,14 +55,14 @@ def write_adapter_files(
     metadata: Mapping[str, str],
     companions: Mapping[str, Companion] = MappingProxyType({}),
 ) -> None:
-    """Replace the pair in the directory ``where``, which is made if need be, and its companions.
+    """Replace the pair and its companions in the directory ``where``, created if missing.
 
     Tensors must be contiguous, on the CPU and share no memory. The same input gives the same bytes.
 
     Raises:
         OSError: a file cannot be written. The old pair is left as it was.
     """
-    weights = serialised(tensors, metadata)
+    weights = serialized(tensors, metadata)
     digest = hashlib.sha256(weights).hexdigest()
     others = {name: companion(digest) for name, companion in companions.items()}
     others[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -82,30 +82,22 @@ def write_adapter_files(
         for path in (temporary, *waiting.values()):
             path.unlink(missing_ok=True)
         raise
-    # Should this fail, the weights and what still waits can be read together.
+    # If a rename fails, readers take the files that still have temporary names.
     for name, path in waiting.items():
         path.replace(where / name)
     _sync_directory(where)
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the safetensors file ``path`` as a whole; its directory is made if need be.
+    """Replace the safetensors file ``path`` as a whole; its directory is created if missing.
 
-    Tensors as for :func:`write_adapter_files`.
+    Tensors as for ``write_adapter_files``.
 
     Raises:
         OSError: it cannot be written. An old file is left as it was.
     """
-    weights = serialised(tensors, {})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_synced(temporary, weights)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+    write_file(path, serialized(tensors, {}))
 
 
 def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
@@ -138,7 +130,7 @@ def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
 
 
 class CompanionFile(NamedTuple):
-    """Where a companion is, and the digest of the weights beside it."""
+    """Path of a companion, and the digest of the weights beside it."""
 
     path: Path
     weights_digest: str
@@ -157,7 +149,7 @@ def read_companion(where: Path, name: str, caller: str) -> CompanionFile:
     return CompanionFile(path, _digest(where / WEIGHTS_NAME))
 
 
-def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with PEFT's metadata and ``metadata``."""
     plain: bytes = safetensors.torch.save(dict(tensors), {"format": "pt"})
     if not metadata:

@@ -1,7 +1,6 @@
-"""Forward hooks for the length of a ``with`` block."""
+"""ForwardMeter: forward hooks that are active inside a ``with`` block."""
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -10,9 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ForwardMeter:
-    """Looks at what modules are called with, from ``with`` to its end; a subclass says how.
+    """Base class of meters, which read the inputs of modules inside a ``with`` block.
 
-    Compiled models run eagerly there: hooks that come after compilation are not in their code.
+    Compiled models run eagerly there, because compiled code lacks hooks that were added later.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -32,12 +31,7 @@ class ForwardMeter:
         ]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._eager.__exit__(kind, error, trace)
+        self._eager.__exit__(*exception)

@@ -1,25 +1,50 @@
-"""LaMDA's gradual freezing of lora_b, and what it shares with AFLoRA's (adaptive_freezing.py).
+"""Interface and helpers of freezing schedules; each method has its own schedule."""
 
-(The Trainer's callback for both: integrations/transformers.py.) The unit is a column of lora_b,
-from column 0 (the largest singular value with the SVD inits) up. After optimizer step t of T the
-first ``min(r, floor(r · t / (eta · T)))`` columns are frozen, all of them once t >= eta · T (LaMDA,
-arXiv 2406.12832, where eta = 0.3). A frozen column never changes again. Zeroing its gradient is not
-enough for that (momentum and weight decay still move it), so its values are kept aside and written
-back after every optimizer step, whatever the optimizer did.
-"""
-
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lowrank_ext.nn import LaMDALinear
 
-__all__ = ["FreezeSchedule", "num_frozen_columns"]
+class FreezingSchedule(Protocol):
+    """Freezes parts of a model's adapters while it trains: ``step()`` once per optimizer step.
+
+    Attributes:
+        before_optimizer: whether ``step`` is called before ``optimizer.step()`` or after it.
+        has_statistics: whether ``state_dict()`` holds tensors beside ``numbers()``.
+    """
+
+    before_optimizer: ClassVar[bool]
+    has_statistics: ClassVar[bool]
+
+    @classmethod
+    def check_options(cls, owner: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming ``owner`` and the argument, for an invalid option.
+
+        Args:
+            options: eta, bucket, start, decay and window; a schedule checks those that it takes.
+        """
+        ...
+
+    @classmethod
+    def for_training(
+        cls, model: nn.Module, total_steps: int, options: Mapping[str, Any], optimizer: Any
+    ) -> Self | None:
+        """The schedule with these options; None if the model has no module of its method."""
+        ...
+
+    def step(self) -> None: ...
+    def numbers(self) -> dict[str, Any]:
+        """The part of the state that JSON can hold."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def remove(self) -> None:
+        """Remove all hooks from the model."""
+        ...
 
 
 def check_positive(owner: str, name: str, value: object) -> int:
@@ -37,25 +62,12 @@ def check_fraction(owner: str, name: str, value: object) -> float:
 
 
 def exact(fraction: float) -> Fraction:
-    """The decimal number that ``fraction`` is written as: 0.1 of 30 steps are 3 steps and not
-    3.0000000000000004."""
+    """``fraction`` as the decimal number it is written as: 0.1 of 30 steps are exactly 3 steps."""
     return Fraction(repr(float(fraction)))
 
 
-def num_frozen_columns(step: int, rank: int, total_steps: int, eta: float, bucket: int = 1) -> int:
-    """Columns of lora_b that are frozen after ``step`` optimizer steps.
-
-    ``floor(rank · step / (eta · total_steps))``, rounded down to a multiple of ``bucket``, until
-    ``step >= eta · total_steps``, from when on it is ``rank``.
-    """
-    freezing_steps = exact(eta) * total_steps
-    if step >= freezing_steps:
-        return rank
-    return math.floor(rank * step / freezing_steps) // bucket * bucket
-
-
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor as it is."""
+    """This rank's part of a DTensor; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     local: Tensor = tensor if to_local is None else to_local()
     return local
@@ -64,7 +76,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def frozen_may_leave() -> bool:
     """Whether a frozen tensor may lose requires_grad.
 
-    Not where torch.distributed is initialised: DDP's reducer and FSDP2's groups are built for a
+    False where torch.distributed is initialized: DDP's reducer and FSDP2's groups are built for a
     fixed set of trainable parameters.
     """
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -76,200 +88,3 @@ def stop_training(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | No
     parameter.grad = None
     if optimizer is not None:
         optimizer.state.pop(parameter, None)
-
-
-def _columns(tensor: Tensor, stop: int) -> Tensor:
-    """View of the first ``stop`` columns; of a DTensor sharded on dim 0, of the local rows."""
-    return local_part(tensor)[:, :stop]
-
-
-def _check_rows_only(name: str, lora_b: Tensor) -> None:
-    for placement in getattr(lora_b, "placements", ()):
-        if not (placement.is_replicate() or placement.is_shard(0)):
-            raise ValueError(
-                f"FreezeSchedule: {name}.lora_b must be replicated or sharded on dim 0, "
-                f"got {placement}"
-            )
-
-
-class _FrozenColumns:
-    """The frozen columns of one module's lora_b: how many, and the values they keep."""
-
-    def __init__(self, module: LaMDALinear) -> None:
-        self.module = module
-        self.count = 0
-        self.values: Tensor | None = None  # [N, count], local rows under DTensor
-        self._hook: RemovableHandle | None = None
-
-    def freeze(self, count: int) -> None:
-        """Keeps the present values of the first ``count`` columns from now on."""
-        if count != self.count or self.values is None:
-            self.count = count
-            self.values = _columns(self.module.lora_b, count).clone()
-
-    def restore(self) -> None:
-        if self.values is not None:
-            _columns(self.module.lora_b, self.count).copy_(self.values)
-
-    def mask_gradients(self) -> None:
-        """Zeroes the frozen columns of every new gradient: clipping sees live columns only."""
-        if self._hook is None:
-            # The hook that runs after accumulation: FSDP2 calls this one on its sharded parameters.
-            self._hook = self.module.lora_b.register_post_accumulate_grad_hook(self._mask)
-
-    def _mask(self, lora_b: Tensor) -> None:
-        if lora_b.grad is not None:
-            with torch.no_grad():
-                _columns(lora_b.grad, self.count).zero_()
-
-    def unmask_gradients(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def release(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """All columns are frozen: lora_b stops being trained and nothing is kept for it."""
-        self.unmask_gradients()
-        stop_training(self.module.lora_b, optimizer)
-        self.values = None
-
-    def reset(self) -> None:
-        self.count = 0
-        self.values = None
-        self.module.lora_b.requires_grad_(True)
-
-
-class FreezeSchedule:
-    """Freezes the columns of every trainable lora_b of the model's LaMDALinears, step by step.
-
-    Args:
-        model: a model adapted with LaMDA. Modules whose lora_b is not trainable are left alone.
-        total_steps: T, the optimizer steps of the whole training.
-        eta: fraction of T after which all columns are frozen; 0 freezes them at once.
-        bucket: columns are frozen in multiples of this, for graphs that are captured or compiled.
-        optimizer: if given, its state for a lora_b is dropped when all columns are frozen.
-
-    Call :meth:`step` once after each ``optimizer.step()``. Between the two the frozen columns may
-    hold what the optimizer made of them. Once all columns of a module are frozen, its lora_b has
-    requires_grad False and grad None, and autograd does no work for it. Where torch.distributed is
-    initialised it keeps requires_grad (see :func:`frozen_may_leave`); its gradient is zero then,
-    and its values are still restored.
-
-    Build it after ``fully_shard``; a lora_b that is a DTensor must be replicated or sharded on
-    dim 0. To resume, load the model's weights first, then call :meth:`load_state_dict`: the saved
-    lora_b holds the frozen values.
-
-    Raises:
-        ValueError: an argument is out of range, the model has no LaMDALinear, or a lora_b would be
-            frozen at once (eta = 0) while it is all zero, so that its module could never train.
-
-    Example:
-        schedule = FreezeSchedule(model, total_steps=1000, optimizer=optimizer)
-        for batch in batches:
-            model(**batch).loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        total_steps: int,
-        *,
-        eta: float = 0.3,
-        bucket: int = 1,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        self.total_steps = check_positive("FreezeSchedule", "total_steps", total_steps)
-        self.eta = check_fraction("FreezeSchedule", "eta", eta)
-        self.bucket = check_positive("FreezeSchedule", "bucket", bucket)
-        self.optimizer = optimizer
-        self.step_count = 0
-        self._frozen = {name: _FrozenColumns(module) for name, module in _scheduled(model)}
-        if self.eta == 0:
-            self._check_not_zero()
-        self._freeze()
-
-    def _check_not_zero(self) -> None:
-        for name, frozen in self._frozen.items():
-            if not frozen.module.lora_b.any():
-                raise ValueError(
-                    f"FreezeSchedule: eta must be above 0 for {name}, whose lora_b is all zero, "
-                    "got 0"
-                )
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Restores the frozen columns bit for bit, then freezes those whose turn has come."""
-        for frozen in self._frozen.values():
-            frozen.restore()
-        self.step_count += 1
-        self._freeze()
-
-    @torch.no_grad()
-    def _freeze(self) -> None:
-        release = frozen_may_leave()
-        for frozen in self._frozen.values():
-            rank = frozen.module.r
-            frozen.freeze(
-                num_frozen_columns(self.step_count, rank, self.total_steps, self.eta, self.bucket)
-            )
-            if frozen.count < rank or not release:
-                frozen.mask_gradients()
-            else:
-                frozen.release(self.optimizer)
-
-    def num_frozen(self) -> dict[str, int]:
-        """Frozen columns by module path."""
-        return {name: frozen.count for name, frozen in self._frozen.items()}
-
-    def remove(self) -> None:
-        """Takes the gradient hooks off the model and stops guarding the columns frozen so far."""
-        for frozen in self._frozen.values():
-            frozen.unmask_gradients()
-        self._frozen.clear()
-
-    def state_dict(self) -> dict[str, int | float]:
-        """Plain numbers. The frozen values are those in the model's own state."""
-        return self.numbers()
-
-    def numbers(self) -> dict[str, int | float]:
-        """The part of the state that JSON can hold: all of it."""
-        return {
-            "step": self.step_count,
-            "total_steps": self.total_steps,
-            "eta": self.eta,
-            "bucket": self.bucket,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues the saved schedule with the columns that the model holds now."""
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            raise ValueError(
-                f"FreezeSchedule: state must have the keys {sorted(expected)}, got {sorted(state)}"
-            )
-        step = state["step"]
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"FreezeSchedule: step must be an integer of at least 0, got {step!r}")
-        total_steps = check_positive("FreezeSchedule", "total_steps", state["total_steps"])
-        eta = check_fraction("FreezeSchedule", "eta", state["eta"])
-        bucket = check_positive("FreezeSchedule", "bucket", state["bucket"])
-        self.step_count, self.total_steps, self.eta, self.bucket = step, total_steps, eta, bucket
-        for frozen in self._frozen.values():
-            frozen.reset()
-        self._freeze()
-
-
-def _scheduled(model: nn.Module) -> Iterator[tuple[str, LaMDALinear]]:
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, LaMDALinear)]
-    if not modules:
-        raise ValueError(
-            "FreezeSchedule: model must contain a LaMDALinear, "
-            f"got a {type(model).__name__} with none"
-        )
-    for name, module in modules:
-        if module.lora_b.requires_grad:
-            _check_rows_only(name, module.lora_b)
-            yield name, module

@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
-from lowrank_ext.nn.linear import LowRankLinear
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import shared_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,8 +20,8 @@ def merge(model: Model) -> Model:
         ValueError: the model carries no adapters, or a weight shares memory with a tensor of
             another module, which would change with it.
         TypeError: a base does not compute x weightᵀ + bias with a floating-point weight, or a
-            module's branch is no single matrix (GOAT: its experts are chosen by the input).
-        In both cases no weight has been touched.
+            module's branch is no single matrix (GOAT: its experts are chosen by the input). In
+            both cases no weight has been touched.
     """
     modules = lowrank_modules(model, "merge")
     _check_mergeable(model, modules)
@@ -45,12 +45,12 @@ def unload(model: Model, merge: bool = False) -> Model:
     """Put plain modules back in place of the adapted ones; returns the model.
 
     ``merge=True`` keeps the adapters' effect (merging what is not merged yet), ``merge=False``
-    drops it: ties and weights are as before ``adapt``, weights of a residual init to one rounding
-        of their dtype.
+    drops it: ties and weights are as before ``adapt``, with a residual init to one rounding of
+    their dtype.
     Parameters stay frozen as ``adapt`` left them. A single adapted module yields its plain module.
 
     Raises:
-        ValueError, TypeError: as :func:`merge`.
+        ValueError, TypeError: as ``merge``.
     """
     modules = lowrank_modules(model, "unload")
     if merge:

@@ -20,7 +20,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def dropout_scale(dropout_p: float) -> float:
-    """1 / (1 - p) for the probability that is really used; 0 where everything is dropped."""
+    """1 / (1 - p) for p rounded to a multiple of 1/65536; 0 where everything is dropped."""
     threshold = dropout_threshold(dropout_p)
     return 0.0 if threshold == 65536 else 65536 / (65536 - threshold)
 
@@ -52,7 +52,7 @@ def dropout_mask(
 
     Element (m, k) belongs to the Philox4x32-7 call with counter
     ``(k // 8, m mod 2^32, m div 2^32, expert)`` and key ``(seed mod 2^32, seed div 2^32)``. The
-    call's four words, low half first, are eight 16-bit draws for eight neighbouring columns; a draw
+    call's four words, low half first, are eight 16-bit draws for eight neighboring columns; a draw
     below ``round(p · 65536)`` drops its element. The mask depends on seed, row, column and expert
     only.
     """
@@ -72,7 +72,7 @@ def dropout_mask(
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, expert: int = 0) -> Tensor:
-    """x ⊙ mask / (1 - p) with the mask of :func:`dropout_mask`; rows are all leading dims of x."""
+    """x ⊙ mask / (1 - p) with the mask of ``dropout_mask``; rows are all leading dims of x."""
     if dropout_threshold(dropout_p) == 0:
         return x
     if seed is None:
@@ -127,7 +127,7 @@ def lowrank_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x weightᵀ + bias + branch, the branch of :func:`lowrank_add`."""
+    """y = x weightᵀ + bias + branch, the branch of ``lowrank_add``."""
     return lowrank_add(
         torch.nn.functional.linear(x, weight, bias),
         x,
@@ -156,8 +156,8 @@ def multi_lowrank_add(
 ) -> Tensor:
     """y[m] = base_out[m] + scaling[i] · lora_b[i] lora_a[i] drop(x[m]), i = adapter_ids[m].
 
-    Ranks of adapter i from ranks[i] on are padding. Rows with i = -1, or with ranks[i] = 0, are
-    base_out's. The stacks are rounded to x's dtype first, as in the kernels.
+    Rows of lora_a[i] and columns of lora_b[i] from ranks[i] on are padding. Where i = -1 or
+    ranks[i] = 0, y[m] is base_out[m]. The stacks are rounded to x's dtype first, as in the kernels.
     """
     dropped = dropout(x, dropout_p, seed)
     y = base_out
@@ -176,11 +176,11 @@ def moe_route(
     """Top-k routing of [..., E] logits, in fp32 (fp64 for fp64 logits).
 
     Returns topk_weights, topk_ids, expert_counts, balance_loss, sorted_slots, expert_offsets and
-    slot_positions, as :func:`lowrank_ext.ops.moe_route` describes them.
+    slot_positions, as ``lowrank_ext.ops.moe_route`` describes them.
     """
     num_experts = router_logits.shape[-1]
     logits = _statistics(router_logits)
-    # A stable sort puts the lower id first where logits are equal; NaN sorts as the greatest.
+    # Stable, so that equal logits keep the lower id first; NaN sorts as the greatest.
     order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
     topk_ids = order[..., :top_k]
     topk_weights = torch.softmax(logits.gather(-1, topk_ids), dim=-1)
@@ -237,8 +237,8 @@ def moe_lowrank_add(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = base_out + scaling · Σ_i w_i (drop_i(x) lora_a[i]ᵀ) lora_b[i]ᵀ over each row's experts.
 
-    The router's logits are x router_weightᵀ, in fp32 (fp64), of x without dropout. Returns y,
-    balance_loss, topk_ids and router_probs.
+    The router's logits are x router_weightᵀ in fp32 (fp64 for fp64 x), x without dropout. Returns
+    y, balance_loss, topk_ids and router_probs.
     """
     logits = _statistics(x) @ _statistics(router_weight.to(x.dtype)).mT
     weights, topk_ids, _, balance_loss, *_ = moe_route(logits, top_k=top_k, token_mask=token_mask)

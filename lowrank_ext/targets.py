@@ -1,28 +1,30 @@
-"""Which modules of a model a config means, and which tensors share memory."""
+"""Which modules of a model a config selects, and which tensors share memory."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lowrank_ext.config.base import ALL_LINEAR, AdapterConfig
-from lowrank_ext.config.checks import did_you_mean, matches_names, matching_pattern
-from lowrank_ext.nn.linear import is_conv1d, linear_features
+from lowrank_ext.checks import did_you_mean, matches_names, matching_pattern, with_article
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig
+from lowrank_ext.nn.base_layer import is_conv1d, linear_features
 
+Kind = TypeVar("Kind", bound=nn.Module)
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
 
 
 def find_targets(
     model: nn.Module, config: AdapterConfig, caller: str = "adapt"
 ) -> dict[str, nn.Module]:
-    """Path and module of everything ``config`` wants adapted, in the order of the model.
+    """Path and module of everything ``config`` selects, in the order of the model.
 
-    A module that is registered at several paths appears once, under its first path, and is meant
+    A module that is registered at several paths appears once, under its first path, and is selected
     when any of its paths matches. ``"all-linear"`` stands for every nn.Linear and Conv1D but the
     output head. A regular expression selects among the modules with in and out features; a name in
-    a list must not match anything else. Excluding a module or naming it in modules_to_save covers
-    all inside it.
+    a list must match such modules only. Excluding a module or naming it in modules_to_save covers
+    all modules inside it.
 
     Raises:
         TypeError: the model itself is a linear module.
@@ -72,6 +74,21 @@ def find_targets(
     return targets
 
 
+def modules_of_kind(model: nn.Module, kind: type[Kind], caller: str) -> dict[str, Kind]:
+    """Path and module of every ``kind`` in the model.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+    if not modules:
+        raise ValueError(
+            f"{caller}: model must contain {with_article(kind.__name__)}, "
+            f"got a {type(model).__name__} with none"
+        )
+    return modules
+
+
 def modules_named(model: nn.Module, names: str | Sequence[str]) -> set[nn.Module]:
     """The modules that ``names`` match, with all modules inside them."""
     every = model.named_modules(remove_duplicate=False)
@@ -92,8 +109,7 @@ def outermost_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.
 def shared_tensors(
     model: nn.Module, weights: Mapping[nn.Module, Tensor]
 ) -> dict[nn.Module, list[str]]:
-    """For each module's weight, the names of the tensors of other modules that overlap it in
-    memory."""
+    """For each module's weight, the names of other modules' tensors that overlap it in memory."""
     by_storage: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for path, module in model.named_modules():
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
@@ -111,7 +127,7 @@ def shared_tensors(
 
 
 def _module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All paths of each module but the model itself, in the order of named_modules."""
+    """All paths of each module inside the model, in the order of named_modules."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if path:
@@ -161,8 +177,8 @@ def _output_head(model: nn.Module, paths: Mapping[nn.Module, list[str]]) -> set[
 
 
 def is_from_peft(module: nn.Module) -> bool:
-    """Whether the module's class is PEFT's or made from one (``lr.accelerate`` does that); PEFT is
-    not imported for the answer."""
+    """Whether the module's class is PEFT's or derived from one (by ``lr.accelerate``); PEFT is not
+    imported to find out."""
     return any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
@@ -181,7 +197,7 @@ def check_adaptable(path: str, module: nn.Module, caller: str) -> None:
 
 
 def _storage_key(tensor: Tensor) -> int:
-    # Meta tensors have no address and tensor subclasses may have none: there only identity counts.
+    # Meta tensors have no address, tensor subclasses may have none: they are compared by identity.
     return id(tensor) if _has_no_address(tensor) else tensor.untyped_storage().data_ptr()
 
 
@@ -190,7 +206,7 @@ def _has_no_address(tensor: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors with the same storage key have addresses in common, as spans."""
+    """Whether the address ranges of two tensors with the same storage key overlap."""
     if a is b or _has_no_address(a):
         return True
     return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)

@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import reference
-from lowrank_ext.config import (
-    AdapterConfig,
-    AFLoRAConfig,
-    BasisLoRAConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    ResLoRAConfig,
-)
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.methods.aflora.config import AFLoRAConfig
+from lowrank_ext.methods.goat.config import GOATConfig
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
+from lowrank_ext.methods.reslora.config import ResLoRAConfig
+from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.nn import (
     AFLoRALinear,
     BasisLoRALinear,
@@ -87,7 +85,7 @@ class DoublingLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A quantised linear: integer weight, one scale, no floating weight to merge into."""
+    """A quantized linear: integer weight, one scale, no floating weight to merge into."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -164,7 +162,7 @@ def weight_of(base: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Give what trains in the adapters below `module` values of order one that no init gives."""
     for layer in module.modules():
         if isinstance(layer, LowRankLinear):
@@ -184,7 +182,7 @@ def lora_product(
         base,
         r=lora_a.shape[0],
         init=init,
-        initialise=False,
+        initialize=False,
         adapter_dtype="base",
         **method.options(lora_a.shape[0]),
         **options,

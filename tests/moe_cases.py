@@ -8,7 +8,6 @@ exact, or one logit is so large that its weight is one (routed_tensors).
 
 from types import ModuleType
 
-import pytest
 import torch
 from conftest import DtypePair
 from lowrank_cases import (
@@ -16,12 +15,11 @@ from lowrank_cases import (
     ORDER_OF_SUMMATION,
     Tensors,
     Values,
+    assert_error_within_rule,
     assert_same_bits,
-    first_line,
     in_fp64,
 )
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from lowrank_ext import ops, reference
 
@@ -30,8 +28,8 @@ NAMES = ("base_out", "x", "router_weight", "lora_a", "lora_b")
 GRADIENTS = ("dx", "drouter_weight", "dlora_a", "dlora_b")
 BASE = ("base_out", "x")
 
-# Ranks of an expert on either side of the switch between the two forms of the CPU.
-BY_ROW, BY_GROUP = 3, 40
+# Ranks of an expert at which the CPU takes its per-token form, and its grouped one.
+PER_TOKEN_RANK, GROUPED_RANK = 3, 40
 
 
 def make_tensors(
@@ -154,13 +152,7 @@ def assert_within_rule(
         if name in ("dx", "drouter_weight"):
             # Sums over the experts of fp32 (fp64) statistics, which may cancel to nothing.
             floor += ORDER_OF_SUMMATION[statistics_dtype(dtype)] * tensors["router_weight"].shape[0]
-        error = (got[name].double() - true).abs()
-        allowed = (plain[name].double() - true).abs()
-        for statistic in (torch.max, torch.mean):
-            assert statistic(error) <= 2 * statistic(allowed) + floor, (
-                f"{name}: {statistic.__name__} error {statistic(error):.3g}, plain torch "
-                f"{statistic(allowed):.3g}, floor {floor:.3g}"
-            )
+        assert_error_within_rule(name, got[name], plain[name], true, floor)
     return got
 
 
@@ -198,19 +190,20 @@ def routed_tensors(choices: list[int], num_experts: int, rank: int, dtypes: Dtyp
     return tensors
 
 
-def raw_args(
-    tensors: Tensors,
-    *,
-    top_k: int,
+def option_values(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     shared_dropout: bool = False,
     token_mask: Tensor | None = None,
 ) -> tuple:
+    """The options behind top_k, in the order of the schemas."""
+    return scaling, dropout_p, seed, shared_dropout, token_mask
+
+
+def raw_args(tensors: Tensors, *, top_k: int, **options: object) -> tuple:
     """Arguments of torch.ops.lowrank_ext.moe_lowrank_add."""
-    positional = (tensors[name] for name in NAMES)
-    return (*positional, top_k, scaling, dropout_p, seed, shared_dropout, token_mask)
+    return (*(tensors[name] for name in NAMES), top_k, *option_values(**options))
 
 
 def raw_backward_args(
@@ -221,11 +214,7 @@ def raw_backward_args(
     *,
     dloss: float | None = 3.0,
     top_k: int,
-    scaling: float = 1.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    shared_dropout: bool = False,
-    token_mask: Tensor | None = None,
+    **options: object,
 ) -> tuple:
     """Arguments of moe_lowrank_add_backward; `saved` is what the forward op returned."""
     _, h, probs, ids, weights, loss, counts = saved
@@ -233,25 +222,6 @@ def raw_backward_args(
     experts = (tensors[name] for name in ("router_weight", "lora_a", "lora_b"))
     return (
         *(dout, upstream, tensors["x"], *experts, h, probs, ids, weights, counts),
-        *(scaling, dropout_p, seed, shared_dropout, token_mask),
+        *option_values(**options),
         *(name in needs for name in GRADIENTS),
     )
-
-
-def assert_raises_alike(
-    op: str, arguments: dict[str, object], changes: dict[str, object], message: str
-) -> None:
-    """The changed call raises and touches nothing; wrong shapes in the same words for fakes."""
-    arguments = arguments | changes
-    copies = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}
-    with pytest.raises(RuntimeError, match=f"^{op}: {message}") as real:
-        getattr(ops, op)(**arguments)
-    for name, copy in copies.items():
-        assert_same_bits(arguments[name], copy, name)
-    if r"got \[" not in message and "top_k" not in message:
-        return
-    mode = FakeTensorMode()
-    fakes = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    with mode, pytest.raises(RuntimeError) as fake:
-        getattr(ops, op)(**fakes)
-    assert first_line(fake.value) == first_line(real.value)

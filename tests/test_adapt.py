@@ -14,17 +14,15 @@ from module_cases import (
     Block,
     Method,
     TinyLM,
-    randomise,
+    randomize,
 )
 from rich.console import Console
+from small_models import small_gpt2, small_llama
 from torch import nn
 
 pytest.importorskip("transformers")
 
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -32,18 +30,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lowrank_ext.adapt import adapt, prepare_for_checkpointing, summary, trainable_parameters
-from lowrank_ext.config import (
-    AdapterConfig,
-    AFLoRAConfig,
-    BasisLoRAConfig,
-    GOATConfig,
-    LaMDAConfig,
-    LoRAConfig,
-    ResLoRAConfig,
-)
+from lowrank_ext.activation_checkpointing import prepare_for_checkpointing
+from lowrank_ext.adapt import adapt
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.merging import unload
+from lowrank_ext.methods.aflora.config import AFLoRAConfig
+from lowrank_ext.methods.goat.config import GOATConfig
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
+from lowrank_ext.methods.reslora.config import ResLoRAConfig
+from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.nn import LoRALinear, LowRankLinear
+from lowrank_ext.summary import summary, trainable_parameters
 from lowrank_ext.targets import find_targets
 
 by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
@@ -60,17 +58,6 @@ def adapted_paths(model: nn.Module) -> list[str]:
 
 def trainable_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def small_llama(**options) -> LlamaForCausalLM:
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1)
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options)).eval()
-
-
-def small_gpt2() -> GPT2LMHeadModel:
-    sizes = dict(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).eval()
 
 
 TRANSFORMERS = {"llama": small_llama, "gpt2": small_gpt2}
@@ -371,7 +358,7 @@ def test_ties_through_views_are_seen(view) -> None:
     assert not adapted_paths(model)
 
 
-def test_neighbours_in_one_storage_are_not_ties() -> None:
+def test_neighbors_in_one_storage_are_not_ties() -> None:
     model = TinyLM()
     both = torch.randn(2, 8, 8)
     model.layers[0].q_proj.weight = nn.Parameter(both[0])
@@ -568,7 +555,7 @@ def test_fused_encoder_layers_do_not_bypass_the_adapters() -> None:
         assert adapted_paths(model) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
         kept = ~padding
         torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected[kept])
-        randomise(model)
+        randomize(model)
         assert not torch.allclose(model(x, src_key_padding_mask=padding)[kept], expected[kept])
         unload(model)
     assert model.layers[0].activation_relu_or_gelu == 1 and model.use_nested_tensor
@@ -638,6 +625,6 @@ def test_a_meta_model_is_adapted_without_memory() -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     model = adapt(TinyLM(), LoRAConfig(r=2))
-    randomise(model)
+    randomize(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS), model(IDS))

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import lowrank_ext as lr
 from lowrank_ext.checkpoint import LoRATensors
 from lowrank_ext.nn import LoRALinear, MultiLoRALinear
-from lowrank_ext.nn.multi import ACTIVE_ROWS
+from lowrank_ext.nn.rows import ACTIVE_ROWS
 
 VOCABULARY, LENGTH = 97, 9
 CHECKPOINTS: dict[str, dict[str, Any]] = {

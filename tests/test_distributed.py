@@ -20,16 +20,10 @@ pytest.importorskip("peft")
 
 import peft
 
-from lowrank_ext.balance import balance_loss
 from lowrank_ext.integrations.peft import accelerate
 from lowrank_ext.integrations.peft_layer import AcceleratedLoRA
-from lowrank_ext.nn import (
-    BasisLoRALinear,
-    GOATLinear,
-    LaMDALinear,
-    LoRALinear,
-    LowRankLinear,
-)
+from lowrank_ext.methods.goat.balance import balance_loss
+from lowrank_ext.nn import BasisLoRALinear, GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
 
 Gradients = dict[str, Tensor | None]
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from module_cases import BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomise
+from module_cases import BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomize
 from torch import nn
 
 from lowrank_ext.adapt import adapt
-from lowrank_ext.config import LaMDAConfig, LoRAConfig
 from lowrank_ext.merging import merge, unload, unmerge
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.nn import LoRALinear, LowRankLinear
 
 by_method = pytest.mark.parametrize("method", METHODS, ids=str)
@@ -19,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def trained(method: Method, model: nn.Module, **options) -> nn.Module:
     """An adapted model in eval mode whose adapters have moved."""
     adapt(model, method.config(r=2, init=method.init, **method.options(2), **options))
-    randomise(model)
+    randomize(model)
     return model.eval()
 
 
@@ -97,7 +98,7 @@ def test_a_tied_weight_is_not_merged_and_nothing_is_touched(options: dict) -> No
     model = TinyLM(tied=True)
     model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
     adapt(model, LoRAConfig(r=2, **options))
-    randomise(model)
+    randomize(model)
     before = weights(model)
     for call in (merge, lambda m: unload(m, merge=True)):
         with pytest.raises(
@@ -112,7 +113,7 @@ def test_a_shared_module_is_merged_once() -> None:
     model = TinyLM()
     model.layers[1] = model.layers[0]
     adapt(model, LoRAConfig(r=2))
-    randomise(model)
+    randomize(model)
     logits = model(IDS)
     torch.testing.assert_close(merge(model)(IDS), logits)
     torch.testing.assert_close(unload(model, merge=True)(IDS), logits)
@@ -122,7 +123,7 @@ def test_a_shared_module_is_merged_once() -> None:
 def test_a_base_that_cannot_be_merged_is_named_before_any_weight_is_touched(kind: str) -> None:
     model = nn.ModuleDict({"first": nn.Linear(12, 9), "odd": BASES[kind](torch.float32)})
     adapt(model, LoRAConfig(r=2, target_modules=["first", "odd"]))
-    randomise(model)
+    randomize(model)
     before = model.first.weight.detach().clone()
     with pytest.raises(TypeError, match="merge: the base of odd must compute"):
         merge(model)
@@ -139,7 +140,7 @@ def test_models_without_adapters() -> None:
 
 def test_a_single_module() -> None:
     module = LoRALinear.from_linear(nn.Linear(4, 3), r=2)
-    randomise(module)
+    randomize(module)
     x = torch.randn(2, 4)
     expected = module(x)
     torch.testing.assert_close(merge(module)(x), expected)
@@ -151,7 +152,7 @@ def test_a_single_module() -> None:
 def test_a_merged_models_state_dict_loads_into_the_plain_model() -> None:
     plain = TinyLM()
     model = adapt(copy.deepcopy(plain), LaMDAConfig(r=2))
-    randomise(model)
+    randomize(model)
     merge(model)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(plain(IDS), model(IDS))

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_ext.adapt import adapt, prepare_for_checkpointing
-from lowrank_ext.config import AFLoRAConfig, LaMDAConfig, LoRAConfig
+from lowrank_ext.activation_checkpointing import prepare_for_checkpointing
+from lowrank_ext.adapt import adapt
 from lowrank_ext.merging import merge, unload
+from lowrank_ext.methods.aflora.config import AFLoRAConfig
+from lowrank_ext.methods.lamda.config import LaMDAConfig
+from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.nn import BasisLoRALinear, LoRALinear, LowRankLinear
 
 # BasisLoRALinear refuses ranks above min(K, N), which the cases have; its formula is LoRA's code.

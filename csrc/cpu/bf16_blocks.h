@@ -1,6 +1,6 @@
-// What the products of bf16 rows and ranks have in common (few_rows.cpp, rank_products.cpp): blocks
-// of dot products, 4 x 4 fp32 registers of sums at the most, 32 columns per instruction; and 16
-// columns by pairs of ranks, the form that the dot product wants where ranks are summed over.
+// Register blocks of the bf16 products (small_segments.cpp, shrink_expand.cpp): dot products of up to
+// 4 rows by 4 ranks, 32 columns per instruction; and 16 columns by pairs of ranks, the operand layout
+// of the bf16 dot product where the sum runs over ranks.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ LOWRANK_EXT_AVX512_BF16 inline __m512bh load32(const uint16_t* p, __mmask32 lane
 // Sums to bf16, to nearest even; NaN stays a quiet NaN.
 LOWRANK_EXT_AVX512_BF16 inline __m256i rounded(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 
-// The sums over their lanes of four registers, in one order for all.
+// The sum over the lanes of each of four registers, in the same order for each.
 LOWRANK_EXT_AVX512_BF16 inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -42,8 +42,8 @@ LOWRANK_EXT_AVX512_BF16 inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m5
 }
 
 // out[m][j] = scale · Σ_k rows[m][k] a[j, k] for kNumRows rows and kNumRanks rows of `a`, rounded
-// once. `next` is the part of `a` that comes up next, as many rows of it, or null: they are whole
-// pages apart, where the hardware's prefetching stops.
+// once. `next`, or null, is the next kNumRanks rows of `a`, which are prefetched: rows are whole pages
+// apart, where the hardware's prefetching stops.
 template <int kNumRows, int kNumRanks>
 LOWRANK_EXT_AVX512_BF16 void dot_block(const uint16_t* const* rows, const uint16_t* a,
                                        int64_t a_stride, const uint16_t* next, int64_t num_cols,
@@ -86,15 +86,15 @@ constexpr DotBlock kDotRow[kDotBlock] = {dot_block<kNumRows, 1>, dot_block<kNumR
 // kDotBlocks[rows - 1][ranks - 1]
 constexpr const DotBlock* kDotBlocks[kDotBlock] = {kDotRow<1>, kDotRow<2>, kDotRow<3>, kDotRow<4>};
 
-// Eight ranks of one row; where not all exist, those in range, of a row that exists.
+// Eight ranks of one row. Without kAll, ranks out of range and rows that do not exist are zero.
 template <bool kAll>
 LOWRANK_EXT_AVX512_BF16 inline __m128i load8(const uint16_t* p, bool exists, __mmask8 in_range) {
   if constexpr (kAll) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm_maskz_loadu_epi16(exists ? in_range : 0, p);
 }
 
-// Eight ranks of 16 rows, four pairs each, as four vectors of one pair each. Pairs past the last
-// rank come out zero.
+// Eight ranks of 16 rows, four pairs each, as four vectors of one pair each. Pairs past the last rank
+// are zero.
 template <bool kAll>
 LOWRANK_EXT_AVX512_BF16 inline void transpose8(__m512i* pairs, const uint16_t* b, int64_t b_stride,
                                                __mmask8 in_range, int64_t width) {

@@ -16,8 +16,18 @@ struct Rows {
   int64_t stride;  // elements between rows; columns are dense
 };
 
-// dst[m, k] = scale · src[m, k], or 0 where dropped. bits: keep bits as drawn by draw_keep_bits, or
-// null.
+inline int64_t size_of(ScalarType dtype) {  // of a floating dtype, in bytes
+  if (dtype == ScalarType::Double) return 8;
+  return dtype == ScalarType::Float ? 4 : 2;
+}
+
+// The rows from `row` on, and their columns from `col` on.
+inline Rows row_at(Rows rows, int64_t row, int64_t col = 0) {
+  rows.data = static_cast<char*>(rows.data) + (row * rows.stride + col) * size_of(rows.dtype);
+  return rows;
+}
+
+// dst[m, k] = scale · src[m, k], or 0 where dropped. bits: from draw_keep_bits, or null.
 void convert(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
              const uint64_t* bits = nullptr);
 

@@ -1,8 +1,8 @@
 // On AVX-512 eight Philox calls run side by side, one in the low half of each 64-bit lane, and give
-// the keep bits of 64 columns. The 32-bit products that a round needs leave both halves of theirs
-// in the lane: the high half is one shift away, and nothing reads what lies above the low half. So
-// a round is six instructions, and a row's first two rounds share what does not depend on the
-// column: 0.7 instructions per element, less than the pass over x that the draw rides on.
+// the keep bits of 64 columns. A round's 32-bit products fill the lane; the high half is one shift
+// away, and the upper halves are never read. So a round is six instructions, and the first two rounds
+// share the terms that do not depend on the column: 0.7 instructions per element, less than the pass
+// over x that uses the bits.
 #include "dropout.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -24,12 +24,11 @@ constexpr uint32_t kWeyl1 = 0xBB67AE85;
 // Rows per task: enough work (about 20 us) to be worth a thread.
 constexpr int64_t kRowGrain = 16;
 
-// Where a row of the mask begins: its Philox counter but for the call's number, and its first call
-// (column / 8).
+// The first Philox counter of a row of the mask.
 struct RowCounter {
   uint64_t row;
   uint32_t expert;
-  uint32_t first_call;
+  uint32_t first_call;  // column / 8
 };
 
 void draw_row_portable(const Dropout& dropout, RowCounter at, int64_t num_words, uint64_t* bits) {
@@ -79,11 +78,10 @@ void copy_row_portable(char* dst, const char* src, int64_t element_size, const u
 
 #if LOWRANK_EXT_X86
 
-// What the words of a row have in common.
+// The terms of Philox that the words of a row share.
 struct RowDraw {
-  __m512i keys0[kRounds],
-      keys1[kRounds];  // of the rounds; those of the first two with more in them
-  __m512i c3;          // after two rounds
+  __m512i keys0[kRounds], keys1[kRounds];  // of the rounds; the first two with shared terms added
+  __m512i c3;                              // after two rounds
   __m512i limit;
 
   // The counter's words 1 to 3 do not depend on the column, so in round 0 neither does the product
@@ -110,8 +108,8 @@ struct RowDraw {
     limit = _mm512_set1_epi16(static_cast<short>(dropout.threshold - 1));
   }
 
-  // The bits of eight calls. Those of `calls` are in the order 0, 4, 1, 5, 2, 6, 3, 7, so that the
-  // two 128-bit unpacks below have calls 0 to 3 and 4 to 7.
+  // The bits of eight calls. `calls` has them in the order 0, 4, 1, 5, 2, 6, 3, 7, so that the two
+  // 128-bit unpacks below give calls 0 to 3 and 4 to 7.
   LOWRANK_EXT_AVX512 inline uint64_t word(__m512i calls) const {
     constexpr int kXor3 = 0x96;
     const __m512i multiplier0 = _mm512_set1_epi64(kMultiplier0);

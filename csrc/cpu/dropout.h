@@ -1,9 +1,9 @@
 // Dropout drawn in the kernel: no mask and no dropped copy outlives a call.
 //
 // Element (m, k) belongs to the Philox4x32-7 call with counter (k / 8, m mod 2^32, m / 2^32,
-// expert) and key (seed mod 2^32, seed / 2^32); expert is 0 but where each of several experts has a
-// mask of its own. The four result words, low half first, are eight 16-bit draws for eight
-// neighbouring columns; a draw below `threshold` = round(p · 65536) drops its element. The
+// expert) and key (seed mod 2^32, seed / 2^32); expert is 0 unless each expert has its own mask. The
+// four result words, low half first, are eight 16-bit draws for eight
+// neighboring columns; a draw below `threshold` = round(p · 65536) drops its element. The
 // definition in plain torch is lowrank_ext/reference.py; the CUDA kernels draw the same bits.
 #pragma once
 
@@ -19,7 +19,7 @@ struct Dropout {
   uint64_t seed;
 
   bool active() const { return threshold != 0; }
-  // 1 / (1 - p) for the probability really used; where nothing is kept any finite factor will do.
+  // 1 / (1 - p) for p rounded to the threshold: 1 without dropout, and 1 where nothing is kept.
   double scale() const { return threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold); }
   static uint32_t threshold_of(double p) {
     return static_cast<uint32_t>(std::nearbyint(p * 65536));
@@ -35,8 +35,8 @@ inline int64_t mask_words_per_row(int64_t num_cols) {  // 64-bit words
 void draw_keep_bits(const Dropout& dropout, int64_t first_row, int64_t num_rows, int64_t num_cols,
                     uint64_t* bits);
 
-// The same for `num_cols` columns from first_col (a multiple of kMaskColumns) of one row of one
-// expert's mask.
+// The keep bits of one row of one expert's mask, for `num_cols` columns from first_col on, a multiple
+// of kMaskColumns.
 void draw_row_bits(const Dropout& dropout, uint32_t expert, int64_t row, int64_t first_col,
                    int64_t num_cols, uint64_t* bits);
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "features.h"
 #include "row_blocks.h"
 
 namespace lowrank_ext::cpu {
@@ -15,10 +14,6 @@ namespace {
 constexpr int64_t kRowGrain = 16;
 // Experts whose router rows stay in registers or L1 while a block of tokens goes over them.
 constexpr int64_t kRouterExperts = 8;
-
-const int64_t* ids_of(const Tensor& tensor) {
-  return static_cast<const int64_t*>(tensor.data_ptr());
-}
 
 void gather_row(Rows target, Rows source, int64_t num_cols, const uint64_t* bits) {
   if (source.dtype != target.dtype) return convert_row(target, source, 1.0, num_cols, bits);
@@ -33,17 +28,15 @@ void gather_row(Rows target, Rows source, int64_t num_cols, const uint64_t* bits
 }  // namespace
 
 ExpertForm plan_experts(ScalarType compute, int64_t rank) {
-  // Measured, forward and backward (M = 2048, K = N = 1024, E = 8, k = 2, dropout, one thread): by
-  // row takes 0.9, 0.95, 1.1 and 1.7 of the time of by group at ranks 8, 16, 32 and 64 in bf16, and
-  // 0.7, 1.0 and 1.2 at ranks 8, 16 and 32 in fp32.
+  // Measured, forward and backward (M = 2048, K = N = 1024, E = 8, k = 2, dropout, one thread): the
+  // per-token form takes 0.9, 0.95, 1.1 and 1.7 of the grouped form's time at ranks 8, 16, 32 and 64
+  // in bf16, and 0.7, 1.0 and 1.2 at ranks 8, 16 and 32 in fp32.
   const int64_t most = compute == ScalarType::BFloat16 ? 16 : 8;
-  return rank <= most ? ExpertForm::kByRow : ExpertForm::kByGroup;
+  return rank <= most ? ExpertForm::kPerToken : ExpertForm::kGrouped;
 }
 
 ExpertOperands prepare_experts(const ExpertArgs& args, ScalarType input) {
-  const ScalarType accumulate = statistics_dtype(input);
-  const bool in_bf16 = input == ScalarType::BFloat16 && features().avx512_bf16;
-  const Dtypes dtypes{input, in_bf16 ? input : accumulate, accumulate};
+  const Dtypes dtypes = dtypes_for(input);
   return {dtypes,
           dropout_of(args.dropout_p, args.seed),
           args.shared_dropout,
@@ -60,24 +53,24 @@ ExpertOperands prepare_experts(const ExpertArgs& args, ScalarType input) {
 }
 
 template <typename storage_t>
-void route_tokens(const ExpertOperands& ops, const Matrix& x, int64_t first, int64_t count,
-                  const ExpertOutputs& out) {
+void route_tokens(const ExpertForward& call, int64_t first, int64_t count) {
   using acc_t = acc_of<storage_t>;
+  const ExpertOperands& ops = call.ops;
   const int64_t num_cols = ops.in_features, num_experts = ops.num_experts;
   const auto* router = ops.router_weight.as<storage_t>();
   std::vector<storage_t> scratch(ops.converts() ? count * num_cols : 0);
   std::vector<const storage_t*> rows(count);
   for (int64_t m = 0; m < count; ++m)
-    rows[m] = load_row(row_at(x, first + m), ops.compute, num_cols, nullptr,
+    rows[m] = load_row(row_at(call.x, first + m), ops.compute, num_cols, nullptr,
                        scratch.data() + (ops.converts() ? m * num_cols : 0));
   std::vector<acc_t> logits(count * num_experts);
   for (int64_t i = 0; i < num_experts; i += kRouterExperts)
     for (int64_t m = 0; m < count; ++m)
       dot_rows(logits.data() + m * num_experts + i, rows[m], router + i * num_cols,
                std::min(kRouterExperts, num_experts - i), num_cols);
-  auto* probs = out.router_probs.as<acc_t>();
-  auto* weights = out.topk_weights.as<acc_t>();
-  auto* ids = out.topk_ids.as<int64_t>();
+  auto* probs = call.router_probs.as<acc_t>();
+  auto* weights = call.topk_weights.as<acc_t>();
+  auto* ids = call.topk_ids.as<int64_t>();
   for (int64_t m = 0; m < count; ++m) {
     const int64_t t = first + m;
     route_row(logits.data() + m * num_experts, probs + t * num_experts, weights + t * ops.top_k,
@@ -102,7 +95,7 @@ Tensor gated_h(const ExpertOperands& ops, const SlotOrder& order, const Matrix& 
 }
 
 template <typename acc_t>
-void gate_backward(const ExpertBackward& call, const ExpertGradients& gradients, int64_t token,
+void gate_backward(const ExpertBackward& call, const TokenGradients& gradients, int64_t token,
                    acc_t* g, acc_t* dlogits) {
   const ExpertOperands& ops = call.ops;
   const int64_t rank = ops.rank, top_k = ops.top_k, num_experts = ops.num_experts;
@@ -124,7 +117,7 @@ void gate_backward(const ExpertBackward& call, const ExpertGradients& gradients,
   const int64_t* positions = call.slot_positions + token * top_k;
   for (int64_t j = 0; j < top_k; ++j) {
     acc_t* dh = g + j * rank;
-    const acc_t factor = weights[j] * static_cast<acc_t>(ops.dropout_scale());
+    const acc_t factor = weights[j] * static_cast<acc_t>(ops.dropout.scale());
     for (int64_t r = 0; r < rank; ++r) dh[r] *= factor;
     convert_row(row_at(*gradients.dh, positions[j]), {dh, ops.accumulate, rank}, 1.0, rank);
   }
@@ -178,13 +171,13 @@ void for_each_group(const ExpertOperands& ops, const SlotOrder& order, const Gro
 
 void sum_groups(const ExpertOperands& ops, const SlotOrder& order, const Tensor& left,
                 const GroupSource& source, const Tensor& gradient, bool transpose,
-                const BlockBody& also) {
+                const BlockBody& on_block) {
   const int64_t num_cols = source.matrix.tensor.size(1), rank = ops.rank;
   const int64_t* offsets = ids_of(order.expert_offsets);
   zero(gradient);
   std::optional<BlockSum> sum;
   for_each_group(ops, order, source, [&](int64_t i, int64_t first, const Tensor& rows) {
-    if (also) also(i, first, rows);
+    if (on_block) on_block(i, first, rows);
     if (first == offsets[i]) sum.emplace(ops, rank, num_cols);
     sum->add(row_block(left, first, rows.size(0)), rows, nullptr);
     if (first + rows.size(0) < offsets[i + 1]) return;
@@ -194,15 +187,12 @@ void sum_groups(const ExpertOperands& ops, const SlotOrder& order, const Tensor&
   });
 }
 
-template void route_tokens<BFloat16>(const ExpertOperands&, const Matrix&, int64_t, int64_t,
-                                     const ExpertOutputs&);
-template void route_tokens<float>(const ExpertOperands&, const Matrix&, int64_t, int64_t,
-                                  const ExpertOutputs&);
-template void route_tokens<double>(const ExpertOperands&, const Matrix&, int64_t, int64_t,
-                                   const ExpertOutputs&);
-template void gate_backward<float>(const ExpertBackward&, const ExpertGradients&, int64_t, float*,
+template void route_tokens<BFloat16>(const ExpertForward&, int64_t, int64_t);
+template void route_tokens<float>(const ExpertForward&, int64_t, int64_t);
+template void route_tokens<double>(const ExpertForward&, int64_t, int64_t);
+template void gate_backward<float>(const ExpertBackward&, const TokenGradients&, int64_t, float*,
                                    float*);
-template void gate_backward<double>(const ExpertBackward&, const ExpertGradients&, int64_t, double*,
+template void gate_backward<double>(const ExpertBackward&, const TokenGradients&, int64_t, double*,
                                     double*);
 
 }  // namespace lowrank_ext::cpu

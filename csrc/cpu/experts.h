@@ -1,10 +1,10 @@
 // What the two forms of moe_lowrank_add on the CPU share: operands, masks, the router, and the sums
 // over each expert's rows.
 //
-// By row (experts_by_row.cpp): every token multiplies its row with the rows of its own experts.
-// Nothing is gathered; best where the experts are small.
-// By group (experts_by_group.cpp): tokens are gathered by expert and the vendor multiplies each
-// group with its expert; best where the experts are large.
+// Per token (experts_per_token.cpp): each token's row is multiplied with the rows of its own
+// experts, without gathering; best for small experts.
+// Grouped (experts_grouped.cpp): tokens are gathered by expert, and the vendor multiplies each group
+// with its expert; best for large experts.
 //
 // Slot t k + j is token t's j-th choice; buffers of T k rows are in the order of SlotOrder.
 #pragma once
@@ -13,17 +13,18 @@
 #include <optional>
 #include <vector>
 
-#include "../moe_checks.h"
 #include "dropout.h"
 #include "operands.h"
+#include "ops/moe_lowrank_add.h"
 #include "routing.h"
 #include "row_products.h"
 
 namespace lowrank_ext::cpu {
 
-enum class ExpertForm { kByRow, kByGroup };
+enum class ExpertForm { kPerToken, kGrouped };
 
-// A matrix and its rows, looked up once: every question to a tensor goes through torch's C shim.
+// A matrix and its rows. Pointer, dtype and stride are looked up once, since each look-up goes through
+// torch's C shim.
 struct Matrix : Rows {
   Tensor tensor;
 
@@ -43,9 +44,6 @@ struct ExpertOperands : Dtypes {
   Matrix lora_a;         // [E r_e, K], compute
   Matrix lora_b;         // [E N, r_e], compute
   ExpertForm form;
-
-  double dropout_scale() const { return dropout.active() ? dropout.scale() : 1.0; }
-  bool mask_per_expert() const { return dropout.active() && !shared_dropout; }
 };
 
 // The form for experts of this rank.
@@ -53,17 +51,19 @@ ExpertForm plan_experts(ScalarType compute, int64_t rank);
 
 ExpertOperands prepare_experts(const ExpertArgs& args, ScalarType input);
 
-// All [T, …] matrices with dense columns.
-struct ExpertOutputs {
-  Matrix y, h, router_probs, topk_ids, topk_weights;
+// One forward; all matrices have T rows and dense columns.
+struct ExpertForward {
+  const ExpertOperands& ops;
+  Matrix x, base_out;
+  Matrix y, h, router_probs, topk_ids, topk_weights;  // outputs
+
+  int64_t num_tokens() const { return x.tensor.size(0); }
 };
 
-void forward_by_row(const ExpertOperands& ops, const Matrix& x, const Matrix& base_out,
-                    const ExpertOutputs& out);
-void forward_by_group(const ExpertOperands& ops, const Matrix& x, const Matrix& base_out,
-                      const ExpertOutputs& out);
+void forward_per_token(const ExpertForward& call);
+void forward_grouped(const ExpertForward& call);
 
-// The backward's view of a call; matrices as in ExpertOutputs.
+// One backward.
 struct ExpertBackward {
   const ExpertOperands& ops;
   ExpertNeeds needs;
@@ -80,12 +80,12 @@ struct ExpertBackward {
   bool gradient_of_h() const { return needs.gates() || needs.dlora_a; }
 };
 
-// What the forms leave for the sums over rows, in the compute dtype. Absent where not needed.
-struct ExpertGradients {
-  std::optional<Matrix> dh;       // [T k, r_e], dropout's scale included
+// What the forms write per token and slot, in the compute dtype. Absent where not needed.
+struct TokenGradients {
+  std::optional<Matrix> dh;       // [T k, r_e], times the dropout's scale
   std::optional<Matrix> dlogits;  // [T, E]
   std::optional<Matrix> dx;       // [T, K], dtype of x
-  // [T k, words] int64: keep bits that dx has drawn and dlora_a needs again, by row only.
+  // [T k, words] int64: keep bits that dx draws and dlora_a reuses; per token only.
   std::optional<Matrix> keep_bits;
 };
 
@@ -93,32 +93,20 @@ struct ExpertGradients {
 Tensor gated_h(const ExpertOperands& ops, const SlotOrder& order, const Matrix& h,
                const Matrix& topk_ids, const Matrix& topk_weights);
 
-// Both write gradients.dh, .dlogits and .dx where those are present; by group, also dlora_b, for
-// which the rows of dout have been gathered anyway.
-void backward_by_row(const ExpertBackward& call, const ExpertGradients& gradients);
-void backward_by_group(const ExpertBackward& call, const ExpertGradients& gradients,
-                       const std::optional<Tensor>& z, const std::optional<Tensor>& dlora_b);
+// Both write the gradients that are present. The grouped form also sums dlora_b from z, over the rows
+// of dout that it gathers.
+void backward_per_token(const ExpertBackward& call, const TokenGradients& gradients);
+void backward_grouped(const ExpertBackward& call, const TokenGradients& gradients,
+                      const std::optional<Tensor>& z, const std::optional<Tensor>& dlora_b);
 
 // ---- pieces
 
-// Calls body with a null pointer of the storage type that the compute dtype is held in.
+// Calls body with a null pointer of the storage type of the compute dtype.
 template <typename Body>
 void visit_storage(ScalarType compute, const Body& body) {
   if (compute == ScalarType::BFloat16) return body(static_cast<BFloat16*>(nullptr));
   if (compute == ScalarType::Float) return body(static_cast<float*>(nullptr));
   body(static_cast<double*>(nullptr));
-}
-
-inline int64_t size_of(ScalarType dtype) {
-  if (dtype == ScalarType::Double) return 8;
-  return dtype == ScalarType::Float ? 4 : 2;
-}
-
-// One row of a matrix, from a column on.
-inline Rows row_at(Rows matrix, int64_t row, int64_t col = 0) {
-  matrix.data =
-      static_cast<char*>(matrix.data) + (row * matrix.stride + col) * size_of(matrix.dtype);
-  return matrix;
 }
 
 // Keep bits of a token on its way into an expert, in memory of one thread.
@@ -144,8 +132,7 @@ class ExpertMask {
   std::vector<uint64_t> bits_;
 };
 
-// The row as storage_t with zeros where dropped: in place where it is that already, else in
-// scratch.
+// The row as storage_t with zeros where dropped: the row itself where nothing changes, else scratch.
 template <typename storage_t>
 const storage_t* load_row(Rows row, ScalarType compute, int64_t num_cols, const uint64_t* bits,
                           storage_t* scratch) {
@@ -158,37 +145,37 @@ const storage_t* load_row(Rows row, ScalarType compute, int64_t num_cols, const 
   return scratch;
 }
 
-// Routes `count` tokens from `first` on: probs, ids and weights.
+// Routes `count` tokens from `first` on: writes router_probs, topk_ids and topk_weights.
 template <typename storage_t>
-void route_tokens(const ExpertOperands& ops, const Matrix& x, int64_t first, int64_t count,
-                  const ExpertOutputs& out);
+void route_tokens(const ExpertForward& call, int64_t first, int64_t count);
 
 // Gradients of the router's logits and of h for one token, given g [k r_e] = scaling · dout lora_b.
 template <typename acc_t>
-void gate_backward(const ExpertBackward& call, const ExpertGradients& gradients, int64_t token,
+void gate_backward(const ExpertBackward& call, const TokenGradients& gradients, int64_t token,
                    acc_t* g,         // in: g; out: gradient of h
                    acc_t* dlogits);  // [E]
 
 // lora_b [E N, r_e] as [E r_e, N].
 Tensor transposed_experts(const ExpertOperands& ops);
 
-// A [T, C] matrix to gather the rows of slots from, with zeros where `masked` and the slot's expert
-// drops; keep_bits: drawn already.
+// A [T, C] matrix from which the rows of slots are gathered. With `masked`, elements that the slot's
+// expert drops are zero; keep_bits, where given, are the bits of the mask.
 struct GroupSource {
   const Matrix& matrix;
   bool masked = false;
   const Matrix* keep_bits = nullptr;
 };
 
-// body(expert, first, rows): the rows of slots first … of the order, in blocks of one expert.
+// body(expert, first, rows): rows [first, first + rows.size(0)) in the order of slots, all of one
+// expert.
 using BlockBody = std::function<void(int64_t expert, int64_t first, const Tensor& rows)>;
 void for_each_group(const ExpertOperands& ops, const SlotOrder& order, const GroupSource& source,
                     const BlockBody& body);
 
 // gradient[i] = Σ over expert i's slots of leftᵀ source, zeros without slots. gradient: [E, r_e,
-// C], or [E, C, r_e] if `transpose`. `also` sees every block.
+// C], or [E, C, r_e] with `transpose`. on_block is called with every block.
 void sum_groups(const ExpertOperands& ops, const SlotOrder& order, const Tensor& left,
                 const GroupSource& source, const Tensor& gradient, bool transpose,
-                const BlockBody& also = {});
+                const BlockBody& on_block = {});
 
 }  // namespace lowrank_ext::cpu

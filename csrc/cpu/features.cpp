@@ -21,7 +21,7 @@ static Features of_this_cpu() {
 #endif
 }
 
-// As LOWRANK_EXT_CPU limits it.
+// Limited by LOWRANK_EXT_CPU.
 static Features allowed() {
   const char* const variable = std::getenv("LOWRANK_EXT_CPU");
   const std::string limit = variable == nullptr ? "" : variable;

@@ -1,5 +1,5 @@
-// What this CPU offers, read once from cpuid. Kernels choose their variant by it. The environment
-// variable LOWRANK_EXT_CPU (avx512_bf16, avx512, portable) makes it less: for tests and
+// The instruction sets of this CPU, read once from cpuid; kernels choose their variant by them. The
+// environment variable LOWRANK_EXT_CPU (avx512_bf16, avx512, portable) limits them, for tests and
 // comparisons.
 #pragma once
 

@@ -1,58 +1,30 @@
-// The branch on top of any base module's output: y starts as a copy of base_out and the branch is
-// added in place.
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
+// lowrank_add on the CPU: y starts as a copy of base_out, and the branch is added in place.
+#include "ops/lowrank_add.h"
 
 #include "branch.h"
 #include "matrix.h"
 
 namespace lowrank_ext::cpu {
+namespace {
 
-std::tuple<Tensor, Tensor> lowrank_add_cpu(const Tensor& base_out, const Tensor& x,
-                                           const Tensor& lora_a, const Tensor& lora_b,
-                                           const std::optional<Tensor>& core,
-                                           const std::optional<Tensor>& rank_scale,
-                                           const std::optional<Tensor>& out_scale, double scaling,
-                                           double dropout_p, const std::optional<Tensor>& seed,
-                                           bool allow_tf32) {
-  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
-                        scaling, dropout_p, seed, allow_tf32};
-  check_lowrank_add(base_out, x, args);
-
-  const Tensor rows = as_matrix(x);
-  Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type());
-  Tensor h = empty(with_last_dim(x, args.rank()), x.scalar_type());
-  if (rows.size(0) == 0) return {y, h};
-  const Tensor y_rows = as_matrix(y);
-  convert(rows_of(y_rows), rows_of(as_matrix(base_out)), 1.0, rows.size(0), args.out_features());
-  branch_forward(args, rows, y_rows, as_matrix(h));
-  return {y, h};
+void lowrank_add_cpu(const BranchArgs& args, const Tensor& base_out, const Tensor& x,
+                     const Tensor& y, const Tensor& h) {
+  convert(rows_of(y), rows_of(base_out), 1.0, y.size(0), y.size(1));
+  branch_forward(args, x, y, h);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_add_backward_cpu(
-    const Tensor& dout, const std::optional<Tensor>& x, const std::optional<Tensor>& h,
-    const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& core,
-    const std::optional<Tensor>& rank_scale, const std::optional<Tensor>& out_scale, double scaling,
-    double dropout_p, const std::optional<Tensor>& seed, bool allow_tf32, bool need_dx,
-    bool need_dlora_a, bool need_dlora_b, bool need_dcore, bool need_drank_scale,
-    bool need_dout_scale) {
-  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
-                        scaling, dropout_p, seed, allow_tf32};
-  const BranchNeeds needs{need_dx,    need_dlora_a,     need_dlora_b,
-                          need_dcore, need_drank_scale, need_dout_scale};
-  check_lowrank_add_backward(dout, x, h, args, needs);
+void lowrank_add_backward_cpu(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
+                              const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+                              const BranchGradients& gradients) {
+  branch_backward(args, needs, dout, x, h, /*add_to_dx=*/false, gradients);
+}
 
-  BranchGradients gradients =
-      branch_backward(args, needs, as_matrix(dout), x ? std::optional(as_matrix(*x)) : x,
-                      h ? std::optional(as_matrix(*h)) : h, std::nullopt);
-  if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
-  return gradients.as_tuple();
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank_ext, CPU, m) {
+  m.impl("lowrank_add", TORCH_BOX(unpacked<lowrank_add<lowrank_add_cpu>>));
+  m.impl("lowrank_add_backward",
+         TORCH_BOX(unpacked<lowrank_add_backward<lowrank_add_backward_cpu>>));
 }
 
 }  // namespace lowrank_ext::cpu
-
-STABLE_TORCH_LIBRARY_IMPL(lowrank_ext, CPU, m) {
-  m.impl("lowrank_add", TORCH_BOX(&lowrank_ext::cpu::lowrank_add_cpu));
-  m.impl("lowrank_add_backward", TORCH_BOX(&lowrank_ext::cpu::lowrank_add_backward_cpu));
-}

@@ -17,21 +17,17 @@ Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
 }
 
 Tensor operand(const Tensor& tensor, const Dtypes& dtypes) {
-  const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  return converted(converted(dense, dtypes.input), dtypes.compute);
+  return converted(converted(dense(tensor), dtypes.input), dtypes.compute);
 }
 
 Tensor vector_operand(const Tensor& vector, const Dtypes& dtypes) {
-  const Tensor dense = vector.is_contiguous() ? vector : torch::stable::contiguous(vector);
-  const Tensor row = strided_view(dense, 0, 1, dense.size(0), dense.size(0), 1);
-  return converted(converted(row, dtypes.input), dtypes.accumulate);
+  return converted(converted(as_matrix(vector), dtypes.input), dtypes.accumulate);
 }
 
 static Tensor scaled_lora_b(const BranchArgs& args, const Dtypes& dtypes) {
   const Tensor lora_b = operand(args.lora_b, dtypes);
   if (!args.out_scale) return lora_b;
-  Tensor scaled = empty({lora_b.size(0), lora_b.size(1)}, dtypes.accumulate);
-  convert(rows_of(scaled), rows_of(lora_b), 1.0, lora_b.size(0), lora_b.size(1));
+  const Tensor scaled = fresh_copy(lora_b, dtypes.accumulate);
   scale_rows(scaled, vector_operand(*args.out_scale, dtypes));
   return converted(scaled, dtypes.compute);
 }
@@ -50,8 +46,7 @@ Operands prepare(const BranchArgs& args, ScalarType input) {
 }
 
 Tensor scaled_h(const Operands& ops, const Tensor& h) {
-  Tensor scaled = empty({h.size(0), h.size(1)}, ops.accumulate);
-  convert(rows_of(scaled), rows_of(h), 1.0, h.size(0), h.size(1));
+  const Tensor scaled = fresh_copy(h, ops.accumulate);
   if (ops.rank_scale) scale_columns(scaled, *ops.rank_scale);
   return scaled;
 }

@@ -1,10 +1,10 @@
-// The operands of one call of the branch, in the dtypes that its products run in.
+// The operands of one call, in the dtypes of its products.
 #pragma once
 
 #include <optional>
 
-#include "../checks.h"
 #include "dropout.h"
+#include "ops/branch.h"
 #include "small_matrix.h"
 
 namespace lowrank_ext::cpu {
@@ -12,7 +12,7 @@ namespace lowrank_ext::cpu {
 struct Dtypes {
   ScalarType input;       // of x, y, dout
   ScalarType compute;     // of the products
-  ScalarType accumulate;  // of everything on [M, r] and of the reductions
+  ScalarType accumulate;  // of the tensors [M, r] and of the reductions
 
   bool converts() const { return input != compute; }
   bool in_bf16() const { return compute == ScalarType::BFloat16; }
@@ -35,14 +35,13 @@ struct Operands : Dtypes {
 
 Operands prepare(const BranchArgs& args, ScalarType input);
 
-// An adapter tensor as the products read it: rounded to the dtype of x once, then held in the
-// compute dtype.
+// An adapter tensor as the products read it: rounded to the dtype of x, then in the compute dtype.
 Tensor operand(const Tensor& tensor, const Dtypes& dtypes);
 
 // A vector [n] as [1, n] in fp32 or fp64, rounded to the dtype of x first.
 Tensor vector_operand(const Tensor& vector, const Dtypes& dtypes);
 
-// h ⊙ rank_scale in the accumulator's dtype; always a buffer of its own.
+// h ⊙ rank_scale in the accumulator's dtype, in a fresh buffer.
 Tensor scaled_h(const Operands& ops, const Tensor& h);
 
 // mid(h) = (h ⊙ rank_scale) coreᵀ in the compute dtype.

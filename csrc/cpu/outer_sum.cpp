@@ -1,7 +1,7 @@
-// One thread owns a range of columns and walks down the rows in tiles, so `right` is read once, in
-// order, and no two threads share a sum. A register block is 16 columns by up to 16 ranks; two rows
-// are interleaved into pairs, the form that the bf16 dot product wants, and `left` is packed into
-// such pairs beforehand.
+// A thread owns a range of columns and walks down the rows in tiles, so `right` is read once, in
+// order, and no two threads share a sum. A register block is 16 columns by up to 16 ranks. Two rows
+// are interleaved into pairs, the operand layout of the bf16 dot product; `left` is packed into pairs
+// beforehand.
 #include "outer_sum.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -19,10 +19,9 @@ namespace lowrank_ext::cpu {
 
 namespace {
 
-constexpr int64_t kLanes = 16;     // columns of a register block
-constexpr int64_t kMaxRanks = 16;  // ranks of a register block: 16 of the 32 registers hold sums
-constexpr int64_t kTileRows =
-    128;  // of `right`: 128 rows of 2 KiB stay in L2 while the ranks go over them
+constexpr int64_t kLanes = 16;      // columns of a register block
+constexpr int64_t kMaxRanks = 16;   // ranks of a register block: 16 of the 32 registers hold sums
+constexpr int64_t kTileRows = 128;  // of `right`: 128 rows of 2 KiB stay in L2 for all ranks
 // Columns per task: about 10 us of work at 1024 rows and rank 16.
 constexpr int64_t kColumnGrain = 64;
 
@@ -43,8 +42,8 @@ std::vector<uint32_t> pack_pairs(Operand left, int64_t num_rows, int64_t rank) {
   return pairs;
 }
 
-// 16 columns of a row, each widened to 32 bits; columns outside `lanes` are zero. Where all are in
-// range the load itself is not masked, which is cheaper.
+// 16 columns of a row, widened to 32 bits; columns outside `lanes` are zero. An unmasked load, where
+// all columns are in range, is cheaper.
 LOWRANK_EXT_AVX512_BF16 inline __m512i load_row(const uint16_t* row, __mmask16 lanes,
                                                 bool all_in_range) {
   if (all_in_range)
@@ -71,8 +70,7 @@ LOWRANK_EXT_AVX512_BF16 inline __mmask16 lanes_of(const uint64_t* row_bits, int6
   return static_cast<__mmask16>(row_bits[column / 64] >> (column % 64)) & in_range;
 }
 
-// acc[j] += the pair's two rows times left[j]'s. Unrolled before the compiler looks at the array,
-// which otherwise would live on the stack.
+// acc[j] += the pair's two rows times left[j]'s. Unrolled early, so that acc stays in registers.
 template <int kRanks>
 LOWRANK_EXT_AVX512_BF16 inline void add_pair(__m512 (&acc)[kRanks], __m512i pair,
                                              const uint32_t* left) {
@@ -88,7 +86,7 @@ LOWRANK_EXT_AVX512_BF16 void add_block(float* sum, const Tile& tile, int64_t ran
   const int64_t width = std::min(kLanes, tile.num_cols - column);
   const auto in_range = static_cast<__mmask16>((1u << width) - 1);
   const bool all_in_range = width == kLanes;
-  // Copies of the tile's fields: the compiler cannot know that the stores to sum leave them alone.
+  // Copies of the tile's fields: the compiler cannot know that stores to sum do not change them.
   const int64_t stride = tile.right.stride, rank = tile.rank, words_per_row = tile.words_per_row;
   const uint16_t* row = tile.right.data + column;
   const uint64_t* bits = tile.bits;

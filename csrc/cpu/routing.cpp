@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
+#include "checks.h"
 #include "small_matrix.h"
 
 namespace lowrank_ext::cpu {
@@ -24,14 +24,9 @@ void softmax(acc_t* out, int64_t n, acc_t max, const Value& value) {
   for (int64_t j = 0; j < n; ++j) out[j] /= sum;
 }
 
-// `keep_alive` holds what the pointer points to.
-const bool* mask_of(const std::optional<Tensor>& token_mask, std::optional<Tensor>& keep_alive) {
-  if (!token_mask) return nullptr;
-  keep_alive = dense(*token_mask);
-  return static_cast<const bool*>(keep_alive->data_ptr());
+const bool* mask_of(const std::optional<Tensor>& token_mask) {
+  return token_mask ? static_cast<const bool*>(token_mask->data_ptr()) : nullptr;
 }
-
-int64_t* ids_of(const Tensor& tensor) { return static_cast<int64_t*>(tensor.data_ptr()); }
 
 }  // namespace
 
@@ -57,14 +52,12 @@ void route_row_probabilities(const acc_t* logits, const int64_t* ids, acc_t* pro
   softmax(weights, top_k, max, [&](int64_t j) { return logits[ids[j]]; });
 }
 
-Balance balance(const Tensor& probs, const Tensor& topk_ids,
-                const std::optional<Tensor>& token_mask) {
+void balance(const Tensor& probs, const Tensor& topk_ids, const std::optional<Tensor>& token_mask,
+             const Tensor& expert_counts, const Tensor& loss) {
   const int64_t num_tokens = probs.size(0), num_experts = probs.size(1), top_k = topk_ids.size(1);
-  std::optional<Tensor> keep_alive;
-  const bool* mask = mask_of(token_mask, keep_alive);
-  Balance result{empty({num_experts}, ScalarType::Long), empty({}, probs.scalar_type())};
-  zero(result.expert_counts);
-  int64_t* counts = ids_of(result.expert_counts);
+  const bool* mask = mask_of(token_mask);
+  zero(expert_counts);
+  int64_t* counts = ids_of(expert_counts);
   const int64_t* ids = ids_of(topk_ids);
   int64_t num_counted = 0;
   for (int64_t t = 0; t < num_tokens; ++t) {
@@ -78,25 +71,22 @@ Balance balance(const Tensor& probs, const Tensor& topk_ids,
       if (mask != nullptr && !mask[t]) continue;
       for (int64_t i = 0; i < num_experts; ++i) sums[i] += p[t * num_experts + i];
     }
-    double loss = 0;
+    double sum = 0;
     const double tokens = static_cast<double>(std::max<int64_t>(1, num_counted));
-    for (int64_t i = 0; i < num_experts; ++i) loss += counts[i] / tokens * (sums[i] / tokens);
-    visit_accumulator(result.loss, [&](auto* out) { *out = num_experts * loss; });
+    for (int64_t i = 0; i < num_experts; ++i) sum += counts[i] / tokens * (sums[i] / tokens);
+    visit_accumulator(loss, [&](auto* out) { *out = num_experts * sum; });
   });
-  return result;
 }
 
 BalanceGradient::BalanceGradient(const std::optional<Tensor>& dloss, const Tensor& expert_counts,
                                  int64_t top_k, const std::optional<Tensor>& token_mask)
-    : dprobs_(expert_counts.numel(), 0.0) {
-  const Tensor dense_counts = dense(expert_counts);
-  const int64_t* counts = ids_of(dense_counts);
+    : dprobs_(expert_counts.numel(), 0.0), mask_tensor_(token_mask), mask_(mask_of(token_mask)) {
+  const int64_t* counts = ids_of(expert_counts);
   const int64_t num_experts = expert_counts.numel();
   int64_t num_chosen = 0;
   for (int64_t i = 0; i < num_experts; ++i) num_chosen += counts[i];
   active_ = dloss.has_value() && num_chosen > 0;
   if (!active_) return;
-  mask_ = mask_of(token_mask, dense_mask_);
   const double tokens = static_cast<double>(num_chosen) / static_cast<double>(top_k);
   visit_accumulator(*dloss, [&](const auto* value) {
     for (int64_t i = 0; i < num_experts; ++i)
@@ -122,27 +112,32 @@ void route_row_backward(const acc_t* probs, const acc_t* weights, const int64_t*
   for (int64_t j = 0; j < top_k; ++j) dlogits[ids[j]] += weights[j] * (dweights[j] - mean);
 }
 
-SlotOrder sort_slots(const char* op, const Tensor& topk_ids, int64_t num_experts) {
-  const int64_t num_slots = topk_ids.numel();
+SlotOrder SlotOrder::allocate(int64_t num_slots, int64_t num_experts) {
+  return {empty({num_slots}, ScalarType::Long), empty({num_experts + 1}, ScalarType::Long),
+          empty({num_slots}, ScalarType::Long)};
+}
+
+void sort_slots(const Tensor& topk_ids, const SlotOrder& order) {
+  const int64_t num_slots = topk_ids.numel(), num_experts = order.expert_offsets.numel() - 1;
   const int64_t* ids = ids_of(topk_ids);
-  SlotOrder order{empty({num_slots}, ScalarType::Long), empty({num_experts + 1}, ScalarType::Long),
-                  empty({num_slots}, ScalarType::Long)};
   int64_t* sorted = ids_of(order.sorted_slots);
   int64_t* offsets = ids_of(order.expert_offsets);
   int64_t* positions = ids_of(order.slot_positions);
   std::fill(offsets, offsets + num_experts + 1, 0);
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
-    check(ids[slot] >= 0 && ids[slot] < num_experts, op,
-          ": topk_ids must be between 0 and E - 1 = ", num_experts - 1, ", got ", ids[slot]);
-    ++offsets[ids[slot] + 1];
-  }
+  for (int64_t slot = 0; slot < num_slots; ++slot) ++offsets[ids[slot] + 1];
   for (int64_t i = 0; i < num_experts; ++i) offsets[i + 1] += offsets[i];
   std::vector<int64_t> next(offsets, offsets + num_experts);
   for (int64_t slot = 0; slot < num_slots; ++slot) {
     positions[slot] = next[ids[slot]]++;
     sorted[positions[slot]] = slot;
   }
-  return order;
+}
+
+void check_topk_ids(const char* op, const Tensor& topk_ids, int64_t num_experts) {
+  const int64_t* ids = ids_of(topk_ids);
+  for (int64_t slot = 0; slot < topk_ids.numel(); ++slot)
+    check(ids[slot] >= 0 && ids[slot] < num_experts, op,
+          ": topk_ids must be between 0 and E - 1 = ", num_experts - 1, ", got ", ids[slot]);
 }
 
 template void route_row<float>(const float*, float*, float*, int64_t*, int64_t, int64_t);

@@ -1,6 +1,6 @@
-// Rows go through in blocks small enough to stay in cache: a block is masked or converted into
-// scratch and consumed from there, so no [M, K] or [M, N] temporary exists. Where the products run
-// in bf16 they mask by themselves (rank_products.h, outer_sum.h), and a block has keep bits only.
+// Blocks of rows small enough to stay in cache. A block is masked or converted into scratch, from
+// which the products read it, so no [M, K] or [M, N] temporary exists. The bf16 products mask by
+// themselves (shrink_expand.h, outer_sum.h), and their blocks have keep bits only.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +8,11 @@
 
 #include "operands.h"
 #include "outer_sum.h"
-#include "rank_products.h"
+#include "shrink_expand.h"
 
 namespace lowrank_ext::cpu {
 
-// Scratch of one row block: half of a 2 MiB L2, so that the block survives until the product reads
-// it.
+// Scratch of one block: half of a 2 MiB L2, so that the block survives until the product reads it.
 inline constexpr int64_t kBlockBytes = 1 << 20;
 inline constexpr int64_t kMinBlockRows = 64;
 inline constexpr int64_t kMaxBlockRows = 512;
@@ -24,7 +23,7 @@ inline int64_t block_rows(int64_t num_cols, int64_t element_size) {
   return std::clamp(rows / 32 * 32, kMinBlockRows, kMaxBlockRows);
 }
 
-// Feeds drop(x), or any matrix, block by block in the compute dtype.
+// drop(x), or any matrix, block by block in the compute dtype.
 class RowBlocks {
  public:
   RowBlocks(const Operands& ops, int64_t num_rows, int64_t num_cols, bool masked)
@@ -33,11 +32,10 @@ class RowBlocks {
         num_cols_(num_cols),
         masked_(masked && ops.dropout.active()),
         in_place_(ops.in_bf16() || (!masked_ && !ops.converts())) {
-    // Without scratch there is nothing to keep in cache: one product, cut up by its own blocking.
+    // Without scratch one block: the product has its own blocking.
     block_rows_ = num_rows;
     if (!in_place_) {
-      const int64_t element_size = ops.compute == ScalarType::Double ? 8 : 4;
-      block_rows_ = std::min(num_rows, block_rows(num_cols, element_size));
+      block_rows_ = std::min(num_rows, block_rows(num_cols, size_of(ops.compute)));
     } else if (masked_) {
       block_rows_ = std::min(num_rows, kMaxBitRows);
     }
@@ -70,7 +68,7 @@ class RowBlocks {
   void multiply_into(const Tensor& target, int64_t first, int64_t count, const Tensor& left,
                      const Tensor& right, double scale, bool add) {
     const Tensor block = row_block(target, first, count);
-    if (in_place_) return ranks_to_features(block, left, right, scale, bits(), add);
+    if (in_place_) return expand(block, left, right, scale, bits(), add);
     const Tensor product = row_block(scratch(), 0, count);
     multiply(product, left, right, 0.0, scale);
     const auto store = add ? accumulate : convert;
@@ -108,8 +106,8 @@ class BlockSum {
     zero(sum_);
   }
 
-  // left [rows, r] and right [rows, C] in the compute dtype, rows of one block. In bf16 right is
-  // dropped from here by `bits`, else it has been.
+  // left [rows, r] and right [rows, C] of one block, in the compute dtype. In bf16 `bits` drop
+  // elements of right here; other dtypes come with zeros where dropped.
   void add(const Tensor& left, const Tensor& right, const uint64_t* bits) {
     if (!dtypes_.in_bf16()) return multiply(sum_, transposed(left), right, 1.0);
     outer_sum(static_cast<float*>(sum_.data_ptr()), left.data_ptr(), left.stride(0), left.size(1),

@@ -1,9 +1,9 @@
-// Products of one row with a few others: dot products down the columns, and weighted sums. They are
-// what a row of a mixture of small experts needs, where the rows to multiply with differ from token
-// to token and a matrix product would have to gather.
+// Products of one row with a few others: dot products over the columns, and weighted sums. A mixture
+// of small experts takes them, since the rows to multiply with differ from token to token and a matrix
+// product would have to gather.
 //
-// Storage is bf16 where the CPU has bf16 dot products, else fp32 or fp64; sums are fp32 or fp64 and
-// in an order that depends on the sizes only.
+// Storage is bf16 where the CPU has bf16 dot products, else fp32 or fp64. Sums are fp32 or fp64, in an
+// order that depends on the sizes only.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -17,7 +17,8 @@ namespace lowrank_ext::cpu {
 
 using torch::headeronly::BFloat16;
 
-// Two bf16 rows interleaved, as the dot product wants them; the last second of an odd number is 0.
+// An element each of two bf16 rows, the operand layout of the bf16 dot product. Of an odd number of
+// rows the last one is paired with zeros.
 struct BFloat16Pair {
   BFloat16 first, second;
 };
@@ -28,7 +29,7 @@ using acc_of = std::conditional_t<std::is_same_v<storage_t, double>, double, flo
 template <typename storage_t>
 using packed_of = std::conditional_t<std::is_same_v<storage_t, BFloat16>, BFloat16Pair, storage_t>;
 
-// Packed rows that `num_rows` rows of storage_t make.
+// How many packed rows `num_rows` rows of storage_t make.
 template <typename storage_t>
 constexpr int64_t packed_rows(int64_t num_rows) {
   return std::is_same_v<storage_t, BFloat16> ? (num_rows + 1) / 2 : num_rows;

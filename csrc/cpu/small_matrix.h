@@ -1,5 +1,5 @@
-// Plain loops over matrices of [M, r], [N, r] or [r, r], in fp32 or fp64, and conversions into
-// fresh buffers. They are small beside the passes over [M, K] and [M, N].
+// Plain loops over matrices of [M, r], [N, r] or [r, r], in fp32 or fp64, and conversions into fresh
+// buffers. They cost little beside the passes over [M, K] and [M, N].
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,16 @@ inline void zero(const Tensor& tensor) {
   std::memset(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size());
 }
 
-inline Tensor converted(const Tensor& matrix, ScalarType dtype) {
-  if (matrix.scalar_type() == dtype) return matrix;
-  Tensor result = empty({matrix.size(0), matrix.size(1)}, dtype);
+// The matrix in a fresh dense buffer.
+inline Tensor fresh_copy(const Tensor& matrix, ScalarType dtype) {
+  const Tensor result = empty({matrix.size(0), matrix.size(1)}, dtype);
   convert(rows_of(result), rows_of(matrix), 1.0, matrix.size(0), matrix.size(1));
   return result;
+}
+
+// The matrix itself where it has the dtype.
+inline Tensor converted(const Tensor& matrix, ScalarType dtype) {
+  return matrix.scalar_type() == dtype ? matrix : fresh_copy(matrix, dtype);
 }
 
 template <typename Body>
@@ -50,8 +55,8 @@ inline void scale_rows(const Tensor& matrix, const Tensor& scale) {
   });
 }
 
-// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose what the
-// products kept.
+// out[j] = Σ_m left[m, j] right[m, j], summed in fp64: a long fp32 chain would lose the products'
+// accuracy.
 inline void sum_products_over_rows(const Tensor& out, const Tensor& left, const Tensor& right) {
   const int64_t num_rows = left.size(0), num_cols = left.size(1);
   std::vector<double> sums(num_cols, 0.0);
@@ -96,18 +101,9 @@ inline Tensor transposed_copy(const Tensor& matrix) {
   return result;
 }
 
-inline Tensor rounded_to(const Tensor& matrix, const Tensor& like, double scale) {
-  Tensor result = empty({matrix.size(0), matrix.size(1)}, like.scalar_type());
-  convert(rows_of(result), rows_of(matrix), scale, matrix.size(0), matrix.size(1));
-  return result;
-}
-
-inline Tensor vector_rounded_to(const Tensor& vector, const Tensor& like) {
-  const int64_t n = vector.numel();
-  Tensor result = empty({n}, like.scalar_type());
-  convert({result.data_ptr(), like.scalar_type(), n}, {vector.data_ptr(), vector.scalar_type(), n},
-          1.0, 1, n);
-  return result;
+// target = scale · matrix, rounded once to target's dtype.
+inline void round_into(const Tensor& target, const Tensor& matrix, double scale) {
+  convert(rows_of(target), rows_of(matrix), scale, matrix.size(0), matrix.size(1));
 }
 
 }  // namespace lowrank_ext::cpu

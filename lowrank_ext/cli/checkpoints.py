@@ -1,5 +1,5 @@
-"""Where an interrupted run continues: OUT[/method]/checkpoint-<step>, written whole, the previous
-one removed after."""
+"""Checkpoints for --resume: OUT[/method]/checkpoint-<step>, each written atomically before the
+previous one is removed."""
 
 import dataclasses
 import re
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lowrank_ext.cli import methods
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import new_directory
+from lowrank_ext.cli.methods import Entry
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.training import Progress, Trainer
@@ -33,12 +33,11 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_digest: str) -> Path:
-    """Adapter, optimiser, freezing schedule, RNG and progress, in one directory that appears
-    whole."""
+    """Saves adapter, optimizer, freezing schedule, RNG and progress, atomically."""
     path = directory / f"checkpoint-{trainer.progress.step:06d}"
     older = checkpoints(directory)
     with new_directory(path) as temporary:
-        methods.save(trainer.method, trainer.model, tokenizer, temporary)
+        trainer.entry.save(trainer.model, tokenizer, temporary)
         state = {
             "optimizer": trainer.optimizer.state_dict(),
             "freezing": None if trainer.freezing is None else trainer.freezing.state_dict(),
@@ -55,16 +54,16 @@ def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_dige
 
 
 def restore_trainer(
-    method: str, base: CausalLM, settings: Settings, path: Path, text_digest: str
+    entry: Entry, base: CausalLM, settings: Settings, path: Path, text_digest: str
 ) -> Trainer:
-    """A trainer that goes on where `save_checkpoint` left off; takes the base model over."""
+    """The trainer that `save_checkpoint` saved; adapts the base model in place."""
     with as_user_error(
         f"cannot read {path / _STATE}", Exception
-    ):  # pickle, zip, tensors: many kinds
+    ):  # pickle, zip and tensors raise many kinds
         state = torch.load(path / _STATE, weights_only=True)
     if state["text_digest"] != text_digest:
         raise UserError(f"the text or the tokenizer has changed since {path} was written")
-    trainer = Trainer(method, methods.load(method, base, settings, path), settings)
+    trainer = Trainer(entry, entry.load(base, settings, path), settings)
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.freezing is not None:
         trainer.freezing.load_state_dict(state["freezing"])
@@ -75,6 +74,6 @@ def restore_trainer(
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Once the result is written, nothing is left to continue."""
+    """Removes all checkpoints, once the result is written."""
     for path in checkpoints(directory):
         shutil.rmtree(path, ignore_errors=True)

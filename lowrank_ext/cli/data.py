@@ -1,5 +1,5 @@
-"""Text to token blocks: documents, the held-out split, and batches whose order depends on seed and
-step alone."""
+"""Text to token blocks: documents, the held-out split, and batches that depend on seed and step
+alone."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_ext.cli.errors import UserError, as_user_error
 
 HELD_OUT_FRACTION = 0.1
-# With fewer documents than this the tail of each is held out instead of whole documents.
+# Below this number the tail of each document is held out instead of whole documents.
 MIN_DOCUMENTS_TO_SPLIT = 10
 
 
@@ -26,8 +26,7 @@ class Corpus:
     description: str
 
     def train_batch(self, step: int, batch: int, seed: int) -> Tensor:
-        """The batch [batch, seq_len] of a step: every epoch is a permutation of its own, drawn
-        from seed and epoch."""
+        """The batch [batch, seq_len] of a step; each epoch's order depends on seed and epoch."""
         num_blocks = self.train.shape[0]
         permutations: dict[int, Tensor] = {}
         rows = []
@@ -40,8 +39,7 @@ class Corpus:
         return self.train[torch.stack(rows)]
 
     def held_out_batches(self, batch: int, most: int) -> list[Tensor]:
-        """At most `most` batches; all have `batch` rows unless the held-out text is shorter than
-        one batch."""
+        """At most `most` batches of `batch` rows; a shorter one if the held-out text has fewer."""
         batches = list(self.held_out.split(batch))
         whole = [rows for rows in batches if rows.shape[0] == batch]
         return (whole or batches)[:most]
@@ -53,20 +51,9 @@ class Corpus:
         return digest.hexdigest()
 
 
-def shuffled_windows(tokens: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    """Each row of tokens [batch, seq_len] cut into windows, in an order of its own; what is left of
-    a row stays at its end."""
-    batch, seq_len = tokens.shape
-    num_windows = seq_len // window
-    whole = tokens[:, : num_windows * window].reshape(batch, num_windows, window)
-    order = torch.rand(batch, num_windows, generator=generator).argsort(dim=1)
-    shuffled = whole.gather(1, order.unsqueeze(2).expand_as(whole)).flatten(1)
-    return torch.cat([shuffled, tokens[:, num_windows * window :]], dim=1)
-
-
 def load_documents(paths: tuple[str, ...], field: str) -> list[str]:
-    """Documents of .txt (one each) and .jsonl files (one a line); Python's language topics when no
-    path is given."""
+    """Documents of .txt files (one per file) and .jsonl files (one per line); without a path
+    Python's language topics."""
     if not paths:
         from pydoc_data import topics
 
@@ -102,8 +89,8 @@ def _json_lines(path: Path, text: str, field: str) -> list[str]:
 
 
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
-    """(train, held-out). Whole documents are held out, chosen by a hash of their text, so neither
-    the order of the files nor --seed changes which; the tail of each when there are only a few."""
+    """(train, held-out). Whole documents are held out, chosen by a hash of their text, so that the
+    choice depends on neither the order of the files nor --seed; of a few documents the tails."""
     if len(documents) < MIN_DOCUMENTS_TO_SPLIT:
         cuts = [round(len(text) * (1 - HELD_OUT_FRACTION)) for text in documents]
         return (
@@ -119,8 +106,8 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def token_blocks(documents: list[str], tokenizer: Any, seq_len: int) -> Tensor:
-    """All documents, joined by the end-of-text token, cut into rows [num_blocks, seq_len]; the
-    rest is dropped."""
+    """All documents, joined by the end-of-text token, in rows [num_blocks, seq_len]; a remainder is
+    dropped."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for text in documents:

@@ -1,7 +1,6 @@
 """Progress: a bar on a terminal, a plain line every few seconds anywhere else."""
 
 import time
-from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
@@ -16,39 +15,34 @@ NON_TERMINAL_WIDTH = 120
 
 
 class Display(Protocol):
-    """What the run tells the user about one method; a context manager."""
+    """Shows the progress of one method; a context manager."""
 
     def __enter__(self) -> "Display": ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     def update(self, progress: Progress) -> None:
-        """After a step."""
+        """Shows the progress after a step."""
 
     def phase(self, text: str) -> None:
-        """What the run does now, when it is not training."""
+        """Shows what the run does outside of training steps."""
 
 
 def make_console() -> Console:
-    """Stdout; wide enough for the table when there is no terminal whose width could be asked."""
+    """A console on stdout, without a terminal wide enough for the table."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=NON_TERMINAL_WIDTH)
 
 
 def make_display(console: Console, title: str, steps: int, tokens_per_step: int) -> Display:
-    """The bar when the console is a terminal."""
+    """A bar on a terminal, else lines."""
     if console.is_terminal:
         return BarDisplay(console, title, steps, tokens_per_step)
     return LineDisplay(console, title, steps, tokens_per_step)
 
 
 def tokens_per_second(progress: Progress, tokens_per_step: int) -> float:
-    """Over the last ten steps."""
+    """Tokens per second over the last ten steps."""
     recent = progress.step_seconds[-_SPEED_WINDOW:]
     return len(recent) * tokens_per_step / sum(recent) if recent else 0.0
 
@@ -72,12 +66,7 @@ class BarDisplay:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
     def update(self, progress: Progress) -> None:
@@ -90,7 +79,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """Plain lines: the first and the last step, one every few seconds between them, and every
+    """Plain lines: for the first and the last step, every few seconds in between, and for every
     phase."""
 
     def __init__(self, console: Console, title: str, steps: int, tokens_per_step: int) -> None:
@@ -103,12 +92,7 @@ class LineDisplay:
     def __enter__(self) -> "LineDisplay":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         return None
 
     def update(self, progress: Progress) -> None:

@@ -14,7 +14,7 @@ from lowrank_ext import ops, reference
 from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.environment import environment
 
-# (dtype of x, weight and base_out; dtype of the adapter): all that the ops accept.
+# All pairs that the ops accept: (dtype of x, weight and base_out; dtype of the adapter).
 DTYPES = (
     (torch.float64, torch.float64),
     (torch.float32, torch.float32),
@@ -47,7 +47,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """A NaN error fails too: it is not below the limit."""
+        """Whether the error is below the limit; false for NaN."""
         return self.forward_error <= self.limit and self.gradient_error <= self.limit
 
 
@@ -58,7 +58,7 @@ def run(as_json: bool) -> bool:
         for op in OPS
         for base, adapter in DTYPES
         for dropout in DROPOUTS
-        # The router has neither.
+        # moe_route has neither an adapter nor dropout.
         if op != "moe_route" or (base == adapter and dropout == 0)
     ]
     passed = all(check.passed for check in checks)
@@ -72,8 +72,8 @@ def run(as_json: bool) -> bool:
 
 
 def check_op(op: str, base: torch.dtype, adapter: torch.dtype, dropout: float) -> Check:
-    """The op's outputs and all gradients against the reference in fp64 on the same, already
-    rounded, inputs."""
+    """Errors of the op's outputs and gradients against the reference in fp64 on the same rounded
+    inputs."""
     inputs = make_inputs(op, base, adapter)
     exact_inputs = {name: tensor.double() for name, tensor in inputs.items()}
     got = forward_and_gradients(ops, op, inputs, dropout)
@@ -86,22 +86,22 @@ def check_op(op: str, base: torch.dtype, adapter: torch.dtype, dropout: float) -
 
 
 def worst_of(errors: list[float]) -> float:
-    """max() passes over NaN depending on the order, so NaN counts as infinite here."""
+    """The largest error; NaN counts as infinite, because max() may skip it."""
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def error_limit(dtype: torch.dtype) -> float:
     """Largest error allowed, relative to the largest entry of the exact tensor.
 
-    Half sizes are rounded where they are stored, the [M, r] tensors between the products included,
-    and accumulate in fp32; fp32 and fp64 round with every addition.
+    bf16 and fp16 round every stored tensor, the [M, r] ones between the products included, and
+    accumulate in fp32; fp32 and fp64 round with every addition.
     """
     units = 4 if dtype.itemsize == 2 else 16
     return units * torch.finfo(dtype).eps
 
 
 def make_inputs(op: str, base: torch.dtype, adapter: torch.dtype) -> Inputs:
-    """Every differentiable argument of the op, the optional ones included."""
+    """All differentiable arguments of the op, the optional ones included."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -14,7 +14,7 @@ _PACKAGES = ("transformers", "peft", "safetensors", "gguf", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """JSON-able facts about the software and the machine."""
+    """Facts about the software and the machine, JSON-serializable."""
     return {
         "lowrank_ext": lr.__version__,
         "python": platform.python_version(),

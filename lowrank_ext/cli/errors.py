@@ -1,4 +1,4 @@
-"""What the command line tool says when it cannot go on: one line, no traceback."""
+"""Errors of the command line tool, which are shown as one line without a traceback."""
 
 import difflib
 from collections.abc import Iterator, Sequence

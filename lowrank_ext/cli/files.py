@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written to a temporary name, fsynced, renamed."""
+"""Atomic writing of files and directories: to a temporary name, fsynced, renamed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ MEBIBYTE = 2**20
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file or leaves what was there before."""
+    """Writes a file atomically: on failure an old one is unchanged."""
     with cannot_write(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -45,7 +45,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Gives a temporary directory to fill; on success it takes the place of `path`."""
+    """Yields a temporary directory to fill, which replaces `path` on success."""
     with cannot_write(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -59,8 +59,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Renames `source` to `target`. A directory cannot be renamed over one that has files, so the
-    old one moves aside."""
+    """Renames `source` to `target`. A directory cannot be renamed over one that has files, so an
+    old one is moved aside first."""
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
@@ -81,9 +81,9 @@ def _sync_tree(directory: Path) -> None:
 
 @contextmanager
 def cannot_write(path: Path) -> Iterator[None]:
-    """A full disk or a missing permission becomes one line that names the path.
+    """Turns a failed write (full disk, missing permission) into a UserError that names the path.
 
-    torch.save and safetensors report a failed write with exceptions of their own, hence the names.
+    torch.save and safetensors raise their own exceptions, which are recognized by name.
     """
     try:
         yield

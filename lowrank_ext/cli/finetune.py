@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lowrank_ext.cli import methods
 from lowrank_ext.cli.checkpoints import (
     checkpoints,
     remove_checkpoints,
@@ -39,6 +38,7 @@ from lowrank_ext.cli.measure import (
     release_memory,
     saved_bytes,
 )
+from lowrank_ext.cli.methods import Entry, base_dtype, count, entry, trainable_parameters
 from lowrank_ext.cli.models import (
     CausalLM,
     LoadedModel,
@@ -58,7 +58,7 @@ from lowrank_ext.cli.report import (
     write_report,
     write_result,
 )
-from lowrank_ext.cli.settings import WITH_EXPERTS, Settings
+from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.training import (
     Events,
     Progress,
@@ -72,15 +72,15 @@ TIMING_ROUNDS = 5
 _SETTINGS = "settings.json"
 _RESULT = "result.json"
 _LOG = logging.getLogger("lowrank_ext.finetune")
-# Per parameter a run writes its value, two AdamW moments, an fp32 master and with AFLoRA three
-# statistics; the old checkpoint goes after the new.
+# Per parameter a run writes its value, two AdamW moments, an fp32 master and up to three statistics
+# of a freezing schedule; two checkpoints exist while the old one is replaced.
 _BYTES_PER_STORED_PARAMETER = 2 * 4 * 7
 
 
 @dataclass
 class Job:
-    """What all methods of a run share. `base` is never trained: methods get copies, and it is the
-    frozen model that they are measured against."""
+    """What all methods of a run share. `base` is never trained: methods train copies of it and are
+    compared with it as the frozen model."""
 
     settings: Settings
     out: Path
@@ -96,12 +96,12 @@ class Job:
 
     @property
     def batch(self) -> Tensor:
-        """The batch that everything is measured on: the first one."""
+        """The batch of all measurements: the first one."""
         return self.corpus.train_batch(0, self.settings.batch, self.settings.seed)
 
     @property
     def num_parameters(self) -> int:
-        return methods.count(self.base.parameters())
+        return count(self.base.parameters())
 
     @property
     def tokens_per_step(self) -> int:
@@ -135,7 +135,7 @@ def stored_settings(out: Path) -> Settings:
 def prepare(
     settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
 ) -> Job:
-    """Loads model and text and checks everything that can be checked before the first step."""
+    """Loads model and text, with all checks that are possible before the first step."""
     source = find_model(settings.model)
     dtype = resolve_dtype(settings.dtype)
     resolve_adapter_dtype(settings.adapter_dtype, dtype)
@@ -160,7 +160,7 @@ def make_job(
     loaded: LoadedModel,
     corpus: Corpus,
 ) -> Job:
-    """Freezes the base model and measures what it keeps for backward."""
+    """Freezes the base model and measures the bytes that it keeps for backward."""
     base = loaded.model.requires_grad_(False)
     if settings.compile:
         base.compile()
@@ -182,7 +182,7 @@ def make_job(
 
 
 def start_over(settings: Settings, out: Path) -> None:
-    """Removes what an earlier run left to continue, then stores the settings of this one."""
+    """Removes checkpoints and results of an earlier run, then stores the settings of this one."""
     for method in settings.methods:
         directory = settings.method_directory(out, method)
         remove_checkpoints(directory)
@@ -191,13 +191,13 @@ def start_over(settings: Settings, out: Path) -> None:
 
 
 def describe(job: Job) -> None:
-    """Two lines about model and text."""
+    """Prints two lines about model and text."""
     settings, corpus = job.settings, job.corpus
     held_out = sum(rows.numel() for rows in job.held_out)
     job.console.print(
         f"{human_count(job.num_parameters)} parameters, {torch.get_num_threads()} threads; "
         f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
-        f"{settings.targets}{_experts(settings)}{_stages(settings)}\n"
+        f"{settings.targets}{_details(settings)}\n"
         f"{corpus.description}, {corpus.train.numel():,} tokens to train on, {held_out:,} held "
         f"out; {settings.steps} steps of {settings.batch} x {settings.seq_len} tokens",
         markup=False,
@@ -205,21 +205,15 @@ def describe(job: Job) -> None:
     )
 
 
-def _experts(settings: Settings) -> str:
-    if not WITH_EXPERTS.intersection(settings.methods):
-        return ""
-    return f"; {settings.experts} experts, {settings.top_k} per token, balance {settings.balance:g}"
-
-
-def _stages(settings: Settings) -> str:
-    if "set-and-sequence" not in settings.methods:
-        return ""
-    return f"; set stage {settings.set_steps()} steps on windows of {settings.window} tokens"
+def _details(settings: Settings) -> str:
+    """The methods' clauses for the line; equal ones appear once."""
+    clauses = (recipe.describe(settings) for recipe in settings.recipes())
+    return "".join(f"; {clause}" for clause in dict.fromkeys(clauses) if clause is not None)
 
 
 def run_or_reuse(job: Job, method: str) -> Result:
-    """The stored result when a resumed run has it, else a new one. Raises Interrupted when the
-    user stops."""
+    """The stored result if a resumed run has one, else a new one. Raises Interrupted when the user
+    stops."""
     directory = job.settings.method_directory(job.out, method)
     if job.resume and (directory / _RESULT).is_file():
         job.console.print(f"{method}: already finished", markup=False)
@@ -227,28 +221,29 @@ def run_or_reuse(job: Job, method: str) -> Result:
     with cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
     release_memory()
-    result = run_frozen(job) if method == "frozen" else run_method(job, method, directory)
+    found = entry(method)
+    result = run_method(job, found, directory) if found.trains else run_frozen(job, found)
     write_result(directory / _RESULT, result)
     remove_checkpoints(directory)
     _LOG.info("%s: finished, held-out loss %.6f", method, result.held_out[-1][1])
     return result
 
 
-def run_frozen(job: Job) -> Result:
-    """The base model itself: held-out loss, and what forward + backward through it costs."""
-    with display_for(job, "frozen") as display:
+def run_frozen(job: Job, entry: Entry) -> Result:
+    """Measures the base model: held-out loss, and the cost of forward + backward."""
+    with display_for(job, entry) as display:
         display.phase("evaluating")
         loss = held_out_loss(job.base, job.held_out)
         display.phase("measuring")
         with PeakMemory() as peak:
-            # The frozen model takes both turns, hence half the rounds.
+            # The frozen model is timed in both roles, hence half the rounds.
             timing = interleaved_timing(
                 job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
             )
         display.phase(f"held-out loss {loss:.4f}")
-    stop_if_requested(job, "frozen", 0)
+    stop_if_requested(job, entry.name, 0)
     return Result(
-        method="frozen",
+        method=entry.name,
         learning_rate=0.0,
         trainable_at_start=0,
         trainable_at_end=0,
@@ -271,71 +266,70 @@ def run_frozen(job: Job) -> Result:
     )
 
 
-def run_method(job: Job, method: str, directory: Path) -> Result:
-    """Trains one method from the common start (or from its checkpoint), saves it, then measures
-    it."""
-    with display_for(job, method) as display:
-        trainer = start_trainer(job, method, directory, display)
+def run_method(job: Job, entry: Entry, directory: Path) -> Result:
+    """Trains one method from the common start or from its checkpoint, saves and measures it."""
+    with display_for(job, entry) as display:
+        trainer = start_trainer(job, entry, directory, display)
         with PeakMemory() as peak:
             trainer.train(job.corpus, job.held_out, events_for(job, directory, display))
-        methods.save(method, trainer.model, job.tokenizer, directory)
-        stop_if_requested(job, method, trainer.progress.step)
+        entry.save(trainer.model, job.tokenizer, directory)
+        stop_if_requested(job, entry.name, trainer.progress.step)
         display.phase("measuring")
         result = measure_method(job, trainer, peak, directory)
         display.phase(f"held-out loss {result.held_out[0][1]:.4f} > {result.held_out[-1][1]:.4f}")
-    stop_if_requested(job, method, trainer.progress.step)
+    stop_if_requested(job, entry.name, trainer.progress.step)
     return result
 
 
-def start_trainer(job: Job, method: str, directory: Path, display: Display) -> Trainer:
-    """A new trainer, evaluated and measured before its first step, or the one that a checkpoint
-    holds."""
+def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> Trainer:
+    """A trainer from a checkpoint, or a new one, evaluated and measured before its first step."""
     settings = job.settings
     found = checkpoints(directory) if job.resume else []
     display.phase("continuing" if found else "preparing")
     torch.manual_seed(settings.seed)
-    # The copy shares nothing with the frozen model and, made by deepcopy, is not compiled yet.
+    # A deep copy shares nothing with the frozen model and is not compiled yet.
     base = copy.deepcopy(job.base)
     if found:
-        trainer = restore_trainer(method, base, settings, found[-1], job.text_digest)
+        trainer = restore_trainer(entry, base, settings, found[-1], job.text_digest)
     else:
-        trainer = Trainer(method, methods.build(method, base, settings), settings)
+        trainer = Trainer(entry, entry.build(base, settings), settings)
     require_free_space(job.out, bytes_to_write(job, trainer.model))
     if settings.compile:
         trainer.model.compile()
     if not found:
-        torch.manual_seed(settings.seed)  # the same dropout draws whatever the initialisation drew
+        torch.manual_seed(settings.seed)  # dropout must not depend on the draws of the init
         record_start(job, trainer, display)
     _LOG.info(
         "%s: from step %d, learning rate %g",
-        method,
+        entry.name,
         trainer.progress.step,
-        settings.learning_rate(method),
+        settings.learning_rate(entry.name),
     )
     return trainer
 
 
 def bytes_to_write(job: Job, model: CausalLM) -> int:
-    """A generous estimate of the disk space that adapter and checkpoints take."""
-    added = methods.count(model.parameters()) - job.num_parameters
-    trained = methods.count(methods.trainable_parameters(model))
+    """An upper estimate of the disk space of adapter and checkpoints."""
+    added = count(model.parameters()) - job.num_parameters
+    trained = count(trainable_parameters(model))
     return 16 * MEBIBYTE + _BYTES_PER_STORED_PARAMETER * max(added, trained)
 
 
 def record_start(job: Job, trainer: Trainer, display: Display) -> None:
-    """Numbers from before the first step. None of them draws from the random generator that
-    training uses."""
-    trainer.progress.trainable_at_start = methods.count(methods.trainable_parameters(trainer.model))
+    """Measures before the first step, without draws from training's random generator."""
+    trainer.progress.trainable_at_start = count(trainable_parameters(trainer.model))
     trainer.progress.saved_bytes_at_start = saved_bytes(
-        trainer.model, lambda: training_loss(trainer.model, job.batch)[1]
+        trainer.model, lambda: training_loss(trainer.model, job.batch, trainer.training)[1]
     )
     display.phase("evaluating")
     trainer.evaluate(job.held_out)
-    trainer.progress.expert_load_at_start = count_experts(trainer.model, job.held_out)
+    trainer.progress.expert_load_at_start = count_experts(
+        trainer.model, job.held_out, trainer.training
+    )
 
 
 def events_for(job: Job, directory: Path, display: Display) -> Events:
-    """Progress goes to the display and the log, checkpoints to `directory`."""
+    """Events that send progress to the display and the log, and checkpoints to `directory`."""
 
     def on_step(progress: Progress) -> None:
         display.update(progress)
@@ -354,21 +348,20 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
 
 
 def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path) -> Result:
-    """Bytes and time after the last step, in training mode, on the batch that the frozen model
-    gets too."""
+    """Measures bytes and time after the last step, in training mode, on `job.batch`."""
     model, progress = trainer.model, trainer.progress
 
     def loss_of() -> Tensor:
-        return training_loss(model, job.batch)[1]
+        return training_loss(model, job.batch, trainer.training)[1]
 
     saved = saved_bytes(model, loss_of)
     timing = interleaved_timing(loss_of, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested)
-    name = methods.saved_name(trainer.method)
+    name = trainer.entry.saved_name
     return Result(
-        method=trainer.method,
-        learning_rate=job.settings.learning_rate(trainer.method),
+        method=trainer.entry.name,
+        learning_rate=job.settings.learning_rate(trainer.entry.name),
         trainable_at_start=progress.trainable_at_start,
-        trainable_at_end=methods.count(methods.trainable_parameters(model)),
+        trainable_at_end=count(trainable_parameters(model)),
         saved_bytes_at_start=progress.saved_bytes_at_start,
         saved_bytes_at_end=saved,
         frozen_saved_bytes=job.frozen_saved_bytes,
@@ -383,13 +376,13 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
         held_out=progress.held_out,
         losses=progress.losses,
         expert_load_at_start=progress.expert_load_at_start,
-        expert_load_at_end=count_experts(model, job.held_out),
+        expert_load_at_end=count_experts(model, job.held_out, trainer.training),
         saved_to=None if name is None else str(directory / name),
     )
 
 
 def stop_if_requested(job: Job, method: str, step: int) -> None:
-    """Raises Interrupted with the command that goes on."""
+    """Raises Interrupted, with the command that resumes the run, if the user has stopped it."""
     if job.stop.requested:
         raise Interrupted(
             f"stopped {method} after step {step} of {job.settings.steps}, everything is saved; "
@@ -397,11 +390,11 @@ def stop_if_requested(job: Job, method: str, step: int) -> None:
         )
 
 
-def display_for(job: Job, method: str) -> Display:
+def display_for(job: Job, entry: Entry) -> Display:
     """The display of one method; its title counts the methods of a comparison."""
-    names = job.settings.methods
-    title = f"[{names.index(method) + 1}/{len(names)}] {method}" if len(names) > 1 else method
-    steps = 0 if method == "frozen" else job.settings.steps
+    names, name = job.settings.methods, entry.name
+    title = f"[{names.index(name) + 1}/{len(names)}] {name}" if len(names) > 1 else name
+    steps = job.settings.steps if entry.trains else 0
     return make_display(job.console, title, steps, job.tokens_per_step)
 
 
@@ -410,7 +403,7 @@ def finish(job: Job, results: list[Result]) -> None:
     settings = job.settings
     model = {
         "name": find_model(settings.model).name,
-        "dtype": dtype_name(methods.base_dtype(job.base)),
+        "dtype": dtype_name(base_dtype(job.base)),
         "parameters": job.num_parameters,
         "train_tokens": job.corpus.train.numel(),
         "held_out_tokens": sum(rows.numel() for rows in job.held_out),
@@ -430,7 +423,7 @@ def finish(job: Job, results: list[Result]) -> None:
 
 @contextmanager
 def log_file(path: Path, append: bool) -> Iterator[None]:
-    """Sends the log of this run, and the warnings of libraries, to a file and nowhere else."""
+    """Sends the log of this run, and the warnings of libraries, to a file only."""
     with cannot_write(path):
         handler = logging.FileHandler(path, mode="a" if append else "w")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -16,15 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
 from lowrank_ext.cli.settings import DTYPES
-from lowrank_ext.guard import GuardModel, TextScore, conversation, screen
-from lowrank_ext.guard.files import HEAD_NAME
+from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
+from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 
 STDIN = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user typed."""
+    """The options of the command."""
 
     file: str
     adapter: Path
@@ -86,14 +86,14 @@ def run(options: Options) -> None:
 
 
 def read_lines(options: Options) -> list[Line]:
-    """The texts to score. Lines of white space alone are left out."""
+    """The texts to score; blank lines are left out."""
     name = "stdin" if options.file == STDIN else options.file
     with as_user_error(f"cannot read {name}", OSError, UnicodeDecodeError):
         if options.file == STDIN:
             content = sys.stdin.buffer.read()
         else:
             content = Path(options.file).read_bytes()
-        # Not splitlines: a text may hold form feeds and other separators that are no line ends.
+        # splitlines would also split at form feeds and other separators inside a text.
         raw = content.decode("utf-8-sig").split("\n")
     is_jsonl = options.jsonl or (options.file != STDIN and Path(options.file).suffix == ".jsonl")
     return [
@@ -150,7 +150,7 @@ def load_guard(loaded: LoadedModel, adapter: Path) -> GuardModel:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr where that is a terminal, so that stdout can be piped."""
+    """A bar on stderr, if that is a terminal, so that stdout can be piped."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None

@@ -1,4 +1,4 @@
-"""The entry point: options, and the place where errors become one line and an exit code."""
+"""The entry point: options of the commands, and errors as one line and an exit code."""
 
 import dataclasses
 import sys
@@ -14,10 +14,19 @@ except ImportError:
 
 import lowrank_ext as lr
 from lowrank_ext.cli.errors import Interrupted, UserError, one_line
-from lowrank_ext.cli.settings import METHODS, Settings, parse_methods
+from lowrank_ext.cli.options import with_method_options
+from lowrank_ext.cli.settings import Settings, method_names, method_options, parse_methods
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +72,7 @@ def errors_as_lines() -> Iterator[None]:
 
 
 @app.command()
+@with_method_options(after="lr")
 def finetune(
     context: typer.Context,
     model: Annotated[
@@ -81,7 +91,7 @@ def finetune(
         str, typer.Option(help="The field of .jsonl lines that holds the text.")
     ] = "text",
     method: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(METHODS)}.", show_default="lora")
+        str | None, typer.Option(help=f"One of {', '.join(method_names())}.", show_default="lora")
     ] = None,
     compare: Annotated[
         str | None,
@@ -103,58 +113,12 @@ def finetune(
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")
     ] = None,
-    freeze_eta: Annotated[
-        float,
-        typer.Option(
-            help="LaMDA: lora_b is frozen column by column over this part of the steps. AFLoRA: "
-            "after this part everything but its vectors is frozen."
-        ),
-    ] = 0.3,
-    freeze_start: Annotated[
-        float | None,
-        typer.Option(
-            help="AFLoRA: nothing is frozen in this part of the steps.",
-            show_default="a third of --freeze-eta",
-        ),
-    ] = None,
-    freeze_decay: Annotated[
-        str, typer.Option(help="AFLoRA: how the part that trains falls, cubic or quadratic.")
-    ] = "cubic",
-    freeze_window: Annotated[
-        int | None,
-        typer.Option(
-            help="AFLoRA: steps between decisions.", show_default="10, less in short runs"
-        ),
-    ] = None,
-    experts: Annotated[
-        int, typer.Option(help="goat, moe-lora: experts per module, which share the rank.")
-    ] = 8,
-    top_k: Annotated[int, typer.Option(help="goat, moe-lora: experts per token.")] = 2,
-    balance: Annotated[
-        float, typer.Option(help="goat, moe-lora: factor of the load balance loss; 0: none.")
-    ] = 1e-3,
-    set_fraction: Annotated[
-        float,
-        typer.Option(
-            help="set-and-sequence: part of the steps in the first stage, on shuffled windows."
-        ),
-    ] = 0.5,
-    window: Annotated[
-        int, typer.Option(help="set-and-sequence: tokens per window of the first stage.")
-    ] = 32,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
-        ),
-    ] = "auto",
+    dtype: Dtype = "auto",
     adapter_dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
     ] = "fp32",
-    seed: Annotated[int, typer.Option(help="Initialisation, order of the data, dropout.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Initialization, order of the data, dropout.")] = 0,
+    threads: Threads = None,
     eval_batches: Annotated[
         int, typer.Option(help="Held-out batches per evaluation, at most.")
     ] = 6,
@@ -168,12 +132,13 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out with its own settings.")
     ] = False,
+    **options_of_methods: Any,
 ) -> None:
     """Fine-tune a causal language model and show what was gained.
 
     Without options: LoRA on SmolLM2-135M and the language topics of Python's manual. Writes
-    adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out, and for goat and
-    moe-lora expert_load.png. Ctrl-C stops after the current step and saves; --resume continues to
+    adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out, and for methods with
+    experts expert_load.png. Ctrl-C stops after the current step and saves; --resume continues to
     the same numbers.
     """
     with errors_as_lines():
@@ -190,7 +155,7 @@ def finetune(
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    """Paths become absolute, so that a run can be continued from another directory."""
+    """The settings, with absolute paths, so that a run can be resumed from another directory."""
     methods, is_comparison = parse_methods(options["method"], options["compare"])
     model = options["model"]
     derived: dict[str, Any] = {
@@ -201,19 +166,19 @@ def _settings(options: dict[str, Any]) -> Settings:
         if model is not None and Path(model).exists()
         else model,
     }
-    plain = {field.name for field in dataclasses.fields(Settings)} - set(derived)
-    return Settings(**derived, **{name: options[name] for name in plain})
+    own = {option.name: options[option.name] for option in method_options()}
+    plain = {field.name for field in dataclasses.fields(Settings)} - {*derived, "options"}
+    return Settings(**derived, **{name: options[name] for name in plain}, options=own)
 
 
 def _check_same_settings(context: typer.Context, asked: Settings, stored: Settings) -> None:
-    """Raises UserError when an option given with --resume differs from the run that is to be
-    continued."""
+    """Raises UserError when an option given with --resume differs from the resumed run's."""
     for option in context.params:
         source = context.get_parameter_source(option)
         if source is None or source.name != "COMMANDLINE" or option in ("out", "resume"):
             continue
         name = "methods" if option in ("method", "compare") else option
-        was, now = getattr(stored, name), getattr(asked, name)
+        was, now = stored.to_dict()[name], asked.to_dict()[name]
         if was != now:
             flag = "--" + option.replace("_", "-")
             raise UserError(
@@ -259,15 +224,8 @@ def guard(
             show_default="the context, at most 512",
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
-    ] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object per text.")] = False,
 ) -> None:
     """Score texts with a guard: the probability that each is unsafe.

@@ -1,5 +1,4 @@
-"""What a method costs: bytes kept for backward, peak memory, and time against the frozen model,
-interleaved."""
+"""Costs of a method: bytes kept for backward, peak memory, time beside the frozen model's."""
 
 import ctypes
 import gc
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import psutil
@@ -24,8 +22,8 @@ _SAMPLE_SECONDS = 0.02
 
 
 def frozen_loss(model: CausalLM, tokens: Tensor) -> Tensor:
-    """Loss whose backward runs through every layer of a model with no trainable weight: the
-    embeddings need a gradient."""
+    """Loss whose backward runs through every layer of a model without trainable weights: the
+    embeddings' output requires a gradient."""
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
     loss: Tensor = model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss
     return loss
@@ -33,8 +31,8 @@ def frozen_loss(model: CausalLM, tokens: Tensor) -> Tensor:
 
 def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
     """Bytes that one forward keeps for its backward: distinct storages of saved tensors, without
-    the model's own parameters and buffers. A storage counts whole, since a view keeps all of it.
-    The random generator and the gradients are left as they were."""
+    the model's parameters and buffers. A storage counts whole, since a view keeps all of it.
+    Random generator and gradients are unchanged."""
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
@@ -43,15 +41,13 @@ def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        return (
-            tensor.detach()
-        )  # same storage; returning the tensor itself would tie it to its own graph
+        return tensor.detach()  # same storage; the tensor itself would refer to its own graph
 
     with (
         torch.random.fork_rng(devices=[]),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
     ):
-        loss = loss_of()  # keeps the graph alive, so no address is used twice
+        loss = loss_of()  # keeps the graph alive, so no address is reused
     del loss
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
@@ -70,8 +66,8 @@ def interleaved_timing(
     rounds: int,
     stop: Callable[[], bool],
 ) -> Timing:
-    """Times forward + backward of both, taking turns, so that a busy machine slows both. One warm-
-    up round each."""
+    """Times forward + backward of both in turns, so that a busy machine slows both; after one
+    warm-up round each."""
     pairs: list[tuple[float, float]] = []
     _milliseconds(method), _milliseconds(frozen)
     while len(pairs) < rounds and not (pairs and stop()):
@@ -90,16 +86,15 @@ def _milliseconds(loss_of: Callable[[], Tensor]) -> float:
 
 
 def release_memory() -> None:
-    """Hands freed memory back to the system, so that one method's peak is not the next one's
-    floor."""
+    """Returns freed memory to the system, so that it does not count in the next method's peak."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:
-    """Peak resident memory of the process while entered. On Linux the kernel's own high-water mark,
-    reset on entry; elsewhere samples taken every 20 ms. `source` says which."""
+    """Peak resident memory of the process inside a `with` block: on Linux the kernel's high-water
+    mark, reset on entry, elsewhere samples every 20 ms. `source` names which."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -114,12 +109,7 @@ class PeakMemory:
             self._start_sampling()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.source == "VmHWM":
             self.num_bytes = _high_water_mark()
         else:

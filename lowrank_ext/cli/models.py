@@ -21,7 +21,7 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in training mode and what belongs to it."""
+    """A causal language model in training mode, with its tokenizer."""
 
     model: CausalLM
     tokenizer: Any
@@ -86,7 +86,7 @@ def find_model(model: str | None) -> ModelSource:
 
 
 def _default_model_directory() -> Path:
-    # Only located, never imported: the package's own dependencies are not needed to read its file.
+    # Located but not imported, because reading its file does not need the package's dependencies.
     spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -109,7 +109,7 @@ def _in_directory(directory: Path) -> ModelSource:
 
 
 def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
-    """The model and its tokenizer, from local files only. GGUF is unpacked in fp32 and rounded
+    """The model and its tokenizer, from local files only. GGUF is dequantized in fp32 and rounded
     once to `dtype`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -123,8 +123,8 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     logging.disable_progress_bar()
     load_dtype = torch.float32 if source.gguf_file else dtype
     options: dict[str, Any] = {"local_files_only": True, "gguf_file": source.gguf_file}
-    # Exception: what a damaged file raises depends on its format and on the library that reads it.
-    # The GGUF reader draws a progress bar of its own, which would tear ours.
+    # Exception, as a damaged file raises errors that depend on its format and library.
+    # stderr is redirected, as the GGUF reader's progress bar would disturb ours.
     with as_user_error(f"cannot load {source.name}", Exception), redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model: CausalLM = AutoModelForCausalLM.from_pretrained(
@@ -134,7 +134,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
 
 
 def check_context(model: CausalLM, seq_len: int) -> None:
-    """Raises UserError when a sequence is longer than the positions that the model knows."""
+    """Raises UserError when a sequence is longer than the model's maximum number of positions."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and seq_len > context:
         raise UserError(f"--seq-len must be at most {context}, the model's context, got {seq_len}")

@@ -24,8 +24,8 @@ _METHOD_WIDTH = 12  # longer names are broken at a hyphen
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything measured about one method. "At start" is before the first step, "at end" after the
-    last: they differ where a method freezes tensors on the way, as LaMDA does."""
+    """All measurements of one method. "At start" is before the first step, "at end" after the
+    last: they differ where a method freezes tensors during training, as LaMDA does."""
 
     method: str
     learning_rate: float
@@ -54,7 +54,7 @@ class Result:
         return self.saved_bytes_at_end / self.frozen_saved_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, with the ratios and the two losses that the table shows."""
+        """JSON-serializable, with the ratios and the two losses that the table shows."""
         return {
             **dataclasses.asdict(self),
             "saved_bytes_ratio": self.saved_ratio,
@@ -64,12 +64,12 @@ class Result:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """One method's numbers, so that --resume does not measure it again."""
+    """Stores one method's result, so that --resume does not measure it again."""
     write_json(path, dataclasses.asdict(result))
 
 
 def read_result(path: Path) -> Result:
-    """What `write_result` wrote."""
+    """Reads what `write_result` wrote."""
     values = read_json(path)
     try:
         return Result(**{**values, "held_out": [(step, loss) for step, loss in values["held_out"]]})
@@ -111,7 +111,7 @@ _COLUMNS = (
 
 
 def results_table(results: list[Result], title: str) -> Table:
-    """One row per method, not wider than 80 characters, so that no number is ever cut off."""
+    """One row per method, at most 80 characters wide, so that no number is cut off."""
     table = Table(
         title=Text(title),
         title_justify="left",
@@ -123,7 +123,7 @@ def results_table(results: list[Result], title: str) -> Table:
     )
     table.add_column("method", no_wrap=True)
     for name in _COLUMNS:
-        # Only the first column may wrap: it has "2.54 M > 53.8 k".
+        # Only the first column may wrap, as it may have "2.54 M > 53.8 k".
         table.add_column(name, justify="right", no_wrap=name != _COLUMNS[0])
     for result in results:
         table.add_row(*_cells(result))
@@ -166,7 +166,7 @@ def human_count(number: int) -> str:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Exponential mean, corrected for its start."""
+    """Exponential moving average, with bias correction."""
     mean, weight, values = 0.0, 0.0, []
     for loss in losses:
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
@@ -176,12 +176,12 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def loss_plot(results: list[Result]) -> bytes:
-    """PNG: smoothed training loss as thin lines, held-out loss as markers, a colour per method."""
+    """PNG: smoothed training loss as thin lines, held-out loss as markers, a color per method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # never opens a window, whatever backend is configured
+    canvas = FigureCanvasAgg(figure)  # opens no window, whatever backend is configured
     axes = figure.add_subplot(
         xlabel="step",
         ylabel="loss (nats per token)",
@@ -189,7 +189,7 @@ def loss_plot(results: list[Result]) -> bytes:
     )
     markers = "osD^vP"
     for index, result in enumerate(results):
-        # Later methods are drawn thinner, so that curves which coincide can all be seen.
+        # Later methods are drawn thinner, so that coinciding curves stay visible.
         width = 1.2 + 0.8 * (len(results) - 1 - index)
         _plot_result(axes, result, f"C{index}", markers[index % len(markers)], width)
     axes.set_ylim(*loss_range(results))
@@ -201,8 +201,8 @@ def loss_plot(results: list[Result]) -> bytes:
 
 
 def loss_range(results: list[Result]) -> tuple[float, float]:
-    """Axis limits that show the held-out losses and the second half of every training curve: a few
-    wild first steps would flatten everything else."""
+    """Axis limits for the held-out losses and the second half of every training curve: large
+    losses of the first steps would flatten the rest."""
     shown = [loss for result in results for _, loss in result.held_out]
     for result in results:
         shown += smoothed(result.losses)[len(result.losses) // 2 :]
@@ -236,7 +236,7 @@ def _plot_result(axes: Any, result: Result, color: str, marker: str, width: floa
 
 
 def sorted_shares(load: dict[str, list[int]]) -> Tensor:
-    """Expert loads [modules, experts], a module's busiest expert first, in even shares."""
+    """Expert loads [modules, experts] relative to an even share, descending in each module."""
     counts = torch.tensor(list(load.values()), dtype=torch.float64)
     shares = counts * counts.shape[1] / counts.sum(dim=1, keepdim=True).clamp(min=1)
     return shares.sort(dim=1, descending=True).values

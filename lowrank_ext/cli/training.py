@@ -10,26 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lowrank_ext as lr
-from lowrank_ext.cli import methods
-from lowrank_ext.cli.data import Corpus, shuffled_windows
+from lowrank_ext.cli.data import Corpus
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.methods import Entry, base_dtype, trainable_parameters
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.recipe import Training
 
 WARM_UP_FRACTION = 0.1
 MAX_GRAD_NORM = 1.0
-# fp16 gradients below 6e-8 are lost; a constant factor is enough for the short range of adapter
+# fp16 gradients below 6e-8 are lost; a constant factor suffices for the small range of adapter
 # gradients.
 FP16_LOSS_SCALE = 1024.0
 NUM_EVALUATIONS = 4
 
 
-def training_loss(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`model_loss`, and what is to be differentiated: with the routers' balance loss added."""
+def training_loss(model: CausalLM, tokens: Tensor, training: Training) -> tuple[Tensor, Tensor]:
+    """`model_loss`, and the loss for backward, which includes the method's extra loss."""
     loss = model_loss(model, tokens)
-    balance = methods.balance_loss(model)
-    return loss, loss if balance is None else loss + balance
+    return loss, loss if training.extra_loss is None else loss + training.extra_loss(model)
 
 
 def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
@@ -39,11 +38,13 @@ def model_loss(model: CausalLM, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def count_experts(model: CausalLM, batches: list[Tensor]) -> dict[str, list[int]] | None:
-    """How many tokens of the batches each expert gets, by module; None without experts."""
-    if not methods.has_experts(model):
+def count_experts(
+    model: CausalLM, batches: list[Tensor], training: Training
+) -> dict[str, list[int]] | None:
+    """Number of tokens of the batches that each expert gets, by module; None without experts."""
+    if training.expert_load is None:
         return None
-    with lr.expert_load(model) as load:
+    with training.expert_load(model) as load:
         held_out_loss(model, batches)
     return {path: counts.tolist() for path, counts in load.counts.items()}
 
@@ -61,8 +62,7 @@ def held_out_loss(model: CausalLM, batches: list[Tensor]) -> float:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth, then cosine to zero; depends on the step alone, so it
-    needs no state."""
+    """Linear warm-up over the first tenth, then cosine to zero; a function of the step alone."""
     warm_up = max(1, round(WARM_UP_FRACTION * steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -70,8 +70,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW that steps in fp32. A bf16 or fp16 parameter has an fp32 master that is rounded into it
-    once per step, so that small updates are not lost; the rule is the same for every method."""
+    """AdamW in fp32. A bf16 or fp16 parameter has an fp32 master that is rounded into it once per
+    step, so that small updates are not lost; the same for every method."""
 
     def __init__(
         self, groups: Sequence[tuple[list[nn.Parameter], float]], loss_scale: float
@@ -123,14 +123,14 @@ class Optimizer:
                 parameter.copy_(master)
 
     def forget_frozen(self) -> None:
-        """Drops the moments of parameters that train no more."""
+        """Drops the moments of frozen parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if not parameter.requires_grad:
                 master.grad = None
                 self.adamw.state.pop(master, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state and the masters of half-size parameters."""
+        """AdamW's state and the fp32 masters."""
         pairs = zip(self.parameters, self.masters, strict=True)
         masters = [None if master is parameter else master.detach() for parameter, master in pairs]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
@@ -146,7 +146,7 @@ class Optimizer:
 
 @dataclass
 class Progress:
-    """What a run has seen so far; stored in checkpoints."""
+    """Steps, losses and times of a run so far; stored in checkpoints."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -161,7 +161,7 @@ class Progress:
 
 @dataclass
 class Events:
-    """Called by `train` after a step, for a checkpoint, and to ask whether the user stops it."""
+    """Callbacks of `train`: after a step, for a checkpoint, and whether the user stops the run."""
 
     on_step: Callable[[Progress], None]
     on_checkpoint: Callable[["Trainer"], None]
@@ -169,26 +169,35 @@ class Events:
 
 
 class Trainer:
-    """Model, optimiser, schedule and progress of one method."""
+    """Model, optimizer, schedule and progress of one method."""
 
-    def __init__(self, method: str, model: CausalLM, settings: Settings) -> None:
-        self.method = method
+    def __init__(self, entry: Entry, model: CausalLM, settings: Settings) -> None:
+        self.entry = entry
+        self.training = entry.training
         self.model = model
         self.settings = settings
         self.progress = Progress()
         self.optimizer = self._new_optimizer()
-        self.freezing = methods.freeze_schedule(model, settings)
+        self.freezing = self.training.schedule(model, settings)
 
     def _new_optimizer(self) -> Optimizer:
-        """For what trains now."""
-        loss_scale = FP16_LOSS_SCALE if methods.base_dtype(self.model) is torch.float16 else 1.0
-        groups = methods.parameter_groups(self.model, self.settings.learning_rate(self.method))
-        return Optimizer(groups, loss_scale)
+        """An optimizer of the parameters that train now."""
+        loss_scale = FP16_LOSS_SCALE if base_dtype(self.model) is torch.float16 else 1.0
+        return Optimizer(self._parameter_groups(), loss_scale)
+
+    def _parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """(parameters, learning rate) pairs, those with the run's rate first."""
+        rate = self.settings.learning_rate(self.entry.name)
+        groups = self.training.parameter_groups(self.model)
+        named = {id(parameter) for parameters, _ in groups for parameter in parameters}
+        others = [p for p in trainable_parameters(self.model) if id(p) not in named]
+        pairs = [(others, rate), *((parameters, factor * rate) for parameters, factor in groups)]
+        return [(parameters, own_rate) for parameters, own_rate in pairs if parameters]
 
     def train_step(self, tokens: Tensor) -> float:
         """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
         started = time.perf_counter()
-        loss, total = training_loss(self.model, tokens)
+        loss, total = training_loss(self.model, tokens, self.training)
         self._check_finite("loss", math.isfinite(total.item()))
         torch.autograd.backward(total * self.optimizer.loss_scale)
         updating = time.perf_counter()
@@ -201,49 +210,50 @@ class Trainer:
         return loss.item()
 
     def _update(self) -> None:
-        if isinstance(self.freezing, lr.AdaptiveFreezeSchedule):
-            self.freezing.step()  # what it freezes gets no update any more
+        if self.freezing is not None and self.freezing.before_optimizer:
+            self.freezing.step()  # before the update, which frozen parameters must not get
         factor = learning_rate_factor(*self._stage_position())
         updated = self.optimizer.step(factor)
-        # With a loss scale the scaled gradient may overflow now and then; that step is skipped.
+        # A scaled gradient may overflow occasionally; that step is skipped.
         self._check_finite("gradient", updated or self.optimizer.loss_scale != 1)
         self.progress.skipped_steps += not updated
-        if isinstance(self.freezing, lr.FreezeSchedule):
-            self.freezing.step()  # writes frozen columns back
         if self.freezing is not None:
+            if not self.freezing.before_optimizer:
+                self.freezing.step()  # writes frozen values back
             self.optimizer.forget_frozen()
 
     def _stage_position(self) -> tuple[int, int]:
-        """Step and steps of the present stage; of the whole training but for set-and-sequence."""
-        step, steps, set_steps = (
-            self.progress.step,
-            self.settings.steps,
-            self.settings.set_steps(),
-        )
-        positions = {"set": (step, set_steps), "sequence": (step - set_steps, steps - set_steps)}
-        stage = methods.stage(self.model)
-        return (step, steps) if stage is None else positions[stage]
+        """Step and number of steps of the present stage, or of a training without stages."""
+        step, stages = self.progress.step, self.training.stages
+        if not stages:
+            return step, self.settings.steps
+        present = self.training.stage_of(self.model)
+        before = sum(stage.num_steps(self.settings) for stage in stages[:present])
+        return step - before, stages[present].num_steps(self.settings)
 
     def _enter_stage(self) -> None:
-        """Set-and-sequence: the second stage, once its first step has come."""
-        due = self.progress.step >= self.settings.set_steps()
-        if due and methods.stage(self.model) == "set":
-            lr.motion.begin_residual_stage(self.model)
+        """Begins the next stage if the present one has had all its steps."""
+        stages, present = self.training.stages, self.training.stage_of(self.model)
+        if present + 1 >= len(stages):
+            return
+        step, steps = self._stage_position()
+        if step >= steps:
+            stages[present + 1].begin(self.model)
             self.optimizer = self._new_optimizer()
 
     def next_batch(self, corpus: Corpus) -> Tensor:
-        """Of the next step; in set-and-sequence's first stage its text is out of order."""
+        """The batch of the next step, as transformed by its stage."""
         settings, step = self.settings, self.progress.step
         tokens = corpus.train_batch(step, settings.batch, settings.seed)
-        if methods.stage(self.model) != "set":
+        stages = self.training.stages
+        if not stages:
             return tokens
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        return shuffled_windows(tokens, settings.window, generator)
+        return stages[self.training.stage_of(self.model)].batch(tokens, settings, step)
 
     def _check_finite(self, what: str, finite: bool) -> None:
         if not finite:
             raise UserError(
-                f"{self.method}: the {what} is not finite at step {self.progress.step + 1}; "
+                f"{self.entry.name}: the {what} is not finite at step {self.progress.step + 1}; "
                 "try a smaller --lr"
             )
 

@@ -1,1 +1,1 @@
-"""Glue to other libraries, none of which is imported before it is asked for."""
+"""Integrations with PEFT and transformers, which are imported only on use."""

@@ -6,10 +6,8 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -19,16 +17,19 @@ from lowrank_ext.integrations.peft_layer import (
     adapter_not_covered,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = ["AccelerationReport", "accelerate", "decelerate"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _OLDEST_PEFT = (0, 18)
-_WIDTH = 160  # of the table as text: what no reason and hardly a path exceeds
+_WIDTH = 160  # columns of the table as text: every reason and most paths fit
 
-# PEFT's layers whose forward is that of lora.Linear written out once more.
+# Classes of PEFT whose forward repeats that of lora.Linear.
 _COVERED_CLASSES = ("peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit")
-# Others, by the names of their classes.
+# Reasons why classes are left alone, by class name.
 _OTHER_CLASSES = {
     "Embedding": "an embedding is no linear module",
     "Conv1d": "a convolution is no linear module",
@@ -43,14 +44,14 @@ _OTHER_CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class AccelerationReport:
-    """What :func:`accelerate` did: ``print(report)`` and rich's ``print`` show it as a table.
+    """What ``accelerate`` did: ``print(report)`` and rich's ``print`` show it as a table.
 
     Attributes:
         model: the model.
         accelerated: paths of the layers that run on the fused ops.
-        left_alone: path and reason of the LoRA layers that are as PEFT made them.
-        partly: path and reason of accelerated layers some of whose adapters still run through
-            PEFT's forward.
+        left_alone: path and reason of the LoRA layers that keep PEFT's forward.
+        partly: path and reason of accelerated layers in which some adapters still run PEFT's
+            forward.
     """
 
     model: nn.Module = dataclasses.field(repr=False)
@@ -59,10 +60,12 @@ class AccelerationReport:
     partly: Mapping[str, str]
 
     def undo(self) -> None:
-        """:func:`decelerate` for the model."""
+        """``decelerate`` for the model."""
         decelerate(self.model)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
         total = len(self.accelerated) + len(self.left_alone)
         table = Table(title=f"{len(self.accelerated)} of {total} LoRA layers accelerated")
         table.add_column("layers", justify="right")
@@ -84,6 +87,8 @@ class AccelerationReport:
         return groups
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=_WIDTH)
         console.print(self)
         assert isinstance(console.file, io.StringIO)
@@ -95,39 +100,39 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
         y = x Wᵀ + bias + Σ scaling · (drop(x) lora_Aᵀ) lora_Bᵀ     over the active adapters
 
-    The layers get a subclass of their own class with another forward; modules, parameters, names
-    and files stay PEFT's. So ``save_pretrained``, ``load_adapter``, ``merge_adapter``,
-    ``merge_and_unload``, ``set_adapter``, ``add_adapter``, ``delete_adapter``, ``disable_adapter``,
-    ``add_weighted_adapter``, ``adapter_names`` and the rest of PEFT go on working, and may be used
+    Each layer's class becomes a subclass with another forward; modules, parameters, names and files
+    stay PEFT's. So ``save_pretrained``, ``load_adapter``, ``merge_adapter``, ``merge_and_unload``,
+    ``set_adapter``, ``add_adapter``, ``delete_adapter``, ``disable_adapter``,
+    ``add_weighted_adapter``, ``adapter_names`` and the rest of PEFT work as before, and may be used
     before and after. For layers that PEFT adds later call it again; calling it twice is harmless.
     Works on every model that carries PEFT's LoRA layers, a PeftModel or not (transformers'
     ``add_adapter``, diffusers' ``load_lora_adapter``).
 
-    Numbers: without dropout those of PEFT up to rounding. Beside a bfloat16 or float16 base float32
+    Results: without dropout those of PEFT up to rounding. Beside a bfloat16 or float16 base float32
     adapters are rounded to the base's dtype once per call, where PEFT multiplies in float32.
     Dropout has nn.Dropout's distribution, with p rounded to a multiple of 1/65536, but is drawn in
-    the kernel: from the same seed another mask.
+    the kernel, so the same seed gives another mask.
 
     Kept for backward: x and h [M, r] for each layer; no cast or dropped copy of x, no mask.
 
-    Left alone, with the reason in the report: layers that are no linear map, quantised layers with
-    a forward of their own, layers with a forward put on the instance (accelerate's device hooks),
-    and layers none of whose adapters is covered (DoRA and other variants, ``lora_bias``). What only
-    shows in a call (an adapter of an uncovered kind made active, dtypes that do not fit) goes
-    through PEFT's own forward, with a warning.
+    Left alone, with the reason in the report: layers that are no linear map, quantized layers with
+    their own forward, layers with a forward set on the instance (accelerate's device hooks), and
+    layers none of whose adapters is covered (DoRA and other variants, ``lora_bias``). Cases that
+    only a call reveals (an uncovered adapter made active, dtypes that do not fit) run PEFT's own
+    forward, with a warning.
 
     Args:
         model: a model with PEFT's LoRA layers.
 
     Returns:
-        the report; ``report.undo()`` gives PEFT's forward back.
+        The report; ``report.undo()`` restores PEFT's forward.
 
     Raises:
         ImportError: PEFT is not installed, or older than 0.18.
         TypeError: model is no nn.Module.
         ValueError: model carries no LoRA layer of PEFT.
 
-    Example:
+    Examples:
         >>> model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_dropout=0.05))
         >>> print(lr.accelerate(model))
 
@@ -146,12 +151,13 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def decelerate(model: Model) -> Model:
-    """Give the layers of an accelerated model PEFT's own forward back, in place; returns the model.
+    """Restore PEFT's own forward in the layers of an accelerated model, in place; returns the
+    model.
 
     Harmless where nothing was accelerated.
 
     Raises:
-        RuntimeError: a layer was given yet another class since (FSDP2's ``fully_shard`` does that);
+        RuntimeError: a layer's class was changed again since (as FSDP2's ``fully_shard`` does);
             nothing has changed then.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, AcceleratedLoRA)}
@@ -199,7 +205,7 @@ def _peft_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def _not_covered(layer: Any) -> str:
-    """Why the layer stays as PEFT made it, or ""."""
+    """Why the layer keeps PEFT's forward, or ""."""
     peft_class = _peft_class(layer)
     if not _has_covered_forward(peft_class):
         own = f"{peft_class.__module__.rpartition('.')[2]}.{peft_class.__name__}"

@@ -1,7 +1,7 @@
 """AcceleratedLoRA: the forward that ``lr.accelerate`` gives to PEFT's LoRA layers.
 
-The layer stays PEFT's in everything else: parameters, names, adapters, merging, files. Whatever
-the ops do not cover goes to PEFT's own forward, with a warning that says why.
+Everything else stays PEFT's: parameters, names, adapters, merging, files. Cases that the ops do not
+cover run PEFT's own forward, with a warning that says why.
 """
 
 import functools
@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.nn.linear import is_hooked, is_plain
-from lowrank_ext.ops._branch import HALF_DTYPES
+from lowrank_ext.nn.base_layer import is_hooked, is_plain
+from lowrank_ext.nn.rows import ids_of_names, ids_per_row
+from lowrank_ext.ops._registration import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
-# Arguments that PEFT hands to its layers and that are not for the base.
+# Arguments of PEFT's layers that are not passed to the base.
 _PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 _CLASSES: dict[type[nn.Module], type["AcceleratedLoRA"]] = {}
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer, as a call uses it."""
+    """One adapter of a layer, as used by a call."""
 
     lora_a: Tensor  # [r, K]
     lora_b: Tensor  # [N, r]
@@ -38,13 +39,13 @@ class AcceleratedLoRA(nn.Module):
         y = base(x) + Σ scaling · (drop(x) lora_Aᵀ) lora_Bᵀ      over the active adapters
 
     A plain nn.Linear or Conv1D base and the first adapter are one ``lowrank_linear``; on other
-    bases, and for further adapters, the branch is added with ``lowrank_add``. With
-    ``adapter_names``, an adapter per sequence, it is one ``multi_lowrank_add``. Disabled and merged
-    adapters are PEFT's business, as is all that ``adapter_not_covered`` and ``_not_covered`` name.
+    bases, and for further adapters, ``lowrank_add`` adds the branch. With ``adapter_names``, an
+    adapter per sequence, one ``multi_lowrank_add`` does. PEFT's own forward runs for disabled and
+    merged adapters, and where ``adapter_not_covered`` or ``_not_covered`` gives a reason.
 
-    What is covered is asked at every call, since PEFT and its users may change adapters, modules
-    and hooks at any time. So this looks submodules up in the dicts that hold them: through
-    nn.Module's attributes the questions would take longer than the answer at one row.
+    Each call repeats these checks, since PEFT and its users may change adapters, modules and hooks
+    at any time. The checks read submodules from the dicts that hold them: nn.Module's attribute
+    look-up would take longer than the ops at one row.
     """
 
     peft_class: ClassVar[type[nn.Module]]
@@ -71,7 +72,7 @@ class AcceleratedLoRA(nn.Module):
             self._check_forward_args(x, *args, **kwargs)
             kwargs = {k: value for k, value in kwargs.items() if k not in _PEFT_ARGUMENTS}
         if rows is not None:
-            ids = [names.index(name) if name in names else -1 for name in rows]
+            ids = ids_per_row(ids_of_names(rows, names, x.device), x)
             return self._mixed(self._base(x, *args, **kwargs), x, adapters, ids)
         weight = None if args or kwargs else self._weight_for(x)
         if weight is None:
@@ -89,7 +90,7 @@ class AcceleratedLoRA(nn.Module):
         return y
 
     def _adapters(self, x: Tensor, names: Sequence[str], mixed: bool) -> tuple[list[Adapter], str]:
-        """The adapters, and why the call is PEFT's, or ""."""
+        """The adapters, and why PEFT's forward must run, or ""."""
         for name in names:
             because = adapter_not_covered(self, name)
             if because:
@@ -104,7 +105,7 @@ class AcceleratedLoRA(nn.Module):
         return Adapter(lora_a, lora_b, self.scaling[name], dropout.p if drops else 0.0)
 
     def _not_covered(self, x: Tensor, adapters: Sequence[Adapter], mixed: bool) -> str:
-        """Why these adapters with this x are PEFT's business, or ""."""
+        """Why PEFT's forward must run for these adapters and this x, or ""."""
         autocast = _autocast_dtype(x)
         dtype = x.dtype if autocast is None else autocast
         for adapter in adapters:
@@ -121,7 +122,7 @@ class AcceleratedLoRA(nn.Module):
         return ""
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
-        """The base's weight [N, K] where ``lowrank_linear`` computes what the base does."""
+        """The base's weight [N, K] if ``lowrank_linear`` can replace the base, else None."""
         base = self._modules["base_layer"]
         assert base is not None
         weight: Tensor | None = base._parameters.get("weight")
@@ -134,39 +135,36 @@ class AcceleratedLoRA(nn.Module):
         weight = weight if type(base) is nn.Linear else weight.t()
         if weight.dtype == x.dtype:
             return weight
-        # Other dtypes: autocast's business, or the base itself says that they do not fit.
+        # Autocast casts another dtype; without it the base raises its own error.
         cast = _autocast_dtype(x) is not None and weight.dtype != torch.float64
         return weight if cast else None
 
-    def _mixed(
-        self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Sequence[int]
-    ) -> Tensor:
-        """``ids``: the adapter of each sequence, -1 for the base alone."""
+    def _mixed(self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Tensor) -> Tensor:
+        """y with the adapter of each row of x added; ids [...], -1 for the base alone."""
         ranks = [adapter.lora_a.shape[0] for adapter in adapters]
         widest = max(ranks)
         lora_a = _stack([F.pad(a.lora_a, (0, 0, 0, widest - a.lora_a.shape[0])) for a in adapters])
         lora_b = _stack([F.pad(a.lora_b, (0, widest - a.lora_b.shape[1])) for a in adapters])
         base_out, x, lora_a, lora_b = _in_one_dtype(x, y, lora_a, lora_b)
-        row_ids = torch.tensor(ids, device=x.device).view(-1, *(1,) * (x.dim() - 2))
         scaling = [adapter.scaling for adapter in adapters]
         added = ops.multi_lowrank_add(
             base_out,
             x,
             lora_a,
             lora_b,
-            row_ids.expand(x.shape[:-1]),
+            ids,
             torch.tensor(scaling, dtype=torch.float64, device=x.device),
             ranks=torch.tensor(ranks, device=x.device),
         )
         return added.to(y.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that a pickle cannot name it.
+        # The class is made at run time, so pickle cannot find it by name.
         return _new_layer, (self.peft_class,), self.__getstate__()
 
 
 def accelerated_class(peft_class: type[nn.Module]) -> type[AcceleratedLoRA]:
-    """``peft_class`` with the forward above; one class for each."""
+    """The subclass of ``peft_class`` with AcceleratedLoRA's forward, made once."""
     if peft_class not in _CLASSES:
         _CLASSES[peft_class] = _make_class(peft_class)
     return _CLASSES[peft_class]
@@ -183,8 +181,8 @@ def _new_layer(peft_class: type[nn.Module]) -> AcceleratedLoRA:
 
 
 def adapter_not_covered(layer: Any, name: str) -> str:
-    """Why the adapter ``name`` of a PEFT layer runs through PEFT's forward whatever its input is;
-    "" where the ops cover it."""
+    """Why the adapter ``name`` of a PEFT layer needs PEFT's forward for every input; "" where the
+    ops cover it."""
     if name in layer.lora_variant:
         return f"a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
     lora_a, lora_b = _children(layer, "lora_A")[name], _children(layer, "lora_B")[name]
@@ -233,14 +231,15 @@ def _add(y: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x, or None where it leaves it alone."""
+    """The dtype to which autocast casts x, or None where it does not."""
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else None
 
 
 def _in_one_dtype(x: Tensor, y: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    """y, x and the adapter as the ops take them: a quantised base may answer in another dtype."""
+    """y, x and the adapter in the dtypes of the ops: a quantized base may have another output
+    dtype."""
     if x.dtype == y.dtype or _autocast_dtype(x) is not None:
         return (y, x, *factors)
     wide = torch.promote_types(x.dtype, y.dtype)
@@ -253,7 +252,7 @@ def _stack(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _say(because: str) -> None:
-    # Python shows a warning of the same text once. While compiling nobody would read it.
+    # Python shows equal warnings once. Compiled code gives none.
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"accelerate: a layer runs through PEFT's own forward: {because}", stacklevel=3

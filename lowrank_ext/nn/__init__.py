@@ -1,20 +1,17 @@
-"""Modules: parameters, initialisation and one op call in forward."""
+"""Modules: parameters, initialization and one op call in forward.
 
-from lowrank_ext.nn.aflora import AFLoRALinear
-from lowrank_ext.nn.basis import BasisLoRALinear
-from lowrank_ext.nn.goat import GOATLinear
-from lowrank_ext.nn.lamda import LaMDALinear
-from lowrank_ext.nn.linear import LoRALinear, LowRankLinear
+A method's module lives in its folder, ``lowrank_ext/methods/<method>/module.py``; registering the
+method makes it public here, ``lowrank_ext.nn.LoRALinear``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
-from lowrank_ext.nn.reslora import ResLoRALinear
 
-__all__ = [
-    "AFLoRALinear",
-    "BasisLoRALinear",
-    "GOATLinear",
-    "LaMDALinear",
-    "LoRALinear",
-    "LowRankLinear",
-    "MultiLoRALinear",
-    "ResLoRALinear",
-]
+__all__ = ["LowRankLinear", "MultiLoRALinear"]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:  # the modules of methods
+        ...

@@ -2,47 +2,42 @@
 
     y[m] = W x[m] + bias + scaling[i] · lora_b[i] lora_a[i] x[m],     i the adapter of row m
 
-Which row has which adapter is either an argument of forward or comes from the ``AdapterBank.rows``
-block that the call is inside of. Such blocks live in a context variable, so threads and asyncio
-tasks do not see each other's.
+The adapter of each row is an argument of forward, or comes from the enclosing ``AdapterBank.rows``
+block.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from functools import wraps
-from typing import ParamSpec, Self, TypeVar
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.config.checks import check_alpha
-from lowrank_ext.nn.linear import adapter_dtype_for, dense_weight, is_plain, linear_features
-from lowrank_ext.ops._branch import library
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+from lowrank_ext.checks import check_alpha
+from lowrank_ext.nn.base_layer import adapter_dtype_for, dense_weight, is_plain, linear_features
+from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
 class MultiLoRALinear(nn.Module):
-    """LoRA adapters stacked over one base; made by :meth:`from_linear`.
+    """LoRA adapters stacked over one base; made by ``from_linear``.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.
-    Nothing requires a gradient at first; ``lora_a`` and ``lora_b`` may. Rows without an adapter
-    have no part in these gradients.
+    ``lora_a`` and ``lora_b`` require no gradient at first. Rows without an adapter add nothing to
+    their gradients.
 
     Attributes:
         weight, bias: the Parameters of a plain nn.Linear base, at their old state-dict keys; None
             where ``base_layer`` holds a base of another kind.
         names: the adapters, in the order of their ids.
-        lora_a [n, r, K], lora_b [n, N, r]: Parameters, of the base's dtype (float32 over a base
-            without a dense weight) unless ``adapter_dtype`` says float32.
-        dropout: probability of dropping an element of a branch's input in training mode, 0 unless
-            it is set; rows without an adapter have no branch.
-        scaling [n], ranks [n]: float64 and int64 buffers.
-        bank: number of the AdapterBank whose ``rows`` blocks count here, or -1.
+        lora_a: Parameter [n, r, K], of the base's dtype (float32 over a base without a dense
+            weight) unless ``adapter_dtype`` is float32.
+        lora_b: Parameter [n, N, r], of the same dtype.
+        dropout: probability of dropping an element of a branch's input in training mode, by default
+            0; rows without an adapter have no branch.
+        scaling: float64 buffer [n].
+        ranks: int64 buffer [n].
+        bank: number of the AdapterBank whose ``rows`` blocks apply here, or -1.
     """
 
     weight: nn.Parameter | None
@@ -67,7 +62,7 @@ class MultiLoRALinear(nn.Module):
         self.bank = bank
         self.dropout = 0.0
         self.names: tuple[str, ...] = ()
-        # Conv1D's product is another call of the vendor's, whose bits a linear need not have.
+        # F.linear need not give the bits of Conv1D's own product: Conv1D stays in base_layer.
         plain = type(base) is nn.Linear and is_plain(base)
         self.register_parameter("weight", base._parameters["weight"] if plain else None)
         self.register_parameter("bias", base._parameters["bias"] if plain else None)
@@ -94,9 +89,9 @@ class MultiLoRALinear(nn.Module):
         Raises:
             TypeError: ``linear`` is not nn.Linear, Conv1D or a module with integer ``in_features``
                 and ``out_features``.
-            ValueError: the ops have no such pair of dtypes.
+            ValueError: the ops do not support the pair of dtypes.
 
-        Example:
+        Examples:
             >>> layer = MultiLoRALinear.from_linear(nn.Linear(64, 32))
             >>> layer.add("french", lora_a, lora_b, scaling=2.0)
             >>> y = layer(x, adapter_ids)  # x [B, T, 64], adapter_ids int64 [B, T]
@@ -110,7 +105,7 @@ class MultiLoRALinear(nn.Module):
 
     @torch.no_grad()
     def add(self, name: str, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        """Append an adapter, lora_a [r, K] and lora_b [N, r]; it gets the next id. Copies.
+        """Append an adapter, copies of lora_a [r, K] and lora_b [N, r]; it gets the next id.
 
         Raises:
             ValueError: the name is taken or a shape does not fit; nothing has changed then.
@@ -139,10 +134,10 @@ class MultiLoRALinear(nn.Module):
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
-        """Take an adapter out; the ids of those behind it move down by one, its memory is freed.
+        """Remove an adapter and free its memory; the ids after its own decrease by one.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: no adapter has this name.
         """
         if name not in self.names:
             raise ValueError(
@@ -165,7 +160,7 @@ class MultiLoRALinear(nn.Module):
         self._set_stacks(a, b)
 
     def base_module(self, original: nn.Module) -> nn.Module:
-        """``original``, the module this one was made of, with this one's base and mode."""
+        """``original``, the module that this one replaced, with the present base and mode."""
         if self.base_layer is None:
             original._parameters.update(weight=self.weight, bias=self.bias)
         return original.train(self.training)
@@ -178,12 +173,12 @@ class MultiLoRALinear(nn.Module):
         """x [..., K] to [..., N] in x's dtype.
 
         Args:
-            adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: as the active
-                ``AdapterBank.rows`` block says; outside of one the base alone.
+            adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: the ids of
+                the active ``AdapterBank.rows`` block; the base alone outside of one.
 
         Raises:
-            RuntimeError: activation checkpointing runs a trained adapter again outside of the block
-                that it first ran in.
+            RuntimeError: activation checkpointing reruns a trained adapter outside of the block of
+                its first run.
         """
         if self.base_layer is None:
             assert self.weight is not None
@@ -207,14 +202,15 @@ class MultiLoRALinear(nn.Module):
         )
 
     def _check_no_recomputation(self) -> None:
-        """Outside of a block, and in a backward: the branch would be missing from its gradients."""
+        """Raise where backward reruns forward outside of its block: the gradients of lora_a and
+        lora_b would be missing."""
         if torch.compiler.is_compiling() or not self.lora_a.requires_grad:
             return
         in_block = self.bank in ACTIVE_ROWS.get()
         if not in_block and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "MultiLoRALinear: activation checkpointing must run a module again inside the rows "
-                "block of its first run, got no block; checkpoint lowrank_ext.nn.multi.in_block "
+                "block of its first run, got no block; checkpoint lowrank_ext.nn.rows.in_block "
                 "of the function (GuardModel.enable_checkpointing does), or call backward inside "
                 "the block"
             )
@@ -229,91 +225,6 @@ class MultiLoRALinear(nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> Self:
         scaling = self.scaling
         super()._apply(fn, recurse)
-        if self.scaling.dtype != scaling.dtype:  # .to(dtype) is meant for the weights
+        if self.scaling.dtype != scaling.dtype:  # .to(dtype) must not change it
             self.scaling = scaling.to(self.scaling.device)
         return self
-
-
-class RowsBlock:
-    """The adapters of the rows of a batch, and their ids in each layout of adapters, made once."""
-
-    def __init__(self, names: Sequence[str | None], caller: str = "AdapterBank.rows") -> None:
-        self.names = tuple(names)
-        self.caller = caller
-        self._ids: dict[tuple[tuple[str, ...], torch.device], Tensor | None] = {}
-
-    def ids(self, layout: tuple[str, ...], device: torch.device) -> Tensor | None:
-        """int64 [number of rows] on ``device``; None where no row has an adapter of ``layout``."""
-        key = (layout, device)
-        if key not in self._ids:
-            ids = [layout.index(name) if name in layout else -1 for name in self.names]
-            used = any(i >= 0 for i in ids)
-            # Not an inference tensor, whatever mode the first call is made in.
-            with torch.inference_mode(False):
-                self._ids[key] = torch.tensor(ids, device=device) if used else None
-        return self._ids[key]
-
-    def ids_of_rows(self, layout: tuple[str, ...], x: Tensor) -> Tensor | None:
-        """One id for each row of x, whose first dimension is the batch."""
-        if x.dim() < 2 or x.shape[0] != len(self.names):
-            raise ValueError(
-                f"{self.caller}: the batch must have {len(self.names)} rows, one for each name, "
-                f"got an input of shape {list(x.shape)}; num_beams and num_return_sequences "
-                "multiply the rows of generate: give each name as many times in a row"
-            )
-        ids = self.ids(layout, x.device)
-        if ids is None:
-            return None
-        return ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
-
-
-# Of the banks, and of the models that lr.motion.rows is used on.
-ROWS_NUMBERS = itertools.count()
-# By these numbers: blocks of several banks may be nested.
-ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", default={})  # noqa: B039
-
-
-def in_block(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function``, run in the blocks that are active now, whenever and in whatever thread.
-
-    For activation checkpointing, whose second run happens in backward: after the block's end, on a
-    GPU in a thread of autograd's.
-    """
-    active = ACTIVE_ROWS.get()
-
-    @wraps(function)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        token = ACTIVE_ROWS.set(active)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            ACTIVE_ROWS.reset(token)
-
-    return run
-
-
-def ids_of_block(x: Tensor, bank: int, layout: tuple[str, ...]) -> Tensor | None:
-    """An id for each row of x, of the block that holds for ``bank``: the index of the row's name in
-    ``layout``, or -1. None where there is no such block or no row has a name of ``layout``; under a
-    compiler the ids are then all -1."""
-    if torch.compiler.is_compiling():
-        # An op, which looks when it runs: the graph is good for every block.
-        return torch.ops.lowrank_ext.active_adapter_ids.default(x, bank, list(layout))
-    block = ACTIVE_ROWS.get().get(bank)
-    return None if block is None else block.ids_of_rows(layout, x)
-
-
-def _active_adapter_ids(x: Tensor, bank: int, layout: Sequence[str]) -> Tensor:
-    block = ACTIVE_ROWS.get().get(bank)
-    ids = None if block is None else block.ids_of_rows(tuple(layout), x)
-    if ids is None:
-        return torch.full(x.shape[:-1], -1, dtype=torch.int64, device=x.device)
-    return ids.clone(memory_format=torch.contiguous_format)
-
-
-library("lowrank_ext").impl("active_adapter_ids", _active_adapter_ids, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("lowrank_ext::active_adapter_ids")
-def _active_adapter_ids_fake(x: Tensor, bank: int, layout: Sequence[str]) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.int64)

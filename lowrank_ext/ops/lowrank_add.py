@@ -1,4 +1,4 @@
-"""The low-rank branch on the output of any base module."""
+"""lowrank_add: a low-rank branch on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,19 @@ from torch import Tensor
 
 from lowrank_ext.ops._branch import (
     Branch,
+    backward_fake,
     check_branch,
-    check_shape,
-    draw_seed,
-    gradient_outputs,
+    make_branch,
+    save_branch,
+    saved_branch,
+)
+from lowrank_ext.ops._fakes import check_rows
+from lowrank_ext.ops._registration import (
+    needed_gradients,
     needs_input_grad,
-    not_needed_as_none,
     register_autocast,
     register_autograd,
     register_fakes,
-    save_branch,
-    saved_branch,
-    tf32_allowed,
 )
 
 _OP = "lowrank_add"
@@ -38,7 +39,7 @@ def lowrank_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Adds a low-rank branch to a base output that some other module made from x.
+    """Adds a low-rank branch to the output that a base module computed from x.
 
         h = drop(x) lora_aᵀ
         y = base_out + scaling · out_scale ⊙ (((h ⊙ rank_scale) coreᵀ) lora_bᵀ)
@@ -47,7 +48,7 @@ def lowrank_add(
         base_out: [..., out_features], dtype of x; not modified.
         x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
         lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed: as in
-            :func:`lowrank_ext.ops.lowrank_linear`.
+            ``lowrank_ext.ops.lowrank_linear``.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -55,71 +56,44 @@ def lowrank_add(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
-        >>> y = lowrank_add(quantised_linear(x), x, lora_a, lora_b, scaling=2.0)
+    Examples:
+        >>> y = lowrank_add(quantized_linear(x), x, lora_a, lora_b, scaling=2.0)
 
-    Source: as :func:`lowrank_ext.ops.lowrank_linear`. In plain torch: lowrank_ext/reference.py.
+    Source: as ``lowrank_ext.ops.lowrank_linear``. In plain torch: lowrank_ext/reference.py.
     """
-    y, _ = torch.ops.lowrank_ext.lowrank_add.default(
-        base_out,
-        x,
-        lora_a,
-        lora_b,
-        core,
-        rank_scale,
-        out_scale,
-        scaling,
-        dropout_p,
-        draw_seed(dropout_p, seed, x.device),
-        tf32_allowed(x),
-    )
+    branch = make_branch(x, lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed)
+    y, _ = torch.ops.lowrank_ext.lowrank_add.default(base_out, x, *branch)
     return y
 
 
 def _fake(base_out: Tensor, x: Tensor, *branch_args: Any) -> tuple[Tensor, Tensor]:
     branch = Branch(*branch_args)
-    check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
-    same_rows = base_out.dim() == x.dim() and base_out.shape[:-1] == x.shape[:-1]
-    check_shape(_OP, "base_out", base_out, same_rows, "x's leading dimensions and out_features")
-    check_branch(_OP, branch, x, x.shape[-1], base_out.shape[-1])
-    y = base_out.new_empty(base_out.shape)
-    return y, x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
-
-
-def _backward_fake(
-    dout: Tensor, x: Tensor | None, h: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    return gradient_outputs(dout, Branch(*args[:9]), args[9:])
+    check_rows(_OP, base_out, x)
+    check_branch(_OP, branch, x.shape[-1], base_out.shape[-1])
+    return base_out.new_empty(base_out.shape), x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, *branch_args = inputs
-    _, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = needs_input_grad(ctx)[:7]
+    _, _, need_dlora_a, *need_others = needs_input_grad(ctx)[:7]
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    save_branch(
-        ctx,
-        Branch(*branch_args),
-        x if need_dlora_a else None,
-        h if need_dlora_b or need_dcore or need_drs or need_dos else None,
-    )
+    kept = (x if need_dlora_a else None, h if any(need_others) else None)
+    save_branch(ctx, Branch(*branch_args), *kept)
 
 
 def _backward(
-    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor, _: None
 ) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 11
     branch, (x, h) = saved_branch(ctx)
     need_dbase_out, *needs = needs_input_grad(ctx)[:7]
-    gradients = not_needed_as_none(backward_op(dout, x, h, *branch, *needs), needs)
-    return (dout if need_dbase_out else None, *gradients, None, None, None, None)
+    gradients = needed_gradients(backward_op, (dout, x, h, *branch), needs)
+    return (dout if need_dbase_out else None, *gradients)
 
 
 def register(library_name: str) -> None:
     """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
-    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_fakes(library_name, _OP, _fake, backward_fake)
     register_autograd(library_name, _OP, _backward, _setup_context)
     register_autocast(library_name, _OP, num_base_args=2)
 

@@ -1,4 +1,4 @@
-"""Dense base and low-rank branch in one op."""
+"""lowrank_linear: dense base and low-rank branch in one op."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,19 @@ from torch import Tensor
 
 from lowrank_ext.ops._branch import (
     Branch,
+    backward_fake,
     check_branch,
-    check_shape,
-    draw_seed,
-    gradient_outputs,
+    make_branch,
+    save_branch,
+    saved_branch,
+)
+from lowrank_ext.ops._fakes import check_shape
+from lowrank_ext.ops._registration import (
+    needed_gradients,
     needs_input_grad,
-    not_needed_as_none,
     register_autocast,
     register_autograd,
     register_fakes,
-    save_branch,
-    saved_branch,
-    tf32_allowed,
 )
 
 _OP = "lowrank_linear"
@@ -70,26 +71,14 @@ def lowrank_linear(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> y = lowrank_linear(x, weight, None, lora_a, lora_b, scaling=2.0, dropout_p=0.05)
 
     Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3; core: LaMDA (arXiv 2406.12832);
     rank_scale and out_scale: AFLoRA (arXiv 2403.13269). In plain torch: lowrank_ext/reference.py.
     """
-    y, _ = torch.ops.lowrank_ext.lowrank_linear.default(
-        x,
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        core,
-        rank_scale,
-        out_scale,
-        scaling,
-        dropout_p,
-        draw_seed(dropout_p, seed, x.device),
-        tf32_allowed(x),
-    )
+    branch = make_branch(x, lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed)
+    y, _ = torch.ops.lowrank_ext.lowrank_linear.default(x, weight, bias, *branch)
     return y
 
 
@@ -104,50 +93,32 @@ def _fake(
     if bias is not None:
         fits = bias.dim() == 1 and bias.shape[0] == out_features
         check_shape(_OP, "bias", bias, fits, f"[out_features={out_features}]")
-    check_branch(_OP, branch, x, in_features, out_features)
+    check_branch(_OP, branch, in_features, out_features)
     y = x.new_empty((*x.shape[:-1], out_features))
     return y, x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
 
 
-def _backward_fake(
-    dout: Tensor, x: Tensor | None, weight: Tensor, h: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    return gradient_outputs(dout, Branch(*args[:9]), args[9:])
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, *branch_args = inputs
-    _, need_dweight, _, need_dlora_a, need_dlora_b, need_dcore, need_drs, need_dos = (
-        needs_input_grad(ctx)[:8]
-    )
+    _, need_dweight, _, need_dlora_a, *need_others = needs_input_grad(ctx)[:8]
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    save_branch(
-        ctx,
-        Branch(*branch_args),
-        x if need_dlora_a or need_dweight else None,
-        weight if any(needs_input_grad(ctx)) else None,
-        h if need_dlora_b or need_dcore or need_drs or need_dos else None,
-    )
+    kept_x = x if need_dlora_a or need_dweight else None
+    save_branch(ctx, Branch(*branch_args), kept_x, weight, h if any(need_others) else None)
 
 
 def _backward(
-    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor, _: None
 ) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 12
     branch, (x, weight, h) = saved_branch(ctx)
     need_dx, need_dweight, need_dbias, *need_branch = needs_input_grad(ctx)[:8]
     needs = (need_dx, *need_branch)
-    dx, *dbranch = not_needed_as_none(
-        backward_op(dout, x if needs[1] else None, weight, h, *branch, *needs),
-        needs,
-    )
-    # A base that trains (a module to save, a tied block) is outside the low-rank path: plain torch.
+    saved = (x if needs[1] else None, weight, h)
+    dx, *dbranch = needed_gradients(backward_op, (dout, *saved, *branch), needs)
+    # A base that trains (modules_to_save, a tied weight) is rare: its gradients are plain torch.
     dweight = _as_rows(dout).mT @ _as_rows(x) if need_dweight else None
     dbias = dout.sum_to_size(dout.shape[-1]) if need_dbias else None
-    return (dx, dweight, dbias, *dbranch, None, None, None, None)
+    return (dx, dweight, dbias, *dbranch)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -156,7 +127,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 def register(library_name: str) -> None:
     """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
-    register_fakes(library_name, _OP, _fake, _backward_fake)
+    register_fakes(library_name, _OP, _fake, backward_fake)
     register_autograd(library_name, _OP, _backward, _setup_context)
     register_autocast(library_name, _OP, num_base_args=3)
 

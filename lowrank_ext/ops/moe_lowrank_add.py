@@ -1,4 +1,4 @@
-"""A mixture of low-rank experts on the output of any base module."""
+"""moe_lowrank_add: a mixture of low-rank experts on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    draw_seed,
+from lowrank_ext.ops._branch import draw_seed
+from lowrank_ext.ops._fakes import check_rows, check_shape, fake_gradients
+from lowrank_ext.ops._registration import (
+    needed_gradients,
     needs_input_grad,
-    not_needed_as_none,
     register_autocast,
     register_autograd,
     register_fakes,
@@ -21,7 +21,7 @@ _OP = "moe_lowrank_add"
 
 
 class MoEOutput(NamedTuple):
-    """What :func:`moe_lowrank_add` returns."""
+    """What ``moe_lowrank_add`` returns."""
 
     y: Tensor
     balance_loss: Tensor
@@ -46,7 +46,7 @@ def moe_lowrank_add(
     """Adds to each row of a base output the `top_k` low-rank experts that a router picks for it.
 
         p = softmax(x router_weightᵀ)
-        w = p of the top_k experts, renormalised to sum to one
+        w = p of the top_k experts, renormalized to sum to one
         y = base_out + scaling · Σ_i w_i lora_b[i] lora_a[i] drop_i(x)   over those experts i
         balance_loss = E Σ_i f_i P_i,  f_i: share of the tokens that chose i,  P_i: mean of p_i
 
@@ -63,11 +63,11 @@ def moe_lowrank_add(
         lora_b: [E, out_features, r_e].
         top_k: experts per token, at most E.
         scaling: factor of the branch.
-        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`. Every expert draws a mask of
-            its own.
-        shared_dropout: one mask for all experts instead, that of :func:`lowrank_add`.
-        token_mask: bool [...], False where a token is padding, which balance_loss leaves out; it is
-            routed all the same. None: every token counts.
+        dropout_p, seed: as in ``lowrank_ext.ops.lowrank_linear``. Every expert draws its own
+            mask.
+        shared_dropout: all experts use one mask, that of ``lowrank_add``.
+        token_mask: bool [...], False where a token is padding: it is routed, but not counted in
+            balance_loss. None: every token counts.
 
     Returns:
         y: [..., out_features], dtype of x, contiguous.
@@ -80,7 +80,7 @@ def moe_lowrank_add(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> y, balance_loss, *_ = moe_lowrank_add(
         ...     linear(x), x, router_weight, lora_a, lora_b, top_k=2, scaling=2.0
         ... )
@@ -118,9 +118,7 @@ def _fake(
     shared_dropout: bool,
     token_mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
-    same_rows = base_out.dim() == x.dim() and base_out.shape[:-1] == x.shape[:-1]
-    check_shape(_OP, "base_out", base_out, same_rows, "x's leading dimensions and out_features")
+    check_rows(_OP, base_out, x)
     _check_experts(router_weight, lora_a, lora_b, x.shape[-1], base_out.shape[-1])
     num_experts, rank, _ = lora_a.shape
     check_top_k(_OP, top_k, num_experts)
@@ -140,7 +138,7 @@ def _fake(
 def _check_experts(
     router_weight: Tensor, lora_a: Tensor, lora_b: Tensor, in_features: int, out_features: int
 ) -> None:
-    """The shape checks of csrc/moe_checks.h in the same words, for fake tensors."""
+    """The shape checks of csrc/ops/moe_lowrank_add.h in the same words, for fake tensors."""
     a, b, router = lora_a.shape, lora_b.shape, router_weight.shape
     matches = len(a) == 3 and a[0] >= 1 and a[1] >= 1 and a[2] == in_features
     check_shape(_OP, "lora_a", lora_a, matches, f"[E, r_e, in_features={in_features}]")
@@ -161,15 +159,7 @@ def _backward_fake(
     lora_b: Tensor,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    needs = args[-4:]
-    dx = dout.new_empty((*dout.shape[:-1], lora_a.shape[2]) if needs[0] else (0,))
-    return (
-        dx,
-        *(
-            tensor.new_empty(tensor.shape) if needed else dout.new_empty((0,))
-            for tensor, needed in zip((router_weight, lora_a, lora_b), needs[1:], strict=True)
-        ),
-    )
+    return fake_gradients(dout, lora_a.shape[2], (router_weight, lora_a, lora_b), args[-4:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -177,7 +167,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, h, router_probs, topk_ids, topk_weights, _, expert_counts = output
     _, need_dx, need_drouter, need_dlora_a, need_dlora_b = needs_input_grad(ctx)[:5]
     ctx.mark_non_differentiable(h, router_probs, topk_ids, topk_weights, expert_counts)
-    ctx.set_materialize_grads(False)
     ctx.dtype = x.dtype
     ctx.scaling, ctx.dropout_p, ctx.shared_dropout = scaling, dropout_p, shared
     ctx.save_for_backward(
@@ -200,28 +189,14 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     dbalance_loss = others[4]
     need_dbase_out, *needs = needs_input_grad(ctx)[:5]
-    if dout is None and dbalance_loss is None:
-        return (None,) * 11
     *saved, seed, token_mask = ctx.saved_tensors
     if dout is None:  # only the loss was used
         lora_b, topk_ids = saved[3], saved[6]
         shape = (*topk_ids.shape[:-1], lora_b.shape[1])
         dout = lora_b.new_zeros(shape, dtype=ctx.dtype)
-    gradients = not_needed_as_none(
-        backward_op(
-            dout,
-            dbalance_loss,
-            *saved,
-            ctx.scaling,
-            ctx.dropout_p,
-            seed,
-            ctx.shared_dropout,
-            token_mask,
-            *needs,
-        ),
-        needs,
-    )
-    return (dout if need_dbase_out else None, *gradients, *(None,) * 6)
+    options = (ctx.scaling, ctx.dropout_p, seed, ctx.shared_dropout, token_mask)
+    gradients = needed_gradients(backward_op, (dout, dbalance_loss, *saved, *options), needs)
+    return (dout if need_dbase_out else None, *gradients)
 
 
 def register(library_name: str) -> None:

@@ -1,4 +1,4 @@
-"""Top-k routing of tokens to experts."""
+"""moe_route: top-k routing of tokens to experts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,18 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    needs_input_grad,
-    register_autograd,
-    register_fakes,
-)
+from lowrank_ext.ops._fakes import check_shape
+from lowrank_ext.ops._registration import register_autograd, register_fakes
 
 _OP = "moe_route"
 
 
 class Routing(NamedTuple):
-    """What :func:`moe_route` returns; T tokens, E experts, k choices per token."""
+    """What ``moe_route`` returns; T tokens, E experts, k choices per token."""
 
     topk_weights: Tensor
     topk_ids: Tensor
@@ -34,20 +30,20 @@ def moe_route(router_logits: Tensor, *, top_k: int, token_mask: Tensor | None = 
         p = softmax(router_logits)
         balance_loss = E Σ_i f_i P_i,  f_i = expert_counts[i] / tokens,  P_i = mean of p[:, i]
 
-    All of it in float32, in float64 for float64 logits. The shapes of the outputs depend on the
+    Computed in float32, in float64 for float64 logits. The shapes of the outputs depend on the
     shape of the logits only.
 
     Args:
         router_logits: [..., E], float64, float32, bfloat16 or float16; any strides.
         top_k: experts per token, at most E.
-        token_mask: bool [...], False where a token is padding, which the counts and the loss leave
-            out; it is routed all the same. None: every token counts.
+        token_mask: bool [...], False where a token is padding: it is routed, but not counted in
+            expert_counts and balance_loss. None: every token counts.
 
     Returns:
         topk_weights: [..., k], softmax over the chosen logits, so that they sum to one.
         topk_ids: int64 [..., k], by descending logit; a tie goes to the lower id. NaN counts as
-            greater than any number: the ids of a row are always valid and distinct, its weights are
-            then NaN, and no other row's are.
+            greater than any number: a row with NaN has valid, distinct ids and weights of NaN, and
+            changes no other row.
         expert_counts: int64 [E], choices of each expert by the tokens that count.
         balance_loss: [], top_k where the load is even, more where it is not; 0 if no token counts.
             Its gradient is that of P alone.
@@ -60,7 +56,7 @@ def moe_route(router_logits: Tensor, *, top_k: int, token_mask: Tensor | None = 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device; nothing has been read then.
 
-    Example:
+    Examples:
         >>> weights, ids, *_ = moe_route(x @ router_weight.T, top_k=2)
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), loss of Fedus et al. 2021 (arXiv 2101.03961),
@@ -70,7 +66,7 @@ def moe_route(router_logits: Tensor, *, top_k: int, token_mask: Tensor | None = 
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a router's probabilities, weights and loss."""
+    """dtype of a router's probabilities, weights and loss, given that of its logits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -124,7 +120,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     router_logits, _, token_mask = inputs
     _, topk_ids, expert_counts, _, *order = output
     ctx.mark_non_differentiable(topk_ids, expert_counts, *order)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(router_logits, topk_ids, expert_counts, token_mask)
 
 
@@ -132,10 +127,7 @@ def _backward(
     ctx: Any, backward_op: Callable[..., Any], *gradients: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     dtopk_weights, _, _, dbalance_loss, *_ = gradients
-    if (dtopk_weights is None and dbalance_loss is None) or not needs_input_grad(ctx)[0]:
-        return None, None, None
-    dlogits = backward_op(dtopk_weights, dbalance_loss, *ctx.saved_tensors)
-    return dlogits, None, None
+    return (backward_op(dtopk_weights, dbalance_loss, *ctx.saved_tensors),)
 
 
 def register(library_name: str) -> None:

@@ -1,4 +1,4 @@
-"""A low-rank branch per row, on the output of any base module."""
+"""multi_lowrank_add: a low-rank branch per row, on the output of any base module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ext.ops._branch import (
-    check_shape,
-    draw_seed,
+from lowrank_ext.ops._branch import draw_seed
+from lowrank_ext.ops._fakes import check_rows, check_shape, fake_gradients
+from lowrank_ext.ops._registration import (
+    needed_gradients,
     needs_input_grad,
-    not_needed_as_none,
     register_autocast,
     register_autograd,
     register_fakes,
@@ -47,24 +47,25 @@ def multi_lowrank_add(
 
         y[m] = base_out[m] + scaling[i] · lora_b[i] lora_a[i] drop(x[m]),     i = adapter_ids[m]
 
-    Where i is -1, y[m] has the bits of base_out[m]: nothing is added, not even a zero. Adapters
-    without a row are not read, and their gradients are zeros. With ``ranks`` the rows of lora_a[i]
-    and the columns of lora_b[i] from ranks[i] on are padding: never read, their gradients zeros;
-    rank 0 is no adapter. Every tensor is on x's device. On a GPU the host waits for none of them,
-    and so sees neither ids nor ranks: a row whose id, or whose adapter's rank, is out of range
-    becomes NaN, in y and in dx, and so do the gradients of an adapter that has rows but no valid
-    rank. float32 products are not rounded to TF32 there, whatever torch is set to.
+    Where i is -1, y[m] has the bits of base_out[m]. Adapters without a row are not read, and their
+    gradients are zeros. With ``ranks`` the rows of lora_a[i] and the columns of lora_b[i] from
+    ranks[i] on are padding: not read, their gradients zeros; rank 0 means no adapter. Every tensor
+    is on x's device.
+
+    On a GPU the host reads neither ids nor ranks. A row of y and dx is NaN there where its id or
+    its adapter's rank is out of range; the gradients of an adapter are NaN where it has rows but no
+    valid rank. float32 products are never rounded to TF32.
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
         x: [..., in_features], float64, float32, bfloat16 or float16; as many rows as base_out.
         lora_a: [n, r, in_features]. The stacks have x's dtype, or float32 beside bfloat16 and
-            float16; what is used of them is rounded to x's dtype once per call.
+            float16; the adapters in use are rounded to x's dtype once per call.
         lora_b: [n, out_features, r].
         adapter_ids: int64 [...], from -1 to n - 1: an id for each row, any strides.
         scaling: float32 or float64 [n]; gets no gradient.
         ranks: int64 [n], from 0 to r; None: r for all.
-        dropout_p, seed: as in :func:`lowrank_ext.ops.lowrank_linear`.
+        dropout_p, seed: as in ``lowrank_ext.ops.lowrank_linear``.
 
     Returns:
         y, [..., out_features], dtype of x, contiguous.
@@ -73,7 +74,7 @@ def multi_lowrank_add(
         RuntimeError: an argument has the wrong shape, dtype or device, on a CPU an id or a rank is
             out of range, or scaling requires a gradient; nothing has been computed then.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([0, -1, 2])  # a sequence each; x [3, T, K]
         >>> y = multi_lowrank_add(base(x), x, a, b, ids[:, None].expand(3, T), scaling)
 
@@ -95,17 +96,16 @@ def multi_lowrank_add(
 
 def _fake(base_out: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     adapters = _Adapters(*others)
-    check_shape(_OP, "x", x, x.dim() >= 1, "[..., in_features]")
-    same_rows = base_out.dim() == x.dim() and base_out.shape[:-1] == x.shape[:-1]
-    check_shape(_OP, "base_out", base_out, same_rows, "x's leading dimensions and out_features")
-    _check(adapters, x, x.shape[-1], base_out.shape[-1])
-    y = base_out.new_empty(base_out.shape)
-    return y, x.new_empty((*x.shape[:-1], adapters.lora_a.shape[1]))
+    check_rows(_OP, base_out, x)
+    _check(adapters, x, base_out.shape[-1])
+    h_shape = (*x.shape[:-1], adapters.lora_a.shape[1])
+    return base_out.new_empty(base_out.shape), x.new_empty(h_shape)
 
 
-def _check(adapters: _Adapters, x: Tensor, in_features: int, out_features: int) -> None:
-    """The shape checks of csrc/checks.h in the same words."""
+def _check(adapters: _Adapters, x: Tensor, out_features: int) -> None:
+    """The shape checks of csrc/ops/multi_lowrank_add.h in the same words."""
     a, b, ids = adapters.lora_a, adapters.lora_b, adapters.adapter_ids
+    in_features = x.shape[-1]
     fits = a.dim() == 3 and a.shape[1] >= 1 and a.shape[2] == in_features
     check_shape(_OP, "lora_a", a, fits, f"[n, r, in_features={in_features}]")
     n, r = a.shape[:2]
@@ -121,15 +121,9 @@ def _check(adapters: _Adapters, x: Tensor, in_features: int, out_features: int) 
 
 def _backward_fake(
     dout: Tensor, x: Tensor | None, h: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     adapters = _Adapters(*args[:7])
-    need_dx, need_dlora_a, need_dlora_b = args[7:]
-    a, b = adapters.lora_a, adapters.lora_b
-    return (
-        dout.new_empty((*dout.shape[:-1], a.shape[2]) if need_dx else (0,)),
-        a.new_empty(a.shape) if need_dlora_a else dout.new_empty((0,)),
-        b.new_empty(b.shape) if need_dlora_b else dout.new_empty((0,)),
-    )
+    return fake_gradients(dout, adapters.lora_a.shape[2], adapters[:2], args[7:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -140,7 +134,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         raise RuntimeError(f"{_OP}: scaling must not require a gradient, it has none")
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if need_dlora_a else None, h if need_dlora_b else None, *adapters[:5], adapters.seed
     )
@@ -148,17 +141,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(
-    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, _: Tensor | None
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor, _: None
 ) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 9
     x, h, *adapters, seed = ctx.saved_tensors
     need_dbase_out, *needs = needs_input_grad(ctx)[:4]
-    gradients = not_needed_as_none(
-        backward_op(dout, x, h, *adapters, ctx.dropout_p, seed, *needs),
-        needs,
-    )
-    return (dout if need_dbase_out else None, *gradients, None, None, None, None, None)
+    args = (dout, x, h, *adapters, ctx.dropout_p, seed)
+    return (dout if need_dbase_out else None, *needed_gradients(backward_op, args, needs))
 
 
 def register(library_name: str) -> None:

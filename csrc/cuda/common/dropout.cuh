@@ -1,7 +1,7 @@
 // Dropout drawn in the kernel: bit for bit the mask of csrc/cpu/dropout.h and of
 // lowrank_ext/reference.py. Element (m, k) belongs to the Philox4x32-7 call with counter
 // (k / 8, m mod 2^32, m / 2^32, expert) and key (seed mod 2^32, seed / 2^32); its four words, low
-// half first, are 16-bit draws for eight neighbouring columns; draws below `threshold` are dropped.
+// half first, are 16-bit draws for eight neighboring columns; draws below `threshold` are dropped.
 // expert is 0 unless each expert has its own mask.
 //
 // A mask is applied to one 16-byte chunk at a time, by the thread that copied it: a chunk of eight

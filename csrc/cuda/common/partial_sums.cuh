@@ -1,6 +1,6 @@
 // out[i, j] = Σ_s partials[s][i, j], added in the order of s, so that a sum that was split over
-// blocks has the same bits in every run. A thread owns one element (i, j); neighbouring threads own
-// neighbouring j, so loads are coalesced. No shared memory. Sums are in acc_t and rounded once, to
+// blocks has the same bits in every run. A thread owns one element (i, j); neighboring threads own
+// neighboring j, so loads are coalesced. No shared memory. Sums are in acc_t and rounded once, to
 // the output's type. The last block's threads beyond the end return.
 #pragma once
 

@@ -4,7 +4,7 @@
 // A tile is kRows x kCols elements, row after row, in 16-byte chunks. A chunk's place in its row is
 // permuted by the row ("swizzle"), so that none of these meets a bank twice: a warp copying whole
 // rows, ldmatrix reading eight rows of one chunk column, a warp reading four rows of two
-// neighbouring chunks (32-bit elements, contraction along the rows) or writing accumulator
+// neighboring chunks (32-bit elements, contraction along the rows) or writing accumulator
 // fragments.
 //
 // A product's accumulators are distributed over the block's warps as mma.sync's m16n8 fragments
@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_chunk(const Matrix<scalar_t>& matrix, int6
   }
 }
 
-// Neighbours (row, col) and (row, col + 1) to global memory, as an accumulator's pairs are; col is
+// Neighbors (row, col) and (row, col + 1) to global memory, as an accumulator's pairs are; col is
 // even. Those outside the matrix are not written.
 template <class T>
 __device__ __forceinline__ void store_pair(const Matrix<T>& matrix, int64_t row, int64_t col,
@@ -158,7 +158,7 @@ struct Tile {
   // Where logical chunk `chunk` of `row` lies in the row. With eight chunks (128 bytes, all banks)
   // a row, eight rows permute them eight ways; narrower rows share a line of 128 bytes, and only
   // rows of different lines need different permutations. Rows wider than a line also turn by line.
-  // Neighbouring rows differ in the turn's highest bit, four rows in the two highest: lanes that
+  // Neighboring rows differ in the turn's highest bit, four rows in the two highest: lanes that
   // share eight chunks among two rows (pairs of fp64 accumulators), or four, do not meet either.
   static __device__ __forceinline__ int place(int row, int chunk) {
     const int turn = (row & 1) << 2 | (row & 2) | (row >> 2 & 1);  // the bits of row % 8, reversed
@@ -338,7 +338,7 @@ __device__ __forceinline__ void write_chunk(const TileT& tile, int row, int chun
   store_vector<16>(tile.chunk(row, chunk), values.elements);
 }
 
-// Rounds an accumulator's pair of neighbours into (row, col), (row, col + 1); col is even.
+// Rounds an accumulator's pair of neighbors into (row, col), (row, col + 1); col is even.
 template <class TileT, class acc_t>
 __device__ __forceinline__ void write_pair(const TileT& tile, int row, int col, acc_t left,
                                            acc_t right) {
@@ -387,7 +387,7 @@ struct Accumulator {
     return thread / kWarpSize % kWarpsN * kWarpTileN;
   }
 
-  // f(row, col, left, right) for every pair of neighbours (row, col), (row, col + 1) owned here;
+  // f(row, col, left, right) for every pair of neighbors (row, col), (row, col + 1) owned here;
   // row and col within the tile, left and right by reference.
   template <class F>
   __device__ __forceinline__ void for_each_pair(int thread, F f) {

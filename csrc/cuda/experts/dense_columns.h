@@ -1,6 +1,6 @@
 // Where router and experts lie among the R columns of the dense form of moe_lowrank_add: W [R, K]
 // stacks router_weight and lora_a, z [M, R] = x Wᵀ holds logits and every expert's h, and dz [M, R]
-// their gradients. Router first, then the experts, each in `rank` neighbouring columns.
+// their gradients. Router first, then the experts, each in `rank` neighboring columns.
 //
 // Without dropout the columns are packed. With it, columns that see the same mask form a group (the
 // router, which sees none; then all experts, or each of them), and every group starts on a multiple

@@ -8,7 +8,7 @@
 // and rounds each element once, to the type of its own tensor.
 //
 // Row y of the grid is one part (w, up; drouter_weight, dlora_a, dlora_b), its blocks of 256
-// threads stride over the part's elements, neighbouring threads over neighbouring columns of the
+// threads stride over the part's elements, neighboring threads over neighboring columns of the
 // stacked matrix. No shared memory; an element is one thread's, so there are no tails. What is next
 // to each other in lora_b are runs of r elements: whole sectors from 32 bytes on.
 #pragma once

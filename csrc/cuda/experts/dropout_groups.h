@@ -8,7 +8,7 @@
 
 namespace lowrank_ext::cuda {
 
-// Neighbouring columns that a kernel treats alike.
+// Neighboring columns that a kernel treats alike.
 constexpr int kUnitCols = DenseColumns::kPaddedMultiple;
 static_assert(kUnitCols == 16, "two pieces of a product's columns, and its contraction step");
 

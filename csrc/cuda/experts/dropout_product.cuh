@@ -162,7 +162,7 @@ struct DroppedCopies {
 };
 
 // Bits of the chunks that are not zero in the row of a tile that holds this thread's chunk. Lanes
-// whose chunks share a row are neighbours.
+// whose chunks share a row are neighbors.
 template <class TileT>
 __device__ __forceinline__ uint32_t nonzero_chunks(const TileT& tile, int row, int chunk,
                                                    int thread) {

@@ -9,7 +9,7 @@
 
 namespace lowrank_ext::cuda {
 
-// A warp's Philox calls: kPieces neighbouring lanes share a row of its 16.
+// A warp's Philox calls: kPieces neighboring lanes share a row of its 16.
 template <class Sum>
 struct DropoutTile {
   static constexpr int kPieces = Sum::kPiecesN;

@@ -8,7 +8,7 @@
 #include "common/tensors.h"
 #include "experts/kernels.h"
 #include "experts/plan_experts.h"
-#include "moe_checks.h"
+#include "ops/moe_lowrank_add.h"
 
 namespace lowrank_ext::cuda {
 
@@ -54,9 +54,9 @@ struct ExpertCall {
   ExpertPlan plan() const {
     return expert_plan({num_experts, rank, top_k, element_size(input), drops(), shared_dropout});
   }
-  ExpertRouting routing(const Tensor& probs, const Tensor& ids, const Tensor& weights,
-                        const Tensor& counts) const {
-    return {rows_of(probs), rows_of(weights), data_of<int64_t>(ids), data_of<int64_t>(counts),
+  ExpertRouting routing(const RoutingTensors& tensors) const {
+    return {ref(tensors.router_probs), ref(tensors.topk_weights),
+            data_of<int64_t>(tensors.topk_ids), data_of<int64_t>(tensors.expert_counts),
             data_of<const bool>(token_mask)};
   }
 };

@@ -1,4 +1,4 @@
-// Outputs, scratch memory and the order of the kernels of one call. All of them run on torch's
+// Scratch memory and the order of the kernels of one call. All of them run on torch's
 // current stream, without a wait on the host, so a CUDA graph can capture a call.
 #include "lowrank/branch.h"
 
@@ -44,19 +44,6 @@ std::optional<Tensor> with_dense_bias(const std::optional<Tensor>& base) {
   return strided ? std::optional(torch::stable::contiguous(*base)) : base;
 }
 
-// Fresh outputs for what is needed, empty ones for the rest.
-BranchGradients allocate_gradients(const BranchArgs& args, const BranchNeeds& needs,
-                                   const Tensor& dout) {
-  BranchGradients gradients = empty_gradients(dout);
-  if (needs.dx) gradients.dx = empty({dout.size(0), args.in_features()}, dout.scalar_type(), dout);
-  if (needs.dlora_a) gradients.dlora_a = dense_like(args.lora_a);
-  if (needs.dlora_b) gradients.dlora_b = dense_like(args.lora_b);
-  if (needs.dcore) gradients.dcore = dense_like(*args.core);
-  if (needs.drank_scale) gradients.drank_scale = dense_like(*args.rank_scale);
-  if (needs.dout_scale) gradients.dout_scale = dense_like(*args.out_scale);
-  return gradients;
-}
-
 MatrixRef needed(bool is_needed, const Tensor& gradient) {
   return is_needed ? ref(gradient) : MatrixRef{};
 }
@@ -77,7 +64,6 @@ void input_gradient(ComputeType compute_type, const Tensor& dx, const Tensor& do
 void branch_forward(const BranchArgs& args, const Tensor& x, const std::optional<Tensor>& base,
                     const Tensor& y, const Tensor& h) {
   const int64_t num_rows = x.size(0);
-  if (num_rows == 0) return;
   const Device device = device_of_kernels(x);
   const ComputeType compute_type = compute_type_of(x.scalar_type(), args.allow_tf32);
 
@@ -97,15 +83,12 @@ void branch_forward(const BranchArgs& args, const Tensor& x, const std::optional
              adapters.out_scale, args.scaling, ref(y), device);
 }
 
-BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs,
-                                const Tensor& dout, const std::optional<Tensor>& x,
-                                const std::optional<Tensor>& h,
-                                const std::optional<Tensor>& weight) {
+void branch_backward(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
+                     const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+                     const std::optional<Tensor>& weight, const BranchGradients& gradients) {
   const int64_t num_rows = dout.size(0), rank = args.rank();
-  if (num_rows == 0) return gradients_of_no_rows(args, needs, dout);
-  const BranchGradients gradients = allocate_gradients(args, needs, dout);
   const bool need_g = needs.mid_gradient(), need_p = needs.dlora_b || needs.dout_scale;
-  if (!need_g && !need_p) return gradients;
+  if (!need_g && !need_p) return;
   const Device device = device_of_kernels(dout);
   const ScalarType input = dout.scalar_type();
   const ComputeType compute_type = compute_type_of(input, args.allow_tf32);
@@ -137,7 +120,7 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
                       adapters.out_scale, args.scaling, g, p,
                       needed(needs.dlora_b, gradients.dlora_b),
                       needed(needs.dout_scale, gradients.dout_scale), device);
-  if (!need_g) return gradients;
+  if (!need_g) return;
   lowrank_mid_backward(compute_type, g, ref(h), adapters.mid, num_rows, rank, dh,
                        needed(needs.dcore, gradients.dcore),
                        needed(needs.drank_scale, gradients.drank_scale), mid, device);
@@ -146,7 +129,6 @@ BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs
                                  device);
   if (needs.dx)
     input_gradient(compute_type, gradients.dx, dout, weight, dh, adapters.lora_a, dropout, device);
-  return gradients;
 }
 
 }  // namespace lowrank_ext::cuda

@@ -4,8 +4,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "checks.h"
-#include "gradients.h"
+#include "ops/branch.h"
 
 namespace lowrank_ext::cuda {
 
@@ -38,15 +37,14 @@ inline bool seed_base_output(int64_t num_rows, int64_t num_cols, int64_t element
 // Both run on the current device, which the caller has set.
 //
 // y [M, N] = base + scaling · out_scale ⊙ (mid(h) lora_bᵀ) and h [M, r] = drop(x) lora_aᵀ, x [M,
-// K]. base: [M, N] (y itself too), or a vector [N] that is added to every row, or nothing.
+// K], M > 0. base: [M, N] (y itself too), or a vector [N] that is added to every row, or nothing.
 void branch_forward(const BranchArgs& args, const Tensor& x, const std::optional<Tensor>& base,
                     const Tensor& y, const Tensor& h);
 
-// dout [M, N], x [M, K] where lora_a needs a gradient, h [M, r] where needs.h(). dx [M, K] is
-// dout weight + drop'(dh lora_a), the first of them where a weight [N, K] is given.
-BranchGradients branch_backward(const BranchArgs& args, const BranchNeeds& needs,
-                                const Tensor& dout, const std::optional<Tensor>& x,
-                                const std::optional<Tensor>& h,
-                                const std::optional<Tensor>& weight);
+// dout [M, N], M > 0, x [M, K] where needs.dlora_a, h [M, r] where needs.h(). gradients.dx [M, K]
+// becomes dout weight + drop'(dh lora_a), the first term where a weight [N, K] is given.
+void branch_backward(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
+                     const std::optional<Tensor>& x, const std::optional<Tensor>& h,
+                     const std::optional<Tensor>& weight, const BranchGradients& gradients);
 
 }  // namespace lowrank_ext::cuda

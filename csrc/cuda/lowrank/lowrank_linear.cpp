@@ -1,6 +1,6 @@
-// The base products are the vendor's; branch.h says which of the two parts of an output is written
-// first.
-#include <tuple>
+// lowrank_linear on the GPU: the base products are the vendor's; branch.h says which of the two parts
+// of an output is written first.
+#include "ops/lowrank_linear.h"
 
 #include "common/tensors.h"
 #include "lowrank/branch.h"
@@ -18,57 +18,32 @@ void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight,
   }
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> lowrank_linear_cuda(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a,
-    const Tensor& lora_b, const std::optional<Tensor>& core,
-    const std::optional<Tensor>& rank_scale, const std::optional<Tensor>& out_scale, double scaling,
-    double dropout_p, const std::optional<Tensor>& seed, bool allow_tf32) {
-  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
-                        scaling, dropout_p, seed, allow_tf32};
-  check_lowrank_linear(x, weight, bias, args);
+void lowrank_linear_cuda(const BranchArgs& args, const Tensor& x, const Tensor& weight,
+                         const std::optional<Tensor>& bias, const Tensor& y, const Tensor& h) {
   const DeviceGuard guard(x.get_device_index());
-
-  const Tensor rows = as_matrix(x);
-  Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type(), x);
-  Tensor h = empty(with_last_dim(x, args.rank()), x.scalar_type(), x);
-  if (rows.size(0) == 0) return {y, h};
-  const Tensor y_rows = as_matrix(y), h_rows = as_matrix(h);
-  if (seed_base_output(rows.size(0), args.out_features(), element_size(x.scalar_type()))) {
-    branch_forward(args, rows, bias, y_rows, h_rows);
-    multiply_add(y_rows, y_rows, rows, transposed(weight));
+  if (seed_base_output(x.size(0), args.out_features(), element_size(x.scalar_type()))) {
+    branch_forward(args, x, bias, y, h);
+    multiply_add(y, y, x, transposed(weight));
   } else {
-    base_forward(y_rows, rows, weight, bias);
-    branch_forward(args, rows, y_rows, y_rows, h_rows);
+    base_forward(y, x, weight, bias);
+    branch_forward(args, x, y, y, h);
   }
-  return {y, h};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backward_cuda(
-    const Tensor& dout, const std::optional<Tensor>& x, const Tensor& weight,
-    const std::optional<Tensor>& h, const Tensor& lora_a, const Tensor& lora_b,
-    const std::optional<Tensor>& core, const std::optional<Tensor>& rank_scale,
-    const std::optional<Tensor>& out_scale, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, bool allow_tf32, bool need_dx, bool need_dlora_a,
-    bool need_dlora_b, bool need_dcore, bool need_drank_scale, bool need_dout_scale) {
-  const BranchArgs args{lora_a,  lora_b,    core, rank_scale, out_scale,
-                        scaling, dropout_p, seed, allow_tf32};
-  const BranchNeeds needs{need_dx,    need_dlora_a,     need_dlora_b,
-                          need_dcore, need_drank_scale, need_dout_scale};
-  check_lowrank_linear_backward(dout, x, weight, h, args, needs);
+void lowrank_linear_backward_cuda(const BranchArgs& args, const BranchNeeds& needs,
+                                  const Tensor& dout, const std::optional<Tensor>& x,
+                                  const Tensor& weight, const std::optional<Tensor>& h,
+                                  const BranchGradients& gradients) {
   const DeviceGuard guard(dout.get_device_index());
+  branch_backward(args, needs, dout, x, h, weight, gradients);
+}
 
-  BranchGradients gradients =
-      branch_backward(args, needs, as_matrix(dout), x ? std::optional(as_matrix(*x)) : x,
-                      h ? std::optional(as_matrix(*h)) : h, weight);
-  if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
-  return gradients.as_tuple();
+}  // namespace
+
+LOWRANK_EXT_CUDA_IMPL(m) {
+  m.impl("lowrank_linear", TORCH_BOX(unpacked<lowrank_linear<lowrank_linear_cuda>>));
+  m.impl("lowrank_linear_backward",
+         TORCH_BOX(unpacked<lowrank_linear_backward<lowrank_linear_backward_cuda>>));
 }
 
 }  // namespace lowrank_ext::cuda
-
-LOWRANK_EXT_CUDA_IMPL(m) {
-  m.impl("lowrank_linear", TORCH_BOX(&lowrank_ext::cuda::lowrank_linear_cuda));
-  m.impl("lowrank_linear_backward", TORCH_BOX(&lowrank_ext::cuda::lowrank_linear_backward_cuda));
-}

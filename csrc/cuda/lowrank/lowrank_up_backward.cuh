@@ -343,7 +343,7 @@ void launch_lowrank_up_backward(const UpBackwardPlan& plan, UpBackwardParams<Com
 // ---- what is left to do with P
 
 // From partial sums of P [N, r]: dlora_b = out_scale ⊙ P and dout_scale = rowsum(lora_b ⊙ P). Half
-// a warp owns a row n: its lanes own neighbouring ranks, in turns of 16; no shared memory.
+// a warp owns a row n: its lanes own neighboring ranks, in turns of 16; no shared memory.
 template <class Compute>
 struct LoraBGradientsParams {
   using scalar_t = typename Compute::scalar_t;

@@ -6,7 +6,7 @@
 // A block owns kBlockOuter rows and kRankTile columns of C and one split of the contraction, which
 // it walks in steps of kDepth elements (128 bytes): tiles of L and R come through kStages stages of
 // cp.async. A thread drops or scales the chunks that it copied itself, before the barrier that
-// publishes them. Blocks of the same rows and another rank tile are neighbours and find L in the
+// publishes them. Blocks of the same rows and another rank tile are neighbors and find L in the
 // L2.
 //
 // Shared memory: kStages · 128 (kBlockOuter + kRankTile) bytes: 40, 48, 64, 72 KiB for rank tiles

@@ -18,7 +18,7 @@ int64_t order_slots_workspace_bytes(int64_t num_slots, int64_t num_groups, int n
 void order_slots(const int64_t* ids, int64_t num_slots, int64_t num_groups, bool extra_groups,
                  const SlotOrder& order, void* workspace, const Device& device);
 
-// Tokens with ids [T, k], ordered such that neighbours chose the same experts, or most of the same.
+// Tokens with ids [T, k], ordered such that neighbors chose the same experts, or most of the same.
 int64_t order_tokens_workspace_bytes(int64_t num_tokens, int64_t num_experts, int num_sms);
 void order_tokens(const int64_t* ids, int64_t num_tokens, int64_t top_k, int64_t num_experts,
                   int64_t* tokens, void* workspace, const Device& device);

@@ -11,7 +11,7 @@
 // end of a range take part in the votes only.
 //
 // What is sorted may be tokens, with their k experts: by the lowest of their ids, and by the next
-// one as far as the number of keys allows. Then neighbours have most of their experts in common.
+// one as far as the number of keys allows. Then neighbors have most of their experts in common.
 #pragma once
 
 #include <cstdint>

@@ -1,20 +1,17 @@
-// An adapter per row. order_slots sorts the rows by adapter, on the device, and the kernels of
-// segment_*.cuh walk the segments where they lie: one launch for all adapters' down projections and
-// one for all up projections. The ids' and the ranks' values are never seen by the host: rows whose
-// id or rank is out of range become NaN.
-#include <tuple>
+// multi_lowrank_add on the GPU: an adapter per row. order_slots sorts the rows by adapter, on the
+// device, and the kernels of segment_*.cuh walk the segments where they lie: one launch for all
+// adapters' down projections and one for all up projections. The host does not look at the values of
+// ids and ranks: rows whose id or rank is out of range become NaN.
+#include "ops/multi_lowrank_add.h"
+
 #include <vector>
 
 #include "common/tensors.h"
-#include "multi_checks.h"
 #include "routing/kernels.h"
 #include "segments/kernels.h"
 
 namespace lowrank_ext::cuda {
 namespace {
-
-constexpr const char* kOp = "multi_lowrank_add";
-constexpr const char* kBackwardOp = "multi_lowrank_add_backward";
 
 // A stack whose matrices have dense rows.
 StackRef stack_ref(const Tensor& stack) {
@@ -76,11 +73,11 @@ class Stack {
 // The schema has no flag that allows TF32, so it is not used.
 constexpr bool kAllowTf32 = false;
 
-// x, base_out, y and h are matrices.
-void forward(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x, const Tensor& y,
-             const Tensor& h) {
+void multi_lowrank_add_cuda(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x,
+                            const Tensor& y, const Tensor& h) {
   const int64_t num_rows = x.size(0);
   if (num_rows == 0) return;
+  const DeviceGuard guard(x.get_device_index());
   const Device device = device_of_kernels(x);
   const ComputeType compute_type = compute_type_of(x.scalar_type(), kAllowTf32);
   const Tensor ids = dense(args.adapter_ids), scaling = dense(args.scaling);
@@ -111,30 +108,13 @@ void forward(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& 
              device);
 }
 
-// Empty ([0]) where not needed.
-struct MultiGradients {
-  Tensor dx, dlora_a, dlora_b;
-};
-
-MultiGradients allocate_gradients(const MultiBranchArgs& args, const MultiBranchNeeds& needs,
-                                  const Tensor& dout) {
-  const ScalarType dtype = dout.scalar_type();
-  const bool no_rows = dout.size(0) == 0;
-  const auto gradient = [&](bool needed, const Tensor& stack) {
-    if (!needed) return empty({0}, dtype, dout);
-    return no_rows ? zeros_like(stack) : dense_like(stack);
-  };
-  return {
-      needs.dx ? empty({dout.size(0), args.in_features()}, dtype, dout) : empty({0}, dtype, dout),
-      gradient(needs.dlora_a, args.lora_a), gradient(needs.dlora_b, args.lora_b)};
-}
-
-MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& needs,
-                        const Tensor& dout, const std::optional<Tensor>& x,
-                        const std::optional<Tensor>& h) {
-  const MultiGradients gradients = allocate_gradients(args, needs, dout);
+void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBranchNeeds& needs,
+                                     const Tensor& dout, const std::optional<Tensor>& x,
+                                     const std::optional<Tensor>& h,
+                                     const MultiBranchGradients& gradients) {
   const int64_t num_rows = dout.size(0);
-  if (num_rows == 0 || !(needs.g() || needs.dlora_b)) return gradients;
+  if (num_rows == 0 || !(needs.g() || needs.dlora_b)) return;
+  const DeviceGuard guard(dout.get_device_index());
   const Device device = device_of_kernels(dout);
   const ScalarType input = dout.scalar_type();
   const ComputeType compute_type = compute_type_of(input, kAllowTf32);
@@ -168,7 +148,7 @@ MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& nee
   if (needs.dlora_b)
     segment_up_backward_lora_b(compute_type, rows.groups, ref(dout), ref(h), ref(scaling),
                                /*scale=*/1.0, stack_ref(gradients.dlora_b), device);
-  if (!needs.g()) return gradients;
+  if (!needs.g()) return;
   segment_up_backward(compute_type, rows.groups, ref(dout), lora_b, ref(scaling), dh, up_backward,
                       device);
   if (needs.dlora_a)
@@ -177,49 +157,14 @@ MultiGradients backward(const MultiBranchArgs& args, const MultiBranchNeeds& nee
   if (needs.dx)
     segment_down_backward_x(compute_type, rows.groups, dh, lora_a, dropout, ref(gradients.dx),
                             device);
-  return gradients;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> multi_lowrank_add_cuda(const Tensor& base_out, const Tensor& x,
-                                                  const Tensor& lora_a, const Tensor& lora_b,
-                                                  const Tensor& adapter_ids, const Tensor& scaling,
-                                                  const std::optional<Tensor>& ranks,
-                                                  double dropout_p,
-                                                  const std::optional<Tensor>& seed) {
-  const MultiBranchArgs args{lora_a, lora_b, adapter_ids, scaling, ranks, dropout_p, seed};
-  check_multi_forward(kOp, args, base_out, x);
-  const DeviceGuard guard(x.get_device_index());
-
-  Tensor y = empty(with_last_dim(x, args.out_features()), x.scalar_type(), x);
-  Tensor h = empty(with_last_dim(x, args.rank()), x.scalar_type(), x);
-  forward(args, as_matrix(base_out), as_matrix(x), as_matrix(y), as_matrix(h));
-  return {y, h};
-}
-
-std::tuple<Tensor, Tensor, Tensor> multi_lowrank_add_backward_cuda(
-    const Tensor& dout, const std::optional<Tensor>& x, const std::optional<Tensor>& h,
-    const Tensor& lora_a, const Tensor& lora_b, const Tensor& adapter_ids, const Tensor& scaling,
-    const std::optional<Tensor>& ranks, double dropout_p, const std::optional<Tensor>& seed,
-    bool need_dx, bool need_dlora_a, bool need_dlora_b) {
-  const MultiBranchArgs args{lora_a, lora_b, adapter_ids, scaling, ranks, dropout_p, seed};
-  const MultiBranchNeeds needs{need_dx, need_dlora_a, need_dlora_b};
-  check_multi_backward(kBackwardOp, args, needs, dout, x, h);
-  const DeviceGuard guard(dout.get_device_index());
-
-  const auto rows = [](const std::optional<Tensor>& saved) {
-    return saved ? std::optional(as_matrix(*saved)) : saved;
-  };
-  MultiGradients gradients = backward(args, needs, as_matrix(dout), rows(x), rows(h));
-  if (need_dx) gradients.dx = with_shape(gradients.dx, with_last_dim(dout, args.in_features()));
-  return {gradients.dx, gradients.dlora_a, gradients.dlora_b};
+LOWRANK_EXT_CUDA_IMPL(m) {
+  m.impl("multi_lowrank_add", TORCH_BOX(unpacked<multi_lowrank_add<multi_lowrank_add_cuda>>));
+  m.impl("multi_lowrank_add_backward",
+         TORCH_BOX(unpacked<multi_lowrank_add_backward<multi_lowrank_add_backward_cuda>>));
 }
 
 }  // namespace lowrank_ext::cuda
-
-LOWRANK_EXT_CUDA_IMPL(m) {
-  m.impl("multi_lowrank_add", TORCH_BOX(&lowrank_ext::cuda::multi_lowrank_add_cuda));
-  m.impl("multi_lowrank_add_backward",
-         TORCH_BOX(&lowrank_ext::cuda::multi_lowrank_add_backward_cuda));
-}

@@ -1,6 +1,6 @@
 // Rows that share a group (an adapter) form a segment: order_slots has sorted the rows by group, in
 // their order within each, group n being the rows without an adapter and group n + 1 those of an
-// invalid id. A kernel over segments works on tiles of neighbours in that order, which never cross
+// invalid id. A kernel over segments works on tiles of neighbors in that order, which never cross
 // a segment's end. The host knows only how many tiles there are at most; a block finds its own from
 // the offsets: each warp by itself, 32 groups at a time, by a scan of their numbers of tiles.
 // Blocks beyond the last tile return at once. No shared memory.
@@ -164,7 +164,7 @@ __device__ __forceinline__ SegmentTile find_segment_tile(const Segments& segment
   return {0, 0, 0};
 }
 
-// copy_tile_async of rows that are no neighbours: row_of(tile_row, i) is the source's row for the
+// copy_tile_async of rows that are no neighbors: row_of(tile_row, i) is the source's row for the
 // thread's i-th own chunk, or negative for zeros.
 template <int kThreads, class TileT, class T, class RowOf>
 __device__ __forceinline__ void copy_gathered_tile_async(const TileT& tile, const Matrix<T>& source,

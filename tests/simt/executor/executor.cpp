@@ -539,7 +539,7 @@ void fault_at(const std::string& text, const Access& access) {
   fault(text + "; " + thread_and_block_text(access) + ", " + source_line(access.pc));
 }
 
-void undefined_behaviour(const char* what, const char* file, unsigned line) {
+void undefined_behavior(const char* what, const char* file, unsigned line) {
   const std::string text = std::string(what) + " at " + file + ":" + std::to_string(line);
   if (machine().running < 0) {
     fprintf(stderr, "%s\n", text.c_str());

@@ -56,7 +56,7 @@ void run(const Launch& launch, const std::function<void()>& thread_body);
 
 struct Options {
   uint64_t schedule_seed = 0;
-  // Off: bounds, alignment and barriers are checked, but no races, no uninitialised or early reads,
+  // Off: bounds, alignment and barriers are checked, but no races, no uninitialized or early reads,
   // and no traffic is counted. For shapes too large for the rest.
   bool record = true;
 };

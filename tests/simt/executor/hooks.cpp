@@ -1,5 +1,5 @@
 // What g++ calls from kernels: before every load and store (-fsanitize=thread) and where UBSan has
-// found undefined behaviour. These are all the entry points that it emits; neither libtsan nor
+// found undefined behavior. These are all the entry points that it emits; neither libtsan nor
 // libubsan is linked.
 #include "hooks.h"
 
@@ -105,7 +105,7 @@ struct UbsanPlace {
 };
 #define SIMT_UBSAN(name, what)                                  \
   void __ubsan_handle_##name##_abort(const UbsanPlace* place) { \
-    simt::undefined_behaviour(what, place->file, place->line);  \
+    simt::undefined_behavior(what, place->file, place->line);   \
   }
 SIMT_UBSAN(add_overflow, "signed integer overflow in +")
 SIMT_UBSAN(sub_overflow, "signed integer overflow in -")

@@ -30,6 +30,6 @@ void kernel_access(uintptr_t address, int bytes, bool write, bool atomic, bool a
                    const void* caller);
 
 // What UBSan found. Ends the launch; on the host, the program.
-[[noreturn]] void undefined_behaviour(const char* what, const char* file, unsigned line);
+[[noreturn]] void undefined_behavior(const char* what, const char* file, unsigned line);
 
 }  // namespace simt

@@ -351,7 +351,7 @@ void Memory::check_read(Shadow::Cell& cell, size_t byte, const Access& now, bool
     if (!(write.atomic && now.atomic) && !order_.ordered(write, now))
       fault_race(write, true, byte, now, now.atomic, shared);
   } else if (shared) {
-    fault_at("read of uninitialised memory, which no thread has written yet: " + shared_text(byte),
+    fault_at("read of uninitialized memory, which no thread has written yet: " + shared_text(byte),
              now);
   }
   remember_read(cell, now, shared);

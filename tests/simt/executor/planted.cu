@@ -90,7 +90,7 @@ __global__ void stack_overflow(const Args& a) {
   a.y[threadIdx.x] = static_cast<float>(deep(kFixed ? 10 : 1 << 20, &seen));
 }
 
-// ---- races and uninitialised memory -------------------------------------------------------------
+// ---- races and uninitialized memory -------------------------------------------------------------
 
 template <bool kFixed>
 __global__ void missing_syncthreads(const Args& a) {
@@ -167,7 +167,7 @@ __global__ void read_of_another_block(const Args& a) {
 }
 
 template <bool kFixed>
-__global__ void uninitialised_shared(const Args& a) {
+__global__ void uninitialized_shared(const Args& a) {
   const unsigned i = threadIdx.x;
   if (kFixed || i != 5) shared_floats()[i] = a.x[i];
   a.y[i] = shared_floats()[i];
@@ -338,7 +338,7 @@ __global__ void matrix_rows(const Args& a) {
   a.y[i] = first;
 }
 
-// Neighbouring lanes read neighbours, or elements one sector apart.
+// Neighboring lanes read neighbors, or elements one sector apart.
 template <bool kFixed>
 __global__ void strided_read(const Args& a) {
   const unsigned i = threadIdx.x;
@@ -457,7 +457,7 @@ const std::map<std::string, Pair>& table() {
       SIMT_PLANTED(partial_syncwarp),
       SIMT_PLANTED(race_between_blocks),
       SIMT_PLANTED(read_of_another_block),
-      SIMT_PLANTED(uninitialised_shared),
+      SIMT_PLANTED(uninitialized_shared),
       SIMT_PLANTED(left_by_another_block),
       SIMT_PLANTED(plain_beside_atomic),
       SIMT_PLANTED(early_copy_read),

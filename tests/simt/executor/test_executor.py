@@ -86,8 +86,8 @@ FAULTS = [
     ),
     ("missing_syncwarp", {}, r"race on byte \d+ of dynamic shared memory: "),
     ("shuffle_is_no_barrier", {}, r"race on byte \d+ of dynamic shared memory: write by"),
-    ("syncwarp_across_warps", {"threads": 64}, r"race on byte \d+ of|read of uninitialised"),
-    ("partial_syncwarp", {}, r"race on byte \d+ of|read of uninitialised"),
+    ("syncwarp_across_warps", {"threads": 64}, r"race on byte \d+ of|read of uninitialized"),
+    ("partial_syncwarp", {}, r"race on byte \d+ of|read of uninitialized"),
     (
         "race_between_blocks",
         {"blocks": 2},
@@ -96,14 +96,14 @@ FAULTS = [
     ),
     ("read_of_another_block", {"blocks": 2, "threads": 1}, r"race on y\[row 0, byte [04]\]: "),
     (
-        "uninitialised_shared",
+        "uninitialized_shared",
         {},
-        rf"read of uninitialised .*: byte 20 of dynamic shared memory; {BLOCK_0}\(5, 0, 0\)",
+        rf"read of uninitialized .*: byte 20 of dynamic shared memory; {BLOCK_0}\(5, 0, 0\)",
     ),
     (
         "left_by_another_block",
         {"blocks": 4},
-        "read of uninitialised .*: static shared",
+        "read of uninitialized .*: static shared",
     ),
     ("plain_beside_atomic", {}, r"race on y\[row 0, byte 0\]: "),
     (
@@ -120,7 +120,7 @@ FAULTS = [
     (
         "copy_without_barrier",
         {"threads": 8},
-        r"race on byte \d+ of dynamic|early read of a cp\.async copy|read of uninitialised",
+        r"race on byte \d+ of dynamic|early read of a cp\.async copy|read of uninitialized",
     ),
     (
         "copy_never_waited_for",

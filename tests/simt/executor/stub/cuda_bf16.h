@@ -6,7 +6,7 @@
 struct alignas(2) __nv_bfloat16 {
   uint16_t bits;
 
-  __nv_bfloat16() = default;  // uninitialised, as on a GPU
+  __nv_bfloat16() = default;  // uninitialized, as on a GPU
   __forceinline__ __nv_bfloat16(float value);
   __forceinline__ operator float() const;
 };

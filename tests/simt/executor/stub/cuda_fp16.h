@@ -6,7 +6,7 @@
 struct alignas(2) __half {
   uint16_t bits;
 
-  __half() = default;  // uninitialised, as on a GPU
+  __half() = default;  // uninitialized, as on a GPU
   __forceinline__ __half(float value);
   __forceinline__ operator float() const;
 };

@@ -1,0 +1,126 @@
+"""How a method's adapters look in adapter_config.json and adapter_model.safetensors.
+
+Beside PEFT's fields the config file holds the method's ``own_fields``; the tensor file holds, for
+each module, the tensors that ``adapter_shapes`` of its config names. A method with other files
+subclasses ``AdapterFormat``. Code for all files: ``lowrank_ext/checkpoint``.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lowrank_ext.adapter_files import AdapterFiles
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+
+# Module path -> {kind: tensor}. A kind is the part of a tensor's key after the module's path.
+Adapters = dict[str, dict[str, Tensor]]
+
+_PROJECTIONS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+class StoredConfig(NamedTuple):
+    """Content of adapter_config.json.
+
+    Attributes:
+        config_class: the config class of the method that the file names.
+        fields: the whole JSON object.
+        shared: arguments that every config class takes, read from the fields.
+        paths: the adapted modules, from the tensor file.
+        where: caller and file, for messages.
+    """
+
+    config_class: type[AdapterConfig]
+    fields: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    paths: Collection[str]
+    where: str
+
+
+class AdapterFormat:
+    """PEFT's fields and tensors, with the method's own beside them.
+
+    Args:
+        tensor_names: attribute of a module -> kind, for tensors other than lora_a and lora_b.
+        more_names: regular expression of further attributes, in any number, whose kind is
+            ``<attribute>.weight``.
+    """
+
+    def __init__(
+        self, tensor_names: Mapping[str, str] | None = None, more_names: str | None = None
+    ) -> None:
+        self.kinds = {**_PROJECTIONS, **(tensor_names or {})}
+        self._attributes = {kind: attribute for attribute, kind in self.kinds.items()}
+        self._more_names = None if more_names is None else re.compile(more_names)
+
+    def check_beside(self, other: "AdapterFormat") -> None:
+        """Raise ValueError unless each attribute that both formats name has the same kind in both,
+        and each kind the same attribute."""
+        for attribute, kind in self.kinds.items():
+            if other.kinds.get(attribute, kind) != kind:
+                raise ValueError(
+                    f"register: {attribute} must be called {other.kinds[attribute]!r} in files as "
+                    f"by another method, got {kind!r}"
+                )
+            if other._attributes.get(kind, attribute) != attribute:
+                raise ValueError(
+                    f"register: {kind!r} must be {other._attributes[kind]} as of another method, "
+                    f"got {attribute}"
+                )
+
+    def kind_of(self, attribute: str) -> str:
+        """The kind under which a file holds ``attribute`` of a module."""
+        return self.kinds.get(attribute, f"{attribute}.weight")
+
+    def attribute_of(self, kind: str) -> str:
+        """The inverse of ``kind_of``."""
+        return self._attributes.get(kind, kind.removesuffix(".weight"))
+
+    def kind_in(self, key: str) -> str | None:
+        """The kind at the end of ``key``, a name in a file; None if it is no adapter tensor."""
+        named = next((kind for kind in self._attributes if key.endswith(f".{kind}")), None)
+        if named is None and self._more_names is not None:
+            last = key.removesuffix(".weight").rpartition(".")[2]
+            if key.endswith(".weight") and self._more_names.fullmatch(last):
+                return f"{last}.weight"
+        return named
+
+    def shapes(
+        self, config: AdapterConfig, r: int, in_features: int, out_features: int
+    ) -> dict[str, list[int]]:
+        """Shape of every tensor of a module in memory, by kind."""
+        shapes = config.adapter_shapes(r, in_features, out_features)
+        return {self.kind_of(attribute): shape for attribute, shape in shapes.items()}
+
+    def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
+        """The tensors of ``module`` that the file holds, by kind."""
+        shapes = self.shapes(config, module.r, module.in_features, module.out_features)
+        return {kind: getattr(module, self.attribute_of(kind)) for kind in shapes}
+
+    def fields(
+        self, config: AdapterConfig, numbers: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The method's own fields of the config file, and metadata for the tensor file.
+
+        Args:
+            numbers: r, lora_alpha, rank_pattern and alpha_pattern; a returned field of the same
+                name replaces one.
+        """
+        return {key: getattr(config, key) for key in config.own_fields}, {}
+
+    def unpack(self, files: AdapterFiles, adapters: Adapters) -> tuple[AdapterFiles, Adapters]:
+        """Convert what ``tensors`` and ``fields`` wrote to the tensors of modules."""
+        return files, adapters
+
+    def optional(
+        self, config: AdapterConfig, shapes: Mapping[str, list[int]]
+    ) -> dict[str, list[int]]:
+        """Shapes, by kind, of optional tensors: a file holds them for all modules or for none."""
+        return {}
+
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        """Arguments for the method's config class."""
+        own = stored.config_class.own_fields
+        return {**stored.shared, **{key: stored.fields[key] for key in own if key in stored.fields}}

@@ -1,0 +1,285 @@
+"""Reads an adapter from its files and puts it on a model."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext.adapt import adapt, lowrank_modules
+from lowrank_ext.adapter_files import AdapterFiles, read_adapter_files
+from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.checkpoint.layout import (
+    LORA_A,
+    PREFIX,
+    bad_key,
+    is_sharded,
+    split_keys,
+    unwrapped,
+)
+from lowrank_ext.checkpoint.peft_config import method_in, parsed_config, target_names
+from lowrank_ext.checkpoint.ties import ties, untie
+from lowrank_ext.checks import did_you_mean
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.base_layer import dense_weight, linear_features
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.registry import METHODS, Method
+from lowrank_ext.targets import outermost_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = True) -> Model:
+    """Put the adapter in the directory ``path`` on ``model``; returns the model.
+
+    A plain model is adapted in place as the file describes. A model that carries the same kind of
+    adapter on the same modules, with the same ranks and scalings, gets the file's values. With a
+    residual init the base weight is rebuilt: bit for bit over the original base or in a model with
+    the same initial factors, to one rounding where another residual is undone first.
+
+    LoRA files may come from PEFT, with use_rslora, rank_pattern, alpha_pattern, modules_to_save and
+    init_lora_weights="pissa" (whose SVD is then repeated, as PEFT does). What cannot be computed
+    exactly here (DoRA, trained biases, …) is refused. Adapters keep the file's dtype if it is the
+    base's or float32, else they become float32 (float64 over a float64 base). A saved module whose
+    weight is tied in the model is untied if the file's values of the two differ.
+
+    Args:
+        model: on its final device, not merged, not sharded.
+        path: directory with adapter_config.json and adapter_model.safetensors.
+        trainable: False leaves nothing in the model that requires a gradient.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
+            message names file and key. Raised before the model is changed.
+
+    Examples:
+        >>> model = lr.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "out/adapter")
+    """
+    if unwrapped(model) is not model:
+        raise ValueError("load_adapter: model must not be wrapped, load before wrapping it")
+    files = read_adapter_files(Path(path), "load_adapter")
+    own: AdapterConfig | None = getattr(model, "lowrank_config", None)
+    adapters, others = split_keys(files)
+    method = method_in(files)
+    # Over a base without a residual a packed file is read as the plain adapter it also is.
+    if own is None or own.init in METHODS[own.peft_type].module_class.residual_inits:
+        files, adapters = method.file_format.unpack(files, adapters)
+    config = parsed_config(files, method, adapters)
+    modules = modules_for(model, files, adapters)
+    check_loadable(model, modules, "load_adapter")
+    check_tensors(files, method, config, modules, adapters)
+    saved = saved_modules_for(model, files, others)
+    config = dataclasses.replace(
+        config,
+        target_modules=target_names(model, adapters),
+        modules_to_save=tuple(saved),
+        adapter_dtype=_adapter_dtype(modules, adapters),
+    )
+    if own is not None:
+        _check_same(model, files, adapters, config, own)
+    else:
+        # PEFT's own PiSSA files lack the initial factors: the SVD is repeated.
+        residual = config.init in method.module_class.residual_inits
+        initialize = residual and not _has_starts(method, adapters)
+        try:
+            adapt(model, config, initialize=initialize)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
+    for name, tensors in adapters.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, LowRankLinear)
+        _fill(module, method, tensors)
+    _fill_saved(model, saved, others)
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def modules_for(
+    model: nn.Module, files: AdapterFiles, adapters: Collection[str]
+) -> dict[str, nn.Module]:
+    """The model's module for each path in the file."""
+    present = dict(model.named_modules())
+    possible = [
+        path
+        for path, module in present.items()
+        if isinstance(module, LowRankLinear) or linear_features(module) is not None
+    ]
+    for name in adapters:
+        if name not in possible:
+            what = type(present[name]).__name__ if name in present else "no such module"
+            raise bad_key(
+                files,
+                f"{PREFIX}{name}.{LORA_A}",
+                f"must belong to a linear module, the model has {what} at {name}"
+                f"{did_you_mean(name, possible)}",
+            )
+    return {name: present[name] for name in adapters}
+
+
+def check_tensors(
+    files: AdapterFiles,
+    method: Method,
+    config: AdapterConfig,
+    modules: Mapping[str, nn.Module],
+    adapters: Adapters,
+) -> None:
+    """Raise ValueError unless the file has exactly the method's tensors, with shapes that fit."""
+    for name, tensors in adapters.items():
+        module = modules[name]
+        features = (
+            (module.in_features, module.out_features)
+            if isinstance(module, LowRankLinear)
+            else linear_features(module)
+        )
+        assert features is not None
+        shapes = method.file_format.shapes(config, config.rank_for(name), *features)
+        optional = method.file_format.optional(config, shapes)
+        if any(not optional.keys().isdisjoint(tensors) for tensors in adapters.values()):
+            shapes |= optional
+        for kind in shapes:
+            if kind not in tensors:
+                raise bad_key(files, f"{PREFIX}{name}.{kind}", "is missing")
+        for kind, tensor in tensors.items():
+            key = f"{PREFIX}{name}.{kind}"
+            if kind not in shapes:
+                raise bad_key(files, key, f"is no tensor of {config.peft_type}")
+            if list(tensor.shape) != shapes[kind]:
+                raise bad_key(files, key, f"must be {shapes[kind]}, got {list(tensor.shape)}")
+            if not tensor.is_floating_point():
+                raise bad_key(files, key, f"must be floating-point, got {tensor.dtype}")
+
+
+def saved_modules_for(
+    model: nn.Module, files: AdapterFiles, others: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """The model's modules that ``modules_to_save`` in the file selects: by PEFT's rule, all whose
+    path ends with one of the names.
+
+    Names that match nothing are dropped: PEFT writes both "classifier" and "score" for any head.
+    """
+    names = files.config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{files.caller}: {files.config_path}: modules_to_save must be a list of names, "
+            f"got {names!r}"
+        )
+    paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
+    saved = outermost_modules(model, paths)
+    wanted = {f"{path}.{key}": t for path, m in saved.items() for key, t in m.state_dict().items()}
+    for key, tensor in wanted.items():
+        if key not in others:
+            raise bad_key(files, PREFIX + key, "is missing")
+        if others[key].shape != tensor.shape:
+            got = list(others[key].shape)
+            raise bad_key(files, PREFIX + key, f"must be {list(tensor.shape)}, got {got}")
+    for key in others:
+        if key not in wanted:
+            raise bad_key(
+                files, PREFIX + key, "belongs to no adapter and to no module of modules_to_save"
+            )
+    return saved
+
+
+def check_loadable(model: nn.Module, modules: Mapping[str, nn.Module], caller: str) -> None:
+    for name, module in modules.items():
+        if isinstance(module, LowRankLinear) and module.merged:
+            raise ValueError(f"{caller}: {name} must not be merged; call unmerge first")
+    for key, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{caller}: {key} must hold values, got a meta tensor")
+        if is_sharded(parameter):
+            raise ValueError(f"{caller}: {key} must not be sharded; load before fully_shard")
+
+
+def _adapter_dtype(modules: Mapping[str, nn.Module], adapters: Adapters) -> str:
+    """The file's dtype where it is every base's, else float32 (which a float64 base overrides)."""
+    in_file = {tensor.dtype for tensors in adapters.values() for tensor in tensors.values()}
+    weights = [dense_weight(module) for module in modules.values()]
+    in_model = {weight.dtype for weight in weights if weight is not None}
+    if len(in_file) == 1 and in_model <= in_file and in_file & {torch.bfloat16, torch.float16}:
+        return str(in_file.pop()).removeprefix("torch.")
+    return "float32"
+
+
+def _check_same(
+    model: nn.Module,
+    files: AdapterFiles,
+    adapters: Adapters,
+    config: AdapterConfig,
+    own: AdapterConfig,
+) -> None:
+    """Raise ValueError unless the model carries the adapters that ``config`` describes."""
+
+    def differs(what: str, expected: object, got: object) -> ValueError:
+        return ValueError(
+            f"{files.caller}: {files.config_path}: {what} must be {expected!r} as in the model, "
+            f"got {got!r}"
+        )
+
+    def start(of: AdapterConfig) -> str:
+        return "kaiming" if of.init == "gaussian" else of.init  # they differ only before training
+
+    if type(config) is not type(own):
+        raise differs("peft_type", own.peft_type, config.peft_type)
+    if start(config) != start(own):
+        raise differs("init", own.init, config.init)
+    theirs = config.must_agree()
+    for name, value in own.must_agree().items():
+        if value != theirs[name]:
+            raise differs(name, value, theirs[name])
+    modules = lowrank_modules(model, "load_adapter")
+    if modules.keys() != adapters.keys():
+        raise differs("adapted modules", sorted(modules), sorted(adapters))
+    for name, module in modules.items():
+        r, scaling = config.rank_for(name), config.scaling_for(name, module.in_features)
+        if module.r != r:
+            raise differs(f"rank of {name}", module.r, r)
+        if not math.isclose(module.scaling, scaling, rel_tol=1e-12):
+            raise differs(f"scaling of {name}", module.scaling, scaling)
+    saved = list(outermost_modules(model, own.modules_to_save))
+    if saved != list(config.modules_to_save):
+        raise differs("modules_to_save", saved, list(config.modules_to_save))
+
+
+def _has_starts(method: Method, adapters: Adapters) -> bool:
+    """Whether the file has the initial factors, which rebuild a residual base."""
+    starts = {method.file_format.kind_of(name) for name in method.module_class.residual_starts}
+    return any(not starts.isdisjoint(tensors) for tensors in adapters.values())
+
+
+@torch.no_grad()
+def _fill(module: LowRankLinear, method: Method, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's tensors into an adapter, and subtract the initial branch they define."""
+    attributes = {method.file_format.attribute_of(kind): t for kind, t in tensors.items()}
+    own = {name: getattr(module, name) for name in attributes}
+    given = {name: tensor.to(own[name]) for name, tensor in attributes.items()}
+    # Training never changes the initial factors, so equal factors mean an equal residual base.
+    factors = [name for name in module.residual_starts if name in given]
+    defining = [*factors, *(module.residual_constants if factors else ())]
+    same = module.residual_taken and all(torch.equal(own[n], given[n]) for n in defining)
+    if factors and not same:
+        module.restore_base()
+    for name, tensor in given.items():
+        own[name].copy_(tensor)
+    if factors:
+        module.take_residual()
+
+
+@torch.no_grad()
+def _fill_saved(
+    model: nn.Module, saved: Mapping[str, nn.Module], values: Mapping[str, Tensor]
+) -> None:
+    """Copy a file's values into the modules of modules_to_save; weights whose tied partner has
+    other values are untied first."""
+    for key, others in ties(model, saved).items():
+        if not all(o in values and torch.equal(values[o], values[key]) for o in others):
+            untie(model, key, keeps_training=any(other in values for other in others))
+    for name, module in saved.items():
+        for key, tensor in module.state_dict().items():
+            tensor.copy_(values[f"{name}.{key}"])

@@ -1,0 +1,157 @@
+"""Plain LoRA files for AdapterBank and GuardModel, whose modules are no LowRankLinear."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lowrank_ext import registry
+from lowrank_ext.adapter_files import Companion, read_adapter_files, write_adapter_files
+from lowrank_ext.checkpoint.layout import (
+    LORA_A,
+    LORA_B,
+    PREFIX,
+    gathered,
+    is_sharded,
+    split_keys,
+)
+from lowrank_ext.checkpoint.load import (
+    check_loadable,
+    check_tensors,
+    modules_for,
+    saved_modules_for,
+)
+from lowrank_ext.checkpoint.peft_config import (
+    ModuleNumbers,
+    config_fields,
+    method_in,
+    parsed_config,
+    target_names,
+)
+from lowrank_ext.checks import check_alpha, did_you_mean
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.base_layer import is_conv1d, linear_features
+from lowrank_ext.targets import check_adaptable
+
+
+class LoRATensors(NamedTuple):
+    """One module's adapter: lora_a [r, K], lora_b [N, r]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+class LoRAFile(NamedTuple):
+    """Content of a LoRA's two files, by module path."""
+
+    config: AdapterConfig
+    adapters: dict[str, LoRATensors]
+
+
+def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> LoRAFile:
+    """The LoRA in the directory ``path`` by module path of ``model``, which is not changed.
+
+    Refused, beside what ``load_adapter`` refuses: everything that is more than a branch on the
+    output of linear modules. A pissa file that ``save_adapter`` wrote is read as the LoRA of
+    rank 2r that it holds.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
+            message names file and key.
+    """
+    files = read_adapter_files(Path(path), caller)
+    adapters, others = split_keys(files)
+    method = method_in(files)
+    config = parsed_config(files, method, adapters)
+    residual = config.init in method.module_class.residual_inits
+    if method is not registry.METHODS["LORA"] or residual:
+        what = "a residual base weight (PiSSA)" if config.peft_type == "LORA" else config.peft_type
+        raise ValueError(f"{caller}: {files.config_path} must be a plain LoRA, got {what}")
+    modules = modules_for(model, files, adapters)
+    for name, module in modules.items():
+        check_adaptable(name, module, caller)
+    check_loadable(model, modules, caller)
+    check_tensors(files, method, config, modules, adapters)
+    if saved := saved_modules_for(model, files, others):
+        raise ValueError(
+            f"{caller}: {files.config_path}: modules_to_save must match no module, one of them "
+            f"would change for all rows, got {', '.join(saved)}"
+        )
+    return LoRAFile(
+        dataclasses.replace(config, target_modules=target_names(model, adapters)),
+        {
+            name: LoRATensors(
+                tensors[LORA_A],
+                tensors[LORA_B],
+                config.scaling_for(name, in_features=tensors[LORA_A].shape[1]),
+            )
+            for name, tensors in adapters.items()
+        },
+    )
+
+
+def write_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    file: LoRAFile,
+    caller: str,
+    companions: Mapping[str, Companion],
+) -> None:
+    """Write the LoRA ``file`` of ``model`` as ``save_adapter`` does, for adapters whose modules
+    are no LowRankLinear.
+
+    Args:
+        companions: more files of the same save, see ``write_adapter_files``.
+
+    Raises:
+        ValueError: a tensor is on the meta device or sharded. Nothing is written.
+        OSError: the files cannot be written. The directory holds what it held before.
+    """
+    tensors = {}
+    for name, (lora_a, lora_b, _) in file.adapters.items():
+        for kind, tensor in ((LORA_A, lora_a), (LORA_B, lora_b)):
+            if tensor.is_meta or is_sharded(tensor):
+                raise ValueError(
+                    f"{caller}: {name} must hold whole values, got a meta or sharded tensor"
+                )
+            tensors[f"{PREFIX}{name}.{kind}"] = gathered(tensor).clone()
+    modules = {name: _numbers_of(model, name, file.config) for name in file.adapters}
+    fields, metadata = config_fields(model, file.config, modules, saved={})
+    write_adapter_files(Path(path), fields, tensors, metadata, companions)
+
+
+def _numbers_of(model: nn.Module, path: str, config: AdapterConfig) -> ModuleNumbers:
+    module = model.get_submodule(path)
+    transposed = any(is_conv1d(part) for part in (module, *module.children()))
+    return ModuleNumbers(config.rank_for(path), config.alpha_for(path), transposed)
+
+
+def check_adapters(model: nn.Module, adapters: Mapping[str, LoRATensors], caller: str) -> None:
+    """Raise ValueError where a path names no linear module of ``model``, or a shape does not
+    fit."""
+    present = dict(model.named_modules())
+    if not adapters:
+        raise ValueError(f"{caller}: adapters must hold at least one module, got none")
+    for path, (lora_a, lora_b, scaling) in adapters.items():
+        if path not in present:
+            raise ValueError(
+                f"{caller}: adapters must name modules of the model, got {path!r}"
+                f"{did_you_mean(path, present)}"
+            )
+        check_adaptable(path, present[path], caller)
+        features = linear_features(present[path])
+        assert features is not None  # check_adaptable
+        num_in, num_out = features
+        r = lora_a.shape[0] if lora_a.dim() == 2 else 0
+        expected = [max(r, 1), num_in], [num_out, max(r, 1)]
+        if (list(lora_a.shape), list(lora_b.shape)) != expected:
+            raise ValueError(
+                f"{caller}: {path}: lora_a and lora_b must be [r, {num_in}] and [{num_out}, r], "
+                f"got {list(lora_a.shape)} and {list(lora_b.shape)}"
+            )
+        check_alpha(scaling, f"{caller}: {path}", "scaling")

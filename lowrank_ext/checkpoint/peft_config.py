@@ -1,0 +1,209 @@
+"""adapter_config.json: PEFT's fields, from a model and its config and back.
+
+PEFT's names select the same modules in both libraries; what this one cannot compute is refused.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lowrank_ext import registry
+from lowrank_ext.adapter_files import AdapterFiles
+from lowrank_ext.adapter_format import Adapters, StoredConfig
+from lowrank_ext.checkpoint.layout import whole
+from lowrank_ext.checks import matching_pattern
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.registry import Method
+
+# Fields that change the output in a way that no module here computes: a file that uses one is
+# refused. {field: values that mean "not used"}; None, False and empty values always mean that.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "use_dora": (),
+    "use_qalora": (),
+    "use_bdlora": (),
+    "lora_bias": (),
+    "layer_replication": (),
+    "trainable_token_indices": (),
+    "target_parameters": (),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "velora_config": (),
+    "ensure_weight_tying": (),
+}
+# Fields that are read elsewhere, or have no effect on a finished adapter.
+_KNOWN = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "init_lora_weights"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"),
+    *("megatron_core", "runtime_config", "qalora_group_size"),
+}
+
+
+class ModuleNumbers(NamedTuple):
+    """Numbers in the config file for one module that is no LowRankLinear."""
+
+    r: int
+    alpha: float
+    fan_in_fan_out: bool
+
+
+def config_fields(
+    model: nn.Module,
+    config: AdapterConfig,
+    modules: Mapping[str, LowRankLinear | ModuleNumbers],
+    saved: Mapping[str, nn.Module],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of adapter_config.json, and metadata for the tensor file."""
+    # fully_shard replaces the model's class by a subclass of it.
+    own_class = next(
+        cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed.")
+    )
+    method = registry.METHODS[config.peft_type]
+    alpha = config.default_alpha
+    ranks = {name: module.r for name, module in modules.items()}
+    alphas = {name: module.alpha for name, module in modules.items()}
+    numbers: dict[str, Any] = {
+        "r": config.r,
+        "lora_alpha": whole(alpha),
+        "rank_pattern": _pattern(config.rank_pattern, config.r, ranks),
+        "alpha_pattern": _pattern(config.alpha_pattern, alpha, alphas),
+    }
+    fields = {
+        "peft_type": config.peft_type,
+        "auto_mapping": {
+            "base_model_class": own_class.__name__,
+            "parent_library": own_class.__module__,
+        },
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "revision": None,
+        "task_type": None,
+        "inference_mode": True,
+        **numbers,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "target_modules": target_names(model, modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": _saved_names(model, config.modules_to_save, saved),
+        "fan_in_fan_out": any(m.fan_in_fan_out for m in modules.values()),
+        "bias": "none",
+    }
+    own, metadata = method.file_format.fields(config, numbers)
+    return {**fields, **own}, metadata
+
+
+def _pattern(
+    own: Mapping[str, float], default: float, values: Mapping[str, float]
+) -> dict[str, int | float]:
+    """A pattern that gives every path its value by PEFT's rule: the user's, if it does so."""
+
+    def resolved(path: str) -> float:
+        key = matching_pattern(own, path)
+        return default if key is None else own[key]
+
+    if all(resolved(path) == value for path, value in values.items()):
+        return {key: whole(value) for key, value in own.items()}
+    return {
+        f"^{re.escape(path)}": whole(value) for path, value in values.items() if value != default
+    }
+
+
+def target_names(model: nn.Module, targets: Collection[str]) -> list[str] | str:
+    """The shortest target_modules that select exactly ``targets``, here and in PEFT."""
+    inside = tuple(f"{path}." for path in targets)
+    paths = {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if not path.startswith(inside)
+    }
+    wanted = {paths[path] for path in targets}
+    for names in ({path.rpartition(".")[2] for path in targets}, set(targets)):
+        endings = tuple(f".{name}" for name in names)
+        if {m for path, m in paths.items() if path in names or path.endswith(endings)} == wanted:
+            return sorted(names)
+    return "|".join(re.escape(path) for path in targets)
+
+
+def _saved_names(
+    model: nn.Module, names: Collection[str], saved: Mapping[str, nn.Module]
+) -> list[str] | None:
+    """The user's names if they select ``saved`` in PEFT too, which compares endings of paths; else
+    whole paths."""
+    if not names:
+        return None
+    in_peft = {path for path, _ in model.named_modules() if path.endswith(tuple(names))}
+    return sorted(names if in_peft == set(saved) else saved)
+
+
+def method_in(files: AdapterFiles) -> Method:
+    """The method that the config file names.
+
+    Raises:
+        ValueError: there is no such method here.
+    """
+    peft_type = files.config.get("peft_type")
+    method = registry.METHODS.get(peft_type) if isinstance(peft_type, str) else None
+    if method is None:
+        known = ", ".join(map(repr, registry.METHODS))
+        raise ValueError(
+            f"{files.caller}: {files.config_path}: peft_type must be one of {known}, "
+            f"got {peft_type!r}"
+        )
+    return method
+
+
+def parsed_config(files: AdapterFiles, method: Method, adapters: Adapters) -> AdapterConfig:
+    """The config in the file, for the modules in the file."""
+    fields = files.config
+    where = f"{files.caller}: {files.config_path}"
+    _check_supported(fields, where)
+    shared: dict[str, Any] = {
+        "r": fields.get("r", 8),  # PEFT's defaults
+        "alpha": fields.get("lora_alpha", 8),
+        "rslora": bool(fields.get("use_rslora")),
+        "dropout": fields.get("lora_dropout") or 0.0,
+        "alpha_pattern": _used_pattern(fields, "alpha_pattern", adapters, where),
+        "rank_pattern": _used_pattern(fields, "rank_pattern", adapters, where),
+    }
+    try:
+        stored = StoredConfig(method.config_class, fields, shared, list(adapters), where)
+        return method.config_class(**method.file_format.options(stored))
+    except (TypeError, ValueError) as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
+
+
+def _check_supported(fields: Mapping[str, Any], where: str) -> None:
+    own = {key for method in registry.METHODS.values() for key in method.config_class.own_fields}
+    for key, value in fields.items():
+        unused = value is None or value is False or value == [] or value == {}
+        if key in _UNSUPPORTED and not unused and value not in _UNSUPPORTED[key]:
+            allowed = " or ".join(map(repr, _UNSUPPORTED[key] or (None, False)))
+            raise ValueError(f"{where}: {key}={value!r} is not supported, it must be {allowed}")
+        # An unknown field that is switched on may change the output. A number or a name is taken
+        # for an option of a feature that is off.
+        known = key in _UNSUPPORTED or key in _KNOWN or key in own
+        if not known and not unused and (value is True or isinstance(value, list | dict)):
+            raise ValueError(f"{where}: {key}={value!r} is not known to this version")
+
+
+def _used_pattern(
+    fields: Mapping[str, Any], name: str, paths: Iterable[str], where: str
+) -> dict[str, Any]:
+    """The entries of a pattern that apply to a module in the file, in their order."""
+    pattern = fields.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{where}: {name} must be an object, got {pattern!r}")
+    try:
+        used = {matching_pattern(pattern, path) for path in paths}
+    except re.error as error:
+        raise ValueError(f"{where}: {name} must hold regular expressions: {error}") from None
+    return {key: value for key, value in pattern.items() if key in used}

@@ -1,0 +1,120 @@
+"""Writes the adapter of a model."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowrank_ext import registry
+from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.adapter_files import write_adapter_files
+from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.checkpoint.layout import (
+    LORA_A,
+    LORA_B,
+    PREFIX,
+    gathered,
+    is_sharded,
+    unwrapped,
+)
+from lowrank_ext.checkpoint.peft_config import config_fields
+from lowrank_ext.checkpoint.ties import check_ties
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.targets import outermost_modules
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapter of ``model`` into the directory ``path``, see ``lowrank_ext.checkpoint``.
+
+    Tensors keep the dtype of their parameters. An earlier adapter in the directory is replaced as a
+    pair; other files there stay. Merged adapters are saved like others. Parameters sharded as
+    DTensors are gathered, so every rank must call this, and rank 0 writes.
+
+    Raises:
+        ValueError: the model carries no adapter that ``adapt`` or ``load_adapter`` made, or a
+            parameter of modules_to_save is tied to one that would not be saved. Nothing is written.
+        OSError: the files cannot be written. The directory holds what it held before.
+
+    Examples:
+        >>> lr.save_adapter(model, "out/adapter")
+    """
+    model = unwrapped(model)
+    modules = lowrank_modules(model, "save_adapter")
+    config = config_of(model, "save_adapter")
+    for name, module in modules.items():
+        try:
+            module.check_saveable(config)
+        except ValueError as error:
+            raise ValueError(f"save_adapter: {name} {error}") from None
+    _check_valued(model, modules, config, "save_adapter")
+    file_format = registry.METHODS[config.peft_type].file_format
+    stored = {name: file_format.tensors(module, config) for name, module in modules.items()}
+    _write(model, path, config, modules, stored)
+
+
+def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> None:
+    """Write the branches of ``model`` in evaluation mode as an ordinary LoRA.
+
+    For methods whose branch is a product of two factors; otherwise as ``save_adapter``.
+    """
+    model = unwrapped(model)
+    modules = lowrank_modules(model, caller)
+    config = config_of(model, caller)
+    _check_valued(model, modules, config, caller)
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(AdapterConfig)}
+    stored = {
+        name: dict(zip((LORA_A, LORA_B), module.branch_factors(training=False), strict=True))
+        for name, module in modules.items()
+    }
+    lora = registry.METHODS["LORA"].config_class(**{**shared, "init": "kaiming"})
+    _write(model, path, lora, modules, stored)
+
+
+def config_of(model: nn.Module, caller: str) -> AdapterConfig:
+    config = getattr(model, "lowrank_config", None)
+    if not isinstance(config, AdapterConfig):
+        raise ValueError(f"{caller}: model must have been adapted with adapt or load_adapter")
+    return config
+
+
+def _check_valued(
+    model: nn.Module, modules: Mapping[str, LowRankLinear], config: AdapterConfig, caller: str
+) -> None:
+    """Raise ValueError where a tensor to be saved is on the meta device or tied to an unsaved
+    one."""
+    saved = outermost_modules(model, config.modules_to_save)
+    for name, owner in (*modules.items(), *saved.items()):
+        if any(tensor.is_meta for tensor in owner.parameters()):
+            raise ValueError(f"{caller}: {name} must hold values, got a meta tensor")
+    check_ties(model, saved, caller)
+
+
+def _write(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    config: AdapterConfig,
+    modules: Mapping[str, LowRankLinear],
+    stored: Adapters,
+) -> None:
+    """Write both files, from the adapters' ``stored`` tensors and the modules of
+    modules_to_save."""
+    saved = outermost_modules(model, config.modules_to_save)
+    sharded = any(is_sharded(p) for p in model.parameters())
+    tensors = {
+        f"{PREFIX}{name}.{kind}": tensor
+        for name, kinds in stored.items()
+        for kind, tensor in kinds.items()
+    }
+    for name, whole in saved.items():
+        for key, tensor in whole.state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
+    # Copies: two keys may name one tensor (tied modules), which the format does not allow.
+    tensors = {key: gathered(tensor).clone() for key, tensor in tensors.items()}
+    if sharded and torch.distributed.get_rank() != 0:
+        return
+    fields, metadata = config_fields(model, config, modules, saved)
+    write_adapter_files(Path(path), fields, tensors, metadata)

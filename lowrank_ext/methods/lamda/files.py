@@ -1,0 +1,29 @@
+"""LaMDA's files: the core, and with init="svd_residual" the initial lora_b and diagonal of core.
+
+These rebuild the residual base weight, together with lora_a, which never changes.
+"""
+
+import re
+from typing import Any
+
+from lowrank_ext.adapter_format import AdapterFormat, StoredConfig
+
+
+class LaMDAFormat(AdapterFormat):
+    """The format with LaMDA's tensors; a file's ranks are those that were allocated."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "core": "lora_core.weight",
+                "lora_b_init": "lora_B_init.weight",
+                "core_init": "lora_core_init.weight",
+            }
+        )
+
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        options = super().options(stored)
+        if options.get("rank_budget") is not None and not options["rank_pattern"]:
+            # An empty pattern would make adapt allocate the ranks again.
+            options["rank_pattern"] = {f"^{re.escape(path)}": options["r"] for path in stored.paths}
+        return options

@@ -1,0 +1,126 @@
+"""LoRA's files: PEFT's own, and PiSSA as a plain LoRA of twice the rank, which any PEFT reads.
+
+With init="pissa" the file holds A = [A; A_init] and B = [B, -B_init] over the original base. The
+tensor file's metadata lets ``LoRAFormat.unpack`` split it again.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.adapter_files import AdapterFiles
+from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig
+from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, gathered, whole
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+
+LORA_A_INIT, LORA_B_INIT = "lora_A_init.weight", "lora_B_init.weight"
+_PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling
+
+# Inits of PEFT that leave the base weights unchanged, and the init of a config that loads them.
+_PEFT_INITS = {
+    True: "kaiming",
+    False: "kaiming",
+    None: "kaiming",
+    "gaussian": "gaussian",
+    "orthogonal": "kaiming",
+    "eva": "kaiming",
+    "pissa": "pissa",
+}
+
+
+class LoRAFormat(AdapterFormat):
+    """PEFT's format; only in memory are PiSSA's initial factors separate tensors."""
+
+    def __init__(self) -> None:
+        super().__init__({"lora_a_init": LORA_A_INIT, "lora_b_init": LORA_B_INIT})
+
+    def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
+        if config.init != "pissa":
+            return super().tensors(module, config)
+        a, a_init = gathered(module.lora_a), gathered(module.get_buffer("lora_a_init"))
+        b, b_init = gathered(module.lora_b), gathered(module.get_buffer("lora_b_init"))
+        return {LORA_A: torch.cat([a, a_init]), LORA_B: torch.cat([b, -b_init], dim=1)}
+
+    def fields(
+        self, config: AdapterConfig, numbers: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        own: dict[str, Any] = {
+            "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+            "use_dora": False,
+        }
+        if config.init != "pissa":
+            return own, {}
+        metadata = {_PISSA_KEY: json.dumps(numbers, sort_keys=True)}
+        return {**own, **_doubled(numbers, config.rslora)}, metadata
+
+    def unpack(self, files: AdapterFiles, adapters: Adapters) -> tuple[AdapterFiles, Adapters]:
+        numbers = _numbers_before_doubling(files)
+        if numbers is None:
+            return files, adapters
+        config = {**files.config, **numbers, "init_lora_weights": "pissa"}
+        halves = {name: _split(files, name, tensors) for name, tensors in adapters.items()}
+        return files._replace(config=config), halves
+
+    def optional(
+        self, config: AdapterConfig, shapes: Mapping[str, list[int]]
+    ) -> dict[str, list[int]]:
+        if config.init != "pissa":
+            return {}
+        return {LORA_A_INIT: shapes[LORA_A], LORA_B_INIT: shapes[LORA_B]}
+
+    def options(self, stored: StoredConfig) -> dict[str, Any]:
+        init = stored.fields.get("init_lora_weights", True)
+        if not isinstance(init, bool | str | None) or init not in _PEFT_INITS:
+            raise ValueError(
+                f"{stored.where}: init_lora_weights={init!r} is not supported, it may change "
+                "base weights in a way that the file does not hold; save from PEFT with "
+                "path_initial_model_for_weight_conversion"
+            )
+        return {**stored.shared, "init": _PEFT_INITS[init]}
+
+
+def _doubled(numbers: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
+    """r, lora_alpha and patterns of a LoRA of twice the rank with the same scaling."""
+    factor = math.sqrt(2) if rslora else 2
+    return {
+        "r": 2 * numbers["r"],
+        "lora_alpha": whole(factor * numbers["lora_alpha"]),
+        "rank_pattern": {key: 2 * rank for key, rank in numbers["rank_pattern"].items()},
+        "alpha_pattern": {
+            key: whole(factor * alpha) for key, alpha in numbers["alpha_pattern"].items()
+        },
+    }
+
+
+def _numbers_before_doubling(files: AdapterFiles) -> dict[str, Any] | None:
+    """r, lora_alpha and patterns of a PiSSA file that ``LoRAFormat`` wrote, else None.
+
+    None also if the config was edited since: the file is then read as the plain LoRA it also is.
+    """
+    text = files.metadata.get(_PISSA_KEY)
+    if text is None:
+        return None
+    numbers: dict[str, Any] = json.loads(text)
+    doubled = _doubled(numbers, bool(files.config.get("use_rslora")))
+    return numbers if all(files.config.get(key) == v for key, v in doubled.items()) else None
+
+
+def _split(files: AdapterFiles, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for kind in (LORA_A, LORA_B):
+        if kind not in tensors:
+            raise bad_key(files, f"{PREFIX}{name}.{kind}", "is missing")
+    a, b = tensors[LORA_A], tensors[LORA_B]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] % 2 or a.shape[0] != b.shape[1]:
+        raise bad_key(
+            files,
+            f"{PREFIX}{name}.{LORA_A}",
+            f"must be [2r, K] beside lora_B [N, 2r], got {list(a.shape)} and {list(b.shape)}",
+        )
+    (a, a_init), (b, minus_b_init) = a.chunk(2), b.chunk(2, dim=1)
+    rest = {kind: tensor for kind, tensor in tensors.items() if kind not in (LORA_A, LORA_B)}
+    return {LORA_A: a, LORA_B: b, LORA_A_INIT: a_init, LORA_B_INIT: -minus_b_init, **rest}

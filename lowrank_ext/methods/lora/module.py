@@ -1,0 +1,56 @@
+"""LoRALinear: both projections train; with init="pissa" from the principal part of the weight."""
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.methods.lora.config import LoRAConfig
+from lowrank_ext.nn.init import draw_lora_a, top_singular_triples
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+
+
+class LoRALinear(LowRankLinear):
+    """LoRA (Hu et al., arXiv 2106.09685): y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ.
+
+    Inits; random numbers are drawn in fp32 on the CPU, so they depend on neither device nor dtype:
+
+    - ``kaiming``: lora_a uniform in ±1/sqrt(K), lora_b zero; after the same ``torch.manual_seed``
+      these are PEFT's numbers.
+    - ``gaussian``: lora_a normal with standard deviation 1/r, lora_b zero; likewise.
+    - ``pissa`` (arXiv 2404.02948): with W = U diag(sig) Vᵀ, lora_a = sqrt(sig_r / s) V_rᵀ and
+      lora_b = U_r sqrt(sig_r / s), s being the scaling, both rounded to the base's dtype; the base
+      weight becomes W - s lora_b lora_a. The buffers ``lora_a_init`` and ``lora_b_init`` rebuild W.
+    """
+
+    config_class = LoRAConfig
+    svd_inits = ("pissa",)
+    residual_inits = ("pissa",)
+    residual_starts = ("lora_a_init", "lora_b_init")
+
+    lora_a_init: Tensor
+    lora_b_init: Tensor
+
+    def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
+        super()._make_adapter(dtype, device)
+        if self.init == "pissa":
+            self.register_buffer("lora_a_init", torch.zeros_like(self.lora_a))
+            self.register_buffer("lora_b_init", torch.zeros_like(self.lora_b))
+
+    def _init_adapter(self) -> None:
+        if self.init == "pissa":
+            self._init_pissa()
+            return
+        self.lora_a.copy_(draw_lora_a(self, gaussian=self.init == "gaussian"))
+        self.lora_b.zero_()
+
+    def _init_pissa(self) -> None:
+        weight = self.base_weight()
+        u, sig, v_t = top_singular_triples(weight, self.r)
+        root = (sig / self.scaling).sqrt()
+        # Rounded as by the ops, so that the residual lacks exactly what the branch computes.
+        self.lora_a.copy_((root.unsqueeze(1) * v_t).to(weight.dtype))
+        self.lora_b.copy_((u * root).to(weight.dtype))
+        self.lora_a_init.copy_(self.lora_a)
+        self.lora_b_init.copy_(self.lora_b)
+
+    def _initial_delta(self) -> Tensor:
+        return self.scaling * (self.lora_b_init.double() @ self.lora_a_init.double())

@@ -1,0 +1,165 @@
+"""Files of a single residual, which can be loaded into any model with the same basis.
+
+The two files of an adapter, with the tensors ``<path>.lora_residual_<name>.weight`` alone. The
+weights' metadata hold each module's scaling and the SHA-256 of its basis, which ``load_residual``
+compares with the model's.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext.adapter_files import (
+    AdapterFiles,
+    read_adapter_files,
+    write_adapter_files,
+)
+from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig, residual_attribute
+from lowrank_ext.methods.set_and_sequence.module import BasisLoRALinear
+from lowrank_ext.methods.set_and_sequence.stages import (
+    adapted_config,
+    basis_modules,
+    begin_residual_stage,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+_PREFIX = "base_model.model."
+_BASIS_KEY = "lowrank_ext_basis"  # metadata: scaling and basis_digest by module path
+
+
+def save_residual(model: nn.Module, path: str | os.PathLike[str], name: str = "motion") -> None:
+    """Write the residual ``name`` of ``model`` into the directory ``path``, without its basis.
+
+    Atomic, like ``lr.save_adapter``. ``lr.load_adapter`` refuses such a file, because a residual
+    needs the basis that it was trained on, from the adapter of stage 1.
+
+    Raises:
+        ValueError: the model was not adapted with BasisLoRAConfig, has no such residual, or is
+            sharded.
+        OSError: the files cannot be written. The directory holds what it held before.
+    """
+    caller = "save_residual"
+    config = adapted_config(model, caller)
+    modules = basis_modules(model, caller)
+    for where, module in modules.items():
+        if name not in module.residuals:
+            raise ValueError(
+                f"{caller}: name must be a residual among {list(module.residuals)} of {where}, "
+                f"got {name!r}"
+            )
+        if hasattr(module.lora_a, "full_tensor"):
+            raise ValueError(f"{caller}: {where} must not be sharded; use save_adapter")
+    key = residual_attribute(name)
+    tensors = {
+        f"{_PREFIX}{where}.{key}.weight": module.get_parameter(key).detach().cpu().clone()
+        for where, module in modules.items()
+    }
+    tensors = {where: tensor.contiguous() for where, tensor in tensors.items()}
+    fields = {
+        "peft_type": config.peft_type,
+        "basis": config.basis,
+        "residuals": [name],
+        "residual_coef_dropout": config.residual_coef_dropout,
+    }
+    marks = {where: _mark(module) for where, module in modules.items()}
+    write_adapter_files(Path(path), fields, tensors, {_BASIS_KEY: json.dumps(marks)})
+
+
+def load_residual(model: Model, path: str | os.PathLike[str], name: str | None = None) -> Model:
+    """Add the residual in the directory ``path`` to ``model``; returns it.
+
+    Begins a new stage, as ``begin_residual_stage`` does, with the file's values. The residual gets
+    scale 1 and trains; earlier residuals get scale 0.
+
+    Args:
+        model: adapted with BasisLoRAConfig and holding the basis that the residual was trained on:
+            the adapter of stage 1, or one with other residuals.
+        name: name of the residual in the model; None: as in the file.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged or holds no residual, the name is taken, or modules, shapes,
+            scalings or the basis differ from those of its training; the message names the file.
+            Nothing has changed then.
+
+    Examples:
+        >>> model = lr.load_adapter(base, "stage1")
+        >>> lr.motion.load_residual(model, "dance")
+    """
+    caller = "load_residual"
+    config = adapted_config(model, caller)
+    modules = basis_modules(model, caller)
+    files = read_adapter_files(Path(path), caller)
+    stored = _stored_name(files)
+    tensors = _checked_tensors(files, stored, config, modules)
+    begin_residual_stage(model, stored if name is None else name)
+    with torch.no_grad():
+        for where, module in modules.items():
+            assert module.trained_residual is not None  # begin_residual_stage has set it
+            own = module.get_parameter(residual_attribute(module.trained_residual))
+            own.copy_(tensors[where])
+    return model
+
+
+def _mark(module: BasisLoRALinear) -> dict[str, Any]:
+    """Scaling and digest of the basis that a residual depends on. The digest is of the values in
+    fp64, so it is the same in every dtype that represents them."""
+    basis = module.lora_a if module.basis == "down" else module.lora_b
+    values = basis.detach().cpu().double().contiguous()
+    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    return {"scaling": module.scaling, "basis_digest": digest}
+
+
+def _stored_name(files: AdapterFiles) -> str:
+    fields = files.config
+    names = fields.get("residuals")
+    one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    ours = fields.get("peft_type") == BasisLoRAConfig.peft_type and _BASIS_KEY in files.metadata
+    if not (ours and one):
+        raise ValueError(
+            f"{files.caller}: {files.config_path} must be of one residual, as save_residual writes "
+            f"it, got peft_type={fields.get('peft_type')!r} with residuals={names!r}"
+        )
+    stored: str = fields["residuals"][0]
+    return stored
+
+
+def _checked_tensors(
+    files: AdapterFiles,
+    name: str,
+    config: BasisLoRAConfig,
+    modules: Mapping[str, BasisLoRALinear],
+) -> dict[str, Tensor]:
+    """The file's tensors by module path; raises ValueError if one does not fit."""
+    keys = {where: f"{_PREFIX}{where}.{residual_attribute(name)}.weight" for where in modules}
+    if files.config.get("basis") != config.basis:
+        raise _differs(files, "basis", config.basis, files.config.get("basis"))
+    if files.tensors.keys() != set(keys.values()):
+        raise _differs(files, "tensors", sorted(keys.values()), sorted(files.tensors))
+    marks = json.loads(files.metadata[_BASIS_KEY])
+    for where, module in modules.items():
+        tensor = files.tensors[keys[where]]
+        shapes = config.adapter_shapes(module.r, module.in_features, module.out_features)
+        shape = shapes["lora_b" if config.basis == "down" else "lora_a"]
+        if list(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{files.caller}: {files.weights_path}: {keys[where]} must be floating-point "
+                f"{shape}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        for what, expected in _mark(module).items():
+            if marks[where][what] != expected:
+                raise _differs(files, f"{what} of {where}", expected, marks[where][what])
+    return {where: files.tensors[key] for where, key in keys.items()}
+
+
+def _differs(files: AdapterFiles, what: str, expected: object, got: object) -> ValueError:
+    return ValueError(
+        f"{files.caller}: {files.config_path}: {what} must be {expected!r} as in the model, got "
+        f"{got!r}; a residual needs the adapter of the stage 1 that it was trained over"
+    )

@@ -1,0 +1,497 @@
+"""LowRankLinear: a frozen linear map with a low-rank branch, the base class of all methods.
+
+    y = x Wᵀ + bias + scaling · out_scale ⊙ ((rank_scale ⊙ drop(x) lora_aᵀ) coreᵀ) lora_bᵀ
+
+with x [..., K] and W [N, K]. Most methods have neither core nor scales: these are then left out.
+
+A module owns the Parameters of the module it replaces, so ties survive and the keys ``weight`` and
+``bias`` of its state dict stay. A base that is more than a plain dense linear (quantized, hooked, a
+subclass with its own forward) is kept as ``base_layer`` and the branch is added to its output.
+"""
+
+import importlib
+import math
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ext import ops
+from lowrank_ext.checks import check_rank
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.base_layer import (
+    Adapter,
+    adapter_dtype_for,
+    computes_its_weight,
+    dense_weight,
+    is_conv1d,
+    is_plain,
+    linear_features,
+)
+
+
+class LowRankLinear(Adapter):
+    """Base class of all methods' modules: owns the base, forward, merging, state dict.
+
+    Args:
+        in_features, out_features: K and N.
+        config: the method's ``config_class``; its patterns and targets are not used here. Or its
+            fields as keyword arguments, such as ``r=8``.
+        bias: whether the base has a bias.
+        base: the module whose weights are taken over (``from_linear`` passes it); without it the
+            module makes its own weight [N, K] and bias, on ``device`` and of ``dtype``.
+
+    Attributes:
+        weight: the base's Parameter, frozen, [N, K], or [K, N] with ``fan_in_fan_out``
+            (transformers' Conv1D). None, as bias, when ``base_layer`` holds the base.
+        bias: the base's Parameter, frozen, [N], or None.
+        lora_a: [r, K], as all of the branch in the adapter's dtype. Where the method has them, core
+            [r, r], rank_scale [r] and out_scale [N] stand beside it, else None.
+        lora_b: [N, r].
+        merged: whether the branch is inside the base weight right now.
+        residual_taken: whether the initial branch has been subtracted from the base weight.
+
+    State dict. Unmerged: the base's keys, the branch's tensors and the buffers of a residual init.
+    Merged: exactly the base's keys, holding the merged weight, as the plain module would have them;
+    so it loads into a plain model, and loading it strictly into an adapted one names the missing
+    keys rather than adding the branch twice. Loading into a merged module is refused: unmerge
+    first.
+
+    A merged module keeps the original weight in the non-persistent buffer ``unmerged_weight``,
+    which follows ``.to()``, deepcopy and pickle.
+    """
+
+    config_class: ClassVar[type[AdapterConfig]]
+    inits: ClassVar[tuple[str, ...]] = ()
+    svd_inits: ClassVar[tuple[str, ...]] = ()
+    residual_inits: ClassVar[tuple[str, ...]] = ()
+    # Tensors that rebuild a residual base: buffers with the branch's start, and constant tensors.
+    residual_starts: ClassVar[tuple[str, ...]] = ()
+    residual_constants: ClassVar[tuple[str, ...]] = ()
+    # Why the branch of this method cannot be put into a weight; "" where it can.
+    unmergeable_because: ClassVar[str] = ""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    core: nn.Parameter | None
+    rank_scale: nn.Parameter | None
+    out_scale: nn.Parameter | None
+    base_layer: nn.Module | None
+    unmerged_weight: Tensor | None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "config_class" in vars(cls):
+            cls.inits = cls.config_class.inits
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: AdapterConfig | None = None,
+        *,
+        bias: bool = True,
+        base: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config = self._config(config, options)
+        self.check_fits(in_features, out_features, config)
+        self.config = config
+        self.in_features = in_features
+        self.out_features = out_features
+        self.r = config.r
+        self.alpha = config.alpha_for("")
+        self.scaling = config.scaling_for("", in_features)
+        self.dropout = float(config.dropout)
+        self.init = config.init
+        self.fan_in_fan_out = base is not None and is_conv1d(base)
+        self.merged = False
+        self.residual_taken = False
+        if base is None:
+            self._make_base(bias, device, dtype)
+        else:
+            self._take_base(base)
+        base_dtype, base_device = self._base_dtype_and_device()
+        adapter_dtype = adapter_dtype_for(base_dtype, config.adapter_dtype, type(self).__name__)
+        self._make_adapter(adapter_dtype, base_device)
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        if base is not None:
+            base.requires_grad_(False)
+        elif base_device.type != "meta":
+            self.reset_parameters()
+
+    @classmethod
+    def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
+        """The config of one module: ``config`` itself, or one with ``options`` as fields."""
+        if config is None:
+            return cls.config_class.of(cls.__name__, **options)
+        if options:
+            raise TypeError(
+                f"{cls.__name__}: give a config or its fields, got a config and {sorted(options)}"
+            )
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"{cls.__name__}: config must be a {cls.config_class.__name__}, "
+                f"got {type(config).__name__}"
+            )
+        return config
+
+    @classmethod
+    def check_fits(cls, in_features: int, out_features: int, config: AdapterConfig) -> None:
+        """Raise TypeError or ValueError, naming the argument, where ``config`` does not fit."""
+        owner = cls.__name__
+        check_rank(in_features, owner, "in_features")
+        check_rank(out_features, owner, "out_features")
+        smaller = min(in_features, out_features)
+        if config.init in cls.svd_inits and config.r > smaller:
+            raise ValueError(
+                f"{owner}: r must be at most min(in_features, out_features)={smaller} with "
+                f"init={config.init!r}, got {config.r}"
+            )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        config: AdapterConfig | None = None,
+        *,
+        initialize: bool = True,
+        **options: Any,
+    ) -> Self:
+        """The adapter over ``linear``: nn.Linear, transformers' Conv1D, or any module with integer
+        ``in_features`` and ``out_features`` that maps [..., K] to [..., N].
+
+        The base's Parameters are shared and frozen, its train/eval mode is kept.
+        ``initialize=False`` leaves the adapter at zero and the base untouched, for a loader that
+        fills it. The method's options are a ``config`` or the fields of one, ``r=8, alpha=16``.
+
+        Raises:
+            TypeError: ``linear`` is none of these.
+            ValueError: an option is out of range, or an SVD init meets a base without a dense
+                weight.
+
+        Examples:
+            >>> layer = LoRALinear.from_linear(nn.Linear(64, 32), r=8, alpha=16)
+        """
+        features = linear_features(linear)
+        if features is None:
+            raise TypeError(
+                f"{cls.__name__}.from_linear: linear must be nn.Linear, Conv1D or a module with "
+                f"in_features and out_features, got {type(linear).__name__}"
+            )
+        module = cls(*features, config, base=linear, **options)
+        if initialize:
+            module.reset_adapter()
+        return module.train(linear.training)
+
+    def _make_base(
+        self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        n, k = self.out_features, self.in_features
+        self.weight = nn.Parameter(torch.empty(n, k, device=device, dtype=dtype), False)
+        empty = torch.empty(n, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, False))
+        self.base_layer = None
+
+    def _take_base(self, base: nn.Module) -> None:
+        plain = is_plain(base)
+        if self.init in self.svd_inits and not computes_its_weight(base):
+            raise ValueError(
+                f"{type(self).__name__}: init must be one without an SVD of the base weight for a "
+                f"{type(base).__name__} that is not x weightᵀ + bias, got {self.init!r}"
+            )
+        self.register_parameter("weight", base._parameters["weight"] if plain else None)
+        self.register_parameter("bias", base._parameters.get("bias") if plain else None)
+        self.base_layer = None if plain else base
+
+    def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Register the adapter's tensors, zero."""
+        self.lora_a = nn.Parameter(
+            torch.zeros(self.r, self.in_features, dtype=dtype, device=device)
+        )
+        self.lora_b = nn.Parameter(
+            torch.zeros(self.out_features, self.r, dtype=dtype, device=device)
+        )
+        for name in ("core", "rank_scale", "out_scale"):
+            self.register_parameter(name, None)
+
+    def _base_dtype_and_device(self) -> tuple[torch.dtype | None, torch.device]:
+        weight = self.base_parameter
+        if weight is not None:
+            return weight.dtype, weight.device
+        tensors = [*self.parameters(), *self.buffers()]  # of a base_layer without a dense weight
+        return None, tensors[0].device if tensors else torch.device("cpu")
+
+    @property
+    def base_parameter(self) -> nn.Parameter | None:
+        """The Parameter that holds the base weight; None when the base has no dense one."""
+        return self.weight if self.base_layer is None else dense_weight(self.base_layer)
+
+    @property
+    def mergeable_parameter(self) -> nn.Parameter | None:
+        """``base_parameter`` if the base computes x weightᵀ + bias with it, else None."""
+        trusted = self.base_layer is None or computes_its_weight(self.base_layer)
+        return self.base_parameter if trusted else None
+
+    def _require_weight(self, action: str) -> nn.Parameter:
+        weight = self.base_parameter
+        if weight is None:
+            raise TypeError(
+                f"{type(self).__name__}.{action}: the base must have a floating-point weight "
+                f"[out_features, in_features], got {type(self.base_layer).__name__}"
+            )
+        return weight
+
+    def reset_parameters(self) -> None:
+        """Initialize everything that the module owns: the base as its class does, then the branch.
+
+        For a module built on the meta device, after ``to_empty``. To restart only the adapter use
+        ``reset_adapter``. A ``base_layer`` initializes itself.
+        """
+        self.merged, self.unmerged_weight, self.residual_taken = False, None, False
+        if self.weight is not None and self.fan_in_fan_out:
+            nn.init.normal_(self.weight, std=0.02)
+        elif self.weight is not None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 0.0 if self.fan_in_fan_out else 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Give the adapter its initial values; the layer's output is then its base's.
+
+        Bit for bit where the branch starts at zero; with a residual init the base weight becomes
+        round(W - initial branch), so the sum carries the rounding of one subtraction. On the meta
+        device nothing happens.
+        """
+        self.unmerge()
+        self.restore_base()
+        if self.lora_a.is_meta:
+            return
+        self._init_adapter()
+        if self.init in self.residual_inits:
+            self.take_residual()
+
+    def _init_adapter(self) -> None:
+        raise NotImplementedError
+
+    def _initial_delta(self) -> Tensor:
+        """The initial branch that the base weight lacks, fp64 [N, K]. Residual inits only."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def take_residual(self) -> None:
+        """Subtract the initial branch from the base weight: W ← round(fp64(W) - initial branch).
+
+        Part of ``reset_adapter``; a loader calls it after filling the buffers of a residual init.
+        """
+        if not self.residual_taken:
+            self._add_to_weight(self._require_weight("take_residual"), -self._initial_delta())
+            self.residual_taken = True
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Undo ``take_residual``: restore the base weight, to one rounding of its dtype."""
+        if self.residual_taken:
+            self._add_to_weight(self._require_weight("restore_base"), self._initial_delta())
+            self.residual_taken = False
+
+    def _add_to_weight(self, weight: Tensor, delta: Tensor) -> None:
+        weight.copy_(weight.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta))
+
+    def base_weight(self) -> Tensor:
+        """View of the stored base weight, [N, K]: merged or residual, if that is its state."""
+        weight = self._require_weight("base_weight")
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @torch.no_grad()
+    def original_weight(self) -> Tensor:
+        """Copy of the weight before adaptation, [N, K]; with a residual init to one rounding."""
+        stored = self._require_weight("original_weight")
+        unmerged = stored if self.unmerged_weight is None else self.unmerged_weight
+        weight = unmerged.t() if self.fan_in_fan_out else unmerged
+        if not self.residual_taken:
+            return weight.clone()
+        return (weight.double() + self._initial_delta()).to(weight.dtype)
+
+    @classmethod
+    def connect(cls, model: nn.Module) -> None:
+        """Link the model's modules of this class to each other, if the method needs it."""
+
+    @classmethod
+    def disconnect(cls, model: nn.Module) -> None:
+        """Undo what ``connect`` did to other modules of the model."""
+
+    def check_mergeable(self) -> None:
+        """Raise ValueError if a value that the merged weight depends on is missing."""
+
+    def branch_factors(self, training: bool) -> tuple[Tensor, Tensor]:
+        """The down and the up projection of the branch, [r, K] and [N, r], in the given mode."""
+        return self.lora_a, self.lora_b
+
+    def delta_weight(self) -> Tensor:
+        """scaling · diag(out_scale) lora_b core diag(rank_scale) lora_a, [N, K]; differentiable.
+
+        The product is taken in fp64 and rounded once to fp32 (fp64 adapters: not at all), whatever
+        torch's matmul precision is set to.
+        """
+        lora_a, lora_b = (factor.double() for factor in self.branch_factors(training=False))
+        if self.core is not None:
+            lora_b = lora_b @ self.core.double()
+        if self.rank_scale is not None:
+            lora_b = lora_b * self.rank_scale.double()
+        if self.out_scale is not None:
+            lora_b = lora_b * self.out_scale.double().unsqueeze(1)
+        delta = self.scaling * (lora_b @ lora_a)
+        return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the branch into the base weight: W ← round(fp32(W) + delta_weight()), one rounding.
+
+        In place in the same Parameter. Merging a merged module does nothing. Another module that
+        shares the weight would see the change: ``lowrank_ext.merge`` checks that for a model.
+
+        Raises:
+            TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or
+                the branch is no single matrix.
+        """
+        if self.merged:
+            return
+        if self.unmergeable_because:
+            raise TypeError(
+                f"{type(self).__name__}.merge: the branch must be one matrix, "
+                f"{self.unmergeable_because}"
+            )
+        weight = self.mergeable_parameter
+        if weight is None:
+            raise TypeError(
+                f"{type(self).__name__}.merge: the base must compute x weightᵀ + bias with a "
+                f"floating-point weight, got {type(self.base_layer).__name__}"
+            )
+        delta = self.delta_weight()
+        self.unmerged_weight = weight.detach().clone()
+        self._add_to_weight(weight, delta.to(torch.promote_types(weight.dtype, delta.dtype)))
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight the bits it had before ``merge``. Harmless when not merged."""
+        if not self.merged:
+            return
+        assert self.unmerged_weight is not None
+        self._require_weight("unmerge").copy_(self.unmerged_weight)
+        self.unmerged_weight = None
+        self.merged = False
+
+    @torch.no_grad()
+    def to_linear(self, merge: bool) -> nn.Module:
+        """The plain base module again, the branch merged in or dropped; same Parameters and mode.
+
+        ``merge=False`` after a residual init gives the original weight to one rounding of its
+        dtype. The adapter hands its Parameters over and must not be used afterwards.
+        """
+        if merge:
+            self.merge()
+        else:
+            self.unmerge()
+            self.restore_base()
+        base = self._new_plain_module() if self.base_layer is None else self.base_layer
+        return base.train(self.training)
+
+    def _new_plain_module(self) -> nn.Module:
+        with torch.device("meta"):  # takes no memory and draws no random numbers
+            if self.fan_in_fan_out:
+                conv1d = importlib.import_module("transformers.pytorch_utils").Conv1D
+                plain: nn.Module = conv1d(self.out_features, self.in_features)
+            else:
+                plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        plain.register_parameter("weight", self.weight)
+        plain.register_parameter("bias", self.bias)
+        return plain
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """The base's output for x with its present weight."""
+        if self.base_layer is not None:
+            y: Tensor = self.base_layer(x)
+            return y
+        assert self.weight is not None
+        return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N] in x's dtype."""
+        if self.merged:
+            return self.base_output(x)
+        return self.adapted_output(x, *self.branch_factors(self.training), self.scaling)
+
+    def adapted_output(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        """The base's output plus the branch lora_b core lora_a; dropout in training mode."""
+        options: dict[str, Any] = {
+            "core": self.core,
+            "rank_scale": self.rank_scale,
+            "out_scale": self.out_scale,
+            "scaling": scaling,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if self.base_layer is not None:
+            return ops.lowrank_add(self.base_output(x), x, lora_a, lora_b, **options)
+        assert self.weight is not None
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return ops.lowrank_linear(x, weight, self.bias, lora_a, lora_b, **options)
+
+    def extra_repr(self) -> str:
+        base = "" if self.base_layer is not None else f", bias={self.bias is not None}"
+        merged = ", merged=True" if self.merged else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}{base}, r={self.r}, "
+            f"scaling={self.scaling:g}, dropout={self.dropout:g}, init={self.init}{merged}"
+        )
+
+    def check_saveable(self, config: AdapterConfig) -> None:
+        """Raise ValueError if a file with ``config`` could not represent the module's state."""
+        if self.init in self.residual_inits and not self.residual_taken:
+            raise ValueError("must hold its residual base weight, got a restored one")
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors by name: parameters, then persistent buffers."""
+        named = {**self._parameters, **self._buffers}
+        base = {"weight", "bias", *self._non_persistent_buffers_set}
+        return {name: t for name, t in named.items() if t is not None and name not in base}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name in self.adapter_tensors():
+                del destination[prefix + name]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            where = prefix.removesuffix(".") or type(self).__name__
+            error_msgs.append(f"{where} is merged: call unmerge() before loading a state dict")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        weight_key = "weight" if self.base_layer is None else "base_layer.weight"
+        starts = {prefix + name for name in self.residual_starts}
+        if prefix + weight_key in state_dict and not starts.isdisjoint(state_dict):
+            self.residual_taken = True  # the weight that came with the buffer is the residual

@@ -1,0 +1,164 @@
+"""Recipes: a method's options, learning rate, schedule and stages for ``lowrank-ext finetune``.
+
+``command_line.py`` in a method's folder makes them; the command line reads them from the registry.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.freezing import FreezingSchedule
+
+# Parameters, and their learning rate relative to the run's.
+ParameterGroup = tuple[list[nn.Parameter], float]
+
+
+class Run(Protocol):
+    """The properties of a run that a recipe may read."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of all methods, by name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An option of the command line. Methods may share one: same name, type, default and check.
+
+    Attributes:
+        name: as in Python, ``freeze_eta`` for ``--freeze-eta``.
+        type: of its value, beside which the default may be None.
+        help: its meaning for this method, one sentence.
+        shown_default: text in the help in place of the default's value.
+        check: takes the value and the options of all methods; returns the fault ("must be at least
+            1"), or None.
+    """
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    check: Callable[[Any, Mapping[str, Any]], str | None]
+    shown_default: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One of several consecutive parts of a training.
+
+    Attributes:
+        begin: turns the model of the previous stage into this one's.
+        num_steps: its optimizer steps.
+        batch: maps a batch of tokens [B, T], at a step of the run, to the model's input.
+    """
+
+    num_steps: Callable[[Run], int]
+    begin: Callable[[nn.Module], object]
+    batch: Callable[[Tensor, Run, int], Tensor]
+
+
+class CountedLoad(Protocol):
+    """Tokens that each expert got."""
+
+    @property
+    def counts(self) -> Mapping[str, Tensor]:
+        """int64 [E], by module path."""
+        ...
+
+
+def _nothing(run: Run) -> str | None:
+    return None
+
+
+def _no_groups(model: nn.Module) -> list[ParameterGroup]:
+    return []
+
+
+def _no_schedule(model: nn.Module, run: Run) -> FreezingSchedule | None:
+    return None
+
+
+def _first_stage(model: nn.Module) -> int:
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a training loop does for a method beyond minimizing the loss with one learning rate.
+
+    Attributes:
+        parameter_groups: parameters with their own learning rates.
+        schedule: makes the schedule that freezes parts of the model during training, or None.
+        stages: in their order; empty for a training without stages.
+        stage_of: index of the stage that the model is in.
+        extra_loss: loss term of the last forward, added to the task's loss.
+        expert_load: counts the tokens of each expert in a ``with`` block; None without experts.
+    """
+
+    parameter_groups: Callable[[nn.Module], list[ParameterGroup]] = _no_groups
+    schedule: Callable[[nn.Module, Run], FreezingSchedule | None] = _no_schedule
+    stages: tuple[Stage, ...] = ()
+    stage_of: Callable[[nn.Module], int] = _first_stage
+    extra_loss: Callable[[nn.Module], Tensor] | None = None
+    expert_load: Callable[[nn.Module], AbstractContextManager[CountedLoad]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One name that ``--method`` takes.
+
+    Attributes:
+        name: the name.
+        learning_rate: a value that works on the default model and text (r = 16, scaling 1).
+        config: makes the config from the fields that all configs share and the run.
+        options: the method's own options.
+        check: returns the fault of the run as a whole ("--rank must be …"), or None.
+        training: the method's additions to the training loop.
+        describe: returns a clause for the line that describes the run, or None.
+    """
+
+    name: str
+    learning_rate: float
+    config: Callable[[dict[str, Any], Run], AdapterConfig]
+    options: tuple[Option, ...] = ()
+    check: Callable[[Run], str | None] = _nothing
+    training: Training = field(default_factory=Training)
+    describe: Callable[[Run], str | None] = _nothing
+
+
+def at_least(least: int) -> Callable[[Any, Mapping[str, Any]], str | None]:
+    """A check of an option that may be None."""
+
+    def check(value: Any, options: Mapping[str, Any]) -> str | None:
+        return None if value is None or value >= least else f"must be at least {least}"
+
+    return check
+
+
+def one_of(choices: Collection[str]) -> Callable[[Any, Mapping[str, Any]], str | None]:
+    """A check of an option that must be one of ``choices``."""
+
+    def check(value: Any, options: Mapping[str, Any]) -> str | None:
+        if value in choices:
+            return None
+        return f"must be one of {', '.join(choices)}"
+
+    return check
+
+
+def fraction_above_zero(value: Any, options: Mapping[str, Any]) -> str | None:
+    """A check: 0 < value <= 1."""
+    return None if 0 < value <= 1 else "must be above 0 and at most 1"

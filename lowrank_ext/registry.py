@@ -1,0 +1,96 @@
+"""The registry of methods: ``METHODS``, with one ``Method`` record for each.
+
+``lowrank_ext/methods/__init__.py`` lists the folders that register one. Code for all methods
+(adapt, checkpoint, the Trainer's callback, the command line) looks them up here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+import lowrank_ext.nn
+from lowrank_ext.adapter_format import AdapterFormat
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.freezing import FreezingSchedule
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.recipe import Recipe
+
+__all__ = ["METHODS", "Method", "method_of", "recipes", "register", "unregister"]
+
+
+def _as_given(
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
+) -> AdapterConfig:
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Registration of a method whose modules are LowRankLinears.
+
+    Attributes:
+        config_class: the class of its options; ``peft_type`` names the method in files.
+        module_class: the class of the modules that replace linear ones; public in
+            ``lowrank_ext.nn``.
+        file_format: content of an adapter's two files.
+        complete_config: takes the model, the config and the targets by path; returns the config
+            with what depends on the model (LaMDA++: ranks). ``adapt`` calls it before any change.
+        schedule_class: freezes parts of the adapters during training, or None.
+        recipes: the names that ``--method`` of ``lowrank-ext finetune`` takes for the method.
+    """
+
+    config_class: type[AdapterConfig]
+    module_class: type[LowRankLinear]
+    file_format: AdapterFormat = field(default_factory=AdapterFormat)
+    complete_config: Callable[
+        [nn.Module, AdapterConfig, Mapping[str, nn.Module]], AdapterConfig
+    ] = _as_given
+    schedule_class: type[FreezingSchedule] | None = None
+    recipes: tuple[Recipe, ...] = ()
+
+    @property
+    def peft_type(self) -> str:
+        """Name of the method in adapter_config.json."""
+        return self.config_class.peft_type
+
+
+METHODS: dict[str, Method] = {}  # by peft_type
+
+
+def register(method: Method) -> Method:
+    """Add ``method``; returns it.
+
+    Raises:
+        ValueError: its peft_type, the name of a recipe or of a tensor in a file is taken.
+    """
+    if method.peft_type in METHODS:
+        raise ValueError(f"register: peft_type must be new, got {method.peft_type!r} again")
+    taken = {recipe.name for recipe in recipes()}
+    for recipe in method.recipes:
+        if recipe.name in taken:
+            raise ValueError(f"register: names of recipes must be new, got {recipe.name!r} again")
+    for other in METHODS.values():
+        method.file_format.check_beside(other.file_format)
+    METHODS[method.peft_type] = method
+    AdapterConfig.registered[method.peft_type] = method.config_class
+    setattr(lowrank_ext.nn, method.module_class.__name__, method.module_class)
+    return method
+
+
+def unregister(method: Method) -> None:
+    """Undo ``register``."""
+    del METHODS[method.peft_type], AdapterConfig.registered[method.peft_type]
+    delattr(lowrank_ext.nn, method.module_class.__name__)
+
+
+def method_of(config: AdapterConfig) -> Method | None:
+    """The method whose config this is, or None."""
+    method = METHODS.get(config.peft_type)
+    return method if method is not None and type(config) is method.config_class else None
+
+
+def recipes() -> Iterator[Recipe]:
+    """The recipes of all methods, in the order of the list."""
+    for method in METHODS.values():
+        yield from method.recipes

@@ -1,0 +1,86 @@
+"""Numbers of parameters of a model, and a table of its adapters."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.targets import outermost_modules
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class TrainableParameters(NamedTuple):
+    """Numbers of parameters; ``percent`` is 100 · trainable / total."""
+
+    trainable: int
+    total: int
+    percent: float
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """How many of the model's parameters train; a shared parameter counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total = sum(size for size, _ in sizes)
+    trainable = sum(size for size, trains in sizes if trains)
+    return TrainableParameters(trainable, total, 100 * trainable / total if total else 0.0)
+
+
+def summary(model: nn.Module) -> "Table":
+    """A rich table of the adapters: a row for each kind of module and shape, then other modules.
+
+    Size is the memory of the adapter's tensors (of the whole module for modules_to_save).
+
+    Raises:
+        ValueError: the model carries no adapters.
+    """
+    kinds: dict[tuple[str, str, int, int], list[LowRankLinear]] = {}
+    for path, m in lowrank_modules(model, "summary").items():
+        name = path.rpartition(".")[2] or "(model)"
+        kinds.setdefault((name, type(m).__name__, m.in_features, m.out_features), []).append(m)
+    numbers = trainable_parameters(model)
+    from rich.table import Table  # here, so that import lowrank_ext stays fast
+
+    table = Table(
+        title=f"{numbers.trainable:,} of {numbers.total:,} parameters train "
+        f"({numbers.percent:.3g} %)"
+    )
+    table.add_column("module")
+    table.add_column("kind")
+    for heading in ("count", "in → out", "rank", "scaling", "trainable", "size"):
+        table.add_column(heading, justify="right")
+    for (name, kind, num_in, num_out), modules in kinds.items():
+        own = [t for m in modules for t in m.adapter_tensors().values()]
+        table.add_row(
+            name,
+            kind.removesuffix("Linear"),
+            str(len(modules)),
+            f"{num_in} → {num_out}",
+            _span([m.r for m in modules]),
+            _span([m.scaling for m in modules]),
+            *_trainable_and_size(own),
+        )
+    for name, saved in _saved_modules(model).items():
+        tensors = [*saved.parameters(), *saved.buffers()]
+        table.add_row(name, type(saved).__name__, "1", "", "", "", *_trainable_and_size(tensors))
+    return table
+
+
+def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Outermost modules of modules_to_save."""
+    config = getattr(model, "lowrank_config", None)
+    return outermost_modules(model, () if config is None else config.modules_to_save)
+
+
+def _trainable_and_size(tensors: list[Tensor]) -> tuple[str, str]:
+    from rich.filesize import decimal
+
+    trainable = sum(t.numel() for t in tensors if t.requires_grad)
+    return f"{trainable:,}", decimal(sum(t.numel() * t.element_size() for t in tensors))
+
+
+def _span(values: list[int] | list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} … {high:g}"

@@ -1,0 +1,25 @@
+"""What ``import lowrank_ext`` imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Slow to import; what needs one of them imports it when it is called.
+HEAVY = ("torch._dynamo", "transformers", "peft", "diffusers", "matplotlib", "rich", "typer")
+
+
+@pytest.fixture(scope="module")
+def imported() -> set[str]:
+    """sys.modules of a fresh process after the import."""
+    command = "import sys, lowrank_ext; print(*sys.modules, sep='\\n')"
+    run = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_import_leaves_out(imported: set[str], name: str) -> None:
+    assert "lowrank_ext.ops" in imported
+    assert name not in imported
