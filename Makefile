@@ -25,7 +25,7 @@ build: setup ## compile csrc again where it changed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 # Not part of the library: only the tests and `make traffic` load it.
-simt: $(STAMPS)/dependencies ## compile csrc/cuda for the CPU, to run under the executor of tests/simt
+simt: $(STAMPS)/dependencies ## compile csrc/cuda for the CPU, to run under the SIMT executor (tests/simt)
 	@$(BIN)/cmake -S tests/simt -B build/simt -G Ninja --log-level=WARNING \
 	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DTORCH_ROOT="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')" \

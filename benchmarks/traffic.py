@@ -1,4 +1,4 @@
-"""Memory traffic of the CUDA kernels as the executor counts it: `make traffic`. Needs no GPU.
+"""Memory traffic of the CUDA kernels as the SIMT executor counts it: `make traffic`. Needs no GPU.
 
     python benchmarks/traffic.py                    # every kernel of a training step, bf16 first
     python benchmarks/traffic.py --kinds bf16 --rows 1024 --in-features 1024 --out-features 1024

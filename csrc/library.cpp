@@ -1,4 +1,4 @@
-// The schema of every op; kernels register themselves. The executor's module (tests/simt) compiles
+// The schema of every op; kernels register themselves. The SIMT executor's module (tests/simt) compiles
 // this file too, for its own library of the same ops, whose backend is csrc/cuda run on the CPU.
 #include <torch/csrc/stable/library.h>
 

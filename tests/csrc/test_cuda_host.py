@@ -1,6 +1,6 @@
 """The host side of the CUDA backend: order, scratch memory and launches of a call.
 
-Run on the executor; what a GPU alone can show is in test_cuda.py.
+Run on the SIMT executor; what a GPU alone can show is in test_cuda.py.
 """
 
 from collections.abc import Iterator

@@ -30,17 +30,17 @@ SHAPES = [
 # ---- the columns
 
 
-def grouped_columns(experts: Experts, shared_dropout: bool) -> tuple[int, ...]:
+def padded_columns(experts: Experts, shared_dropout: bool) -> tuple[int, ...]:
     return _simt.dense_columns(*experts, padded=True, shared_dropout=shared_dropout)
 
 
 def num_group_columns(experts: Experts, shared_dropout: bool) -> int:
-    return grouped_columns(experts, shared_dropout)[-1]
+    return padded_columns(experts, shared_dropout)[-1]
 
 
 def column_groups(experts: Experts, shared_dropout: bool) -> list[tuple[slice, int | None]]:
     """The columns of the router and of each expert, and the mask that they see."""
-    num_experts, rank, first, stride, _ = grouped_columns(experts, shared_dropout)
+    num_experts, rank, first, stride, _ = padded_columns(experts, shared_dropout)
     groups: list[tuple[slice, int | None]] = [(slice(0, num_experts), None)]
     for expert in range(num_experts):
         start = first + expert * stride
@@ -110,7 +110,7 @@ def dense_down(
         compute_type,
         matrix(x),
         matrix(w),
-        grouped_columns(experts, shared_dropout),
+        padded_columns(experts, shared_dropout),
         shared_dropout=shared_dropout,
         **threshold_and_seed(dropout_p, seed),
         z=z.data_ptr(),
@@ -136,7 +136,7 @@ def dense_outer(
         compute_type,
         matrix(dz),
         matrix(x),
-        grouped_columns(experts, shared_dropout),
+        padded_columns(experts, shared_dropout),
         shared_dropout=shared_dropout,
         **threshold_and_seed(dropout_p, seed),
         dw=dw.data_ptr(),
@@ -163,7 +163,7 @@ def dense_expand(
         compute_type,
         matrix(dz),
         matrix(w),
-        grouped_columns(experts, shared_dropout),
+        padded_columns(experts, shared_dropout),
         shared_dropout=shared_dropout,
         **threshold_and_seed(dropout_p, seed),
         dx=matrix(dx),

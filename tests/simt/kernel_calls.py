@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda, called one by one with torch tensors, on the executor."""
+"""The kernels of csrc/cuda, called one by one with torch tensors, on the SIMT executor."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

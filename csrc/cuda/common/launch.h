@@ -1,5 +1,5 @@
 // Where kernels run: device, stream, launch. On a GPU through the CUDA runtime; with
-// LOWRANK_EXT_SIMT on the CPU, in the executor of tests/simt. No other file calls either of the
+// LOWRANK_EXT_SIMT on the CPU, in the SIMT executor (tests/simt). No other file calls either of the
 // two. No torch header.
 #pragma once
 

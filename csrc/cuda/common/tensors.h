@@ -1,5 +1,5 @@
 // Between torch's tensors and the kernel interfaces: references to matrices, scratch memory, the
-// vendor's matrix products (cuBLAS; in the executor's build, whose tensors are on the CPU, the
+// vendor's matrix products (cuBLAS; in the SIMT executor's build, whose tensors are on the CPU, the
 // CPU's), registration.
 #pragma once
 

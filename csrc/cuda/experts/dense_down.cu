@@ -6,13 +6,9 @@ namespace lowrank_ext::cuda {
 
 PartialSumsSize dense_down_workspace(ComputeType compute_type, int64_t num_rows,
                                      int64_t in_features, int64_t num_cols, int num_sms) {
-  return dispatch(compute_type, [&](auto compute) -> PartialSumsSize {
-    using Compute = decltype(compute);
-    const int num_splits =
-        plan_dropout_product<Compute>(num_rows, in_features, num_cols, num_sms).num_splits;
-    const int64_t stride = padded_to_sector(num_cols);
-    return {num_splits, stride,
-            num_splits * num_rows * stride * compute_traits<Compute>().acc_bytes};
+  return dispatch(compute_type, [&](auto compute) {
+    return dropout_product_size<decltype(compute)>(num_rows, in_features, num_cols, num_rows,
+                                                   num_cols, num_sms);
   });
 }
 

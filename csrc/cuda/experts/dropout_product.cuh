@@ -27,6 +27,16 @@ ThinProductPlan plan_dropout_product(int64_t outer, int64_t depth, int num_cols,
   return plan;
 }
 
+// The partial sums, [num_splits · num_sum_rows, sum_row] of them.
+template <class Compute>
+PartialSumsSize dropout_product_size(int64_t outer, int64_t depth, int num_cols,
+                                     int64_t num_sum_rows, int64_t sum_row, int num_sms) {
+  const int num_splits = plan_dropout_product<Compute>(outer, depth, num_cols, num_sms).num_splits;
+  const int64_t stride = padded_to_sector(sum_row);
+  return {num_splits, stride,
+          num_splits * num_sum_rows * stride * compute_traits<Compute>().acc_bytes};
+}
+
 // ---- kernel
 
 template <class Compute, class Op>

@@ -96,7 +96,7 @@ inline ExpertPlan plan_experts(const ExpertSizes& sizes) {
   return {costs.grouped() < costs.dense(), costs.dense_up_backward() < costs.grouped_up_backward()};
 }
 
-// The plan of a call. In the executor's build and in a library built for benchmarks
+// The plan of a call. In the SIMT executor's build and in a library built for benchmarks
 // (LOWRANK_EXT_BENCHMARKS in CMakeLists.txt) a fixed plan takes its place, so that every form runs
 // at any size; it is set while no other thread makes calls.
 #ifdef LOWRANK_EXT_FIXED_PLANS

@@ -8,8 +8,8 @@
 
 namespace lowrank_ext::cuda {
 
-// Below this size of y (or dx) in bytes the base's product comes first. The executor's build can
-// set it, so that both orders run at the sizes of its tests.
+// Below this size of y (or dx) in bytes the base's product comes first. The SIMT executor's build
+// can set it, so that both orders run at the sizes of its tests.
 #ifdef LOWRANK_EXT_SIMT
 inline int64_t min_seeded_bytes = 4096;
 #else

@@ -1,5 +1,5 @@
-// lowrank_linear on the GPU: the base products are the vendor's; branch.h says which of the two parts
-// of an output is written first.
+// lowrank_linear on the GPU: the base products are the vendor's; branch.h says which of the two
+// parts of an output is written first.
 #include "ops/lowrank_linear.h"
 
 #include "common/tensors.h"

@@ -1,5 +1,5 @@
-// moe_route on the GPU. Counts and orders stay on the device; the host does not look at the ids of a
-// backward call, and an id outside [0, E) has no gradient.
+// moe_route on the GPU. Counts and orders stay on the device; the host does not look at the ids of
+// a backward call, and an id outside [0, E) has no gradient.
 #include "ops/moe_route.h"
 
 #include "common/tensors.h"

@@ -1,7 +1,7 @@
 // multi_lowrank_add on the GPU: an adapter per row. order_slots sorts the rows by adapter, on the
 // device, and the kernels of segment_*.cuh walk the segments where they lie: one launch for all
-// adapters' down projections and one for all up projections. The host does not look at the values of
-// ids and ranks: rows whose id or rank is out of range become NaN.
+// adapters' down projections and one for all up projections. The host does not look at the values
+// of ids and ranks: rows whose id or rank is out of range become NaN.
 #include "ops/multi_lowrank_add.h"
 
 #include <vector>

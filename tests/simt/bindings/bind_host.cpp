@@ -1,5 +1,5 @@
-// What lowrank/branch.h and common/launch.h decide on the host, and the settings that the executor's
-// build has in place of a GPU's properties.
+// What lowrank/branch.h and common/launch.h decide on the host, and the settings that the SIMT
+// executor's build has in place of a GPU's properties.
 #include "bind_host.h"
 
 #include <string>

@@ -1,6 +1,6 @@
-// Adds the kernel interfaces of csrc/cuda and the plan functions to the module _simt. Compiled without
-// the instrumentation, so only declarations and plan functions may be used here, which no kernel
-// calls.
+// Adds the kernel interfaces of csrc/cuda and the plan functions to the module _simt. Compiled
+// without the instrumentation, so only declarations and plan functions may be used here, which no
+// kernel calls.
 #pragma once
 
 #include <pybind11/pybind11.h>

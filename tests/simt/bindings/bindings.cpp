@@ -1,4 +1,4 @@
-// The module _simt: options and reports of the executor, the planted kernels. Loading it also
+// The module _simt: options and reports of the SIMT executor, the planted kernels. Loading it also
 // registers torch.ops.lowrank_ext_simt. Nothing that kernels instantiate may be included here: this
 // file is compiled without the instrumentation.
 #include <pybind11/numpy.h>

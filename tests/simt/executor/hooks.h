@@ -5,7 +5,7 @@
 
 namespace simt {
 
-// Closed: all of them; so it is outside launches, in the executor itself and on other threads.
+// Closed: all of them; so it is outside launches, in the SIMT executor itself and on other threads.
 // Open: the fibers' stacks, whose contents are registers on a GPU.
 struct IgnoredRange {
   uintptr_t begin = 0;

@@ -1,4 +1,4 @@
-// Small kernels whose faults or figures are known: what the executor is tested with.
+// Small kernels whose faults or figures are known: what the SIMT executor is tested with.
 #pragma once
 
 #include <string>

@@ -15,7 +15,7 @@ std::string base_name(const std::string& path) {
   return slash == std::string::npos ? path : path.substr(slash + 1);
 }
 
-// The stub headers and the executor's are on the way of every call, and say nothing.
+// The stub headers and the SIMT executor's are on the way of every call, and say nothing.
 bool is_own_header(const std::string& line) {
   return line.starts_with("executor.h:") || line.starts_with("cuda_");
 }

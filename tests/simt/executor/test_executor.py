@@ -1,4 +1,4 @@
-"""The executor itself: every kind of fault is caught, every figure is exact."""
+"""The SIMT executor itself: every kind of fault is caught, every figure is exact."""
 
 from types import ModuleType
 

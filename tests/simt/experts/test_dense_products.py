@@ -1,5 +1,5 @@
 """The dense form's products under dropout, z = drop_g(x) w_gᵀ and dw = dz_gᵀ drop_g(x) by groups of
-columns: experts/dropout_product.cuh on the executor."""
+columns: experts/dropout_product.cuh on the SIMT executor."""
 
 from collections.abc import Callable
 from typing import NamedTuple

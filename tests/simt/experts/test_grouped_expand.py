@@ -1,5 +1,5 @@
 """y = base + scaling Σ_j gated[m k + j] lora_b[e_j]ᵀ and dx = dlogits router_weight +
-Σ_j drop'(dh[m k + j] lora_a[e_j]): experts/grouped_expand.cuh on the executor."""
+Σ_j drop'(dh[m k + j] lora_a[e_j]): experts/grouped_expand.cuh on the SIMT executor."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""h = drop(x) lora_aᵀ: lowrank/thin_product.cuh on the executor, and how it is planned."""
+"""h = drop(x) lora_aᵀ: lowrank/thin_product.cuh on the SIMT executor, and how it is planned."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""dlora_a = dhᵀ drop(x): lowrank/thin_product.cuh and partial_sums.cuh on the executor."""
+"""dlora_a = dhᵀ drop(x): lowrank/thin_product.cuh and partial_sums.cuh on the SIMT executor."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""y = base + scaling · out_scale ⊙ mid(h) lora_bᵀ: lowrank/lowrank_up.cuh on the executor."""
+"""y = base + scaling · out_scale ⊙ mid(h) lora_bᵀ: lowrank/lowrank_up.cuh on the SIMT executor."""
 
 import itertools
 

@@ -1,5 +1,5 @@
 """h = drop(x) lora_a[i]ᵀ and dh = scaling[i] dout lora_b[i], row by row, by the row's group:
-segments/segment_down.cuh on the executor, and how it is planned."""
+segments/segment_down.cuh on the SIMT executor, and how it is planned."""
 
 import itertools
 

@@ -1,5 +1,5 @@
 """dlora_b[i] = scaling[i] Σ doutᵀ h and dlora_a[i] = Σ dhᵀ drop(x) over each group's rows:
-segments/segment_outer.cuh on the executor."""
+segments/segment_outer.cuh on the SIMT executor."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """y = base + scaling[i] h lora_b[i]ᵀ and dx = drop'(dh lora_a[i]), row by row, by the row's group:
-segments/segment_up.cuh on the executor, and how it is planned."""
+segments/segment_up.cuh on the SIMT executor, and how it is planned."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-// The names of CUDA that kernels use, for g++ and the executor. In place of CUDA's header of this
+// The names of CUDA that kernels use, for g++ and the SIMT executor. In place of CUDA's header of this
 // name, first on the include path.
 #pragma once
 
