@@ -17,13 +17,13 @@ from lowrank_ext.methods import *
 from lowrank_ext.summary import summary, trainable_parameters
 
 if TYPE_CHECKING:
-    from lowrank_ext.integrations.transformers import FreezeCallback
+    from lowrank_ext.integrations.transformers import FreezeCallback as FreezeCallback
 
 __version__ = "0.1.0"
 
+# Without FreezeCallback: `from lowrank_ext import *` works without transformers.
 __all__ = [
     "AdapterBank",
-    "FreezeCallback",
     "__version__",
     "accelerate",
     "adapt",

@@ -105,6 +105,8 @@ def normalized_names(
     if isinstance(names, str):
         check_regex(names, owner, argument)
         return names
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{owner}: {argument} must be a name, or several, got {names!r}")
     # The order of a set differs between processes; sorted, the config does not.
     ordered = tuple(sorted(names) if isinstance(names, set | frozenset) else names)
     for name in ordered:

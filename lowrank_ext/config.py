@@ -15,6 +15,7 @@ from lowrank_ext.checks import (
     check_alpha,
     check_choice,
     check_dropout,
+    check_flag,
     check_rank,
     check_regex,
     did_you_mean,
@@ -81,7 +82,11 @@ class AdapterConfig:
         check_rank(self.r, owner, "r")
         if self.alpha is not None:
             check_alpha(self.alpha, owner, "alpha")
+        check_flag(self.rslora, owner, "rslora")
         check_dropout(self.dropout, owner)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{owner}: {name} must be a mapping, got {getattr(self, name)!r}")
         check_choice(self.init, self.inits, owner, "init")
         for key, rank in self.rank_pattern.items():
             check_regex(key, owner, "rank_pattern")
@@ -166,6 +171,15 @@ class AdapterConfig:
         """Options, beside ranks and scalings, that must be equal for a checkpoint of one config to
         be loaded into modules of another."""
         return {}
+
+    def check_no_patterns(self, owner: str) -> None:
+        """Raise ValueError where there is a pattern: a single module has no path to match."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{owner}: {name} must be empty for a single module, which has no path, "
+                    f"got {getattr(self, name)!r}; use config.for_module(path)"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and ``peft_type`` as values that JSON can hold."""

@@ -16,7 +16,7 @@ from lowrank_ext.freezing import FreezingSchedule
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.recipe import Recipe
 
-__all__ = ["METHODS", "Method", "method_of", "recipes", "register", "unregister"]
+__all__ = ["METHODS", "Method", "method_for", "method_of", "recipes", "register", "unregister"]
 
 
 def _as_given(
@@ -62,10 +62,19 @@ def register(method: Method) -> Method:
     """Add ``method``; returns it.
 
     Raises:
-        ValueError: its peft_type, the name of a recipe or of a tensor in a file is taken.
+        ValueError: its peft_type, the name of its module class, of a recipe or of a tensor in a
+            file is taken, or it has no peft_type.
+        TypeError: the module class is not made from the config class.
     """
-    if method.peft_type in METHODS:
+    module_name = method.module_class.__name__
+    if not method.peft_type or method.peft_type in METHODS:
         raise ValueError(f"register: peft_type must be new, got {method.peft_type!r} again")
+    if getattr(method.module_class, "config_class", None) is not method.config_class:
+        raise TypeError(
+            f"register: {module_name}.config_class must be {method.config_class.__name__}"
+        )
+    if hasattr(lowrank_ext.nn, module_name):
+        raise ValueError(f"register: the module's name must be new, got {module_name!r} again")
     taken = {recipe.name for recipe in recipes()}
     for recipe in method.recipes:
         if recipe.name in taken:
@@ -74,7 +83,7 @@ def register(method: Method) -> Method:
         method.file_format.check_beside(other.file_format)
     METHODS[method.peft_type] = method
     AdapterConfig.registered[method.peft_type] = method.config_class
-    setattr(lowrank_ext.nn, method.module_class.__name__, method.module_class)
+    setattr(lowrank_ext.nn, module_name, method.module_class)
     return method
 
 
@@ -88,6 +97,21 @@ def method_of(config: AdapterConfig) -> Method | None:
     """The method whose config this is, or None."""
     method = METHODS.get(config.peft_type)
     return method if method is not None and type(config) is method.config_class else None
+
+
+def method_for(config: AdapterConfig, caller: str) -> Method:
+    """The method whose config this is.
+
+    Raises:
+        ValueError: it is not registered, or no longer.
+    """
+    method = method_of(config)
+    if method is None:
+        raise ValueError(
+            f"{caller}: the method of {type(config).__name__} must be registered, got "
+            f"{', '.join(METHODS)}"
+        )
+    return method
 
 
 def recipes() -> Iterator[Recipe]:

@@ -23,3 +23,13 @@ def imported() -> set[str]:
 def test_import_leaves_out(imported: set[str], name: str) -> None:
     assert "lowrank_ext.ops" in imported
     assert name not in imported
+
+
+def test_star_import_needs_no_transformers() -> None:
+    """transformers is no dependency; what builds on it is imported when it is asked for."""
+    command = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from lowrank_ext import *\n"
+        "assert adapt and LoRAConfig and guard and motion and style"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)

@@ -27,7 +27,7 @@ from lowrank_ext.checks import did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import dense_weight, linear_features
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
-from lowrank_ext.registry import METHODS, Method
+from lowrank_ext.registry import Method, method_for
 from lowrank_ext.targets import outermost_modules
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,10 +64,10 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         raise ValueError("load_adapter: model must not be wrapped, load before wrapping it")
     files = read_adapter_files(Path(path), "load_adapter")
     own: AdapterConfig | None = getattr(model, "lowrank_config", None)
-    adapters, others = split_keys(files)
     method = method_in(files)
+    adapters, others = split_keys(files)
     # Over a base without a residual a packed file is read as the plain adapter it also is.
-    if own is None or own.init in METHODS[own.peft_type].module_class.residual_inits:
+    if own is None or own.init in method_for(own, "load_adapter").module_class.residual_inits:
         files, adapters = method.file_format.unpack(files, adapters)
     config = parsed_config(files, method, adapters)
     modules = modules_for(model, files, adapters)

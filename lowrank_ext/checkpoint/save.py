@@ -51,7 +51,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         except ValueError as error:
             raise ValueError(f"save_adapter: {name} {error}") from None
     _check_valued(model, modules, config, "save_adapter")
-    file_format = registry.METHODS[config.peft_type].file_format
+    file_format = registry.method_for(config, "save_adapter").file_format
     stored = {name: file_format.tensors(module, config) for name, module in modules.items()}
     _write(model, path, config, modules, stored)
 

@@ -1,5 +1,6 @@
 """Properties of the linear module that an adapter wraps: features, dense weight, hooks."""
 
+import importlib
 import sys
 
 import torch
@@ -93,6 +94,25 @@ def is_plain(base: nn.Module) -> bool:
     """Whether the base is an nn.Linear or Conv1D with a dense weight and no hooks."""
     known = type(base) in (nn.Linear, _conv1d_class())
     return known and not is_hooked(base) and dense_weight(base) is not None
+
+
+def plain_module(
+    features: tuple[int, int],
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
+    conv1d: bool,
+) -> nn.Module:
+    """An nn.Linear, or transformers' Conv1D, of (in, out) features with these Parameters."""
+    in_features, out_features = features
+    with torch.device("meta"):  # no memory, and no draw from any generator
+        if conv1d:
+            conv1d_class = importlib.import_module("transformers.pytorch_utils").Conv1D
+            plain: nn.Module = conv1d_class(out_features, in_features)
+        else:
+            plain = nn.Linear(in_features, out_features, bias is not None)
+    plain.register_parameter("weight", weight)
+    plain.register_parameter("bias", bias)
+    return plain
 
 
 def is_hooked(module: nn.Module) -> bool:

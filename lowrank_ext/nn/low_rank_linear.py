@@ -9,7 +9,6 @@ A module owns the Parameters of the module it replaces, so ties survive and the 
 subclass with its own forward) is kept as ``base_layer`` and the branch is added to its output.
 """
 
-import importlib
 import math
 from typing import Any, ClassVar, Self
 
@@ -28,6 +27,7 @@ from lowrank_ext.nn.base_layer import (
     is_conv1d,
     is_plain,
     linear_features,
+    plain_module,
 )
 
 
@@ -36,8 +36,8 @@ class LowRankLinear(Adapter):
 
     Args:
         in_features, out_features: K and N.
-        config: the method's ``config_class``; its patterns and targets are not used here. Or its
-            fields as keyword arguments, such as ``r=8``.
+        config: the method's ``config_class``, without patterns; its targets are not used here. Or
+            its fields as keyword arguments, such as ``r=8``.
         bias: whether the base has a bias.
         base: the module whose weights are taken over (``from_linear`` passes it); without it the
             module makes its own weight [N, K] and bias, on ``device`` and of ``dtype``.
@@ -102,6 +102,11 @@ class LowRankLinear(Adapter):
         super().__init__()
         config = self._config(config, options)
         self.check_fits(in_features, out_features, config)
+        if base is not None and linear_features(base) != (in_features, out_features):
+            raise ValueError(
+                f"{type(self).__name__}: base must have in_features={in_features} and "
+                f"out_features={out_features}, got {linear_features(base)}"
+            )
         self.config = config
         self.in_features = in_features
         self.out_features = out_features
@@ -129,17 +134,21 @@ class LowRankLinear(Adapter):
     @classmethod
     def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
         """The config of one module: ``config`` itself, or one with ``options`` as fields."""
+        owner = cls.__name__
+        if not hasattr(cls, "config_class"):
+            raise TypeError(f"{owner}: use a subclass, such as LoRALinear; it is no method itself")
         if config is None:
-            return cls.config_class.of(cls.__name__, **options)
-        if options:
+            config = cls.config_class.of(owner, **options)
+        elif options:
             raise TypeError(
-                f"{cls.__name__}: give a config or its fields, got a config and {sorted(options)}"
+                f"{owner}: give a config or its fields, got a config and {sorted(options)}"
             )
         if not isinstance(config, cls.config_class):
             raise TypeError(
-                f"{cls.__name__}: config must be a {cls.config_class.__name__}, "
+                f"{owner}: config must be a {cls.config_class.__name__}, "
                 f"got {type(config).__name__}"
             )
+        config.check_no_patterns(owner)
         return config
 
     @classmethod
@@ -183,8 +192,10 @@ class LowRankLinear(Adapter):
         if features is None:
             raise TypeError(
                 f"{cls.__name__}.from_linear: linear must be nn.Linear, Conv1D or a module with "
-                f"in_features and out_features, got {type(linear).__name__}"
+                f"in_features and out_features, not adapted yet, got {type(linear).__name__}"
             )
+        for name in options.keys() & {"bias", "base", "device", "dtype"}:
+            raise TypeError(f"{cls.__name__}.from_linear: {name} is linear's own, got it again")
         module = cls(*features, config, base=linear, **options)
         if initialize:
             module.reset_adapter()
@@ -404,19 +415,11 @@ class LowRankLinear(Adapter):
         else:
             self.unmerge()
             self.restore_base()
-        base = self._new_plain_module() if self.base_layer is None else self.base_layer
-        return base.train(self.training)
-
-    def _new_plain_module(self) -> nn.Module:
-        with torch.device("meta"):  # takes no memory and draws no random numbers
-            if self.fan_in_fan_out:
-                conv1d = importlib.import_module("transformers.pytorch_utils").Conv1D
-                plain: nn.Module = conv1d(self.out_features, self.in_features)
-            else:
-                plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        plain.register_parameter("weight", self.weight)
-        plain.register_parameter("bias", self.bias)
-        return plain
+        if self.base_layer is not None:
+            return self.base_layer.train(self.training)
+        features = self.in_features, self.out_features
+        plain = plain_module(features, self.weight, self.bias, self.fan_in_fan_out)
+        return plain.train(self.training)
 
     def base_output(self, x: Tensor) -> Tensor:
         """The base's output for x with its present weight."""

@@ -174,6 +174,22 @@ def test_is_on_the_command_line(tmp_path: Path) -> None:
     assert failed.exit_code == 2 and "--toy-start must be at least 1, got 0" in failed.stderr
 
 
+def test_what_is_not_registered_is_neither_saved_nor_adapted(tmp_path: Path) -> None:
+    model = lr.adapt(TinyLM(), ToyConfig(r=3))
+    lr.save_adapter(model, tmp_path / "saved")
+    unregister(TOY)
+    try:
+        with pytest.raises(TypeError, match="config must be a LoRAConfig, .* got ToyConfig"):
+            lr.adapt(TinyLM(), ToyConfig(r=3))
+        with pytest.raises(ValueError, match="the method of ToyConfig must be registered, got LO"):
+            lr.save_adapter(model, tmp_path / "other")
+        with pytest.raises(ValueError, match="peft_type must be one of 'LORA', .* got 'TOY'"):
+            lr.load_adapter(TinyLM(), tmp_path / "saved")
+    finally:
+        register(TOY)
+    assert not (tmp_path / "other").exists()
+
+
 def test_names_are_taken_once() -> None:
     with pytest.raises(ValueError, match="peft_type must be new, got 'TOY' again"):
         register(TOY)
@@ -182,8 +198,16 @@ def test_names_are_taken_once() -> None:
     class OtherConfig(ToyConfig):
         peft_type: ClassVar[str] = "OTHER"
 
+    class OtherLinear(ToyLinear):
+        config_class = OtherConfig
+
     def other(**changes: Any) -> Method:
-        return Method(config_class=OtherConfig, module_class=ToyLinear, **changes)
+        return Method(**{"config_class": OtherConfig, "module_class": OtherLinear, **changes})
+
+    with pytest.raises(TypeError, match=r"ToyLinear\.config_class must be OtherConfig"):
+        register(other(module_class=ToyLinear))
+    with pytest.raises(ValueError, match="the module's name must be new, got 'LoRALinear' again"):
+        register(other(module_class=type("LoRALinear", (OtherLinear,), {})))
 
     with pytest.raises(ValueError, match="names of recipes must be new, got 'toy' again"):
         register(other(recipes=TOY.recipes))

@@ -12,6 +12,7 @@ from module_cases import (
     ALL_METHODS,
     BASES,
     DENSE_BASES,
+    EXPERTS,
     IN,
     METHODS,
     METHODS_AND_BASES,
@@ -628,3 +629,38 @@ def test_repr_tells_what_it_is() -> None:
         f"LaMDALinear(in_features={IN}, out_features={OUT}, bias=True, r=3, scaling=2, "
         "dropout=0.05, init=svd_residual, merged=True)"
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rank_pattern": {".*": 8}}, {"alpha_pattern": {".*": 2.0}}],
+    ids=["rank_pattern", "alpha_pattern"],
+)
+@by_any_method
+def test_patterns_name_modules_of_a_model(method: Method, options: dict) -> None:
+    """A pattern that matches everything would give one module another scaling than its rank has."""
+    (name,) = options
+    if name == "rank_pattern" and method in EXPERTS:
+        options = {"rank_pattern": {".*": 2 * RANK}}  # a multiple of the number of experts
+    config = method.config(r=RANK, init=method.init, **method.options(RANK), **options)
+    with pytest.raises(ValueError, match=f"{name} must be empty for a single module"):
+        method.module.from_linear(plain_linear(), config)
+    assert method.module.from_linear(plain_linear(), config.for_module("q")).r == config.rank_for(
+        "q"
+    )
+
+
+@pytest.mark.parametrize("name", ["bias", "base", "device", "dtype"])
+def test_what_the_linear_decides_is_no_option(name: str) -> None:
+    with pytest.raises(TypeError, match=f"LoRALinear.from_linear: {name} is linear's own"):
+        LoRALinear.from_linear(plain_linear(), r=2, **{name: None})
+
+
+def test_a_base_of_another_size() -> None:
+    with pytest.raises(ValueError, match="base must have in_features=8 and out_features=8"):
+        LoRALinear(8, 8, r=4, base=nn.Linear(32, 16))
+
+
+def test_the_base_class_is_no_method() -> None:
+    with pytest.raises(TypeError, match="LowRankLinear: use a subclass"):
+        LowRankLinear(32, 16, r=4)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ext.checks import check_flag
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.aflora.config import AFLoRAConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
@@ -34,13 +35,18 @@ class AFLoRALinear(LowRankLinear):
     @classmethod
     def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
         if "train_projections" in options:  # the option of one module; a config has live_modules
-            live = None if options.pop("train_projections") else ()
-            options = {**options, "live_modules": live}
+            owner = cls.__name__
+            if config is not None or "live_modules" in options:
+                raise TypeError(f"{owner}: give train_projections or live_modules, got both")
+            train = options["train_projections"]
+            check_flag(train, owner, "train_projections")
+            rest = {name: value for name, value in options.items() if name != "train_projections"}
+            options = {**rest, "live_modules": None if train else ()}
         config = super()._config(config, options)
         if isinstance(config, AFLoRAConfig) and config.live_modules not in (None, ()):
             raise ValueError(
                 f"{cls.__name__}: live_modules must be None, or () for none, for a single module, "
-                f"got {config.live_modules!r}; use train_projections"
+                f"got {config.live_modules!r}; use config.for_module(path)"
             )
         return config
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowrank_ext.checks import check_choice
+from lowrank_ext.checks import check_choice, check_flag
 from lowrank_ext.config import AdapterConfig
 
 
@@ -41,6 +41,7 @@ class LaMDAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
+        check_flag(self.train_lora_b, owner, "train_lora_b")
         # With "lora" lora_b starts at zero; frozen, it would keep the core's gradient at zero.
         if self.init == "lora" and not self.train_lora_b:
             raise ValueError(
