@@ -179,11 +179,11 @@ def test_what_is_not_registered_is_neither_saved_nor_adapted(tmp_path: Path) -> 
     lr.save_adapter(model, tmp_path / "saved")
     unregister(TOY)
     try:
-        with pytest.raises(TypeError, match="config must be a LoRAConfig, .* got ToyConfig"):
+        with pytest.raises(TypeError, match=r"config must be a LoRAConfig, .* got ToyConfig"):
             lr.adapt(TinyLM(), ToyConfig(r=3))
         with pytest.raises(ValueError, match="the method of ToyConfig must be registered, got LO"):
             lr.save_adapter(model, tmp_path / "other")
-        with pytest.raises(ValueError, match="peft_type must be one of 'LORA', .* got 'TOY'"):
+        with pytest.raises(ValueError, match=r"peft_type must be one of 'LORA', .* got 'TOY'"):
             lr.load_adapter(TinyLM(), tmp_path / "saved")
     finally:
         register(TOY)
