@@ -34,7 +34,7 @@ def find_targets(
     if linear_features(model) is not None:
         raise TypeError(
             f"{caller}: model must contain modules to replace, got a {type(model).__name__}; "
-            "use from_linear of its class, such as lowrank_ext.nn.LoRALinear, for one module"
+            "use from_linear of a module, such as lowrank_ext.nn.LoRALinear.from_linear"
         )
     paths = _module_paths(model)
     _check_names(paths, config, caller)
