@@ -63,7 +63,7 @@ def register(method: Method) -> Method:
 
     Raises:
         ValueError: its peft_type, the name of its module class, of a recipe or of a tensor in a
-            file is taken, or it has no peft_type.
+            file is taken, it has no peft_type, or an option differs from one of the same name.
         TypeError: the module class is not made from the config class.
     """
     module_name = method.module_class.__name__
@@ -79,12 +79,27 @@ def register(method: Method) -> Method:
     for recipe in method.recipes:
         if recipe.name in taken:
             raise ValueError(f"register: names of recipes must be new, got {recipe.name!r} again")
+    _check_options(method)
     for other in METHODS.values():
         method.file_format.check_beside(other.file_format)
     METHODS[method.peft_type] = method
     AdapterConfig.registered[method.peft_type] = method.config_class
     setattr(lowrank_ext.nn, module_name, method.module_class)
     return method
+
+
+def _check_options(method: Method) -> None:
+    """Options of one name are one option of the command line: alike in type and default."""
+    known = {option.name: option for recipe in recipes() for option in recipe.options}
+    for recipe in method.recipes:
+        for option in recipe.options:
+            same = known.setdefault(option.name, option)
+            if (option.type, option.default) != (same.type, same.default):
+                raise ValueError(
+                    f"register: option {option.name!r} must be {same.type.__name__} with the "
+                    f"default {same.default!r} as elsewhere, got {option.type.__name__} with "
+                    f"{option.default!r}"
+                )
 
 
 def unregister(method: Method) -> None:

@@ -1,5 +1,6 @@
 """A method is one folder: one defined here works everywhere, without an edit anywhere else."""
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Iterator
@@ -215,4 +216,9 @@ def test_names_are_taken_once() -> None:
         register(other(file_format=AdapterFormat({"toy_scale": "lora_factor.weight"})))
     with pytest.raises(ValueError, match=r"'lora_toy_scale\.weight' must be toy_scale"):
         register(other(file_format=AdapterFormat({"factor": "lora_toy_scale.weight"})))
+    (recipe,) = TOY.recipes
+    option = dataclasses.replace(recipe.options[0], default=2)
+    changed = dataclasses.replace(recipe, name="other", options=(option,))
+    with pytest.raises(ValueError, match="option 'toy_start' must be int with the default 1 as el"):
+        register(other(recipes=(changed,)))
     assert "OTHER" not in METHODS
