@@ -64,8 +64,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         raise ValueError("load_adapter: model must not be wrapped, load before wrapping it")
     files = read_adapter_files(Path(path), "load_adapter")
     own: AdapterConfig | None = getattr(model, "lowrank_config", None)
-    method = method_in(files)
     adapters, others = split_keys(files)
+    method = method_in(files)
     # Over a base without a residual a packed file is read as the plain adapter it also is.
     if own is None or own.init in method_for(own, "load_adapter").module_class.residual_inits:
         files, adapters = method.file_format.unpack(files, adapters)

@@ -65,8 +65,8 @@ def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> Lo
             message names file and key.
     """
     files = read_adapter_files(Path(path), caller)
-    method = method_in(files)
     adapters, others = split_keys(files)
+    method = method_in(files)
     config = parsed_config(files, method, adapters)
     residual = config.init in method.module_class.residual_inits
     if method is not registry.METHODS["LORA"] or residual:
