@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class FreezingSchedule(Protocol):
@@ -64,13 +64,6 @@ def check_fraction(owner: str, name: str, value: object) -> float:
 def exact(fraction: float) -> Fraction:
     """``fraction`` as the decimal number it is written as: 0.1 of 30 steps are exactly 3 steps."""
     return Fraction(repr(float(fraction)))
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    local: Tensor = tensor if to_local is None else to_local()
-    return local
 
 
 def frozen_may_leave() -> bool:

@@ -67,14 +67,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, contiguous, without its graph."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu().contiguous()

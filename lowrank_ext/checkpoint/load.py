@@ -17,7 +17,6 @@ from lowrank_ext.checkpoint.layout import (
     LORA_A,
     PREFIX,
     bad_key,
-    is_sharded,
     split_keys,
     unwrapped,
 )
@@ -28,6 +27,7 @@ from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import dense_weight, linear_features
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
+from lowrank_ext.sharding import is_sharded
 from lowrank_ext.targets import outermost_modules
 
 Model = TypeVar("Model", bound=nn.Module)

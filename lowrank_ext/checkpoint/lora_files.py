@@ -14,8 +14,6 @@ from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,
     PREFIX,
-    gathered,
-    is_sharded,
     split_keys,
 )
 from lowrank_ext.checkpoint.load import (
@@ -34,6 +32,7 @@ from lowrank_ext.checkpoint.peft_config import (
 from lowrank_ext.checks import check_alpha, did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
+from lowrank_ext.sharding import gathered, is_sharded
 from lowrank_ext.targets import check_adaptable
 
 

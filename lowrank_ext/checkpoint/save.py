@@ -16,14 +16,13 @@ from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,
     PREFIX,
-    gathered,
-    is_sharded,
     unwrapped,
 )
 from lowrank_ext.checkpoint.peft_config import config_fields
 from lowrank_ext.checkpoint.ties import check_ties
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.sharding import gathered, is_sharded
 from lowrank_ext.targets import outermost_modules
 
 

@@ -35,12 +35,12 @@ from lowrank_ext.freezing import (
 from lowrank_ext.methods.aflora.module import AFLoRALinear
 from lowrank_ext.methods.aflora.statistics import (
     STATISTICS,
-    Groups,
     Projection,
     everywhere,
     kth_smallest,
     reduced,
 )
+from lowrank_ext.sharding import Groups
 from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["DECAYS", "AdaptiveFreezeSchedule", "keep_fraction", "kth_smallest"]

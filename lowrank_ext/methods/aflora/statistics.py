@@ -4,16 +4,13 @@ See ``freezing.py`` for the formulas. Parameters may be DTensors, of which each 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowrank_ext.freezing import local_part
+from lowrank_ext.sharding import Groups, gathered_like, local_part, local_part_like, shard_groups
 
-# The process groups over which a tensor is sharded; () where every rank has all of it.
-Groups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 STATISTICS = ("window_sum", "mean", "spread")  # Σ |G| of the window, Ī and U
 
 
@@ -50,11 +47,11 @@ class Projection:
     def state(self) -> dict[str, Tensor]:
         """Whole tensors on the CPU, gathered if sharded."""
         tensors = {key: getattr(self, key) for key in STATISTICS}
-        return {key: _gathered(tensor, self.parameter) for key, tensor in tensors.items()}
+        return {key: gathered_like(tensor, self.parameter) for key, tensor in tensors.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         for key in STATISTICS:
-            getattr(self, key).copy_(_local_of_whole(state[key], self.parameter))
+            getattr(self, key).copy_(local_part_like(state[key], self.parameter))
 
 
 def kth_smallest(entries: Mapping[Groups, Sequence[Tensor]], k: int) -> Tensor:
@@ -94,19 +91,6 @@ def _histogram(tensor: Tensor, prefix: Tensor, shift: int, num_bits: int) -> Ten
     return counts.scatter_add_(0, digits.long(), matches.long())
 
 
-def _layout(parameter: Any) -> tuple[Any, Any] | None:
-    """Device mesh and placements of a DTensor; None for any other tensor."""
-    divided = hasattr(parameter, "device_mesh")
-    return (parameter.device_mesh, parameter.placements) if divided else None
-
-
-def shard_groups(parameter: nn.Parameter) -> Groups:
-    if (layout := _layout(parameter)) is None:
-        return ()
-    mesh, placements = layout
-    return tuple(mesh.get_group(dim) for dim, how in enumerate(placements) if how.is_shard())
-
-
 def reduced(tensor: Tensor, groups: Groups) -> Tensor:
     """Summed over the ranks, in place."""
     for group in groups:
@@ -120,22 +104,3 @@ def everywhere(flag: Tensor, groups: Groups) -> Tensor:
         flag = flag.int()
         dist.all_reduce(flag, dist.ReduceOp.MIN, group)
     return flag.bool()
-
-
-def _gathered(local: Tensor, like: nn.Parameter) -> Tensor:
-    """The whole of a tensor that is sharded like ``like``, a copy on the CPU."""
-    if (layout := _layout(like)) is None:
-        return local.cpu().clone()
-    from torch.distributed.tensor import DTensor
-
-    divided = DTensor.from_local(local, *layout, shape=like.shape, stride=like.stride())
-    return divided.full_tensor().cpu().clone()
-
-
-def _local_of_whole(whole: Tensor, like: nn.Parameter) -> Tensor:
-    """This rank's part of a whole tensor, sharded like ``like``."""
-    if (layout := _layout(like)) is None:
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return local_part(distribute_tensor(whole.to(like.device), *layout))

@@ -21,10 +21,10 @@ from lowrank_ext.freezing import (
     check_positive,
     exact,
     frozen_may_leave,
-    local_part,
     stop_training,
 )
 from lowrank_ext.methods.lamda.module import LaMDALinear
+from lowrank_ext.sharding import local_part
 from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["FreezeSchedule", "num_frozen_columns"]

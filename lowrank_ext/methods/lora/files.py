@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig
-from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, gathered, whole
+from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, whole
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.sharding import gathered
 
 LORA_A_INIT, LORA_B_INIT = "lora_A_init.weight", "lora_B_init.weight"
 _PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling

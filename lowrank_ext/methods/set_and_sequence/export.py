@@ -11,6 +11,7 @@ from lowrank_ext.checkpoint import save_as_lora
 from lowrank_ext.checks import check_choice
 from lowrank_ext.methods.set_and_sequence.module import BasisLoRALinear
 from lowrank_ext.methods.set_and_sequence.stages import adapted_config, basis_modules
+from lowrank_ext.sharding import is_sharded
 
 # The name that diffusers looks for in a directory.
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -51,7 +52,7 @@ def export_lora(
     config = adapted_config(model, caller)
     modules = basis_modules(model, caller)
     for where, module in modules.items():
-        if hasattr(module.lora_a, "full_tensor"):
+        if is_sharded(module.lora_a):
             raise ValueError(f"{caller}: {where} must not be sharded")
     if format == "peft":
         save_as_lora(model, path, caller)

@@ -27,6 +27,7 @@ from lowrank_ext.methods.set_and_sequence.stages import (
     basis_modules,
     begin_residual_stage,
 )
+from lowrank_ext.sharding import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREFIX = "base_model.model."
@@ -53,7 +54,7 @@ def save_residual(model: nn.Module, path: str | os.PathLike[str], name: str = "m
                 f"{caller}: name must be a residual among {list(module.residuals)} of {where}, "
                 f"got {name!r}"
             )
-        if hasattr(module.lora_a, "full_tensor"):
+        if is_sharded(module.lora_a):
             raise ValueError(f"{caller}: {where} must not be sharded; use save_adapter")
     key = residual_attribute(name)
     tensors = {
