@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._dynamo
 
-pytest.register_assert_rewrite("lowrank_cases")
+pytest.register_assert_rewrite("lowrank_cases", "finetune_runs")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -3,7 +3,8 @@
 import importlib.util
 import io
 import os
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -122,15 +123,37 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     load_dtype = torch.float32 if source.gguf_file else dtype
-    options: dict[str, Any] = {"local_files_only": True, "gguf_file": source.gguf_file}
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "gguf_file": source.gguf_file,
+        "trust_remote_code": False,  # the default asks on a terminal, and takes what stdin answers
+    }
     # Exception, as a damaged file raises errors that depend on its format and library.
     # stderr is redirected, as the GGUF reader's progress bar would disturb ours.
-    with as_user_error(f"cannot load {source.name}", Exception), redirect_stderr(io.StringIO()):
+    with (
+        as_user_error(f"cannot load {source.name}", Exception),
+        _no_own_code(),
+        redirect_stderr(io.StringIO()),
+    ):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model: CausalLM = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=load_dtype, **options
         )
     return LoadedModel(model.to(dtype).train(), tokenizer, source.name)
+
+
+@contextmanager
+def _no_own_code() -> Iterator[None]:
+    """Replaces transformers' advice to trust code in a model's directory, which no option does."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            "it needs its own code (auto_map in its config), which lowrank-ext never "
+            "runs; in Python, load it by from_pretrained and adapt it by lowrank_ext.adapt"
+        ) from error
 
 
 def check_context(model: CausalLM, seq_len: int) -> None:

@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from byte_llama import save_byte_llama
+from finetune_runs import CONTEXT, STEPS, check_error, report, resume, rows, stop_at
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -26,99 +25,6 @@ from lowrank_ext import ops
 from lowrank_ext.cli import doctor, finetune
 from lowrank_ext.cli.main import app
 from lowrank_ext.cli.training import Trainer, held_out_loss
-
-STEPS = 8
-CONTEXT = 64
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only slow models of this size down; --threads is undone afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See save_byte_llama."""
-    path = tmp_path_factory.mktemp("tiny-model")
-    save_byte_llama(path, context=CONTEXT)
-    return path
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
-    return path
-
-
-@pytest.fixture
-def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Runs finetune with small sizes; keyword arguments override options, None leaves one out."""
-
-    def invoke(*flags: str, **options: Any) -> Any:
-        defaults = {
-            "model": tiny_model,
-            "text": text_file,
-            "rank": 4,
-            "steps": STEPS,
-            "batch": 2,
-            "seq_len": 16,
-            "eval_batches": 2,
-            "experts": 2,
-            "top_k": 1,
-            "window": 4,
-            "dtype": "fp32",
-            "lr": 0.002,
-            "out": tmp_path / "out",
-        }
-        arguments = ["finetune", *flags]
-        for name, value in {**defaults, **options}.items():
-            if value is not None:
-                arguments += ["--" + name.replace("_", "-"), str(value)]
-        return CliRunner().invoke(app, arguments)
-
-    return invoke
-
-
-def resume(out: Path, *flags: str) -> Any:
-    return CliRunner().invoke(app, ["finetune", "--resume", "--out", str(out), *flags])
-
-
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "report.json").read_text())
-
-
-def rows(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["method"]: row for row in report(out)["methods"]}
-
-
-def check_error(result: Any, *words: str) -> None:
-    """One line on stderr that has the words, exit code 2, no traceback."""
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0]
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
-    """Ctrl-C while the given step is computed."""
-    train_step = Trainer.train_step
-
-    def interrupted(self: Trainer, tokens: torch.Tensor) -> float:
-        loss = train_step(self, tokens)
-        if self.progress.step == step:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
-        return loss
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-
 
 # ------------------------------------------------------------------------------------ results
 

@@ -1,0 +1,65 @@
+"""Fixtures of the command line's tests: a tiny random Llama, a text, and short runs of finetune."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only slow models of this size down; --threads is undone afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See save_byte_llama."""
+    from byte_llama import save_byte_llama
+    from finetune_runs import CONTEXT
+
+    path = tmp_path_factory.mktemp("tiny-model")
+    save_byte_llama(path, context=CONTEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
+    return path
+
+
+@pytest.fixture
+def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Runs finetune with small sizes; keyword arguments override options, None leaves one out."""
+    from finetune_runs import STEPS, invoke
+
+    def run(*flags: str, **options: Any) -> Any:
+        defaults = {
+            "model": tiny_model,
+            "text": text_file,
+            "rank": 4,
+            "steps": STEPS,
+            "batch": 2,
+            "seq_len": 16,
+            "eval_batches": 2,
+            "experts": 2,
+            "top_k": 1,
+            "window": 4,
+            "dtype": "fp32",
+            "lr": 0.002,
+            "out": tmp_path / "out",
+        }
+        arguments = ["finetune", *flags]
+        for name, value in {**defaults, **options}.items():
+            if value is not None:
+                arguments += ["--" + name.replace("_", "-"), str(value)]
+        return invoke(*arguments)
+
+    return run

@@ -1,0 +1,58 @@
+"""What the tests of `lowrank-ext finetune` share: its sizes, its outputs, and how it is stopped."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lowrank_ext.cli.main import app
+from lowrank_ext.cli.training import Trainer
+
+STEPS = 8
+CONTEXT = 64
+
+
+def invoke(*arguments: str, **keywords: Any) -> Any:
+    """Runs lowrank-ext in this process."""
+    return CliRunner().invoke(app, list(arguments), **keywords)
+
+
+def resume(out: Path, *flags: str) -> Any:
+    return invoke("finetune", "--resume", "--out", str(out), *flags)
+
+
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in report(out)["methods"]}
+
+
+def check_error(result: Any, *words: str) -> None:
+    """One line on stderr that has the words, exit code 2, no traceback."""
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
+    """Ctrl-C while the given step is computed."""
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer, tokens: torch.Tensor) -> float:
+        loss = train_step(self, tokens)
+        if self.progress.step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
