@@ -9,4 +9,4 @@ optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
 model(torch.randn(32, 64)).square().mean().backward()
 optimizer.step()
 lr.save_adapter(model, "adapter")  # PEFT's format; lr.load_adapter reads it
-lr.merge(model)  # W += scaling * lora_b @ lora_a; lr.unmerge restores the old bits
+lr.merge(model)  # W += scaling * lora_b @ lora_a; lr.unmerge takes it back, lr.unload keeps it

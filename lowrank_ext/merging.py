@@ -17,16 +17,15 @@ def merge(model: Model) -> Model:
     Modules that are merged already stay as they are.
 
     Raises:
-        ValueError: the model carries no adapters, or a weight shares memory with a tensor of
-            another module, which would change with it.
+        ValueError: the model carries no adapters, a weight shares memory with a tensor of another
+            module, which would change with it, has no values (on the meta device, or offloaded by
+            accelerate), or a merged weight would hold inf or nan (a branch too large for float16).
         TypeError: a base does not compute x weightᵀ + bias with a floating-point weight, or a
-            module's branch is no single matrix (GOAT: its experts are chosen by the input). In
-            both cases no weight has been touched.
+            module's branch is no single matrix (GOAT: its experts are chosen by the input).
+
+    Where one module raises, all weights have the bits that they had before.
     """
-    modules = lowrank_modules(model, "merge")
-    _check_mergeable(model, modules)
-    for module in modules.values():
-        module.merge()
+    _merge_all(model, lowrank_modules(model, "merge"))
     return model
 
 
@@ -41,22 +40,28 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def unload(model: Model, merge: bool = False) -> Model:
+def unload(model: Model, merge: bool | None = None) -> Model:
     """Put plain modules back in place of the adapted ones; returns the model.
 
-    ``merge=True`` keeps the adapters' effect (merging what is not merged yet), ``merge=False``
-    drops it: ties and weights are as before ``adapt``, with a residual init to one rounding of
-    their dtype.
-    Parameters stay frozen as ``adapt`` left them. A single adapted module yields its plain module.
+    Args:
+        merge: True keeps the adapters' effect, merging what is not merged yet. False drops it, of
+            merged modules too: ties and weights are as before ``adapt``, with a residual init to
+            one rounding of their dtype. None, the default, keeps the model's outputs where it is
+            merged (``merge(model); unload(model)``) and drops adapters that are not merged.
+
+    Modules of modules_to_save keep what they have learned. Parameters stay frozen as ``adapt`` left
+    them. A single adapted module yields its plain module.
 
     Raises:
+        ValueError: ``merge`` is None and only some of the modules are merged.
         ValueError, TypeError: as ``merge``.
     """
     modules = lowrank_modules(model, "unload")
-    if merge:
-        _check_mergeable(model, modules)
+    keep = _all_merged(modules) if merge is None else merge
+    if keep:
+        _merge_all(model, modules)
     plain: dict[nn.Module, nn.Module] = {
-        module: module.to_linear(merge) for module in modules.values()
+        module: module.to_linear(keep) for module in modules.values()
     }
     if model in plain:
         return plain[model]  # type: ignore[return-value]  # the caller passed a LowRankLinear
@@ -68,7 +73,41 @@ def unload(model: Model, merge: bool = False) -> Model:
     return model
 
 
+def _all_merged(modules: dict[str, LowRankLinear]) -> bool:
+    """Whether all are merged, or none; ValueError where only some are."""
+    merged = [path for path, module in modules.items() if module.merged]
+    if 0 < len(merged) < len(modules):
+        raise ValueError(
+            f"unload: model must be merged as a whole or not at all, got {len(merged)} of "
+            f"{len(modules)} modules merged, {merged[0]} among them; give merge=True, which keeps "
+            "all adapters, or merge=False, which drops all"
+        )
+    return bool(merged)
+
+
+def _merge_all(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+    """Merge what is not merged yet: all of it, or on any error nothing."""
+    _check_mergeable(model, modules)
+    new = {path: module for path, module in modules.items() if not module.merged}
+    try:
+        for path, module in new.items():
+            _merge_one(path, module)
+    except BaseException:
+        for module in reversed(new.values()):
+            module.unmerge()
+        raise
+
+
+def _merge_one(path: str, module: LowRankLinear) -> None:
+    try:
+        module.merge()
+    except ValueError as error:
+        raise ValueError(f"merge: {path or 'the model'}: {error}") from None
+
+
 def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+    """Raise where a module that is not merged yet cannot be."""
+    modules = {path: module for path, module in modules.items() if not module.merged}
     for path, module in modules.items():
         if module.unmergeable_because:
             raise TypeError(
@@ -79,9 +118,7 @@ def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear]) -> Non
             module.check_mergeable()
         except ValueError as error:
             raise ValueError(f"merge: {path or 'the model'}: {error}") from None
-    owners = {
-        m if m.base_layer is None else m.base_layer: p for p, m in modules.items() if not m.merged
-    }
+    owners = {m if m.base_layer is None else m.base_layer: p for p, m in modules.items()}
     weights = {}
     for owner, path in owners.items():
         weight = modules[path].mergeable_parameter

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from module_cases import BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomize
+from module_cases import ALL_METHODS, BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomize
 from torch import nn
 
 from lowrank_ext.adapt import adapt
@@ -79,7 +79,7 @@ def test_unload_without_merging_gives_the_base_back(method: Method, merged_befor
     trained(method, model)
     if merged_before:
         merge(model)
-    unload(model)
+    unload(model, merge=False)
     after = dict(model.named_parameters())
     assert after.keys() == parameters.keys()
     assert all(after[name] is parameters[name] for name in after)
@@ -89,6 +89,102 @@ def test_unload_without_merging_gives_the_base_back(method: Method, merged_befor
         assert_same(model, before)
         assert torch.equal(model(IDS), logits)
     adapt(model, LoRAConfig(r=2))
+
+
+@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+def test_unload_keeps_what_was_merged(method: Method) -> None:
+    """A merged model unloads to its merged weights, an unmerged one to its base."""
+    model = trained(method, TinyLM(), modules_to_save=["norm"])
+    with torch.no_grad():
+        model.norm.weight.fill_(2.0)
+    if not method.module.unmergeable_because:
+        merge(model)
+        before, logits = weights(model), model(IDS)
+        unload(model)
+        assert_same(model, before)
+        assert torch.equal(model(IDS), logits)
+    else:
+        unload(model)
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+    assert torch.equal(model.norm.weight, torch.full((8,), 2.0))
+
+
+def test_unload_of_a_partly_merged_model_asks() -> None:
+    model = trained(METHODS[0], TinyLM())
+    logits = model(IDS)
+    model.layers[0].q_proj.merge()
+    before = weights(model)
+    with pytest.raises(
+        ValueError,
+        match=r"unload: model must be merged as a whole or not at all, got 1 of 6 modules merged, "
+        r"layers\.0\.q_proj among them; give merge=True",
+    ):
+        unload(model)
+    assert_same(model, before)
+    assert len([m for m in model.modules() if isinstance(m, LowRankLinear)]) == 6
+    torch.testing.assert_close(unload(model, merge=True)(IDS), logits)
+
+
+def test_a_single_merged_module_unloads_to_its_merged_weight() -> None:
+    module = LoRALinear.from_linear(nn.Linear(4, 3), r=2)
+    randomize(module)
+    x = torch.randn(2, 4)
+    expected = merge(module)(x)
+    assert torch.equal(unload(module)(x), expected)
+
+
+TOO_LARGE = {"overflow": 300.0, "inf": float("inf"), "nan": float("nan")}
+
+
+@by_method
+@pytest.mark.parametrize("call", [merge, lambda m: unload(m, merge=True)], ids=["merge", "unload"])
+@pytest.mark.parametrize("value", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_merge_that_is_not_finite_touches_nothing(method: Method, call, value: float) -> None:
+    """The last module's merged weight has no finite float16 values: none is merged."""
+    model = trained(method, TinyLM(dtype=torch.float16))
+    last = model.layers[1].down_proj
+    last.lora_a.data.fill_(300)
+    last.lora_b.data.fill_(value)
+    for scale in (last.core, last.rank_scale, last.out_scale):
+        if scale is not None:
+            scale.data.fill_(1)
+    already = model.layers[0].up_proj
+    if method.shortcut != "block":  # a chain is merged whole
+        already.merge()
+    before = weights(model)
+    with pytest.raises(
+        ValueError,
+        match=r"merge: layers\.1\.down_proj: .*must be finite in float16, got inf or nan",
+    ):
+        call(model)
+    assert_same(model, before)
+    modules = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    assert len(modules) == 6
+    assert [m for m in modules if m.merged] == [m for m in [already] if method.shortcut != "block"]
+
+
+def test_a_merge_that_is_interrupted_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(METHODS[0], TinyLM())
+    before = weights(model)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.layers[1].up_proj, "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(model)
+    assert_same(model, before)
+    assert not any(m.merged for m in model.modules() if isinstance(m, LowRankLinear))
+
+
+def test_a_weight_without_values_is_not_merged() -> None:
+    with torch.device("meta"):
+        model = adapt(TinyLM(), LoRAConfig(r=2))
+    with pytest.raises(
+        ValueError, match=r"merge: layers\.0\.q_proj: .*must hold values, got a meta"
+    ):
+        merge(model)
+    assert not model.layers[0].q_proj.merged
 
 
 @pytest.mark.parametrize(

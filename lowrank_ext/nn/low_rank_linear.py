@@ -29,6 +29,7 @@ from lowrank_ext.nn.base_layer import (
     linear_features,
     plain_module,
 )
+from lowrank_ext.nn.merged_weight import merged_weight
 
 
 class LowRankLinear(Adapter):
@@ -374,23 +375,15 @@ class LowRankLinear(Adapter):
         Raises:
             TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or
                 the branch is no single matrix.
+            ValueError: the weight has no values (meta, offloaded), or the merged one has inf or
+                nan. In all cases nothing has changed.
         """
         if self.merged:
             return
-        if self.unmergeable_because:
-            raise TypeError(
-                f"{type(self).__name__}.merge: the branch must be one matrix, "
-                f"{self.unmergeable_because}"
-            )
-        weight = self.mergeable_parameter
-        if weight is None:
-            raise TypeError(
-                f"{type(self).__name__}.merge: the base must compute x weightᵀ + bias with a "
-                f"floating-point weight, got {type(self.base_layer).__name__}"
-            )
-        delta = self.delta_weight()
+        merged = merged_weight(self)
+        weight = self._require_weight("merge")
         self.unmerged_weight = weight.detach().clone()
-        self._add_to_weight(weight, delta.to(torch.promote_types(weight.dtype, delta.dtype)))
+        weight.copy_(merged)
         self.merged = True
 
     @torch.no_grad()

@@ -544,6 +544,18 @@ def test_unloading(name: str, merge: bool) -> None:
     assert torch.equal(logits(plain[0]), logits(plain[1]))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_unloading_keeps_what_was_merged(name: str) -> None:
+    plain = []
+    for model in pair(name):
+        model.merge_adapter()
+        merged = logits(model)
+        plain.append(model.unload())
+        assert not any(isinstance(m, lora.LoraLayer) for m in plain[-1].modules())
+        assert torch.equal(logits(plain[-1]), merged)
+    assert torch.equal(logits(plain[0]), logits(plain[1]))
+
+
 def with_second_adapter(model: nn.Module, **options: Any) -> None:
     """An adapter of other rank, scaling and targets, with values of its own."""
     torch.manual_seed(9)

@@ -1,0 +1,43 @@
+"""The weight that a merge writes, with the checks that come before it is written."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lowrank_ext.nn.low_rank_linear import LowRankLinear
+
+
+def merged_weight(module: "LowRankLinear") -> Tensor:
+    """round(fp32(W) + delta_weight()) in the layout of the base's weight, a new tensor.
+
+    Raises:
+        TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or the
+            branch is no single matrix.
+        ValueError: the weight has no values, or the sum is not finite in its dtype.
+    """
+    owner = f"{type(module).__name__}.merge"
+    if module.unmergeable_because:
+        raise TypeError(f"{owner}: the branch must be one matrix, {module.unmergeable_because}")
+    weight = module.mergeable_parameter
+    if weight is None:
+        raise TypeError(
+            f"{owner}: the base must compute x weightᵀ + bias with a floating-point weight, got "
+            f"{type(module.base_layer).__name__}"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"{owner}: the base weight must hold values, got a meta tensor; load or merge the "
+            "model without offloading"
+        )
+    delta = module.delta_weight()
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    delta = (delta.t() if module.fan_in_fan_out else delta).to(wide)
+    merged = (weight.to(wide) + delta).to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            f"{owner}: the merged weight must be finite in {str(weight.dtype)[6:]}, got inf or "
+            "nan; keep the adapter unmerged, or load the base in a dtype of wider range"
+        )
+    return merged
