@@ -12,6 +12,7 @@ from lowrank_ext.nn.base_layer import (
     computes_its_weight,
     dense_weight,
     linear_features,
+    offload_device,
 )
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
@@ -20,6 +21,7 @@ from lowrank_ext.targets import (
     find_targets,
     is_from_peft,
     modules_named,
+    outermost_modules,
     shared_tensors,
 )
 
@@ -41,7 +43,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     inits on average only, see GOATConfig). A module registered at several paths is adapted once and
     stays shared; tied weights stay tied. The config, with the ranks that LaMDA++ found, is kept as
     ``model.lowrank_config``. torch's fused eval path of nn.TransformerEncoderLayer, which would
-    bypass the adapters, is switched off in adapted layers.
+    bypass the adapters, is switched off in adapted layers. Over weights that accelerate offloads the
+    adapters lie on the device that computes; a model on the meta device is adapted there.
 
     Args:
         model: any torch or transformers model; returned.
@@ -53,7 +56,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         TypeError: model or config has the wrong type, or the model is itself a linear module.
         ValueError: a name matches nothing, a module cannot be adapted with these options, a weight
             that an init would change is tied to another module, or the model carries adapters
-            already. All of this is checked before the first change.
+            already, or a weight that an init or modules_to_save needs is offloaded. All of this is checked before the first change.
 
     Examples:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
@@ -63,6 +66,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     targets = find_targets(model, config)
     config = method.complete_config(model, config, targets)
     _check_options(model, config, module_class, targets)
+    _check_values(model, config, module_class, targets)
     model.requires_grad_(False)
     replace_modules(
         model,
@@ -180,6 +184,41 @@ def _check_options(
                 f"adapt: {path}: init={config.init!r} would change the weight, which is tied to "
                 f"{', '.join(shared[module])}; exclude the module or use an init that leaves the "
                 "base alone"
+            )
+
+
+def _check_values(
+    model: nn.Module,
+    config: AdapterConfig,
+    module_class: type[LowRankLinear],
+    targets: Mapping[str, nn.Module],
+) -> None:
+    """Raise where a weight without values, offloaded by accelerate, would be read or trained.
+
+    A model that is on the meta device as a whole is adapted there.
+    """
+    offloads = any(offload_device(module) is not None for module in model.modules())
+    if not offloads and all(parameter.is_meta for parameter in model.parameters()):
+        return
+    for path, module in targets.items():
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            continue
+        if offload_device(module) is None:
+            raise ValueError(
+                f"adapt: {path}: the weight must hold values or have a hook of its own that loads "
+                "them, got a meta tensor; load the whole model, or offload it with "
+                "accelerate.cpu_offload(model)"
+            )
+        if config.init in module_class.svd_inits:
+            raise ValueError(
+                f"adapt: {path}: init must be one without an SVD of the base weight where that is "
+                f"offloaded, got {config.init!r}; adapt the model before it is offloaded"
+            )
+    for path, module in outermost_modules(model, config.modules_to_save).items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"adapt: modules_to_save must hold their values, got {path}, which is offloaded "
+                "and would not train; leave it on a device"
             )
 
 

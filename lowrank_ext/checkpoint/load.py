@@ -24,7 +24,7 @@ from lowrank_ext.checkpoint.peft_config import method_in, parsed_config, target_
 from lowrank_ext.checkpoint.ties import ties, untie
 from lowrank_ext.checks import did_you_mean
 from lowrank_ext.config import AdapterConfig
-from lowrank_ext.nn.base_layer import dense_weight, linear_features
+from lowrank_ext.nn.base_layer import dense_weight, linear_features, offload_device
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
 from lowrank_ext.sharding import is_sharded
@@ -190,8 +190,9 @@ def check_loadable(model: nn.Module, modules: Mapping[str, nn.Module], caller: s
     for name, module in modules.items():
         if isinstance(module, LowRankLinear) and module.merged:
             raise ValueError(f"{caller}: {name} must not be merged; call unmerge first")
+    offloaded = any(offload_device(module) is not None for module in model.modules())
     for key, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and not offloaded:
             raise ValueError(f"{caller}: {key} must hold values, got a meta tensor")
         if is_sharded(parameter):
             raise ValueError(f"{caller}: {key} must not be sharded; load before fully_shard")

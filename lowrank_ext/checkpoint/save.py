@@ -86,8 +86,10 @@ def _check_valued(
     """Raise ValueError where a tensor to be saved is on the meta device or tied to an unsaved
     one."""
     saved = outermost_modules(model, config.modules_to_save)
-    for name, owner in (*modules.items(), *saved.items()):
-        if any(tensor.is_meta for tensor in owner.parameters()):
+    written = {name: module.adapter_tensors().values() for name, module in modules.items()}
+    written |= {name: whole.state_dict().values() for name, whole in saved.items()}
+    for name, tensors in written.items():
+        if any(tensor.is_meta for tensor in tensors):
             raise ValueError(f"{caller}: {name} must hold values, got a meta tensor")
     check_ties(model, saved, caller)
 

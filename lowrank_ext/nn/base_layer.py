@@ -96,6 +96,26 @@ def is_plain(base: nn.Module) -> bool:
     return known and not is_hooked(base) and dense_weight(base) is not None
 
 
+def offload_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook of ``module`` puts its weights for a call, if it keeps them elsewhere
+    between calls (``cpu_offload``, a ``device_map`` with disk), else None."""
+    hook = vars(module).get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        device = getattr(each, "execution_device", None)
+        if getattr(each, "offload", False) and device is not None:
+            return torch.device(device)
+    return None
+
+
+def execution_device(base: nn.Module) -> torch.device:
+    """The device on which ``base`` computes: where its adapters belong."""
+    offloaded = offload_device(base)
+    if offloaded is not None:
+        return offloaded
+    tensor = next(iter([*base.parameters(), *base.buffers()]), torch.empty(0, device="cpu"))
+    return tensor.device
+
+
 def plain_module(
     features: tuple[int, int],
     weight: nn.Parameter | None,

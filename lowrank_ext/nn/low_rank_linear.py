@@ -24,6 +24,7 @@ from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
     dense_weight,
+    execution_device,
     is_conv1d,
     is_plain,
     linear_features,
@@ -235,10 +236,8 @@ class LowRankLinear(Adapter):
 
     def _base_dtype_and_device(self) -> tuple[torch.dtype | None, torch.device]:
         weight = self.base_parameter
-        if weight is not None:
-            return weight.dtype, weight.device
-        tensors = [*self.parameters(), *self.buffers()]  # of a base_layer without a dense weight
-        return None, tensors[0].device if tensors else torch.device("cpu")
+        dtype = None if weight is None else weight.dtype
+        return dtype, execution_device(self if self.base_layer is None else self.base_layer)
 
     @property
     def base_parameter(self) -> nn.Parameter | None:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.checks import check_alpha
-from lowrank_ext.nn.base_layer import adapter_dtype_for, dense_weight, is_plain, linear_features
+from lowrank_ext.nn.base_layer import (
+    adapter_dtype_for,
+    dense_weight,
+    execution_device,
+    is_plain,
+    linear_features,
+)
 from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
@@ -68,15 +74,15 @@ class MultiLoRALinear(nn.Module):
         self.register_parameter("bias", base._parameters["bias"] if plain else None)
         self.base_layer = None if plain else base
         weight = dense_weight(base)
-        like = next(iter([*base.parameters(), *base.buffers()]), torch.empty(0))
+        device = execution_device(base)
         base_dtype = None if weight is None else weight.dtype
         dtype = adapter_dtype_for(base_dtype, adapter_dtype, "MultiLoRALinear")
         self._set_stacks(
-            torch.empty(0, 1, self.in_features, dtype=dtype, device=like.device),
-            torch.empty(0, self.out_features, 1, dtype=dtype, device=like.device),
+            torch.empty(0, 1, self.in_features, dtype=dtype, device=device),
+            torch.empty(0, self.out_features, 1, dtype=dtype, device=device),
         )
-        self.register_buffer("scaling", torch.empty(0, dtype=torch.float64, device=like.device))
-        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64, device=like.device))
+        self.register_buffer("scaling", torch.empty(0, dtype=torch.float64, device=device))
+        self.register_buffer("ranks", torch.empty(0, dtype=torch.int64, device=device))
         self.train(base.training)
 
     @classmethod
