@@ -115,6 +115,12 @@ class Training:
     extra_loss: Callable[[nn.Module], Tensor] | None = None
     expert_load: Callable[[nn.Module], AbstractContextManager[CountedLoad]] | None = None
 
+    @property
+    def can_be_extended(self) -> bool:
+        """Whether a run can get more steps later: not when tensors are frozen, or a stage begins,
+        after a part of its steps."""
+        return self.schedule is _no_schedule and not self.stages
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

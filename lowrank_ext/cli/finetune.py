@@ -1,7 +1,9 @@
 """`lowrank-ext finetune`: load, train and measure each method from the same start, report."""
 
 import copy
+import dataclasses
 import logging
+import shlex
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +134,29 @@ def stored_settings(out: Path) -> Settings:
     return Settings.from_dict(read_json(out / _SETTINGS))
 
 
+def extended(stored: Settings, steps: int, out: Path, console: Console) -> Settings:
+    """The settings of the run in `out` with more steps. Raises UserError for a method whose
+    schedule depends on their number, and for a finished one without its last checkpoint."""
+    for method in stored.methods:
+        found, directory = entry(method), stored.method_directory(out, method)
+        fault = None
+        if not found.training.can_be_extended:
+            fault = f"what {method} freezes or begins depends on the number of steps"
+        elif found.trains and (directory / _RESULT).exists() and not checkpoints(directory):
+            fault = f"{directory} holds no checkpoint to continue from"
+        if fault is not None:
+            raise UserError(
+                f"--resume: --steps was {stored.steps}, got {steps}, but {fault}; leave it out or "
+                "start anew"
+            )
+    console.print(
+        f"{steps} steps instead of {stored.steps}: from here on the learning rate is that of a run "
+        f"of {steps} steps, steps taken before keep theirs",
+        soft_wrap=True,
+    )
+    return dataclasses.replace(stored, steps=steps)
+
+
 def prepare(
     settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
 ) -> Job:
@@ -144,7 +169,9 @@ def prepare(
     check_context(loaded.model, settings.seq_len)
     corpus = load_corpus(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
     check_vocabulary(loaded.model, int(max(corpus.train.max(), corpus.held_out.max())))
-    if not resume:
+    if resume:
+        write_json(out / _SETTINGS, settings.to_dict())  # --steps may have been raised
+    else:
         start_over(settings, out)
     job = make_job(settings, out, resume, console, stop, loaded, corpus)
     describe(job)
@@ -215,16 +242,19 @@ def run_or_reuse(job: Job, method: str) -> Result:
     """The stored result if a resumed run has one, else a new one. Raises Interrupted when the user
     stops."""
     directory = job.settings.method_directory(job.out, method)
+    found = entry(method)
     if job.resume and (directory / _RESULT).is_file():
-        job.console.print(f"{method}: already finished", markup=False)
-        return read_result(directory / _RESULT)
+        result = read_result(directory / _RESULT)
+        if not found.trains or len(result.losses) == job.settings.steps:
+            job.console.print(f"{method}: already finished", markup=False)
+            return result
     with cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
     release_memory()
-    found = entry(method)
     result = run_method(job, found, directory) if found.trains else run_frozen(job, found)
     write_result(directory / _RESULT, result)
-    remove_checkpoints(directory)
+    if not found.training.can_be_extended:
+        remove_checkpoints(directory)
     _LOG.info("%s: finished, held-out loss %.6f", method, result.held_out[-1][1])
     return result
 
@@ -240,6 +270,7 @@ def run_frozen(job: Job, entry: Entry) -> Result:
             timing = interleaved_timing(
                 job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
             )
+        milliseconds = statistics.mean((timing.milliseconds, timing.frozen_milliseconds))
         display.phase(f"held-out loss {loss:.4f}")
     stop_if_requested(job, entry.name, 0)
     return Result(
@@ -252,8 +283,8 @@ def run_frozen(job: Job, entry: Entry) -> Result:
         frozen_saved_bytes=job.frozen_saved_bytes,
         peak_rss_bytes=peak.num_bytes,
         peak_rss_source=peak.source,
-        forward_backward_ms=timing.milliseconds,
-        frozen_forward_backward_ms=timing.frozen_milliseconds,
+        forward_backward_ms=milliseconds,
+        frozen_forward_backward_ms=milliseconds,
         forward_backward_ratio=1.0,
         optimizer_ms=None,
         tokens_per_second=None,
@@ -386,7 +417,7 @@ def stop_if_requested(job: Job, method: str, step: int) -> None:
     if job.stop.requested:
         raise Interrupted(
             f"stopped {method} after step {step} of {job.settings.steps}, everything is saved; "
-            f"continue with: lowrank-ext finetune --resume --out {job.out}"
+            f"continue with: lowrank-ext finetune --resume --out {shlex.quote(str(job.out))}"
         )
 
 

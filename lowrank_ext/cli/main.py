@@ -130,7 +130,11 @@ def finetune(
     ] = False,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("finetune-output"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out with its own settings.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out with its own settings; a larger --steps extends it.",
+        ),
     ] = False,
     **options_of_methods: Any,
 ) -> None:
@@ -139,19 +143,21 @@ def finetune(
     Without options: LoRA on SmolLM2-135M and the language topics of Python's manual. Writes
     adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out, and for methods with
     experts expert_load.png. Ctrl-C stops after the current step and saves; --resume continues to
-    the same numbers.
+    the same numbers. A larger --steps extends a run: the steps to come get the learning rates of a
+    run of that length.
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command
         from lowrank_ext.cli.display import make_console
 
-        settings = _settings(context.params)
+        settings, console = _settings(context.params), make_console()
         if resume:
             stored = command.stored_settings(out)
             _check_same_settings(context, settings, stored)
-            settings = stored
+            more = _is_given(context, "steps") and settings.steps > stored.steps
+            settings = command.extended(stored, settings.steps, out, console) if more else stored
         settings.check()
-        command.run(settings, out, resume, make_console())
+        command.run(settings, out, resume, console)
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -172,18 +178,24 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _check_same_settings(context: typer.Context, asked: Settings, stored: Settings) -> None:
-    """Raises UserError when an option given with --resume differs from the resumed run's."""
+    """Raises UserError when an option given with --resume differs from the resumed run's; --steps
+    may be larger."""
     for option in context.params:
-        source = context.get_parameter_source(option)
-        if source is None or source.name != "COMMANDLINE" or option in ("out", "resume"):
+        if option in ("out", "resume") or not _is_given(context, option):
             continue
         name = "methods" if option in ("method", "compare") else option
         was, now = stored.to_dict()[name], asked.to_dict()[name]
-        if was != now:
+        if was != now and not (name == "steps" and now > was):
             flag = "--" + option.replace("_", "-")
             raise UserError(
                 f"--resume: {flag} was {_shown(was)}, got {_shown(now)}; leave it out or start anew"
             )
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether the option stands on the command line."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _shown(value: Any) -> str:

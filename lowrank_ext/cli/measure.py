@@ -53,7 +53,8 @@ def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
 
 
 class Timing(NamedTuple):
-    """Median milliseconds of forward + backward, and the median over rounds of method / frozen."""
+    """Median milliseconds of forward + backward of method and frozen model in the same rounds, and
+    their quotient."""
 
     milliseconds: float
     frozen_milliseconds: float
@@ -72,11 +73,8 @@ def interleaved_timing(
     _milliseconds(method), _milliseconds(frozen)
     while len(pairs) < rounds and not (pairs and stop()):
         pairs.append((_milliseconds(method), _milliseconds(frozen)))
-    return Timing(
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(a / b for a, b in pairs),
-    )
+    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return Timing(ours, theirs, ours / theirs)
 
 
 def _milliseconds(loss_of: Callable[[], Tensor]) -> float:

@@ -98,11 +98,11 @@ def write_report(
 
 
 _COLUMNS = (
-    "trainable\nparameters",
+    "trained\nparams",
     "saved\nMiB",
     "x\nfrozen",
     "peak\nRSS\nMiB",
-    "fwd +\nbwd ms",
+    "fwd +\nbwd ms\n/frozen",
     "x\nfrozen",
     "update\nms",
     "held-out\nbefore",
@@ -132,9 +132,10 @@ def results_table(results: list[Result], title: str) -> Table:
 
 _CAPTION = (
     "saved: what forward keeps for backward (distinct storages, no parameters); x frozen: against "
-    "the same model with every weight frozen and a gradient at its embeddings; times: medians of "
-    "interleaved rounds; peak RSS: the whole process, the frozen model included; a > b: before the "
-    "first and after the last step, where a method freezes tensors in between."
+    "the same model with every weight frozen and a gradient at its embeddings; times: medians of a "
+    "row's own rounds, in which method and frozen model take turns; peak RSS: the whole process, "
+    "the frozen model included; a > b: before the first and after the last step, where a method "
+    "freezes tensors in between."
 )
 
 
@@ -145,12 +146,21 @@ def _cells(result: Result) -> list[str]:
         f"{result.saved_bytes_at_end / MEBIBYTE:,.1f}",
         f"{result.saved_ratio:.3f}",
         f"{result.peak_rss_bytes / MEBIBYTE:,.0f}",
-        f"{result.forward_backward_ms:,.0f}",
+        _milliseconds(result),
         f"{result.forward_backward_ratio:.2f}",
         "-" if result.optimizer_ms is None else f"{result.optimizer_ms:.1f}",
         f"{result.held_out[0][1]:.4f}",
         f"{result.held_out[-1][1]:.4f}",
     ]
+
+
+def _milliseconds(result: Result) -> str:
+    """Forward + backward, and below it that of the frozen model in the same rounds."""
+    ours, frozen = result.forward_backward_ms, result.frozen_forward_backward_ms
+    digits = 0 if min(ours, frozen) >= 100 else 1
+    if ours == frozen:
+        return f"{ours:,.{digits}f}"
+    return f"{ours:,.{digits}f}\n/{frozen:,.{digits}f}"
 
 
 def _from_to(start: str, end: str) -> str:

@@ -299,6 +299,19 @@ def test_interleaved_ratio_is_the_median_of_the_rounds(monkeypatch: pytest.Monke
     assert timing == measure.Timing(3e3, 1e3, 3.0)
 
 
+def test_ratio_is_the_quotient_of_the_times_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations = iter([9.0, 9.0, 1.0, 5.0, 8.0, 2.0, 3.0, 1.0])  # ratios of rounds: 0.2, 4, 3
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def loss_of() -> torch.Tensor:
+        now[0] += next(durations)
+        return torch.ones(1, requires_grad=True).sum()
+
+    timing = measure.interleaved_timing(loss_of, loss_of, rounds=3, stop=lambda: False)
+    assert timing == measure.Timing(3e3, 2e3, 1.5)
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 def test_peak_memory_sees_what_was_freed_again(monkeypatch, tmp_path, kernel: bool) -> None:
     if not kernel:
@@ -410,6 +423,7 @@ def test_table_shows_every_number_in_full(width: int) -> None:
     assert "…" not in text
     assert "model [bold]with brackets[/bold]" in text
     expected = ("peft-lora", "2.54 M", "53.8 k", "1,864.7", "2.700", "14,174", "12,844", "1.76")
+    assert "/7,298" in text, "the frozen model's time in the same rounds"
     for number in (*expected, "113.7", "12.8953", "2.5303"):
         assert number in text
 
@@ -435,7 +449,7 @@ def some_result() -> Result:
         peak_rss_bytes=14_174 * 2**20,
         peak_rss_source="VmHWM",
         forward_backward_ms=12_844.0,
-        frozen_forward_backward_ms=7_000.0,
+        frozen_forward_backward_ms=7_297.7,
         forward_backward_ratio=1.76,
         optimizer_ms=113.7,
         tokens_per_second=300.0,
