@@ -24,6 +24,7 @@ from lowrank_ext.targets import (
     outermost_modules,
     shared_tensors,
 )
+from lowrank_ext.wrappers import check_may_change, named_modules, replace_wrapped, unwrapped
 
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
 # Switches of torch's fused eval path of transformers, which reads weights without calling linears.
@@ -78,7 +79,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     module_class.connect(model)
     _unfreeze(model, config)
     set_fused_encoders(model, on=False)
-    model.lowrank_config = config  # type: ignore[assignment]
+    unwrapped(model).lowrank_config = config  # type: ignore[assignment]
     return model
 
 
@@ -88,9 +89,9 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
     Raises:
         ValueError: the model has no adapter.
     """
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    modules = {path: m for path, m in named_modules(model) if isinstance(m, LowRankLinear)}
     if not modules:
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             if isinstance(module, MultiLoRALinear):
                 raise ValueError(
                     f"{caller}: model must carry adapters of adapt, got a MultiLoRALinear at "
@@ -107,9 +108,9 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each new module wherever its old one is registered in the model."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
+                replace_wrapped(parent, name, replacements[child])
 
 
 def set_fused_encoders(model: nn.Module, on: bool) -> None:
@@ -131,7 +132,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
     method = method_of(config) if isinstance(config, AdapterConfig) else None
     if method is None:
         raise TypeError(f"adapt: config must be a {config_names()}, got {type(config).__name__}")
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         where = path or "the model itself"
         if isinstance(module, _ADAPTED):
             raise ValueError(

@@ -16,13 +16,14 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.nn.rows import ROWS_NUMBERS, check_names, rows_block
 from lowrank_ext.targets import is_from_peft
+from lowrank_ext.wrappers import named_modules, submodule
 
 __all__ = ["AdapterBank", "BankMemory"]
 
 
 def check_no_adapters(model: nn.Module, what: str) -> None:
     """Raise ValueError where ``model`` carries adapters of adapt, of PEFT or of a bank."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         adapted = isinstance(module, LowRankLinear | MultiLoRALinear)
         if adapted or is_from_peft(module):
             raise ValueError(
@@ -234,7 +235,7 @@ class AdapterBank:
 
     def _modules_for(self, paths: Mapping[str, LoRATensors]) -> dict[str, MultiLoRALinear]:
         """The MultiLoRALinear at each path; it replaces a plain module where there is none yet."""
-        present = {path: self.model.get_submodule(path) for path in paths}
+        present = {path: submodule(self.model, path) for path in paths}
         new = {
             module: MultiLoRALinear(module, self._number, self.adapter_dtype)
             for module in present.values()

@@ -7,6 +7,7 @@ from torch import nn
 from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import shared_tensors
+from lowrank_ext.wrappers import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +70,7 @@ def unload(model: Model, merge: bool | None = None) -> Model:
         module_class.disconnect(model)
     replace_modules(model, plain)
     set_fused_encoders(model, on=True)
-    vars(model).pop("lowrank_config", None)
+    vars(unwrapped(model)).pop("lowrank_config", None)
     return model
 
 

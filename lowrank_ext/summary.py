@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import outermost_modules
+from lowrank_ext.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +71,7 @@ def summary(model: nn.Module) -> "Table":
 
 def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Outermost modules of modules_to_save."""
-    config = getattr(model, "lowrank_config", None)
+    config = getattr(unwrapped(model), "lowrank_config", None)
     return outermost_modules(model, () if config is None else config.modules_to_save)
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lowrank_ext.checks import did_you_mean, matches_names, matching_pattern, with_article
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
+from lowrank_ext.wrappers import named_modules
 
 Kind = TypeVar("Kind", bound=nn.Module)
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
@@ -80,7 +81,7 @@ def modules_of_kind(model: nn.Module, kind: type[Kind], caller: str) -> dict[str
     Raises:
         ValueError: the model has none.
     """
-    modules = {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+    modules = {path: m for path, m in named_modules(model) if isinstance(m, kind)}
     if not modules:
         raise ValueError(
             f"{caller}: model must contain {with_article(kind.__name__)}, "
@@ -91,7 +92,7 @@ def modules_of_kind(model: nn.Module, kind: type[Kind], caller: str) -> dict[str
 
 def modules_named(model: nn.Module, names: str | Sequence[str]) -> set[nn.Module]:
     """The modules that ``names`` match, with all modules inside them."""
-    every = model.named_modules(remove_duplicate=False)
+    every = named_modules(model, remove_duplicate=False)
     named = [module for path, module in every if path and matches_names(path, names)]
     return {inner for module in named for inner in module.modules()}
 
@@ -100,7 +101,7 @@ def outermost_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.
     """The modules that ``names`` match and that are not inside another such module, by path."""
     inside = modules_named(model, tuple(names))
     outer: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if module in inside and not any(path.startswith(f"{other}.") for other in outer):
             outer[path] = module
     return outer
@@ -111,7 +112,7 @@ def shared_tensors(
 ) -> dict[nn.Module, list[str]]:
     """For each module's weight, the names of other modules' tensors that overlap it in memory."""
     by_storage: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None:
                 entry = (f"{path}.{name}".lstrip("."), module, tensor)
@@ -129,7 +130,7 @@ def shared_tensors(
 def _module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     """All paths of each module inside the model, in the order of named_modules."""
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         if path:
             paths.setdefault(module, []).append(path)
     return paths

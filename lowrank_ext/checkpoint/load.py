@@ -91,7 +91,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         except (TypeError, ValueError) as error:
             raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
     for name, tensors in adapters.items():
-        module = model.get_submodule(name)
+        module = submodule(model, name)
         assert isinstance(module, LowRankLinear)
         _fill(module, method, tensors)
     _fill_saved(model, saved, others)
@@ -104,7 +104,7 @@ def modules_for(
     model: nn.Module, files: AdapterFiles, adapters: Collection[str]
 ) -> dict[str, nn.Module]:
     """The model's module for each path in the file."""
-    present = dict(model.named_modules())
+    present = dict(named_modules(model))
     possible = [
         path
         for path, module in present.items()
@@ -169,7 +169,7 @@ def saved_modules_for(
             f"{files.caller}: {files.config_path}: modules_to_save must be a list of names, "
             f"got {names!r}"
         )
-    paths = [path for path, _ in model.named_modules() if path and path.endswith(tuple(names))]
+    paths = [path for path, _ in named_modules(model) if path and path.endswith(tuple(names))]
     saved = outermost_modules(model, paths)
     wanted = {f"{path}.{key}": t for path, m in saved.items() for key, t in m.state_dict().items()}
     for key, tensor in wanted.items():

@@ -125,7 +125,7 @@ def write_lora(
 
 
 def _numbers_of(model: nn.Module, path: str, config: AdapterConfig) -> ModuleNumbers:
-    module = model.get_submodule(path)
+    module = submodule(model, path)
     transposed = any(is_conv1d(part) for part in (module, *module.children()))
     return ModuleNumbers(config.rank_for(path), config.alpha_for(path), transposed)
 
@@ -133,7 +133,7 @@ def _numbers_of(model: nn.Module, path: str, config: AdapterConfig) -> ModuleNum
 def check_adapters(model: nn.Module, adapters: Mapping[str, LoRATensors], caller: str) -> None:
     """Raise ValueError where a path names no linear module of ``model``, or a shape does not
     fit."""
-    present = dict(model.named_modules())
+    present = dict(named_modules(model))
     if not adapters:
         raise ValueError(f"{caller}: adapters must hold at least one module, got none")
     for path, (lora_a, lora_b, scaling) in adapters.items():

@@ -122,7 +122,7 @@ def target_names(model: nn.Module, targets: Collection[str]) -> list[str] | str:
     inside = tuple(f"{path}." for path in targets)
     paths = {
         path: module
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in named_modules(model, remove_duplicate=False)
         if not path.startswith(inside)
     }
     wanted = {paths[path] for path in targets}
@@ -140,7 +140,7 @@ def _saved_names(
     whole paths."""
     if not names:
         return None
-    in_peft = {path for path, _ in model.named_modules() if path.endswith(tuple(names))}
+    in_peft = {path for path, _ in named_modules(model) if path.endswith(tuple(names))}
     return sorted(names if in_peft == set(saved) else saved)
 
 

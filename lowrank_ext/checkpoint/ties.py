@@ -11,7 +11,7 @@ def ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, list[str
     """For each parameter of the saved modules that is tied: names of the tensors it is tied to."""
     ties: dict[str, list[str]] = {}
     for name, whole in saved.items():
-        for inner, module in whole.named_modules(prefix=name):
+        for inner, module in named_modules(whole, prefix=name):
             for key, parameter in module.named_parameters(recurse=False):
                 if shared := shared_tensors(model, {module: parameter})[module]:
                     ties[f"{inner}.{key}"] = shared
@@ -33,7 +33,7 @@ def check_ties(model: nn.Module, saved: Mapping[str, nn.Module], caller: str) ->
 def untie(model: nn.Module, key: str, keeps_training: bool) -> None:
     """Replace the parameter named ``key`` by a copy that is tied to no other."""
     path, _, name = key.rpartition(".")
-    module = model.get_submodule(path)
+    module = submodule(model, path)
     tied = module.get_parameter(name)
     module.register_parameter(name, nn.Parameter(tied.detach().clone(), tied.requires_grad))
     tied.requires_grad_(tied.requires_grad and keeps_training)

@@ -387,7 +387,7 @@ class GuardModel(nn.Module):
         return self.base_lm
 
     def _adapted(self) -> dict[str, MultiLoRALinear]:
-        modules = self.base_lm.named_modules()
+        modules = named_modules(self.base_lm)
         return {path: m for path, m in modules if isinstance(m, MultiLoRALinear)}
 
 

@@ -365,7 +365,7 @@ def _ratio(earlier: Tensor, own: Tensor, device: torch.device) -> Tensor:
 def _modules_by_pattern(model: nn.Module) -> dict[str, dict[str, ResLoRALinear]]:
     """The model's modules by path, in its order, grouped by the pattern of their paths."""
     found: dict[str, dict[str, ResLoRALinear]] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, ResLoRALinear):
             found.setdefault(_pattern(model, path), {})[path] = module
     return found
@@ -377,12 +377,12 @@ def _pattern(model: nn.Module, path: str) -> str:
     Within a block the numbers of an nn.Sequential with unlike modules stay: they are names.
     """
     parts: list[str] = []
-    container = model
+    container = unwrapped(model)
     for part in path.split("."):
         inside = "*" in parts
         counts = part.isdecimal() and not (inside and _has_parts(container))
         parts.append("*" if counts else part)
-        container = container.get_submodule(part)
+        container = submodule(container, part)
     return ".".join(parts)
 
 
@@ -428,7 +428,7 @@ def _carry(model: nn.Module, chain: str, paths: list[str]) -> None:
     for parts in split:
         for end in range(depth + 1, len(parts) + 1):
             if parts[end - 1].isdecimal():
-                carry_chains(model.get_submodule(".".join(parts[:end])))
+                carry_chains(submodule(model, ".".join(parts[:end])))
 
 
 def _owners(model: nn.Module, parts: list[str]) -> Iterator[nn.Module]:
@@ -438,7 +438,7 @@ def _owners(model: nn.Module, parts: list[str]) -> Iterator[nn.Module]:
     an owner too.
     """
     for end in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:end]))
+        module = submodule(model, ".".join(parts[:end]))
         if type(module).forward is not nn.Module.forward:
             yield module
             if not isinstance(module, nn.Sequential):

@@ -62,7 +62,7 @@ def _out_of_order(tokens: Tensor, run: Run, step: int) -> Tensor:
 
 
 def _stage_of(model: nn.Module) -> int:
-    config = getattr(model, "lowrank_config", None)
+    config = getattr(unwrapped(model), "lowrank_config", None)
     return 1 if isinstance(config, BasisLoRAConfig) and config.residuals else 0
 
 

@@ -52,7 +52,7 @@ def begin_residual_stage(
         parameter.requires_grad_(False).grad = None
     for module in modules.values():
         module.begin_residual_stage(name, coef_dropout=coef_dropout)
-    model.lowrank_config = config  # type: ignore[assignment]
+    unwrapped(model).lowrank_config = config  # type: ignore[assignment]
     return model
 
 
@@ -92,11 +92,11 @@ def basis_modules(model: nn.Module, caller: str) -> dict[str, BasisLoRALinear]:
 
 def adapted_config(model: nn.Module, caller: str) -> BasisLoRAConfig:
     """The config that ``lr.adapt`` or ``lr.load_adapter`` has stored on the model."""
-    config = getattr(model, "lowrank_config", None)
+    config = getattr(unwrapped(model), "lowrank_config", None)
     if not isinstance(config, BasisLoRAConfig):
         got = "no config" if config is None else f"a {type(config).__name__}"
         raise ValueError(
-            f"{caller}: model must have been adapted with BasisLoRAConfig and not be wrapped, got "
+            f"{caller}: model must have been adapted with BasisLoRAConfig, got "
             f"a {type(model).__name__} with {got}"
         )
     return config

@@ -72,7 +72,7 @@ def remove_style_path(unet: nn.Module) -> None:
     """
     model = find_unet(unet, "remove_style_path")
     for path, processor in style_processors(model, "remove_style_path").items():
-        attention = model.get_submodule(path)
+        attention = submodule(model, path)
         # set_processor would warn that trained weights are lost.
         del attention._modules["processor"]
         attention.processor = processor.base
@@ -283,7 +283,7 @@ def style_processors(model: nn.Module, caller: str) -> dict[str, TwoPathAttnProc
     """The model's style processors by path of their attention module, in the model's order."""
     found = {
         path.removesuffix(".processor"): module
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         if isinstance(module, TwoPathAttnProcessor)
     }
     if not found:
@@ -307,7 +307,7 @@ def make_processors(
         )
     sites = {
         path: module
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         if isinstance(module, Attention) and module.is_cross_attention
     }
     if not sites:
@@ -356,7 +356,7 @@ def install(
     """Freeze ``model`` and put ``processors`` into its attentions."""
     model.requires_grad_(False)
     for path, processor in processors.items():
-        attention = model.get_submodule(path)
+        attention = submodule(model, path)
         del attention.processor  # a plain attribute blocks a submodule of its name
         attention.processor = processor.train(model.training)
     model.style_path_config = config
