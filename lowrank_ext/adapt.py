@@ -132,6 +132,7 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
     method = method_of(config) if isinstance(config, AdapterConfig) else None
     if method is None:
         raise TypeError(f"adapt: config must be a {config_names()}, got {type(config).__name__}")
+    check_may_change(model, "adapt")
     for path, module in named_modules(model):
         where = path or "the model itself"
         if isinstance(module, _ADAPTED):

@@ -1,14 +1,13 @@
 """Wrappers that torch and others put around modules: paths and keys without their names.
 
 ``torch.compile``, DDP, FSDP, activation checkpointing and AveragedModel register the module they
-wrap as a child of theirs (``_orig_mod``, ``module``, …). A canonical path leaves these names out, so
-a model has the same paths, and its files the same keys, however its parts are wrapped. A wrapper is
+wrap as a child of theirs (``_orig_mod``, ``module``, …). A canonical path leaves these names out: a
+model has the same paths, and its files the same keys, however its parts are wrapped. A wrapper is
 told by its class: a user's own child called ``module`` keeps its name.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ _CHILDREN = {
     ),
     "deepspeed.runtime.engine.DeepSpeedEngine": "module",
 }
-# Children whose name no module of a user has: dropped from the keys of files, too.
+# Names that other tools leave in the keys of files.
 _PRIVATE = frozenset(name for name in _CHILDREN.values() if name.startswith("_"))
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
@@ -40,7 +39,7 @@ _OWNERS = {
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside all wrappers around it; ``module`` itself where there are none."""
-    while (child := _child_of(type(module))) is not None:
+    while (child := _child_of(module)) is not None:
         inner = module._modules[child]
         assert inner is not None
         module = inner
@@ -88,11 +87,14 @@ def canonical_name(model: nn.Module, name: str) -> str:
     module: nn.Module | None = model
     kept = []
     for part in name.split("."):
-        if module is not None and part == _child_of(type(module)):
-            module = module._modules[part]
-            continue
-        module = None if module is None else unwrapped(module)._modules.get(part)
-        kept.append(part)
+        # A wrapper may have dropped its own child's name, as activation checkpointing does.
+        while module is not None and (child := _child_of(module)) is not None:
+            module = module._modules[child]
+            if part == child:
+                break
+        else:
+            module = None if module is None else module._modules.get(part)
+            kept.append(part)
     return ".".join(kept)
 
 
@@ -101,32 +103,46 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {canonical_name(module, key): t for key, t in module.state_dict().items()}
 
 
-def without_private_names(key: str) -> str:
-    """``key``, of a file, without the names that only wrappers give to their child."""
-    return ".".join(part for part in key.split(".") if part not in _PRIVATE)
+def without_private_names(name: str) -> str:
+    """``name``, of a file, without the names that wrappers give to a child and users do not."""
+    return ".".join(part for part in name.split(".") if part not in _PRIVATE)
 
 
 def replace_wrapped(wrapper: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in place of the child ``name``, of a wrapper or of any other module."""
     wrapper._modules[name] = module
-    if _COMPILED in _names(type(wrapper)) and name == "_orig_mod":
+    if _kind(wrapper) == _COMPILED and name == "_orig_mod":
         # Its forward is bound to the old child; made again as when unpickled.
-        wrapper.__setstate__(wrapper.__getstate__())  # type: ignore[operator]
+        wrapper.__setstate__(wrapper.__getstate__())
 
 
 def check_may_change(model: nn.Module, caller: str) -> None:
     """Raise ValueError where a wrapper has taken over parameters of ``model``."""
     for module in model.modules():
-        if not _OWNERS.isdisjoint(_names(type(module))):
+        if _kind(module) in _OWNERS:
             raise ValueError(
                 f"{caller}: model must not be inside {type(module).__name__}, which trains the "
                 f"parameters it was made with; call {caller} before wrapping"
             )
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Whether FSDP1 has sharded no parameter of ``model``."""
+    return not any(_kind(module) == _FSDP1 for module in model.modules())
+
+
+def check_whole(model: nn.Module, caller: str) -> None:
+    """Raise ValueError where FSDP1 has sharded parameters of ``model``."""
+    if not is_whole(model):
+        raise ValueError(
+            f"{caller}: model must not be sharded by FullyShardedDataParallel; call {caller} "
+            "before wrapping"
+        )
+
+
 def whole_parameters(model: nn.Module) -> AbstractContextManager[None]:
     """A ``with`` block in which the parameters that FSDP1 has sharded are whole, on every rank."""
-    if not any(_FSDP1 in _names(type(module)) for module in model.modules()):
+    if is_whole(model):
         return nullcontext()
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -136,12 +152,13 @@ def whole_parameters(model: nn.Module) -> AbstractContextManager[None]:
     return whole
 
 
-@cache
-def _names(cls: type[nn.Module]) -> frozenset[str]:
-    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+def _kind(module: nn.Module) -> str | None:
+    """Full name of the wrapper's class, a key of _CHILDREN, or None."""
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return next((name for name in names if name in _CHILDREN), None)
 
 
-@cache
-def _child_of(cls: type[nn.Module]) -> str | None:
-    """Name of the child that modules of this class wrap, or None."""
-    return next((child for name, child in _CHILDREN.items() if name in _names(cls)), None)
+def _child_of(module: nn.Module) -> str | None:
+    """Name of the child that ``module`` wraps, or None."""
+    kind = _kind(module)
+    return None if kind is None else _CHILDREN[kind]

@@ -1,4 +1,4 @@
-"""The tensor file of all methods: names of its tensors, and the gathering of sharded ones.
+"""The tensor file of all methods: names of its tensors.
 
 With P for ``base_model.model.<path>`` the tensor file holds
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.wrappers import named_modules, without_private_names
 
 PREFIX = "base_model.model."
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
@@ -24,12 +25,16 @@ def kind_in(name: str) -> str | None:
     return next((kind for kind in kinds if kind is not None), None)
 
 
-def split_keys(files: AdapterFiles) -> tuple[Adapters, dict[str, Tensor]]:
+def split_keys(files: AdapterFiles, model: nn.Module) -> tuple[Adapters, dict[str, Tensor]]:
     """Adapter tensors by module path and kind, the remaining ones by name.
 
+    The names of wrappers, which tools leave in keys when a model or parts of it were wrapped, are
+    dropped.
+
     Raises:
-        ValueError: a key lacks the prefix, or there is no adapter tensor.
+        ValueError: a key lacks the prefix, two keys name one tensor, or there is no adapter tensor.
     """
+    present = {path for path, _ in named_modules(model)}
     adapters: Adapters = {}
     others: dict[str, Tensor] = {}
     for key, tensor in files.tensors.items():
@@ -37,10 +42,14 @@ def split_keys(files: AdapterFiles) -> tuple[Adapters, dict[str, Tensor]]:
             raise bad_key(files, key, f"must start with {PREFIX}")
         name = key.removeprefix(PREFIX)
         kind = kind_in(name)
-        if kind is None:
-            others[name] = tensor
-        else:
-            adapters.setdefault(name.removesuffix(f".{kind}"), {})[kind] = tensor
+        path = name.rpartition(".")[0] if kind is None else name.removesuffix(f".{kind}")
+        if path not in present:
+            name, path = without_private_names(name), without_private_names(path)
+        names = others if kind is None else adapters.setdefault(path, {})
+        own = name if kind is None else kind
+        if own in names:
+            raise bad_key(files, key, f"names the same tensor as another key, {PREFIX}{name}")
+        names[own] = tensor
     if not adapters:
         raise ValueError(
             f"{files.caller}: {files.weights_path} must hold adapter tensors, got none"
@@ -56,14 +65,3 @@ def bad_key(files: AdapterFiles, key: str, problem: str) -> ValueError:
 def whole(number: float) -> int | float:
     """An int where the number is one, as PEFT writes it."""
     return int(number) if number == int(number) else number
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DDP's wrappers."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model

@@ -18,7 +18,6 @@ from lowrank_ext.checkpoint.layout import (
     PREFIX,
     bad_key,
     split_keys,
-    unwrapped,
 )
 from lowrank_ext.checkpoint.peft_config import method_in, parsed_config, target_names
 from lowrank_ext.checkpoint.ties import ties, untie
@@ -29,6 +28,15 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
 from lowrank_ext.sharding import is_sharded
 from lowrank_ext.targets import outermost_modules
+from lowrank_ext.wrappers import (
+    canonical_name,
+    check_may_change,
+    check_whole,
+    named_modules,
+    state_of,
+    submodule,
+    unwrapped,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +56,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     weight is tied in the model is untied if the file's values of the two differ.
 
     Args:
-        model: on its final device, not merged, not sharded.
+        model: on its final device, not merged, not sharded. Parts that ``torch.compile``,
+            activation checkpointing or DataParallel wrap are as without wrapper.
         path: directory with adapter_config.json and adapter_model.safetensors.
         trainable: False leaves nothing in the model that requires a gradient.
 
@@ -60,11 +69,9 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     Examples:
         >>> model = lr.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "out/adapter")
     """
-    if unwrapped(model) is not model:
-        raise ValueError("load_adapter: model must not be wrapped, load before wrapping it")
     files = read_adapter_files(Path(path), "load_adapter")
-    own: AdapterConfig | None = getattr(model, "lowrank_config", None)
-    adapters, others = split_keys(files)
+    own: AdapterConfig | None = getattr(unwrapped(model), "lowrank_config", None)
+    adapters, others = split_keys(files, model)
     method = method_in(files)
     # Over a base without a residual a packed file is read as the plain adapter it also is.
     if own is None or own.init in method_for(own, "load_adapter").module_class.residual_inits:
@@ -83,6 +90,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     if own is not None:
         _check_same(model, files, adapters, config, own)
     else:
+        check_may_change(model, files.caller)
         # PEFT's own PiSSA files lack the initial factors: the SVD is repeated.
         residual = config.init in method.module_class.residual_inits
         initialize = residual and not _has_starts(method, adapters)
@@ -171,7 +179,7 @@ def saved_modules_for(
         )
     paths = [path for path, _ in named_modules(model) if path and path.endswith(tuple(names))]
     saved = outermost_modules(model, paths)
-    wanted = {f"{path}.{key}": t for path, m in saved.items() for key, t in m.state_dict().items()}
+    wanted = {f"{path}.{key}": t for path, m in saved.items() for key, t in state_of(m).items()}
     for key, tensor in wanted.items():
         if key not in others:
             raise bad_key(files, PREFIX + key, "is missing")
@@ -190,8 +198,10 @@ def check_loadable(model: nn.Module, modules: Mapping[str, nn.Module], caller: s
     for name, module in modules.items():
         if isinstance(module, LowRankLinear) and module.merged:
             raise ValueError(f"{caller}: {name} must not be merged; call unmerge first")
+    check_whole(model, caller)
     offloaded = any(offload_device(module) is not None for module in model.modules())
-    for key, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        key = canonical_name(model, name)
         if parameter.is_meta and not offloaded:
             raise ValueError(f"{caller}: {key} must hold values, got a meta tensor")
         if is_sharded(parameter):
@@ -282,5 +292,5 @@ def _fill_saved(
         if not all(o in values and torch.equal(values[o], values[key]) for o in others):
             untie(model, key, keeps_training=any(other in values for other in others))
     for name, module in saved.items():
-        for key, tensor in module.state_dict().items():
+        for key, tensor in state_of(module).items():
             tensor.copy_(values[f"{name}.{key}"])

@@ -34,6 +34,7 @@ from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
 from lowrank_ext.sharding import gathered, is_sharded
 from lowrank_ext.targets import check_adaptable
+from lowrank_ext.wrappers import named_modules, submodule
 
 
 class LoRATensors(NamedTuple):
@@ -64,7 +65,7 @@ def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> Lo
             message names file and key.
     """
     files = read_adapter_files(Path(path), caller)
-    adapters, others = split_keys(files)
+    adapters, others = split_keys(files, model)
     method = method_in(files)
     config = parsed_config(files, method, adapters)
     residual = config.init in method.module_class.residual_inits

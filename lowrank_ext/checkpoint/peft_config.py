@@ -17,6 +17,7 @@ from lowrank_ext.checks import matching_pattern
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method
+from lowrank_ext.wrappers import named_modules, unwrapped
 
 # Fields that change the output in a way that no module here computes: a file that uses one is
 # refused. {field: values that mean "not used"}; None, False and empty values always mean that.
@@ -63,6 +64,7 @@ def config_fields(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of adapter_config.json, and metadata for the tensor file."""
     # fully_shard replaces the model's class by a subclass of it.
+    model = unwrapped(model)
     own_class = next(
         cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed.")
     )

@@ -16,7 +16,6 @@ from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,
     PREFIX,
-    unwrapped,
 )
 from lowrank_ext.checkpoint.peft_config import config_fields
 from lowrank_ext.checkpoint.ties import check_ties
@@ -24,14 +23,16 @@ from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered, is_sharded
 from lowrank_ext.targets import outermost_modules
+from lowrank_ext.wrappers import is_whole, state_of, unwrapped, whole_parameters
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of ``model`` into the directory ``path``, see ``lowrank_ext.checkpoint``.
 
     Tensors keep the dtype of their parameters. An earlier adapter in the directory is replaced as a
-    pair; other files there stay. Merged adapters are saved like others. Parameters sharded as
-    DTensors are gathered, so every rank must call this, and rank 0 writes.
+    pair; other files there stay. Merged adapters are saved like others. A wrapped model
+    (``torch.compile``, DDP, activation checkpointing, …) gives the files of the plain one.
+    Parameters sharded by FSDP are gathered, so every rank must call this, and rank 0 writes.
 
     Raises:
         ValueError: the model carries no adapter that ``adapt`` or ``load_adapter`` made, or a
@@ -41,7 +42,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Examples:
         >>> lr.save_adapter(model, "out/adapter")
     """
-    model = unwrapped(model)
+    with whole_parameters(model):
+        _save(model, path)
+
+
+def _save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     modules = lowrank_modules(model, "save_adapter")
     config = config_of(model, "save_adapter")
     for name, module in modules.items():
@@ -60,7 +65,6 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) ->
 
     For methods whose branch is a product of two factors; otherwise as ``save_adapter``.
     """
-    model = unwrapped(model)
     modules = lowrank_modules(model, caller)
     config = config_of(model, caller)
     _check_valued(model, modules, config, caller)
@@ -74,7 +78,7 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) ->
 
 
 def config_of(model: nn.Module, caller: str) -> AdapterConfig:
-    config = getattr(model, "lowrank_config", None)
+    config = getattr(unwrapped(model), "lowrank_config", None)
     if not isinstance(config, AdapterConfig):
         raise ValueError(f"{caller}: model must have been adapted with adapt or load_adapter")
     return config
@@ -104,14 +108,14 @@ def _write(
     """Write both files, from the adapters' ``stored`` tensors and the modules of
     modules_to_save."""
     saved = outermost_modules(model, config.modules_to_save)
-    sharded = any(is_sharded(p) for p in model.parameters())
+    sharded = not is_whole(model) or any(is_sharded(p) for p in model.parameters())
     tensors = {
         f"{PREFIX}{name}.{kind}": tensor
         for name, kinds in stored.items()
         for kind, tensor in kinds.items()
     }
     for name, whole in saved.items():
-        for key, tensor in whole.state_dict().items():
+        for key, tensor in state_of(whole).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     # Copies: two keys may name one tensor (tied modules), which the format does not allow.
     tensors = {key: gathered(tensor).clone() for key, tensor in tensors.items()}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lowrank_ext.targets import shared_tensors
+from lowrank_ext.wrappers import named_modules, submodule
 
 
 def ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.nn.rows import in_block
 from lowrank_ext.targets import find_targets
+from lowrank_ext.wrappers import named_modules
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,6 +18,7 @@ from lowrank_ext.methods.reslora.chain_state import (
 from lowrank_ext.methods.reslora.config import ResLoRAConfig
 from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.wrappers import named_modules, submodule, unwrapped
 
 _NUMBERS = itertools.count()
 

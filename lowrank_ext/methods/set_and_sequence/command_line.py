@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.methods.set_and_sequence.stages import begin_residual_stage
 from lowrank_ext.recipe import Option, Recipe, Run, Stage, Training, at_least
+from lowrank_ext.wrappers import unwrapped
 
 
 def _check_set_fraction(fraction: float, options: Mapping[str, Any]) -> str | None:

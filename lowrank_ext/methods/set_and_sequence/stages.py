@@ -9,6 +9,7 @@ from torch import nn
 from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.methods.set_and_sequence.module import BasisLoRALinear
 from lowrank_ext.targets import modules_of_kind
+from lowrank_ext.wrappers import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 

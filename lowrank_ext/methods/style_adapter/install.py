@@ -11,6 +11,7 @@ from lowrank_ext.methods.style_adapter.attention import style_path_for
 from lowrank_ext.methods.style_adapter.config import StylePathConfig
 from lowrank_ext.methods.style_adapter.processor import Style, StyleState, TwoPathAttnProcessor
 from lowrank_ext.summary import trainable_parameters
+from lowrank_ext.wrappers import named_modules, submodule
 
 if TYPE_CHECKING:
     from rich.table import Table
