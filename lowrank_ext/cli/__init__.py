@@ -1,2 +1,2 @@
-"""The command line tool ``lowrank-ext``: ``finetune``, ``guard``, ``doctor``. Needs ``pip install
-'lowrank-ext[cli]'``."""
+"""The command line tool ``lowrank-ext``: ``finetune``, ``guard``, ``doctor``. Commands that load a
+model need ``pip install 'lowrank-ext[finetune]'``."""

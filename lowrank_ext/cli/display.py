@@ -1,5 +1,7 @@
 """Progress: a bar on a terminal, a plain line every few seconds anywhere else."""
 
+import io
+import sys
 import time
 from typing import Protocol
 
@@ -26,6 +28,14 @@ class Display(Protocol):
 
     def phase(self, text: str) -> None:
         """Shows what the run does outside of training steps."""
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Makes stdout and stderr write characters that their encoding lacks as escapes (``\\xe9``):
+    nothing that is printed can end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def make_console() -> Console:

@@ -1,8 +1,13 @@
 """Errors of the command line tool, which are shown as one line without a traceback."""
 
 import difflib
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+_LONGEST_LINE = 1_000
+_PACKAGE = Path(__file__).parents[1]
 
 
 class UserError(Exception):
@@ -14,9 +19,19 @@ class Interrupted(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; its type when it has no message."""
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    """The message of an error on one line of at most 1,000 characters, those that would control a
+    terminal escaped; its type when it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > _LONGEST_LINE:  # the end of a message often says what to do
+        text = f"{text[: _LONGEST_LINE // 2]} … {text[-_LONGEST_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def place_of(error: BaseException) -> str:
+    """File and line of this package in which an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)] or frames
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
 
 
 def near_matches(name: str, known: Sequence[str]) -> str:

@@ -1,13 +1,15 @@
 """Atomic writing of files and directories: to a temporary name, fsynced, renamed."""
 
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lowrank_ext.cli.errors import UserError, one_line
 
@@ -22,8 +24,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
+                os.fchmod(file.fileno(), 0o644)  # mkstemp makes it readable by its owner only
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -38,8 +40,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads JSON. Raises UserError naming the file when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
@@ -59,14 +61,36 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Renames `source` to `target`. A directory cannot be renamed over one that has files, so an
-    old one is moved aside first."""
-    aside = target.with_name(f".{target.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        os.rename(target, aside)
-    os.rename(source, target)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Renames `source` to `target`. A directory cannot be renamed over one that has files, so what
+    is there is moved aside first; of a link the link, and what it points to stays."""
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    try:
+        old = aside / target.name
+        if os.path.lexists(target):
+            os.rename(target, old)
+        try:
+            os.rename(source, target)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_log(path: Path, append: bool) -> TextIO:
+    """A text file for the log of a run: a new one, or one of this path alone to append to. Never
+    one that a link leads to, or that has another name too."""
+    with cannot_write(path):
+        if not append and os.path.lexists(path):
+            path.unlink()
+        how = os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK if append else os.O_EXCL
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            os.close(file)
+            raise OSError(errno.EEXIST, "it must be a regular file without another link to it")
+        return os.fdopen(file, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def _sync_tree(directory: Path) -> None:

@@ -2,11 +2,8 @@
 
 import copy
 import dataclasses
-import logging
 import shlex
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from lowrank_ext.cli.files import (
     write_json,
 )
 from lowrank_ext.cli.interrupts import StopRequest
+from lowrank_ext.cli.log import LOG, log_file
 from lowrank_ext.cli.measure import (
     PeakMemory,
     frozen_loss,
@@ -73,7 +71,6 @@ from lowrank_ext.cli.training import (
 TIMING_ROUNDS = 5
 _SETTINGS = "settings.json"
 _RESULT = "result.json"
-_LOG = logging.getLogger("lowrank_ext.finetune")
 # Per parameter a run writes its value, two AdamW moments, an fp32 master and up to three statistics
 # of a freezing schedule; two checkpoints exist while the old one is replaced.
 _BYTES_PER_STORED_PARAMETER = 2 * 4 * 7
@@ -255,7 +252,7 @@ def run_or_reuse(job: Job, method: str) -> Result:
     write_result(directory / _RESULT, result)
     if not found.training.can_be_extended:
         remove_checkpoints(directory)
-    _LOG.info("%s: finished, held-out loss %.6f", method, result.held_out[-1][1])
+    LOG.info("%s: finished, held-out loss %.6f", method, result.held_out[-1][1])
     return result
 
 
@@ -330,7 +327,7 @@ def start_trainer(job: Job, entry: Entry, directory: Path, display: Display) -> 
     if not found:
         torch.manual_seed(settings.seed)  # dropout must not depend on the draws of the init
         record_start(job, trainer, display)
-    _LOG.info(
+    LOG.info(
         "%s: from step %d, learning rate %g",
         entry.name,
         trainer.progress.step,
@@ -364,7 +361,7 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
 
     def on_step(progress: Progress) -> None:
         display.update(progress)
-        _LOG.info(
+        LOG.info(
             "step %d loss %.6f %.3f s",
             progress.step,
             progress.losses[-1],
@@ -373,7 +370,7 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
 
     def on_checkpoint(trainer: Trainer) -> None:
         path = save_checkpoint(trainer, job.tokenizer, directory, job.text_digest)
-        _LOG.info("saved %s", path)
+        LOG.info("saved %s", path)
 
     return Events(on_step, on_checkpoint, lambda: job.stop.requested)
 
@@ -450,24 +447,3 @@ def finish(job: Job, results: list[Result]) -> None:
     saved = [Path(result.saved_to) for result in results if result.saved_to is not None]
     for path in [*saved, *paths, job.out / "finetune.log"]:
         job.console.print(f"wrote {path}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def log_file(path: Path, append: bool) -> Iterator[None]:
-    """Sends the log of this run, and the warnings of libraries, to a file only."""
-    with cannot_write(path):
-        handler = logging.FileHandler(path, mode="a" if append else "w")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    loggers = (_LOG, logging.getLogger("py.warnings"))
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
-    _LOG.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()

@@ -1,6 +1,7 @@
 """The entry point: options of the commands, and errors as one line and an exit code."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,17 @@ from typing import Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperGroup
 except ImportError:
-    raise SystemExit("lowrank-ext needs more packages: pip install 'lowrank-ext[cli]'") from None
+    raise SystemExit("lowrank-ext needs typer, which it installs: pip install typer") from None
 
 import lowrank_ext as lr
-from lowrank_ext.cli.errors import Interrupted, UserError, one_line
+from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
+from lowrank_ext.cli.errors import Interrupted, UserError, one_line, place_of
 from lowrank_ext.cli.options import with_method_options
 from lowrank_ext.cli.settings import Settings, method_names, method_options, parse_methods
 
+EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -28,7 +32,17 @@ Dtype = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
+
+class Commands(TyperGroup):
+    """The commands, on streams that show every character in some way."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        escape_what_cannot_be_shown()
+        return super().main(*arguments, **options)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,10 +71,13 @@ def common(
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """UserError: one line on stderr, exit code 2. A stop by the user: one line, exit code 130."""
+    """One line on stderr for whatever is raised. Exit code 2 for bad input, and for files that the
+    system refuses; 130 for a stop by the user; 1 for a fault of this program."""
     try:
         yield
-    except UserError as error:
+    except (BrokenPipeError, typer.Exit):  # click's own
+        raise
+    except (UserError, OSError) as error:
         typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except Interrupted as stopped:
@@ -69,6 +86,10 @@ def errors_as_lines() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("stopped at once; the last checkpoint, if any, is kept", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        where = f"unexpected {type(error).__name__} in {place_of(error)}"
+        typer.echo(f"error: {where}: {one_line(error)}", err=True)
+        raise typer.Exit(EXIT_FAULT) from None
 
 
 @app.command()
@@ -148,7 +169,6 @@ def finetune(
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command
-        from lowrank_ext.cli.display import make_console
 
         settings, console = _settings(context.params), make_console()
         if resume:
@@ -167,10 +187,8 @@ def _settings(options: dict[str, Any]) -> Settings:
     derived: dict[str, Any] = {
         "methods": methods,
         "compare": is_comparison,
-        "text": tuple(str(path.resolve()) for path in options["text"] or ()),
-        "model": str(Path(model).resolve())
-        if model is not None and Path(model).exists()
-        else model,
+        "text": tuple(os.path.realpath(path) for path in options["text"] or ()),
+        "model": os.path.realpath(model) if model and os.path.exists(model) else model,
     }
     own = {option.name: options[option.name] for option in method_options()}
     plain = {field.name for field in dataclasses.fields(Settings)} - {*derived, "options"}
@@ -256,10 +274,11 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show versions, CPU features and CUDA, and check every op against its plain definition."""
-    from lowrank_ext.cli import doctor as command
+    with errors_as_lines():
+        from lowrank_ext.cli import doctor as command
 
-    if not command.run(as_json=json):
-        raise typer.Exit(1)
+        if not command.run(as_json=json):
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":
