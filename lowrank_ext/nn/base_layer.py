@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank_ext.checks import normalized_adapter_dtype
+from lowrank_ext.nn.base_keys import BaseKeys
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Adapter(nn.Module):
+class Adapter(BaseKeys):
     """A module that wraps a linear one; it is not wrapped again."""
 
 

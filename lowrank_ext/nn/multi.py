@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.checks import check_alpha
+from lowrank_ext.nn.base_keys import BaseKeys
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     dense_weight,
@@ -25,7 +26,7 @@ from lowrank_ext.nn.base_layer import (
 from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
-class MultiLoRALinear(nn.Module):
+class MultiLoRALinear(BaseKeys):
     """LoRA adapters stacked over one base; made by ``from_linear``.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.

@@ -1,0 +1,37 @@
+"""BaseKeys: a module whose state dict has the keys of the module that it replaces."""
+
+from typing import Any
+
+from torch import nn
+
+_KEPT = "base_layer."
+
+
+class BaseKeys(nn.Module):
+    """State dict of a module that keeps its base, where that is more than a plain linear, in
+    ``base_layer``: the base's tensors have the keys that they have in the base itself.
+
+    A state dict with ``base_layer.`` in its keys loads, too.
+    """
+
+    base_layer: nn.Module | None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As of nn.Module, with the base's keys."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for key in [key for key in state if key.startswith(prefix + _KEPT)]:
+            state[prefix + key.removeprefix(prefix + _KEPT)] = state.pop(key)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.base_layer is not None:
+            named = {**self._parameters, **self._buffers, **self._modules}
+            own = {name for name, value in named.items() if value is not None}
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                name = key.removeprefix(prefix)
+                if name.partition(".")[0] not in own:
+                    state_dict[prefix + _KEPT + name] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
