@@ -22,6 +22,27 @@ def invoke(*arguments: str, **keywords: Any) -> Any:
     return CliRunner().invoke(app, list(arguments), **keywords)
 
 
+def small_run(**options: Any) -> list[str]:
+    """The arguments of a run of small sizes; None leaves an option out."""
+    defaults = {
+        "rank": 4,
+        "steps": STEPS,
+        "batch": 2,
+        "seq_len": 16,
+        "eval_batches": 2,
+        "experts": 2,
+        "top_k": 1,
+        "window": 4,
+        "dtype": "fp32",
+        "lr": 0.002,
+    }
+    arguments = []
+    for name, value in {**defaults, **options}.items():
+        if value is not None:
+            arguments += ["--" + name.replace("_", "-"), str(value)]
+    return arguments
+
+
 def resume(out: Path, *flags: str) -> Any:
     return invoke("finetune", "--resume", "--out", str(out), *flags)
 

@@ -15,7 +15,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The user stopped the run and it has been saved. Exit code 130."""
+    """A signal stopped the run and it has been saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def one_line(error: BaseException) -> str:

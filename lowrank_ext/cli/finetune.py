@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import shlex
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from lowrank_ext.cli.files import (
     require_free_space,
     write_json,
 )
-from lowrank_ext.cli.interrupts import StopRequest
+from lowrank_ext.cli.interrupts import StopRequest, Terminated
 from lowrank_ext.cli.log import LOG, log_file
 from lowrank_ext.cli.measure import (
     PeakMemory,
@@ -119,7 +121,8 @@ def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
     with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        job = prepare(settings, out, resume, console, stop)
+        with at_once(out if resume else None, stop), stop.leaving_at_any_point():
+            job = prepare(settings, out, resume, console, stop)
         results = [run_or_reuse(job, method) for method in settings.methods]
         finish(job, results)
 
@@ -248,7 +251,8 @@ def run_or_reuse(job: Job, method: str) -> Result:
     with cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
     release_memory()
-    result = run_method(job, found, directory) if found.trains else run_frozen(job, found)
+    with at_once(job.out, job.stop):
+        result = run_method(job, found, directory) if found.trains else run_frozen(job, found)
     write_result(directory / _RESULT, result)
     if not found.training.can_be_extended:
         remove_checkpoints(directory)
@@ -258,7 +262,7 @@ def run_or_reuse(job: Job, method: str) -> Result:
 
 def run_frozen(job: Job, entry: Entry) -> Result:
     """Measures the base model: held-out loss, and the cost of forward + backward."""
-    with display_for(job, entry) as display:
+    with display_for(job, entry) as display, job.stop.leaving_at_any_point():
         display.phase("evaluating")
         loss = held_out_loss(job.base, job.held_out)
         display.phase("measuring")
@@ -297,13 +301,15 @@ def run_frozen(job: Job, entry: Entry) -> Result:
 def run_method(job: Job, entry: Entry, directory: Path) -> Result:
     """Trains one method from the common start or from its checkpoint, saves and measures it."""
     with display_for(job, entry) as display:
-        trainer = start_trainer(job, entry, directory, display)
+        with job.stop.leaving_at_any_point():
+            trainer = start_trainer(job, entry, directory, display)
         with PeakMemory() as peak:
             trainer.train(job.corpus, job.held_out, events_for(job, directory, display))
         entry.save(trainer.model, job.tokenizer, directory)
         stop_if_requested(job, entry.name, trainer.progress.step)
         display.phase("measuring")
-        result = measure_method(job, trainer, peak, directory)
+        with job.stop.leaving_at_any_point():
+            result = measure_method(job, trainer, peak, directory)
         display.phase(f"held-out loss {result.held_out[0][1]:.4f} > {result.held_out[-1][1]:.4f}")
     stop_if_requested(job, entry.name, trainer.progress.step)
     return result
@@ -372,7 +378,7 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
         path = save_checkpoint(trainer, job.tokenizer, directory, job.text_digest)
         LOG.info("saved %s", path)
 
-    return Events(on_step, on_checkpoint, lambda: job.stop.requested)
+    return Events(on_step, on_checkpoint, job.stop)
 
 
 def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path) -> Result:
@@ -410,12 +416,29 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
 
 
 def stop_if_requested(job: Job, method: str, step: int) -> None:
-    """Raises Interrupted, with the command that resumes the run, if the user has stopped it."""
+    """Raises Interrupted, with the command that resumes the run, if a signal has stopped it."""
     if job.stop.requested:
-        raise Interrupted(
-            f"stopped {method} after step {step} of {job.settings.steps}, everything is saved; "
-            f"continue with: lowrank-ext finetune --resume --out {shlex.quote(str(job.out))}"
-        )
+        done = f"stopped {method} after step {step} of {job.settings.steps}, everything is saved"
+        raise Interrupted(f"{done}; {how_to_resume(job.out)}", job.stop.exit_code)
+
+
+def how_to_resume(out: Path) -> str:
+    """The command that continues the run in `out`."""
+    return f"continue with: lowrank-ext finetune --resume --out {shlex.quote(str(out))}"
+
+
+@contextmanager
+def at_once(out: Path | None, stop: StopRequest) -> Iterator[None]:
+    """A block that SIGTERM may leave at any point: nothing in it remains to be saved.
+
+    Args:
+        out: the directory of the run, None before it has one.
+    """
+    try:
+        yield
+    except Terminated:
+        rest = "nothing was trained yet" if out is None else how_to_resume(out)
+        raise Interrupted(f"stopped; {rest}", stop.exit_code) from None
 
 
 def display_for(job: Job, entry: Entry) -> Display:

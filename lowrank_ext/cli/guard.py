@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
+from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
 from lowrank_ext.cli.settings import DTYPES
 from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
@@ -79,7 +80,8 @@ def run(options: Options) -> None:
     try:
         scores = _score(options, lines) if lines else []
     except KeyboardInterrupt:
-        raise Interrupted("stopped; scores are printed once all are there") from None
+        message = "stopped; scores are printed once all are there"
+        raise Interrupted(message, EXIT_INTERRUPTED) from None
     show = _as_json if options.json else _as_text
     for line, score in zip(lines, scores, strict=True):
         typer.echo(show(line, score, options.threshold))

@@ -1,16 +1,46 @@
-"""Ctrl-C: the first asks the run to stop after the current step, the second stops at once."""
+"""Ctrl-C asks a run to stop after the current step, SIGTERM stops it in the middle of one; a second
+signal ends it without saving."""
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+_MESSAGES = {
+    signal.SIGINT: b"\nstopping after this step; press Ctrl-C again to stop at once\n",
+    signal.SIGTERM: b"\nstopping and saving\n",
+}
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal: what runs is left as it is."""
+
+    def __init__(self, exit_code: int = EXIT_INTERRUPTED) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+class Terminated(StoppedAtOnce):
+    """SIGTERM, in a part of the run that can be left at any point."""
+
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process."""
+    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process.
+
+    Attributes:
+        requested: whether the run is to stop.
+        exit_code: that of the process then.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.exit_code = EXIT_INTERRUPTED
+        self._may_leave = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -22,9 +52,44 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def terminated(self) -> bool:
+        """Whether SIGTERM has come."""
+        return self.exit_code == EXIT_TERMINATED
+
+    @contextmanager
+    def leaving_at_any_point(self) -> Iterator[None]:
+        """A block that SIGTERM leaves by `Terminated`, between two instructions of Python: a long
+        operation in C is waited for. Raises it at once if SIGTERM has come before."""
+        if self.terminated:
+            raise Terminated(self.exit_code)
+        with self._set(True):
+            yield
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A block that SIGTERM does not leave before its end."""
+        with self._set(False):
+            yield
+        if self.terminated and self._may_leave:
+            raise Terminated(self.exit_code)
+
+    @contextmanager
+    def _set(self, may_leave: bool) -> Iterator[None]:
+        before, self._may_leave = self._may_leave, may_leave
+        try:
+            yield
+        finally:
+            self._may_leave = before
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+        first_sigterm = number == signal.SIGTERM and not self.terminated
+        if self.requested and not first_sigterm:
+            raise StoppedAtOnce(self.exit_code)
         self.requested = True
         # os.write, because the handler may run while the console holds its lock.
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+        os.write(2, _MESSAGES[signal.Signals(number)])
+        if number == signal.SIGTERM:
+            self.exit_code = EXIT_TERMINATED
+            if self._may_leave:
+                raise Terminated(self.exit_code)

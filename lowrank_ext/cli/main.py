@@ -17,12 +17,12 @@ except ImportError:
 import lowrank_ext as lr
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.errors import Interrupted, UserError, one_line, place_of
+from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED, StoppedAtOnce
 from lowrank_ext.cli.options import with_method_options
 from lowrank_ext.cli.settings import Settings, method_names, method_options, parse_methods
 
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 Dtype = Annotated[
     str,
@@ -72,7 +72,7 @@ def common(
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
     """One line on stderr for whatever is raised. Exit code 2 for bad input, and for files that the
-    system refuses; 130 for a stop by the user; 1 for a fault of this program."""
+    system refuses; 130 for Ctrl-C, 143 for SIGTERM; 1 for a fault of this program."""
     try:
         yield
     except (BrokenPipeError, typer.Exit):  # click's own
@@ -82,10 +82,11 @@ def errors_as_lines() -> Iterator[None]:
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except Interrupted as stopped:
         typer.echo(one_line(stopped), err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except KeyboardInterrupt:
+        raise typer.Exit(stopped.exit_code) from None
+    except KeyboardInterrupt as stopped:
         typer.echo("stopped at once; the last checkpoint, if any, is kept", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        code = stopped.exit_code if isinstance(stopped, StoppedAtOnce) else EXIT_INTERRUPTED
+        raise typer.Exit(code) from None
     except Exception as error:
         where = f"unexpected {type(error).__name__} in {place_of(error)}"
         typer.echo(f"error: {where}: {one_line(error)}", err=True)
@@ -163,9 +164,9 @@ def finetune(
 
     Without options: LoRA on SmolLM2-135M and the language topics of Python's manual. Writes
     adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out, and for methods with
-    experts expert_load.png. Ctrl-C stops after the current step and saves; --resume continues to
-    the same numbers. A larger --steps extends a run: the steps to come get the learning rates of a
-    run of that length.
+    experts expert_load.png. Ctrl-C stops after the current step and saves, SIGTERM in the middle
+    of one; --resume continues to the same numbers. A larger --steps extends a run: the steps to
+    come get the learning rates of a run of that length.
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command

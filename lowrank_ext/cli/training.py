@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.cli.data import Corpus
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.interrupts import StopRequest, Terminated
 from lowrank_ext.cli.methods import Entry, base_dtype, trainable_parameters
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
@@ -161,11 +162,11 @@ class Progress:
 
 @dataclass
 class Events:
-    """Callbacks of `train`: after a step, for a checkpoint, and whether the user stops the run."""
+    """Callbacks of `train`: after a step and for a checkpoint; and the signals that stop it."""
 
     on_step: Callable[[Progress], None]
     on_checkpoint: Callable[["Trainer"], None]
-    stop_requested: Callable[[], bool]
+    stop: StopRequest
 
 
 class Trainer:
@@ -177,6 +178,8 @@ class Trainer:
         self.model = model
         self.settings = settings
         self.progress = Progress()
+        self.saved_step = -1
+        self.stop = StopRequest()
         self.optimizer = self._new_optimizer()
         self.freezing = self.training.schedule(model, settings)
 
@@ -195,18 +198,29 @@ class Trainer:
         return [(parameters, own_rate) for parameters, own_rate in pairs if parameters]
 
     def train_step(self, tokens: Tensor) -> float:
-        """Forward, backward, update. Raises UserError when loss or gradient are not finite."""
+        """Forward, backward, update. Raises UserError when loss or gradient are not finite. A stop
+        before the update leaves the state of the step before."""
+        step, generator = self.progress.step, torch.get_rng_state()
+        try:
+            return self._train_step(tokens)
+        except Terminated:
+            if self.progress.step == step:
+                torch.set_rng_state(generator)
+            raise
+
+    def _train_step(self, tokens: Tensor) -> float:
         started = time.perf_counter()
         loss, total = training_loss(self.model, tokens, self.training)
         self._check_finite("loss", math.isfinite(total.item()))
         torch.autograd.backward(total * self.optimizer.loss_scale)
-        updating = time.perf_counter()
-        self._update()
-        ended = time.perf_counter()
-        self.progress.step += 1
-        self.progress.losses.append(loss.item())
-        self.progress.step_seconds.append(ended - started)
-        self.progress.optimizer_seconds.append(ended - updating)
+        with self.stop.undisturbed():
+            updating = time.perf_counter()
+            self._update()
+            ended = time.perf_counter()
+            self.progress.losses.append(loss.item())
+            self.progress.step_seconds.append(ended - started)
+            self.progress.optimizer_seconds.append(ended - updating)
+            self.progress.step += 1
         return loss.item()
 
     def _update(self) -> None:
@@ -238,8 +252,9 @@ class Trainer:
             return
         step, steps = self._stage_position()
         if step >= steps:
-            stages[present + 1].begin(self.model)
-            self.optimizer = self._new_optimizer()
+            with self.stop.undisturbed():
+                stages[present + 1].begin(self.model)
+                self.optimizer = self._new_optimizer()
 
     def next_batch(self, corpus: Corpus) -> Tensor:
         """The batch of the next step, as transformed by its stage."""
@@ -262,20 +277,37 @@ class Trainer:
         self.progress.held_out.append((self.progress.step, held_out_loss(self.model, batches)))
 
     def train(self, corpus: Corpus, batches: list[Tensor], events: Events) -> bool:
-        """Steps until the end or until the user stops; False when stopped early."""
+        """Steps until the end or until a signal; False when stopped early."""
+        self.stop = events.stop
+        try:
+            with events.stop.leaving_at_any_point():
+                return self._train(corpus, batches, events)
+        except Terminated:
+            if self.saved_step != self.progress.step:
+                events.on_checkpoint(self)
+            return False
+
+    def _train(self, corpus: Corpus, batches: list[Tensor], events: Events) -> bool:
         settings = self.settings
-        every = max(1, math.ceil(settings.steps / NUM_EVALUATIONS))
+        self._evaluate_when_due(batches)  # a stop may have cut it off
         while self.progress.step < settings.steps:
             self._enter_stage()
             self.train_step(self.next_batch(corpus))
             step = self.progress.step
             events.on_step(self.progress)
-            last = step == settings.steps
-            if step % every == 0 or last:
-                self.evaluate(batches)
-            stop = events.stop_requested()
+            self._evaluate_when_due(batches)
+            last, stop = step == settings.steps, events.stop.requested
             if last or stop or (settings.save_every and step % settings.save_every == 0):
-                events.on_checkpoint(self)
+                with events.stop.undisturbed():
+                    events.on_checkpoint(self)
+                    self.saved_step = step
             if stop:
                 return last
         return True
+
+    def _evaluate_when_due(self, batches: list[Tensor]) -> None:
+        step, steps, held_out = self.progress.step, self.settings.steps, self.progress.held_out
+        every = max(1, math.ceil(steps / NUM_EVALUATIONS))
+        done = bool(held_out) and held_out[-1][0] == step
+        if step > 0 and not done and (step % every == 0 or step == steps):
+            self.evaluate(batches)

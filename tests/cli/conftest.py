@@ -38,28 +38,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
     """Runs finetune with small sizes; keyword arguments override options, None leaves one out."""
-    from finetune_runs import STEPS, invoke
+    from finetune_runs import invoke, small_run
 
     def run(*flags: str, **options: Any) -> Any:
-        defaults = {
-            "model": tiny_model,
-            "text": text_file,
-            "rank": 4,
-            "steps": STEPS,
-            "batch": 2,
-            "seq_len": 16,
-            "eval_batches": 2,
-            "experts": 2,
-            "top_k": 1,
-            "window": 4,
-            "dtype": "fp32",
-            "lr": 0.002,
-            "out": tmp_path / "out",
-        }
-        arguments = ["finetune", *flags]
-        for name, value in {**defaults, **options}.items():
-            if value is not None:
-                arguments += ["--" + name.replace("_", "-"), str(value)]
-        return invoke(*arguments)
+        defaults = {"model": tiny_model, "text": text_file, "out": tmp_path / "out"}
+        return invoke("finetune", *flags, *small_run(**{**defaults, **options}))
 
     return run

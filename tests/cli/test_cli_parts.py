@@ -370,7 +370,7 @@ def test_first_signal_asks_second_interrupts_and_handlers_come_back() -> None:
     with StopRequest() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
+        assert stop.requested and stop.exit_code == 143
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

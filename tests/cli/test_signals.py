@@ -1,0 +1,126 @@
+"""SIGTERM stops a run wherever it is, and what was trained can be continued to the same numbers."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+from finetune_runs import STEPS, invoke, resume, rows, small_run
+
+from lowrank_ext.cli import finetune, training
+from lowrank_ext.cli.interrupts import StoppedAtOnce, StopRequest, Terminated
+from lowrank_ext.cli.training import Optimizer, Trainer
+
+OPTIONS = {"dropout": 0.2, "method": "set-and-sequence", "set_fraction": 0.5, "save_every": 3}
+NUMBERS = ("losses", "held_out", "trainable_at_start", "trainable_at_end", "saved_bytes_at_start")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The numbers of a run that nothing stops."""
+    out = tmp_path_factory.mktemp("whole")
+    result = invoke("finetune", *small_run(model=tiny_model, text=text_file, out=out, **OPTIONS))
+    assert result.exit_code == 0, result.output
+    return {name: rows(out)["set-and-sequence"][name] for name in NUMBERS}
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """`function` with SIGTERM before the given call of it."""
+    calls = [0]
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            terminate()
+        return function(*arguments, **options)
+
+    return wrapper
+
+
+def in_backward(step: Callable[..., Any], call: int) -> Callable[..., Any]:
+    def loss(*arguments: Any) -> Any:
+        first, total = step(*arguments)
+        total.register_hook(hook)
+        return first, total
+
+    hook = terminated(lambda gradient: None, call)
+    return loss
+
+
+PLACES = {
+    "loading": (finetune, "load_model", terminated, 1, None),
+    "first evaluation": (training, "held_out_loss", terminated, 1, None),
+    "first step": (Trainer, "_train_step", terminated, 1, 0),
+    "forward": (training, "model_loss", terminated, 12, 4),
+    "backward": (training, "training_loss", in_backward, 5, 4),
+    "update": (Optimizer, "step", terminated, 5, 5),
+    "end of a stage": (Trainer, "_enter_stage", terminated, 5, 4),
+    "evaluation": (training, "held_out_loss", terminated, 3, 4),
+    "checkpoint": (finetune, "save_checkpoint", terminated, 1, 3),
+    "last evaluation": (training, "held_out_loss", terminated, 5, STEPS),
+    "measuring": (finetune, "interleaved_timing", terminated, 1, STEPS),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_sigterm_is_heard_and_loses_nothing(run, tmp_path, monkeypatch, whole, place) -> None:
+    owner, name, wrap, call, step = PLACES[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, wrap(getattr(owner, name), call))
+        result = run(**OPTIONS)
+    out = tmp_path / "out"
+    assert result.exit_code == 143, result.output
+    if place == "loading":
+        assert "nothing was trained yet" in result.stderr
+        assert not (out / "settings.json").exists()
+        return
+    assert f"lowrank-ext finetune --resume --out {out}" in result.stderr
+    expected = [] if step is None else [f"checkpoint-{step:06d}"]
+    assert [path.name for path in out.glob("checkpoint-*")] == expected
+    result = resume(out)
+    assert result.exit_code == 0, result.output
+    found = rows(out)["set-and-sequence"]
+    assert {name: found[name] for name in NUMBERS} == whole
+
+
+def test_sigterm_is_heard_while_a_pattern_backtracks(run, tmp_path) -> None:
+    timer = threading.Timer(8, terminate)
+    timer.start()
+    result = run(targets=r"(\w+\.?)+(\w+\.?)+(\w+\.?)+#")
+    timer.cancel()
+    assert result.exit_code == 143, result.output
+
+
+def test_sigterm_after_ctrl_c_stops_without_waiting_and_a_third_signal_ends_it() -> None:
+    with StopRequest() as stop:
+        with stop.leaving_at_any_point():
+            signal.raise_signal(signal.SIGINT)
+            assert stop.requested and stop.exit_code == 130
+            with pytest.raises(Terminated):
+                terminate()
+            assert stop.exit_code == 143
+            with pytest.raises(StoppedAtOnce) as stopped:
+                signal.raise_signal(signal.SIGINT)
+            assert stopped.value.exit_code == 143
+        with pytest.raises(Terminated), stop.leaving_at_any_point():
+            raise AssertionError("SIGTERM has come before")
+
+
+def test_sigterm_leaves_an_undisturbed_block_at_its_end() -> None:
+    reached = False
+    with StopRequest() as stop:
+        with pytest.raises(Terminated), stop.leaving_at_any_point(), stop.undisturbed():
+            terminate()
+            reached = True
+        assert reached and stop.requested
