@@ -44,8 +44,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     inits on average only, see GOATConfig). A module registered at several paths is adapted once and
     stays shared; tied weights stay tied. The config, with the ranks that LaMDA++ found, is kept as
     ``model.lowrank_config``. torch's fused eval path of nn.TransformerEncoderLayer, which would
-    bypass the adapters, is switched off in adapted layers. Over weights that accelerate offloads the
-    adapters lie on the device that computes; a model on the meta device is adapted there.
+    bypass the adapters, is switched off in adapted layers. Over weights that accelerate offloads
+    the adapters lie on the device that computes; a model on the meta device is adapted there.
 
     Args:
         model: any torch or transformers model; returned.
@@ -56,8 +56,9 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     Raises:
         TypeError: model or config has the wrong type, or the model is itself a linear module.
         ValueError: a name matches nothing, a module cannot be adapted with these options, a weight
-            that an init would change is tied to another module, or the model carries adapters
-            already, or a weight that an init or modules_to_save needs is offloaded. All of this is checked before the first change.
+            that an init would change is tied to another module, a weight that an init or
+            modules_to_save needs is offloaded, or the model carries adapters already. All of this
+            is checked before the first change.
 
     Examples:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))

@@ -121,6 +121,24 @@ class AdapterConfig:
         except (TypeError, ValueError) as error:
             raise type(error)(str(error).replace(cls.__name__, owner, 1)) from None
 
+    @classmethod
+    def for_one_module(
+        cls, owner: str, config: "AdapterConfig | None", options: Mapping[str, Any]
+    ) -> "AdapterConfig":
+        """The config of a single module: ``config`` itself, or one with ``options`` as fields."""
+        if config is None:
+            config = cls.of(owner, **options)
+        elif options:
+            raise TypeError(
+                f"{owner}: give a config or its fields, got a config and {sorted(options)}"
+            )
+        if not isinstance(config, cls):
+            raise TypeError(
+                f"{owner}: config must be a {cls.__name__}, got {type(config).__name__}"
+            )
+        config.check_no_patterns(owner)
+        return config
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen: only while the object is being built
 

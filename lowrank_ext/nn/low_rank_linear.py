@@ -30,6 +30,7 @@ from lowrank_ext.nn.base_layer import (
     linear_features,
     plain_module,
 )
+from lowrank_ext.nn.call_arguments import input_name, split_call
 from lowrank_ext.nn.merged_weight import merged_weight
 
 
@@ -136,22 +137,11 @@ class LowRankLinear(Adapter):
     @classmethod
     def _config(cls, config: AdapterConfig | None, options: dict[str, Any]) -> AdapterConfig:
         """The config of one module: ``config`` itself, or one with ``options`` as fields."""
-        owner = cls.__name__
         if not hasattr(cls, "config_class"):
-            raise TypeError(f"{owner}: use a subclass, such as LoRALinear; it is no method itself")
-        if config is None:
-            config = cls.config_class.of(owner, **options)
-        elif options:
             raise TypeError(
-                f"{owner}: give a config or its fields, got a config and {sorted(options)}"
+                f"{cls.__name__}: use a subclass, such as LoRALinear; it is no method itself"
             )
-        if not isinstance(config, cls.config_class):
-            raise TypeError(
-                f"{owner}: config must be a {cls.config_class.__name__}, "
-                f"got {type(config).__name__}"
-            )
-        config.check_no_patterns(owner)
-        return config
+        return cls.config_class.for_one_module(cls.__name__, config, options)
 
     @classmethod
     def check_fits(cls, in_features: int, out_features: int, config: AdapterConfig) -> None:
@@ -211,6 +201,7 @@ class LowRankLinear(Adapter):
         empty = torch.empty(n, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, False))
         self.base_layer = None
+        self.input_name = "input"
 
     def _take_base(self, base: nn.Module) -> None:
         plain = is_plain(base)
@@ -222,6 +213,7 @@ class LowRankLinear(Adapter):
         self.register_parameter("weight", base._parameters["weight"] if plain else None)
         self.register_parameter("bias", base._parameters.get("bias") if plain else None)
         self.base_layer = None if plain else base
+        self.input_name = input_name(base)
 
     def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
         """Register the adapter's tensors, zero."""
@@ -413,21 +405,33 @@ class LowRankLinear(Adapter):
         plain = plain_module(features, self.weight, self.bias, self.fan_in_fan_out)
         return plain.train(self.training)
 
-    def base_output(self, x: Tensor) -> Tensor:
-        """The base's output for x with its present weight."""
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output for x, and what else it takes, with its present weight."""
         if self.base_layer is not None:
-            y: Tensor = self.base_layer(x)
+            y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         assert self.weight is not None
         return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N] in x's dtype."""
-        if self.merged:
-            return self.base_output(x)
-        return self.adapted_output(x, *self.branch_factors(self.training), self.scaling)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] to [..., N] in x's dtype.
 
-    def adapted_output(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        x is the first argument, or named as by the base (``input`` of nn.Linear). Further arguments
+        go to the base.
+        """
+        x, args, kwargs = split_call(self, args, kwargs)
+        if self.merged:
+            return self.base_output(x, *args, **kwargs)
+        return self.unmerged_output(x, *args, **kwargs)
+
+    def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output for these arguments plus the branch; a method may have its own."""
+        factors = self.branch_factors(self.training)
+        return self.adapted_output(x, *factors, self.scaling, *args, **kwargs)
+
+    def adapted_output(
+        self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """The base's output plus the branch lora_b core lora_a; dropout in training mode."""
         options: dict[str, Any] = {
             "core": self.core,
@@ -437,7 +441,8 @@ class LowRankLinear(Adapter):
             "dropout_p": self.dropout if self.training else 0.0,
         }
         if self.base_layer is not None:
-            return ops.lowrank_add(self.base_output(x), x, lora_a, lora_b, **options)
+            base_out = self.base_output(x, *args, **kwargs)
+            return ops.lowrank_add(base_out, x, lora_a, lora_b, **options)
         assert self.weight is not None
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return ops.lowrank_linear(x, weight, self.bias, lora_a, lora_b, **options)

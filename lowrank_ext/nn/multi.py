@@ -7,7 +7,7 @@ block.
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from lowrank_ext.nn.base_layer import (
     is_plain,
     linear_features,
 )
+from lowrank_ext.nn.call_arguments import input_name, split_call
 from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
@@ -74,6 +75,7 @@ class MultiLoRALinear(BaseKeys):
         self.register_parameter("weight", base._parameters["weight"] if plain else None)
         self.register_parameter("bias", base._parameters["bias"] if plain else None)
         self.base_layer = None if plain else base
+        self.input_name = input_name(base)
         weight = dense_weight(base)
         device = execution_device(base)
         base_dtype = None if weight is None else weight.dtype
@@ -176,8 +178,11 @@ class MultiLoRALinear(BaseKeys):
         """Memory of one adapter of ``rank`` here."""
         return rank * (self.in_features + self.out_features) * self.lora_a.element_size()
 
-    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+    def forward(self, *args: Any, adapter_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N] in x's dtype.
+
+        x is the first argument, or named as by the base (``input`` of nn.Linear). Further arguments
+        go to the base, but for a second positional one outside of a bank: it is ``adapter_ids``.
 
         Args:
             adapter_ids: int64 [...], an id for each row, -1 for the base alone. None: the ids of
@@ -187,11 +192,14 @@ class MultiLoRALinear(BaseKeys):
             RuntimeError: activation checkpointing reruns a trained adapter outside of the block of
                 its first run.
         """
+        if self.bank < 0 and len(args) > 1 and adapter_ids is None:
+            adapter_ids, args = args[1], (args[0], *args[2:])
+        x, args, kwargs = split_call(self, args, kwargs)
         if self.base_layer is None:
             assert self.weight is not None
             base_out = F.linear(x, self.weight, self.bias)
         else:
-            base_out = self.base_layer(x)
+            base_out = self.base_layer(x, *args, **kwargs)
         if adapter_ids is None:
             adapter_ids = ids_of_block(x, self.bank, self.names)
         if adapter_ids is None:

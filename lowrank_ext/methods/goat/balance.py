@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.forward_meter import ForwardMeter
 from lowrank_ext.methods.goat.module import GOATLinear
+from lowrank_ext.nn.call_arguments import split_call
 from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["ExpertLoad", "balance_loss", "expert_load"]
@@ -76,7 +77,7 @@ class ExpertLoad(ForwardMeter):
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert isinstance(module, GOATLinear)
-            counts.add_(module.expert_counts(args[0] if args else kwargs["x"]))
+            counts.add_(module.expert_counts(split_call(module, args, kwargs)[0]))
 
         return count
 

@@ -116,10 +116,9 @@ class GOATLinear(LowRankLinear):
             f"GOATLinear.delta_weight: the branch must be one matrix, {self.unmergeable_because}"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N] in x's dtype."""
+    def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y, loss, _, _ = ops.moe_lowrank_add(
-            self.base_output(x),
+            self.base_output(x, *args, **kwargs),
             x,
             self.router_weight,
             self.lora_a,

@@ -13,6 +13,7 @@ from lowrank_ext.forward_meter import ForwardMeter
 from lowrank_ext.merging import merge, unmerge
 from lowrank_ext.methods.reslora.chain_state import open_frame
 from lowrank_ext.methods.reslora.module import ResLoRALinear
+from lowrank_ext.nn.call_arguments import split_call
 from lowrank_ext.targets import modules_of_kind
 
 __all__ = ["MergeError", "reslora_call", "reslora_merge_error", "reslora_statistics"]
@@ -65,7 +66,7 @@ class InputSizes(ForwardMeter):
 
         @torch.no_grad()
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["x"]
+            x = split_call(module, args, kwargs)[0]
             if x.numel():
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
                 # A ring buffer on the module's device, so that the host does not wait.
@@ -165,8 +166,10 @@ def _comparison(delta: Tensor, squares: Tensor) -> Callable[..., None]:
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> None:
         assert isinstance(module, ResLoRALinear)
-        x = args[0] if args else kwargs["x"]
-        merged = module.base_output(x).double() + F.linear(x.to(delta), delta).double()
+        x, args, kwargs = split_call(module, args, kwargs)
+        merged = (
+            module.base_output(x, *args, **kwargs).double() + F.linear(x.to(delta), delta).double()
+        )
         squares.add_(torch.stack([(merged - y.double()).square().sum(), y.double().square().sum()]))
 
     return compare

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,7 @@ class ResLoRALinear(LowRankLinear):
 
     # ------------------------------------------------------------------------------------ forward
 
-    def forward(self, x: Tensor) -> Tensor:
+    def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N] in x's dtype.
 
         Raises:
@@ -126,18 +127,16 @@ class ResLoRALinear(LowRankLinear):
             ValueError: x and the input of earlier modules differ in their leading dimensions, or
                 only some modules of the chain are merged.
         """
-        if self.merged:
-            return self.base_output(x)
         if self.shortcut == "block":
-            return self._block_output(x)
+            return self._block_output(x, *args, **kwargs)
         frame = self._frame()
         if frame is None:
-            return self._first_output(x)
+            return self._first_output(x, *args, **kwargs)
         state = self._earlier_state(frame, x)
         if self.shortcut == "input":
-            y, left = self._input_output(frame, state, x)
+            y, left = self._input_output(frame, state, x, *args, **kwargs)
         else:
-            y, left = self._middle_output(state, x)
+            y, left = self._middle_output(state, x, *args, **kwargs)
         assert self.chain is not None
         frame.states[self.chain] = ChainState(self.position, left)
         return y
@@ -180,18 +179,18 @@ class ResLoRALinear(LowRankLinear):
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def _first_output(self, x: Tensor) -> Tensor:
-        doubled = 2 if self.shortcut == "input" else 1
-        return self.adapted_output(x, self.lora_a, self.lora_b, doubled * self.scaling)
+    def _first_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scaling = (2 if self.shortcut == "input" else 1) * self.scaling
+        return self.adapted_output(x, self.lora_a, self.lora_b, scaling, *args, **kwargs)
 
     def _input_output(
-        self, frame: Frame, state: ChainState | None, x: Tensor
+        self, frame: Frame, state: ChainState | None, x: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if state is None:
-            return self._first_output(x), (x,)
+            return self._first_output(x, *args, **kwargs), (x,)
         (previous,) = state.tensors
         y = ops.lowrank_add(
-            self.base_output(x),
+            self.base_output(x, *args, **kwargs),
             frame.sum_of(x, previous.to(x)),
             self.lora_a,
             self.lora_b,
@@ -201,7 +200,7 @@ class ResLoRALinear(LowRankLinear):
         return y, (x,)
 
     def _middle_output(
-        self, state: ChainState | None, x: Tensor
+        self, state: ChainState | None, x: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # An identity for the other factor gives one half of the branch.
         identity = torch.eye(self.r, dtype=self.lora_a.dtype, device=x.device)
@@ -217,16 +216,17 @@ class ResLoRALinear(LowRankLinear):
         total = wide
         for part in earlier:
             total = part.to(wide) + total
+        base_out = self.base_output(x, *args, **kwargs)
         y = ops.lowrank_add(
-            self.base_output(x), total.to(h.dtype), identity, self.lora_b, scaling=self.scaling
+            base_out, total.to(h.dtype), identity, self.lora_b, scaling=self.scaling
         )
         left = (total,) if self.pre_num == -1 else (*earlier, h)[-self.pre_num :]
         return y, left
 
-    def _block_output(self, x: Tensor) -> Tensor:
+    def _block_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         terms = [self, *self.reached()]
         if len(terms) == 1:
-            return self._first_output(x)
+            return self._first_output(x, *args, **kwargs)
         lora_a = [module.lora_a.to(self.lora_a) for module in terms]
         # The op has one scaling: the ratio of the others' to it is multiplied into their lora_b.
         lora_b = [
@@ -236,12 +236,13 @@ class ResLoRALinear(LowRankLinear):
             for module in terms
         ]
         if self._dropout_p() == 0 or self.shared_dropout:
-            return self.adapted_output(x, torch.cat(lora_a), torch.cat(lora_b, 1), self.scaling)
+            stacked = torch.cat(lora_a), torch.cat(lora_b, 1)
+            return self.adapted_output(x, *stacked, self.scaling, *args, **kwargs)
         rank = max(module.r for module in terms)
         stacked_a = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a in lora_a])
         stacked_b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for b in lora_b])
         return ops.moe_lowrank_add(
-            self.base_output(x),
+            self.base_output(x, *args, **kwargs),
             x,
             # Each expert draws its own mask. All are chosen, with weight 1 / len(terms).
             self.lora_a.new_zeros(len(terms), self.in_features),

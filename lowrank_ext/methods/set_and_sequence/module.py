@@ -274,39 +274,39 @@ class BasisLoRALinear(LowRankLinear):
             )
         return masked if self.basis == "down" else masked.mT
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N] in x's dtype."""
-        if self.merged:
-            return self.base_output(x)
+    def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         p = self._mask_probability(self.training)
         if p > 0 and self.mask_per == "sample" and x.dim() > 1:
-            return self._forward_per_sample(x, p)
+            return self._output_per_sample(x, p, *args, **kwargs)
         if self.rows_number >= 0 and not self.training:
             ids = ids_of_block(x, self.rows_number, (IDENTITY, *self.residuals))
             if ids is not None:
-                return self._forward_in_block(x, ids)
-        return super().forward(x)
+                return self._output_in_block(x, ids, *args, **kwargs)
+        return super().unmerged_output(x, *args, **kwargs)
 
-    def _forward_per_sample(self, x: Tensor, p: float) -> Tensor:
+    def _output_per_sample(self, x: Tensor, p: float, *args: Any, **kwargs: Any) -> Tensor:
         samples = x.shape[0]
         coefficients = self._coefficients(self.residual_scales, p, num_masks=samples)
         ids = ids_per_row(torch.arange(samples, device=x.device), x)
         shape = (samples, *coefficients.shape[-2:])
-        return self._forward_stacked(x, coefficients.expand(shape), ids)
+        return self._output_stacked(x, coefficients.expand(shape), ids, *args, **kwargs)
 
-    def _forward_in_block(self, x: Tensor, ids: Tensor) -> Tensor:
+    def _output_in_block(self, x: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = [{name: 1.0} for name in self.residuals]
         # The last one is for compiled code outside of a block, where all ids are -1.
         choices: list[dict[str, float]] = [{}, *alone, self.residual_scales]
         stack = torch.stack([self._coefficients(scales, 0.0) for scales in choices])
-        return self._forward_stacked(x, stack, torch.where(ids < 0, len(choices) - 1, ids))
+        ids = torch.where(ids < 0, len(choices) - 1, ids)
+        return self._output_stacked(x, stack, ids, *args, **kwargs)
 
-    def _forward_stacked(self, x: Tensor, coefficients: Tensor, ids: Tensor) -> Tensor:
+    def _output_stacked(
+        self, x: Tensor, coefficients: Tensor, ids: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Output for x in which each row uses the coefficients, of [n, …], at its id."""
         basis = self._basis_factor.expand(coefficients.shape[0], *self._basis_factor.shape)
         down = self.basis == "down"
         return ops.multi_lowrank_add(
-            self.base_output(x),
+            self.base_output(x, *args, **kwargs),
             x,
             basis if down else coefficients,
             coefficients if down else basis,
