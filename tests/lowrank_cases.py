@@ -235,6 +235,15 @@ def assert_exact(
     return got
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def odd_integers(like: Tensor) -> Tensor:
+    """As large as the half-size dtype holds them: sums of a few it cannot hold."""
+    limit = round(1 / torch.finfo(like.dtype).eps) // 2
+    return (2 * torch.randint_like(like, -limit, limit, dtype=torch.float64) + 1).to(like.dtype)
+
+
 def raw_args(
     op: str,
     tensors: Tensors,

@@ -13,8 +13,9 @@ void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight,
                   const std::optional<Tensor>& bias) {
   if (!bias) return multiply(y, x, transposed(weight));
   const Tensor bias_row = strided_view(*bias, 0, 1, bias->size(0), 0, bias->stride(0));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), bias_row.get(), x.get(),
-                                                  transposed(weight).get(), 1.0, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), bias_row.get(), without_gaps(x).get(),
+                                                  without_gaps(transposed(weight)).get(), 1.0,
+                                                  1.0));
 }
 
 void lowrank_linear_cpu(const BranchArgs& args, const Tensor& x, const Tensor& weight,

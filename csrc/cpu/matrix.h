@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../matrix.h"
+#include "checks.h"
 #include "convert.h"
 
 namespace lowrank_ext::cpu {
@@ -16,9 +17,21 @@ inline Rows rows_of(const Tensor& matrix) {
   return {matrix.data_ptr(), matrix.scalar_type(), matrix.stride(0)};
 }
 
+// A matrix as oneDNN may read it. Its products of half-size dtypes read columns in groups of 32, and
+// multiply what lies behind the last column by zero: NaN there, in a slice's padding, would spread.
+inline Tensor without_gaps(const Tensor& matrix) {
+  const bool by_rows = matrix.stride(1) == 1;
+  const int64_t num_cols = matrix.size(by_rows ? 1 : 0), stride = matrix.stride(by_rows ? 0 : 1);
+  const bool safe = !is_half_size(matrix.scalar_type()) || num_cols % 32 == 0 || stride == num_cols;
+  if (safe) return matrix;
+  return by_rows ? torch::stable::contiguous(matrix)
+                 : transposed(torch::stable::contiguous(transposed(matrix)));
+}
+
 // out = beta · out + alpha · left right
-inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right, double beta = 0.0,
-                     double alpha = 1.0) {
+inline void multiply(const Tensor& out, const Tensor& left_matrix, const Tensor& right_matrix,
+                     double beta = 0.0, double alpha = 1.0) {
+  const Tensor left = without_gaps(left_matrix), right = without_gaps(right_matrix);
   if (beta == 0.0 && alpha == 1.0) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
   } else {

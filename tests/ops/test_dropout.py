@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import DtypePair
 from lowrank_cases import (
     FP32,
     MIXED,
     OPS,
     OPTIONAL,
+    assert_exact,
     assert_same_bits,
     assert_same_values,
     call,
@@ -263,6 +265,13 @@ def test_everything_dropped(device: str, dtype: torch.dtype, op: str) -> None:
     y.sum().backward()
     for value in (y, x.grad, lora_a.grad, lora_b.grad):
         assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_masks_go_on_from_one_block_of_rows_to_the_next(device: str, dtypes: DtypePair) -> None:
+    """More rows than a block of keep bits (8192) or of scratch (512) has; one code of both ops."""
+    tensors = make_tensors("lowrank_add", (8200,), 16, 8, 2, dtypes, device, integers=True)
+    dout = make_dout(tensors, integers=True)
+    assert_exact("lowrank_add", tensors, dout, dropout_p=0.5, seed=seed_tensor(6, device))
 
 
 # The generator

@@ -8,6 +8,7 @@ from lowrank_cases import (
     FP32,
     FP64,
     GRADIENTS,
+    HALVES,
     LAYOUTS,
     MIXED,
     OPS,
@@ -24,6 +25,7 @@ from lowrank_cases import (
     evaluate,
     make_dout,
     make_tensors,
+    odd_integers,
     on_device,
     padded_rows,
     poison_freed_memory,
@@ -32,6 +34,7 @@ from lowrank_cases import (
     raw_backward_args,
     seed_tensor,
     transposed,
+    true_values,
 )
 from torch import Tensor
 
@@ -230,6 +233,25 @@ def test_layouts(device: str, op: str, dtypes: DtypePair, layout: Layout, names:
     assert_layout_changes_nothing(op, tensors, dout, dropout_p=0.5, seed=seed_tensor(5, device))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtypes", "num_rows"),
+    [(BF16, 300), (FP32, 600), (DtypePair(torch.float16, torch.float32), 600)],
+    ids=["bfloat16", "float32", "float16+float32"],
+)
+@both_ops
+def test_layouts_of_several_blocks(
+    device: str, op: str, dtypes: DtypePair, num_rows: int, layout: Layout
+) -> None:
+    """A stride that holds within a tile (128 rows) or a block (512 rows) holds between them too."""
+    tensors = make_tensors(op, (num_rows,), 24, 70, 3, dtypes, device, integers=True)
+    dout = layout(make_dout(tensors, integers=True))
+    for name in {"x", "base_out"} & tensors.keys():
+        tensors[name] = layout(tensors[name])
+    options = {"dropout_p": 0.5, "seed": seed_tensor(5, device)}
+    assert_layout_changes_nothing(op, tensors, dout, **options)
+
+
 @pytest.mark.simt
 @both_ops
 def test_transposed_leading_dimensions(device: str, op: str) -> None:
@@ -251,6 +273,31 @@ def test_gradient_of_a_sum_has_stride_zero(device: str, op: str, dtypes: DtypePa
     tensors = make_tensors(op, (2, 5), 9, 7, 3, dtypes, device, optional=OPTIONAL, integers=True)
     got = assert_exact(op, tensors, None)
     assert_same_values(got, evaluate(ops, op, tensors, torch.ones_like(got["y"])))
+
+
+# Rounding
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("num_rows", [9, 300])
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(("odd", "result"), [("lora_b", "y"), ("lora_a", "dx")])
+@both_ops
+def test_sums_are_rounded_once(
+    device: str, kernels: str, op: str, odd: str, result: str, half: torch.dtype, num_rows: int
+) -> None:
+    """A branch that the dtype cannot hold, added to a base: fp64's value, rounded once."""
+    if op == "lowrank_linear" and kernels != "cpu" and num_rows > 9:
+        pytest.skip("a GPU writes the branch of a large output before the base product")
+    dtypes = DtypePair(half, half)
+    tensors = make_tensors(op, (num_rows,), 24, 20, 8, dtypes, device, integers=True)
+    for name in {odd, "base_out"} & tensors.keys():
+        tensors[name] = odd_integers(tensors[name])
+    dout = make_dout(tensors, integers=True)
+    got = evaluate(ops, op, tensors, dout, ["x"])[result]
+    true = true_values(op, tensors, dout, ["x"])[result]
+    assert not torch.equal(true.to(half).double(), true), "badly chosen case"
+    assert_same_bits(got, true.to(half), result)
 
 
 # Gradients that are needed, and those that are not

@@ -22,6 +22,7 @@ from lowrank_cases import (
     BF16,
     FP32,
     FP64,
+    HALVES,
     LAYOUTS,
     MIXED,
     Layout,
@@ -30,6 +31,7 @@ from lowrank_cases import (
     assert_raises_alike,
     assert_same_bits,
     assert_same_values,
+    odd_integers,
     padded_rows,
     poison_freed_memory,
     seed_tensor,
@@ -53,6 +55,7 @@ from moe_cases import (
     raw_args,
     raw_backward_args,
     routed_tensors,
+    true_values,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -202,6 +205,51 @@ def test_some_gradients_alone(device: str, needs: tuple[str, ...], form: tuple[b
     every = evaluate(ops, tensors, dout, **options)
     for name, value in evaluate(ops, tensors, dout, needs, **options).items():
         assert_same_bits(value, every[name], name)
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_experts", [160])
+def test_more_experts_than_one_go_of_a_sum(
+    device: str, dtypes: DtypePair, num_experts: int
+) -> None:
+    """dx is a sum over all of them, of which a kernel takes 128 at a time."""
+    tensors = make_tensors((20,), 40, 24, num_experts, 2, dtypes, device)
+    assert_within_rule(tensors, make_dout(tensors), top_k=2)
+
+
+@both_forms
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_several_blocks(
+    device: str, dtypes: DtypePair, rank: int, layout: Layout
+) -> None:
+    """Two groups of 600 rows, more than a block or a tile of them has."""
+    tensors = integer_tensors((600,), 12, 9, 4, rank, dtypes=dtypes, device=device)
+    if rank == GROUPED_RANK:  # sums of 40 integers leave bfloat16's exact range
+        tensors["lora_a"][:, 4:] = 0
+    dout = layout(make_dout(tensors, integers=True))
+    for name in ("x", "base_out"):
+        tensors[name] = layout(tensors[name])
+    options = {"top_k": 2, "dropout_p": 0.5, "seed": seed_tensor(4, device)}
+    got = assert_exact(tensors, dout, **options)
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert_same_values(got, evaluate(ops, dense, dout.contiguous(), **options))
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("num_rows", [1, 9, 70])
+@pytest.mark.parametrize("half", HALVES)
+def test_y_is_rounded_once(device: str, half: torch.dtype, num_rows: int) -> None:
+    """Two experts of weight 1/2 and a base, together more than the dtype can hold."""
+    dtypes = DtypePair(half, half)
+    tensors = integer_tensors((num_rows,), 24, 20, 4, 8, dtypes=dtypes, device=device)
+    for name in ("lora_b", "base_out"):
+        tensors[name] = odd_integers(tensors[name])
+    dout = make_dout(tensors)
+    true = true_values(tensors, dout, top_k=2, scaling=2.0)["y"]
+    assert not torch.equal(true.to(half).double(), true), "badly chosen case"
+    got = evaluate(ops, tensors, dout, top_k=2, scaling=2.0)
+    assert_same_bits(got["y"], true.to(half), "y")
 
 
 @pytest.mark.simt(every=5)

@@ -13,6 +13,7 @@ from lowrank_cases import (
     BF16,
     FP32,
     FP64,
+    HALVES,
     LAYOUTS,
     MIXED,
     Layout,
@@ -22,6 +23,7 @@ from lowrank_cases import (
     assert_raises_alike,
     assert_same_bits,
     assert_same_values,
+    odd_integers,
     on_device,
     padded_rows,
     poison_freed_memory,
@@ -296,6 +298,73 @@ def test_every_number_of_rows(
     tensors = make_tensors(ids, 40, 24, 2, 4, dtypes, integers=True)
     options = {"dropout_p": dropout_p, "seed": seed_tensor(5, device)}
     assert_exact(tensors, make_dout(tensors, integers=True), **options)
+
+
+@pytest.mark.simt(every=7)
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [127, 128, 129, 300])
+@pytest.mark.parametrize("num_rows", [4, 9, 21])
+def test_large_ranks_of_several_rows(
+    device: str, dtypes: DtypePair, rank: int, num_rows: int
+) -> None:
+    """num_rows of each of two adapters: more ranks and more rows than one go of a kernel takes."""
+    ids = torch.arange(2 * num_rows, device=device) % 2
+    tensors = make_tensors(ids, 33, 40, 2, rank, dtypes, integers=True)
+    tensors["lora_a"] *= torch.rand_like(tensors["lora_a"]) < 0.2
+    tensors["lora_b"] *= torch.rand_like(tensors["lora_b"]) < 0.2
+    assert_exact(tensors, make_dout(tensors, integers=True))
+
+
+four_dtypes = pytest.mark.parametrize(
+    "dtypes",
+    [FP32, BF16, MIXED, DtypePair(torch.float16, torch.float16)],
+    ids=["float32", "bfloat16", "mixed", "float16"],
+)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("run_length", [1, 3])
+@four_dtypes
+def test_scattered_segments_of_several_blocks(
+    device: str, dtypes: DtypePair, run_length: int, dropout_p: float
+) -> None:
+    """Two segments of 700 rows; a block of gathered rows has at most 512."""
+    ids = (torch.arange(700, device=device) % 2).repeat_interleave(run_length)[:1400]
+    ids = torch.cat([ids, ids])[:1400]
+    tensors = make_tensors(ids, 64, 24, 2, 3, dtypes, integers=True)
+    options = {"dropout_p": dropout_p, "seed": seed_tensor(5, device)}
+    assert_exact(tensors, make_dout(tensors, integers=True), **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", ["random", "one"])
+def test_layouts_of_several_blocks(
+    device: str, dtypes: DtypePair, pattern: str, layout: Layout
+) -> None:
+    tensors = make_tensors(make_ids(pattern, (600,), 2), 24, 17, 2, 3, dtypes, integers=True)
+    dout = layout(make_dout(tensors, integers=True))
+    for name in ("x", "base_out"):
+        tensors[name] = layout(tensors[name])
+    assert_exact(tensors, dout)
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("num_rows", [2, 18, 400])
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(("odd", "result"), [("lora_b", "y"), ("lora_a", "dx")])
+def test_sums_are_rounded_once(
+    device: str, odd: str, result: str, half: torch.dtype, num_rows: int
+) -> None:
+    """A branch that the dtype cannot hold, added to a base: fp64's value, rounded once."""
+    ids = torch.arange(num_rows, device=device) % 2
+    tensors = make_tensors(ids, 24, 20, 2, 8, DtypePair(half, half), integers=True)
+    for name in (odd, "base_out"):
+        tensors[name] = odd_integers(tensors[name])
+    dout = make_dout(tensors, integers=True)
+    true = true_values(tensors, dout)[result]
+    assert not torch.equal(true.to(half).double(), true), "badly chosen case"
+    assert_same_bits(evaluate(ops, tensors, dout)[result], true.to(half), result)
 
 
 @pytest.mark.simt(every=5)

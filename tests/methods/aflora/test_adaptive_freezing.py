@@ -233,6 +233,28 @@ def test_scores_and_decisions_are_the_released_ones(
     assert 2 < min(schedule.frozen_at.values()) < max(schedule.frozen_at.values()) <= 15
 
 
+@pytest.mark.parametrize(("step", "frozen"), [(79, []), (81, []), (82, ["lora_a", "lora_b"])])
+def test_k_is_truncated(step: int, frozen: list[str]) -> None:
+    """As released, k = int(N (1 - rho)): of N = 9 entries 5.6, 5.9 and 6.05 give 5, 5 and 6.
+
+    The 5th smallest entry is 1, which is the score of lora_b; the 6th is above all scores.
+    """
+    model = AFLoRALinear.from_linear(nn.Linear(2, 1), r=3)
+    options = {"eta": 1.0, "start": 0.0, "window": 1, "decay": "quadratic"}
+    schedule = lr.AdaptiveFreezeSchedule(model, 100, **options)
+    state = schedule.state_dict()
+    state["step"] = step
+    for name, entries in (("lora_a", [0, 0, 10, 10, 10, 10]), ("lora_b", [1, 1, 1])):
+        statistics = state["live"][name]
+        statistics["mean"] = torch.tensor(entries).float().view_as(statistics["mean"])
+        statistics["spread"] = torch.ones_like(statistics["spread"])
+    schedule.load_state_dict(state)
+    for projection in (model.lora_a, model.lora_b):
+        projection.grad = torch.zeros_like(projection)
+    schedule.step()
+    assert sorted(schedule.frozen_at) == frozen
+
+
 def test_accumulated_gradients_count_once_per_optimizer_step() -> None:
     """Three micro-batches: the score is of their sum, and windows are of optimizer steps."""
     model = make_model()

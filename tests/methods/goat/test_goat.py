@@ -641,6 +641,16 @@ def test_expert_load() -> None:
     assert next(iter(load.counts.values())).sum() == 2 * (8 + 5), "counted after the block"
 
 
+def test_shares_before_any_forward_are_zero() -> None:
+    """And so they are where every token was masked: not nan."""
+    model = lr.adapt(TinyLM(width=16, vocab=64), lr.GOATConfig(r=8, num_experts=4))
+    load = lr.expert_load(model)
+    assert all(torch.equal(shares, torch.zeros(4)) for shares in load.shares().values())
+    with load, lr.token_mask(torch.zeros(2, 4, dtype=torch.bool)):
+        model(torch.zeros(2, 4, dtype=torch.int64))
+    assert all(torch.equal(shares, torch.zeros(4)) for shares in load.shares().values())
+
+
 def test_training_with_the_loss_balances_the_experts() -> None:
     """And without it the load stays as uneven as it began."""
     busiest = {}

@@ -88,6 +88,8 @@ def train(
         # 0.1 of 30 steps is 3 steps, although 0.1 * 30 > 3 in floating point
         (3, 4, 30, 0.1, 1, 4),
         (2, 3, 30, 0.1, 1, 2),
+        # 4.8 steps, of which a float has a little more: 8 · 3 / 4.8 is 5, not 4.999…
+        (3, 8, 48, 0.1, 1, 5),
         # fewer steps than columns: several at a time, still all of them in the end
         (1, 64, 10, 1.0, 1, 6),
         (9, 64, 10, 1.0, 1, 57),
@@ -105,6 +107,16 @@ def test_number_of_frozen_columns(
     step: int, rank: int, total: int, eta: float, bucket: int, expected: int
 ) -> None:
     assert num_frozen_columns(step, rank, total, eta, bucket) == expected
+
+
+@pytest.mark.parametrize("numerator", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("total", [30, 48, 100, 1000])
+def test_eta_is_the_decimal_number_it_is_written_as(numerator: int, total: int) -> None:
+    """Columns in whole numbers: floor(r · t / (n / 10 · T)) is 10 r t // (n T)."""
+    for rank in (3, 8, 64):
+        for step in range(total + 1):
+            expected = min(rank, 10 * rank * step // (numerator * total))
+            assert num_frozen_columns(step, rank, total, numerator / 10) == expected
 
 
 def test_schedule_has_the_factor_r() -> None:
