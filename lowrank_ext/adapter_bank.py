@@ -4,12 +4,14 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
+from lowrank_ext.adapter_files import open_adapter_files
 from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_lora
 from lowrank_ext.checks import did_you_mean, normalized_adapter_dtype
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
@@ -105,8 +107,11 @@ class AdapterBank:
             RuntimeError: a ``rows`` block is active.
         """
         self._check_new("load", name)
-        with self._between_blocks("load"):
-            self._add(name, read_lora(self.model, path, "AdapterBank.load").adapters)
+        with (
+            self._between_blocks("load"),
+            open_adapter_files(Path(path), "AdapterBank.load") as files,
+        ):
+            self._add(name, read_lora(self.model, files).adapters)
 
     def add(self, name: str, adapters: Mapping[str, LoRATensors]) -> None:
         """Add a LoRA, given as tensors by module path, under ``name``. The tensors are copied.
@@ -226,27 +231,25 @@ class AdapterBank:
             )
 
     def _add(self, name: str, adapters: Mapping[str, LoRATensors]) -> None:
-        modules = self._modules_for(adapters)
-        for path, (lora_a, lora_b, scaling) in adapters.items():
-            modules[path].add(name, lora_a, lora_b, scaling)
-        self._adapters[name] = {
-            module: adapters[path].lora_a.shape[0] for path, module in modules.items()
-        }
-
-    def _modules_for(self, paths: Mapping[str, LoRATensors]) -> dict[str, MultiLoRALinear]:
-        """The MultiLoRALinear at each path; it replaces a plain module where there is none yet."""
-        present = {path: submodule(self.model, path) for path in paths}
+        """Build everything, then change the model: what fails leaves it as it was."""
+        present = {path: submodule(self.model, path) for path in adapters}
         new = {
             module: MultiLoRALinear(module, self._number, self.adapter_dtype)
             for module in present.values()
             if not isinstance(module, MultiLoRALinear)
         }
+        modules = {
+            path: module if isinstance(module, MultiLoRALinear) else new[module]
+            for path, module in present.items()
+        }
+        stacks = {path: modules[path].stacks_with(name, *adapters[path]) for path in modules}
+        for path, module in modules.items():
+            module.set_stacks(stacks[path])
         replace_modules(self.model, new)
         set_fused_encoders(self.model, on=False)
         self._originals.update({multi: module for module, multi in new.items()})
-        return {
-            path: module if isinstance(module, MultiLoRALinear) else new[module]
-            for path, module in present.items()
+        self._adapters[name] = {
+            module: adapters[path].lora_a.shape[0] for path, module in modules.items()
         }
 
     def _restore(self, modules: Sequence[MultiLoRALinear]) -> None:

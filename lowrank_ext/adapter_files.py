@@ -1,30 +1,45 @@
 """The two files of an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-They are replaced as a pair. Both are written under temporary names and synced. Renaming the weights
-is the commit; then the config is renamed, whose temporary name holds the digest of its weights. A
-reader that finds a temporary config with the digest of the present weights takes it. So the process
-may die at any point: either the old pair or the new pair can be read. A save may have more files,
-companions, which are handled like the config.
+They are replaced as a pair. Both are written and synced under random names. Then, under a lock that
+excludes other savers, the config gets a waiting name, which holds the digest of its weights;
+renaming the weights is the commit; and the config is renamed. A reader that finds a waiting config
+with the digest of the present weights takes it. So the process may die at any point: either the old
+pair or the new pair can be read. A save may have more files, companions, which are handled like the
+config.
+
+Any number of threads and processes may save into one directory: the last one's files stay, all of
+one save. A reader beside them gets the files of one save: it opens the weights, reads the other
+files, and begins again where the weights have been replaced meanwhile. Where the file system has no
+locks, savers at the same moment may leave the config of one beside the weights of another.
 """
 
 import hashlib
 import json
-import os
+import secrets
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
+
+from lowrank_ext.files import (
+    TensorFile,
+    clean_errors,
+    locked,
+    new_file,
+    read_json_object,
+    sync_directory,
+    write_file,
+)
 
 __all__ = [
     "AdapterFiles",
     "Companion",
-    "read_adapter_files",
-    "read_companion",
+    "open_adapter_files",
     "serialized",
     "write_adapter_files",
     "write_tensor_file",
@@ -32,13 +47,24 @@ __all__ = [
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_READ_ATTEMPTS = 100
 
 # Content of a companion file, given the digest of the weights it belongs to.
 Companion: TypeAlias = Callable[[str], bytes]
 
 
 class AdapterFiles(NamedTuple):
-    """Content of the two files; their directory and the caller, for messages."""
+    """Content of the files of one save.
+
+    Attributes:
+        caller: for messages.
+        config_path, weights_path: for messages.
+        config: the JSON object.
+        tensors: on the meta device, so shapes and dtypes, until ``with_values``.
+        metadata: of the tensor file.
+        weights: the open tensor file.
+        companion: an open companion, if asked for.
+    """
 
     caller: str
     config_path: Path
@@ -46,6 +72,16 @@ class AdapterFiles(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    weights: TensorFile
+    companion: TensorFile | None
+
+    def with_values(self) -> "AdapterFiles":
+        """The same with tensors on the CPU. Called once all shapes and dtypes have been checked.
+
+        Raises:
+            ValueError: the file was truncated meanwhile, or a tensor is not finite.
+        """
+        return self._replace(tensors=self.weights.read())
 
 
 def write_adapter_files(
@@ -58,6 +94,7 @@ def write_adapter_files(
     """Replace the pair and its companions in the directory ``where``, created if missing.
 
     Tensors must be contiguous, on the CPU and share no memory. The same input gives the same bytes.
+    Links at the names of the files are replaced, not followed.
 
     Raises:
         OSError: a file cannot be written. The old pair is left as it was.
@@ -66,26 +103,62 @@ def write_adapter_files(
     digest = hashlib.sha256(weights).hexdigest()
     others = {name: companion(digest) for name, companion in companions.items()}
     others[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True).encode()
-    waiting = {name: where / f".{name}.{digest}.{os.getpid()}" for name in others}
-    temporary = where / f".{WEIGHTS_NAME}.{os.getpid()}"
     where.mkdir(parents=True, exist_ok=True)
-    for name in others:
-        if (interrupted := _interrupted_save(where, name)) is not None:
-            interrupted.replace(where / name)
+    made: list[Path] = []
     try:
-        for name, data in others.items():
-            _write_synced(temporary, data)
-            temporary.replace(waiting[name])
-        _write_synced(temporary, weights)
-        temporary.replace(where / WEIGHTS_NAME)
+        for name, data in {**others, WEIGHTS_NAME: weights}.items():
+            made.append(new_file(where / name, data))
+        with locked(where):
+            _finish_interrupted(where, list(others))
+            waiting = _commit(where, list(others), digest, made)
+            # If a rename fails, readers take the files that still have waiting names.
+            for name, path in waiting.items():
+                path.replace(where / name)
     except BaseException:
-        for path in (temporary, *waiting.values()):
+        for path in made:
             path.unlink(missing_ok=True)
         raise
-    # If a rename fails, readers take the files that still have temporary names.
-    for name, path in waiting.items():
-        path.replace(where / name)
-    _sync_directory(where)
+    sync_directory(where)
+
+
+def _commit(where: Path, names: list[str], digest: str, made: list[Path]) -> dict[str, Path]:
+    """Give the files ``made`` of ``names`` waiting names, then rename the weights, the last one."""
+    for name in (*names, WEIGHTS_NAME):
+        if (where / name).is_dir():
+            raise IsADirectoryError(f"{where / name} must be a file, got a directory")
+    token = secrets.token_hex(8)
+    waiting = {name: where / f".{name}.{digest}.{token}" for name in names}
+    try:
+        for temporary, path in zip(made, waiting.values(), strict=False):
+            temporary.replace(path)
+        made[-1].replace(where / WEIGHTS_NAME)
+    except BaseException:
+        for path in waiting.values():
+            path.unlink(missing_ok=True)
+        raise
+    return waiting
+
+
+def _finish_interrupted(where: Path, names: list[str]) -> None:
+    """Do the renames that a save left undone when its process died."""
+    for name in names:
+        if (interrupted := _waiting(where, name)) is not None:
+            interrupted.replace(where / name)
+
+
+def _waiting(where: Path, name: str, weights: TensorFile | None = None) -> Path | None:
+    """The file ``name`` of the present weights, if a save ended before it was renamed."""
+    if not any(where.glob(f".{name}.*")):
+        return None
+    digest = weights.digest() if weights is not None else _digest(where / WEIGHTS_NAME)
+    return next(iter(sorted(where.glob(f".{name}.{digest}.*"))), None)
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return "none"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -100,53 +173,63 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_file(path, serialized(tensors, {}))
 
 
-def read_adapter_files(where: Path, caller: str) -> AdapterFiles:
-    """Read the pair in the directory ``where``; tensors are on the CPU.
+@contextmanager
+def open_adapter_files(
+    where: Path, caller: str, companion: str | None = None
+) -> Iterator[AdapterFiles]:
+    """A block with the files in the directory ``where``, all of one save.
+
+    The block checks what the files say, then calls ``with_values``, then changes the model. Its
+    ValueErrors and OSErrors get printable messages of less than 1,000 characters.
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: one of them is damaged. Both name the file.
+        OSError: one of them cannot be read or is no regular file.
+        ValueError: one of them is damaged. All name the file.
     """
-    weights_path = where / WEIGHTS_NAME
-    config_path = _interrupted_save(where, CONFIG_NAME) or where / CONFIG_NAME
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{caller}: {path} does not exist")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise ValueError(f"{caller}: {config_path} must be JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{caller}: {config_path} must hold an object, got {config!r:.40}")
-    try:
-        with safetensors.safe_open(weights_path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{caller}: {weights_path} must be a whole safetensors file: {error}"
-        ) from None
-    return AdapterFiles(caller, config_path, weights_path, config, tensors, metadata)
+    with clean_errors():
+        files = _one_save(where, caller, companion)
+        with closing(files.weights), closing(files.companion or files.weights):
+            yield files
 
 
-class CompanionFile(NamedTuple):
-    """Path of a companion, and the digest of the weights beside it."""
+def _one_save(where: Path, caller: str, companion: str | None) -> AdapterFiles:
+    """The files of one save, however often others save meanwhile."""
+    missing = 0
+    for _ in range(_READ_ATTEMPTS):
+        with ExitStack() as opened:
+            weights = opened.enter_context(closing(TensorFile(where / WEIGHTS_NAME, caller)))
+            try:
+                files = _beside(weights, where, caller, companion)
+            except FileNotFoundError:
+                missing += 1  # a waiting file may have been renamed before it was opened
+                if missing == 3:
+                    raise
+                continue
+            if files.companion is not None:
+                opened.enter_context(closing(files.companion))
+            if weights.is_current():
+                opened.pop_all()  # open_adapter_files closes
+                return files
+    raise OSError(f"{caller}: {where} must hold still for a moment, got a new save at each read")
 
-    path: Path
-    weights_digest: str
 
-
-def read_companion(where: Path, name: str, caller: str) -> CompanionFile:
-    """The companion ``name`` of the adapter in the directory ``where``.
-
-    Raises:
-        FileNotFoundError: it or the adapter's weights are missing.
-    """
-    path = _interrupted_save(where, name) or where / name
-    for file in (where / WEIGHTS_NAME, path):
-        if not file.is_file():
-            raise FileNotFoundError(f"{caller}: {file} does not exist")
-    return CompanionFile(path, _digest(where / WEIGHTS_NAME))
+def _beside(weights: TensorFile, where: Path, caller: str, companion: str | None) -> AdapterFiles:
+    config_path = _waiting(where, CONFIG_NAME, weights) or where / CONFIG_NAME
+    config = read_json_object(config_path, caller)
+    other = None
+    if companion is not None:
+        other = TensorFile(_waiting(where, companion, weights) or where / companion, caller)
+    return AdapterFiles(
+        caller=caller,
+        config_path=config_path,
+        weights_path=weights.path,
+        config=config,
+        tensors=dict(weights.specs),
+        metadata=weights.metadata,
+        weights=weights,
+        companion=other,
+    )
 
 
 def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -161,48 +244,3 @@ def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + plain[8 + size :]
-
-
-def _interrupted_save(where: Path, name: str) -> Path | None:
-    """The file ``name`` of the present weights, if a save ended before it was renamed."""
-    weights = where / WEIGHTS_NAME
-    if not any(where.glob(f".{name}.*")) or not weights.is_file():
-        return None
-    return next(iter(sorted(where.glob(f".{name}.{_digest(weights)}.*"))), None)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, whole, or leave what was there.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write_synced(temporary, data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

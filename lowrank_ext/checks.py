@@ -3,7 +3,8 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -12,6 +13,8 @@ ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, or nothing."""
+    if len(name) > 200:  # the comparison takes the product of the lengths
+        return ""
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
@@ -23,7 +26,46 @@ def with_article(name: str) -> str:
 
 def matching_pattern(keys: Iterable[str], path: str) -> str | None:
     """First key that applies to ``path`` by PEFT's rule, or None."""
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), None)
+    return _matcher(tuple(keys)).first(path)
+
+
+class _Matcher:
+    """Keys by kind: plain names are looked up, regular expressions tried. The work for a path does
+    not grow with the number of names, of which LaMDA++ writes one for each module."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = keys
+        self._paths: dict[str, int] = {}  # ^name: the whole path
+        self._ends: dict[str, int] = {}  # name: the whole path or its end after a dot
+        self._regexes: list[tuple[int, str, re.Pattern[str]]] = []
+        for index, key in enumerate(keys):
+            text = key.removeprefix("^")
+            if text and _WORD.fullmatch(_ESCAPED.sub("", text)):
+                table = self._paths if key.startswith("^") else self._ends
+                table.setdefault(text.replace("\\", ""), index)
+            else:
+                # An unescaped dot is any character, but the last name must be there.
+                end = key.rpartition(".")[2] if _WORD.fullmatch(key.replace(".", "")) else ""
+                self._regexes.append((index, end, re.compile(rf"(.*\.)?({key})$")))
+
+    def first(self, path: str) -> str | None:
+        parts = path.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        found = [self._ends[end] for end in ends if end in self._ends]
+        if path in self._paths:
+            found.append(self._paths[path])
+        limit = min(found, default=len(self._keys))
+        for index, end, regex in self._regexes:
+            if index > limit:
+                break
+            if path.endswith(end) and regex.match(path):
+                return self._keys[index]
+        return self._keys[limit] if found else None
+
+
+_WORD = re.compile(r"[\w-]*")
+_ESCAPED = re.compile(r"\\[.-]")
+_matcher = lru_cache(maxsize=64)(_Matcher)
 
 
 def matches_names(path: str, names: str | Sequence[str]) -> bool:
@@ -46,6 +88,17 @@ def check_alpha(alpha: object, owner: str, name: str) -> None:
         raise TypeError(f"{owner}: {name} must be a number or None, got {alpha!r}")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"{owner}: {name} must be positive and finite, got {alpha}")
+
+
+def check_scaling(scaling: float, owner: str) -> None:
+    """Raise unless the ops, which take it in float32, would neither lose nor overflow it."""
+    check_alpha(scaling, owner, "scaling")
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= scaling <= limits.max:
+        raise ValueError(
+            f"{owner}: scaling must be from {limits.tiny:.3g} to {limits.max:.3g}, as float32 "
+            f"holds, got {scaling:g}"
+        )
 
 
 def check_dropout(dropout: object, owner: str) -> None:
@@ -105,7 +158,7 @@ def normalized_names(
     if isinstance(names, str):
         check_regex(names, owner, argument)
         return names
-    if not isinstance(names, Iterable):
+    if not isinstance(names, Iterable) or isinstance(names, Mapping | bytes):
         raise TypeError(f"{owner}: {argument} must be a name, or several, got {names!r}")
     # The order of a set differs between processes; sorted, the config does not.
     ordered = tuple(sorted(names) if isinstance(names, set | frozenset) else names)

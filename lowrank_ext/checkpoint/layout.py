@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.files.tensor_file import quoted_name
 from lowrank_ext.wrappers import named_modules, without_private_names
 
 PREFIX = "base_model.model."
@@ -59,7 +60,7 @@ def split_keys(files: AdapterFiles, model: nn.Module) -> tuple[Adapters, dict[st
 
 def bad_key(files: AdapterFiles, key: str, problem: str) -> ValueError:
     """A ValueError that names the tensor file and the key in it."""
-    return ValueError(f"{files.caller}: {files.weights_path}: {key} {problem}")
+    return ValueError(f"{files.caller}: {files.weights_path}: {quoted_name(key)} {problem}")
 
 
 def whole(number: float) -> int | float:

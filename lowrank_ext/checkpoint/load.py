@@ -5,13 +5,13 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_ext.adapt import adapt, lowrank_modules
-from lowrank_ext.adapter_files import AdapterFiles, read_adapter_files
+from lowrank_ext.adapter_files import AdapterFiles, open_adapter_files
 from lowrank_ext.adapter_format import Adapters
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
@@ -21,8 +21,9 @@ from lowrank_ext.checkpoint.layout import (
 )
 from lowrank_ext.checkpoint.peft_config import method_in, parsed_config, target_names
 from lowrank_ext.checkpoint.ties import ties, untie
-from lowrank_ext.checks import did_you_mean
+from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.files.tensor_file import is_finite
 from lowrank_ext.nn.base_layer import dense_weight, linear_features, offload_device
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
@@ -69,27 +70,36 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     Examples:
         >>> model = lr.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "out/adapter")
     """
-    files = read_adapter_files(Path(path), "load_adapter")
+    with open_adapter_files(Path(path), "load_adapter") as files:
+        _load(model, files)
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def _load(model: nn.Module, files: AdapterFiles) -> None:
+    """Check all that the files say, read the values, then change the model."""
     own: AdapterConfig | None = getattr(unwrapped(model), "lowrank_config", None)
-    adapters, others = split_keys(files, model)
     method = method_in(files)
     # Over a base without a residual a packed file is read as the plain adapter it also is.
-    if own is None or own.init in method_for(own, "load_adapter").module_class.residual_inits:
-        files, adapters = method.file_format.unpack(files, adapters)
-    config = parsed_config(files, method, adapters)
-    modules = modules_for(model, files, adapters)
-    check_loadable(model, modules, "load_adapter")
-    check_tensors(files, method, config, modules, adapters)
-    saved = saved_modules_for(model, files, others)
+    packed = own is None or own.init in method_for(own, files.caller).module_class.residual_inits
+    contents = _contents(model, files, method, packed)
+    modules = modules_for(model, files, contents.adapters)
+    config = parsed_config(contents.files, method, contents.adapters)
+    check_loadable(model, modules, files.caller)
+    check_tensors(files, method, config, modules, contents.adapters)
+    saved = saved_modules_for(model, files, contents.others)
     config = dataclasses.replace(
         config,
-        target_modules=target_names(model, adapters),
+        target_modules=target_names(model, contents.adapters),
         modules_to_save=tuple(saved),
-        adapter_dtype=_adapter_dtype(modules, adapters),
+        adapter_dtype=_adapter_dtype(modules, contents.adapters),
     )
     if own is not None:
-        _check_same(model, files, adapters, config, own)
-    else:
+        _check_same(model, files, contents.adapters, config, own)
+    _, adapters, others = _contents(model, files.with_values(), method, packed)
+    check_fit_dtypes(files, modules, saved, adapters, others)
+    if own is None:
         check_may_change(model, files.caller)
         # PEFT's own PiSSA files lack the initial factors: the SVD is repeated.
         residual = config.init in method.module_class.residual_inits
@@ -103,9 +113,21 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         assert isinstance(module, LowRankLinear)
         _fill(module, method, tensors)
     _fill_saved(model, saved, others)
-    if not trainable:
-        model.requires_grad_(False)
-    return model
+
+
+class _Contents(NamedTuple):
+    """What the files hold of adapters, by module path and kind, and of modules_to_save."""
+
+    files: AdapterFiles
+    adapters: Adapters
+    others: dict[str, Tensor]
+
+
+def _contents(model: nn.Module, files: AdapterFiles, method: Method, packed: bool) -> _Contents:
+    adapters, others = split_keys(files, model)
+    if packed:
+        files, adapters = method.file_format.unpack(files, adapters)
+    return _Contents(files, adapters, others)
 
 
 def modules_for(
@@ -161,6 +183,8 @@ def check_tensors(
                 raise bad_key(files, key, f"must be {shapes[kind]}, got {list(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise bad_key(files, key, f"must be floating-point, got {tensor.dtype}")
+        scaling = config.scaling_for(name, features[0])
+        check_scaling(scaling, f"{files.caller}: {files.config_path}: {name}")
 
 
 def saved_modules_for(
@@ -172,11 +196,6 @@ def saved_modules_for(
     Names that match nothing are dropped: PEFT writes both "classifier" and "score" for any head.
     """
     names = files.config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"{files.caller}: {files.config_path}: modules_to_save must be a list of names, "
-            f"got {names!r}"
-        )
     paths = [path for path, _ in named_modules(model) if path and path.endswith(tuple(names))]
     saved = outermost_modules(model, paths)
     wanted = {f"{path}.{key}": t for path, m in saved.items() for key, t in state_of(m).items()}
@@ -186,12 +205,40 @@ def saved_modules_for(
         if others[key].shape != tensor.shape:
             got = list(others[key].shape)
             raise bad_key(files, PREFIX + key, f"must be {list(tensor.shape)}, got {got}")
+        both_float = tensor.is_floating_point() and others[key].is_floating_point()
+        if not both_float and others[key].dtype != tensor.dtype:
+            wanted_dtype = "floating-point" if tensor.is_floating_point() else tensor.dtype
+            raise bad_key(files, PREFIX + key, f"must be {wanted_dtype}, got {others[key].dtype}")
     for key in others:
         if key not in wanted:
             raise bad_key(
                 files, PREFIX + key, "belongs to no adapter and to no module of modules_to_save"
             )
     return saved
+
+
+def check_fit_dtypes(
+    files: AdapterFiles,
+    modules: Mapping[str, nn.Module],
+    saved: Mapping[str, nn.Module],
+    adapters: Adapters,
+    others: Mapping[str, Tensor],
+) -> None:
+    """Raise ValueError where a value overflows in the dtype of the tensor that it is copied to."""
+    targets = [
+        (f"{name}.{kind}", tensor, module.lora_a.dtype)
+        for name, module in modules.items()
+        if isinstance(module, LowRankLinear)
+        for kind, tensor in adapters[name].items()
+    ]
+    targets += [
+        (f"{name}.{key}", others[f"{name}.{key}"], tensor.dtype)
+        for name, module in saved.items()
+        for key, tensor in state_of(module).items()
+    ]
+    for key, tensor, dtype in targets:
+        if not is_finite(tensor.to(dtype)):
+            raise bad_key(files, PREFIX + key, f"must be finite in {dtype}, as in the model")
 
 
 def check_loadable(model: nn.Module, modules: Mapping[str, nn.Module], caller: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lowrank_ext import registry
-from lowrank_ext.adapter_files import Companion, read_adapter_files, write_adapter_files
+from lowrank_ext.adapter_files import AdapterFiles, Companion, write_adapter_files
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,
@@ -29,7 +29,7 @@ from lowrank_ext.checkpoint.peft_config import (
     parsed_config,
     target_names,
 )
-from lowrank_ext.checks import check_alpha, did_you_mean
+from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
 from lowrank_ext.sharding import gathered, is_sharded
@@ -52,27 +52,26 @@ class LoRAFile(NamedTuple):
     adapters: dict[str, LoRATensors]
 
 
-def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> LoRAFile:
-    """The LoRA in the directory ``path`` by module path of ``model``, which is not changed.
+def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
+    """The LoRA in ``files`` by module path of ``model``, which is not changed.
 
     Refused, beside what ``load_adapter`` refuses: everything that is more than a branch on the
     output of linear modules. A pissa file that ``save_adapter`` wrote is read as the LoRA of
     rank 2r that it holds.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
         ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
             message names file and key.
     """
-    files = read_adapter_files(Path(path), caller)
+    caller = files.caller
     adapters, others = split_keys(files, model)
     method = method_in(files)
+    modules = modules_for(model, files, adapters)
     config = parsed_config(files, method, adapters)
     residual = config.init in method.module_class.residual_inits
     if method is not registry.METHODS["LORA"] or residual:
         what = "a residual base weight (PiSSA)" if config.peft_type == "LORA" else config.peft_type
         raise ValueError(f"{caller}: {files.config_path} must be a plain LoRA, got {what}")
-    modules = modules_for(model, files, adapters)
     for name, module in modules.items():
         check_adaptable(name, module, caller)
     check_loadable(model, modules, caller)
@@ -82,6 +81,7 @@ def read_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> Lo
             f"{caller}: {files.config_path}: modules_to_save must match no module, one of them "
             f"would change for all rows, got {', '.join(saved)}"
         )
+    adapters, _ = split_keys(files.with_values(), model)
     return LoRAFile(
         dataclasses.replace(config, target_modules=target_names(model, adapters)),
         {
@@ -154,4 +154,4 @@ def check_adapters(model: nn.Module, adapters: Mapping[str, LoRATensors], caller
                 f"{caller}: {path}: lora_a and lora_b must be [r, {num_in}] and [{num_out}, r], "
                 f"got {list(lora_a.shape)} and {list(lora_b.shape)}"
             )
-        check_alpha(scaling, f"{caller}: {path}", "scaling")
+        check_scaling(scaling, f"{caller}: {path}")

@@ -12,9 +12,11 @@ from torch import nn
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters, StoredConfig
+from lowrank_ext.checkpoint.field_types import check_field_types, check_own_fields
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matching_pattern
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.files import quoted
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method
 from lowrank_ext.wrappers import named_modules, unwrapped
@@ -158,23 +160,27 @@ def method_in(files: AdapterFiles) -> Method:
         known = ", ".join(map(repr, registry.METHODS))
         raise ValueError(
             f"{files.caller}: {files.config_path}: peft_type must be one of {known}, "
-            f"got {peft_type!r}"
+            f"got {quoted(peft_type)}"
         )
     return method
 
 
 def parsed_config(files: AdapterFiles, method: Method, adapters: Adapters) -> AdapterConfig:
-    """The config in the file, for the modules in the file."""
+    """The config in the file, for the modules in the file, which are modules of the model: only its
+    names are matched with patterns of the file."""
     fields = files.config
     where = f"{files.caller}: {files.config_path}"
+    check_field_types(fields, method.config_class.selectors, where)
     _check_supported(fields, where)
+    if method is not registry.METHODS["LORA"]:  # whose files PEFT writes, in versions to come too
+        check_own_fields(fields, {*_KNOWN, *_UNSUPPORTED, *method.config_class.own_fields}, where)
     shared: dict[str, Any] = {
         "r": fields.get("r", 8),  # PEFT's defaults
         "alpha": fields.get("lora_alpha", 8),
         "rslora": bool(fields.get("use_rslora")),
         "dropout": fields.get("lora_dropout") or 0.0,
-        "alpha_pattern": _used_pattern(fields, "alpha_pattern", adapters, where),
-        "rank_pattern": _used_pattern(fields, "rank_pattern", adapters, where),
+        "alpha_pattern": _used_pattern(fields.get("alpha_pattern") or {}, adapters),
+        "rank_pattern": _used_pattern(fields.get("rank_pattern") or {}, adapters),
     }
     try:
         stored = StoredConfig(method.config_class, fields, shared, list(adapters), where)
@@ -189,23 +195,19 @@ def _check_supported(fields: Mapping[str, Any], where: str) -> None:
         unused = value is None or value is False or value == [] or value == {}
         if key in _UNSUPPORTED and not unused and value not in _UNSUPPORTED[key]:
             allowed = " or ".join(map(repr, _UNSUPPORTED[key] or (None, False)))
-            raise ValueError(f"{where}: {key}={value!r} is not supported, it must be {allowed}")
+            raise ValueError(
+                f"{where}: {key}={quoted(value)} is not supported, it must be {allowed}"
+            )
         # An unknown field that is switched on may change the output. A number or a name is taken
         # for an option of a feature that is off.
         known = key in _UNSUPPORTED or key in _KNOWN or key in own
         if not known and not unused and (value is True or isinstance(value, list | dict)):
-            raise ValueError(f"{where}: {key}={value!r} is not known to this version")
+            raise ValueError(
+                f"{where}: {quoted(key)[1:-1]}={quoted(value)} is not known to this version"
+            )
 
 
-def _used_pattern(
-    fields: Mapping[str, Any], name: str, paths: Iterable[str], where: str
-) -> dict[str, Any]:
+def _used_pattern(pattern: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     """The entries of a pattern that apply to a module in the file, in their order."""
-    pattern = fields.get(name) or {}
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{where}: {name} must be an object, got {pattern!r}")
-    try:
-        used = {matching_pattern(pattern, path) for path in paths}
-    except re.error as error:
-        raise ValueError(f"{where}: {name} must hold regular expressions: {error}") from None
+    used = {matching_pattern(pattern, path) for path in paths}
     return {key: value for key, value in pattern.items() if key in used}

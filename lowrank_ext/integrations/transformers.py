@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lowrank_ext.adapter_files import write_file
 from lowrank_ext.checks import with_article
+from lowrank_ext.files import read_torch_file, write_file
 from lowrank_ext.freezing import FreezingSchedule
 from lowrank_ext.registry import METHODS
 
@@ -170,7 +170,7 @@ def _read_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, 
     directories = [*([Path(told)] if isinstance(told, str) else []), _checkpoint(args, state)]
     for directory in directories:
         if (directory / _STATISTICS).is_file():
-            saved: dict[str, Any] = torch.load(directory / _STATISTICS, weights_only=True)
+            saved = read_torch_file(directory / _STATISTICS, "FreezeCallback")
             if saved.get("step") == state.global_step:
                 return saved
     raise FileNotFoundError(

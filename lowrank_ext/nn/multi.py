@@ -7,14 +7,14 @@ block.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.checks import check_alpha
+from lowrank_ext.checks import check_scaling
 from lowrank_ext.nn.base_keys import BaseKeys
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
@@ -25,6 +25,16 @@ from lowrank_ext.nn.base_layer import (
 )
 from lowrank_ext.nn.call_arguments import input_name, split_call
 from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
+
+
+class Stacks(NamedTuple):
+    """The adapters of a MultiLoRALinear, as its attributes of these names."""
+
+    names: tuple[str, ...]
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+    ranks: Tensor
 
 
 class MultiLoRALinear(BaseKeys):
@@ -117,11 +127,17 @@ class MultiLoRALinear(BaseKeys):
         """Append an adapter, copies of lora_a [r, K] and lora_b [N, r]; it gets the next id.
 
         Raises:
-            ValueError: the name is taken or a shape does not fit; nothing has changed then.
+            ValueError: the name is taken, a shape does not fit, or a value overflows in the dtype
+                of the stacks; nothing has changed then.
         """
+        self.set_stacks(self.stacks_with(name, lora_a, lora_b, scaling))
+
+    @torch.no_grad()
+    def stacks_with(self, name: str, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Stacks:
+        """What ``add`` would make of the module, which is not changed. Raises as ``add``."""
         if name in self.names:
             raise ValueError(f"MultiLoRALinear.add: name must be new, got {name!r}")
-        check_alpha(scaling, "MultiLoRALinear.add", "scaling")
+        check_scaling(scaling, "MultiLoRALinear.add")
         fits = lora_a.dim() == 2 and lora_a.shape[0] >= 1 and lora_a.shape[1] == self.in_features
         if not fits:
             raise ValueError(
@@ -134,12 +150,26 @@ class MultiLoRALinear(BaseKeys):
                 f"MultiLoRALinear.add: lora_b must be [out_features={self.out_features}, "
                 f"r={rank}], got {list(lora_b.shape)}"
             )
-        self._restack(
-            [*range(len(self.names)), -1], max([rank, *self.ranks.tolist()]), lora_a, lora_b
+        slots = [*range(len(self.names)), -1]
+        a, b = self._restacked(slots, max([rank, *self.ranks.tolist()]), lora_a, lora_b)
+        for what, given, stacked in (("lora_a", lora_a, a[-1]), ("lora_b", lora_b, b[-1])):
+            if not torch.isfinite(stacked).all() and torch.isfinite(given).all():
+                raise ValueError(
+                    f"MultiLoRALinear.add: {what} must be finite in {stacked.dtype}, the dtype of "
+                    "the stacks"
+                )
+        return Stacks(
+            (*self.names, name),
+            a,
+            b,
+            torch.cat([self.scaling, self.scaling.new_tensor([scaling])]),
+            torch.cat([self.ranks, self.ranks.new_tensor([rank])]),
         )
-        self.scaling = torch.cat([self.scaling, self.scaling.new_tensor([scaling])])
-        self.ranks = torch.cat([self.ranks, self.ranks.new_tensor([rank])])
-        self.names = (*self.names, name)
+
+    def set_stacks(self, stacks: Stacks) -> None:
+        """Take over what ``stacks_with`` made."""
+        self._set_stacks(stacks.lora_a, stacks.lora_b)
+        self.names, self.scaling, self.ranks = stacks.names, stacks.scaling, stacks.ranks
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
@@ -153,11 +183,11 @@ class MultiLoRALinear(BaseKeys):
                 f"MultiLoRALinear.remove: name must be one of {list(self.names)}, got {name!r}"
             )
         kept = [i for i, other in enumerate(self.names) if other != name]
-        self._restack(kept, max([1, *(int(self.ranks[i]) for i in kept)]))
+        self._set_stacks(*self._restacked(kept, max([1, *(int(self.ranks[i]) for i in kept)])))
         self.scaling, self.ranks = self.scaling[kept], self.ranks[kept]
         self.names = tuple(self.names[i] for i in kept)
 
-    def _restack(self, slots: Sequence[int], rank: int, *new: Tensor) -> None:
+    def _restacked(self, slots: Sequence[int], rank: int, *new: Tensor) -> tuple[Tensor, Tensor]:
         """Stacks of ``rank`` with the adapters ``slots``, where -1 stands for ``new`` (a, b)."""
         a = self.lora_a.new_zeros(len(slots), rank, self.in_features)
         b = self.lora_b.new_zeros(len(slots), self.out_features, rank)
@@ -166,7 +196,7 @@ class MultiLoRALinear(BaseKeys):
             used = min(rank, lora_a.shape[0])
             a[slot, :used].copy_(lora_a[:used])
             b[slot, :, :used].copy_(lora_b[:, :used])
-        self._set_stacks(a, b)
+        return a, b
 
     def base_module(self, original: nn.Module) -> nn.Module:
         """``original``, the module that this one replaced, with the present base and mode."""

@@ -494,7 +494,7 @@ def test_failed_writes_leave_the_old_pair(
         def open_(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             file = real_open(self, mode, *args, **kwargs)
-            if "w" in mode:
+            if "x" in mode:
                 calls += 1
                 if calls > call:
                     file.write(b"half")

@@ -15,7 +15,9 @@ from torch import Tensor
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig
 from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, whole
+from lowrank_ext.checks import check_alpha, check_rank
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.files import parse_json_object, quoted
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered
 
@@ -78,7 +80,7 @@ class LoRAFormat(AdapterFormat):
         init = stored.fields.get("init_lora_weights", True)
         if not isinstance(init, bool | str | None) or init not in _PEFT_INITS:
             raise ValueError(
-                f"{stored.where}: init_lora_weights={init!r} is not supported, it may change "
+                f"{stored.where}: init_lora_weights={quoted(init)} is not supported, it may change "
                 "base weights in a way that the file does not hold; save from PEFT with "
                 "path_initial_model_for_weight_conversion"
             )
@@ -106,9 +108,28 @@ def _numbers_before_doubling(files: AdapterFiles) -> dict[str, Any] | None:
     text = files.metadata.get(_PISSA_KEY)
     if text is None:
         return None
-    numbers: dict[str, Any] = json.loads(text)
+    where = f"{files.caller}: {files.weights_path}: metadata {_PISSA_KEY}"
+    numbers = parse_json_object(text, where)
+    _check_numbers(numbers, where)
     doubled = _doubled(numbers, bool(files.config.get("use_rslora")))
     return numbers if all(files.config.get(key) == v for key, v in doubled.items()) else None
+
+
+def _check_numbers(numbers: Mapping[str, Any], where: str) -> None:
+    if numbers.keys() != {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}:
+        raise ValueError(
+            f"{where} must hold r, lora_alpha and both patterns, got {quoted(sorted(numbers))}"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(numbers[name], dict):
+            raise ValueError(f"{where}: {name} must be an object, got {quoted(numbers[name])}")
+    try:
+        for rank in (numbers["r"], *numbers["rank_pattern"].values()):
+            check_rank(rank, where, "r")
+        for alpha in (numbers["lora_alpha"], *numbers["alpha_pattern"].values()):
+            check_alpha(alpha, where, "lora_alpha")
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _split(files: AdapterFiles, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ are replaced together, see ``lowrank_ext/adapter_files.py``.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
-from lowrank_ext.adapter_files import Companion, read_companion, serialized
+from lowrank_ext.adapter_files import AdapterFiles, Companion, serialized
 from lowrank_ext.checks import check_rank
+from lowrank_ext.files import parse_json_object, quoted
 
 HEAD_NAME = "guard_head.safetensors"
 _KEY = "lowrank_ext_guard"
@@ -46,6 +45,8 @@ class HeadOptions:
         names = self.category_names
         if names is None:
             return
+        if not isinstance(names, tuple | list):
+            raise TypeError(f"{owner}: category_names must be a sequence of names, got {names!r}")
         if not all(isinstance(name, str) and name for name in names):
             raise TypeError(f"{owner}: category_names must hold non-empty strings, got {names!r}")
         if len(set(names)) != self.num_categories or len(names) != self.num_categories:
@@ -65,41 +66,38 @@ def head_companion(options: HeadOptions, tensors: Mapping[str, Tensor]) -> Compa
     return content
 
 
-def read_head(where: Path, hidden_size: int, caller: str) -> tuple[HeadOptions, dict[str, Tensor]]:
+def read_head(files: AdapterFiles, hidden_size: int) -> tuple[HeadOptions, dict[str, Tensor]]:
     """The options, and weight [outputs, hidden_size] and bias [outputs], on the CPU.
 
     Raises:
-        FileNotFoundError: the head or the adapter is missing.
         ValueError: the head is damaged, or belongs to another adapter or model.
     """
-    path, adapter_digest = read_companion(where, HEAD_NAME, caller)
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{caller}: {path} must be a whole safetensors file: {error}") from None
-    described = _described(metadata.get(_KEY), f"{caller}: {path}")
-    if described.pop("adapter_sha256", None) != adapter_digest:
+    head = files.companion
+    assert head is not None  # the caller asked for it
+    where = f"{files.caller}: {head.path}"
+    described = _described(head.metadata.get(_KEY), where)
+    if described.pop("adapter_sha256", None) != files.weights.digest():
         raise ValueError(
-            f"{caller}: {path} must belong to the adapter beside it, which has been replaced since"
+            f"{where} must belong to the adapter beside it, which has been replaced since"
         )
-    options = _options(described, f"{caller}: {path}")
+    options = _options(described, where)
     shapes = {"weight": [options.num_outputs, hidden_size], "bias": [options.num_outputs]}
-    got = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    got = {key: list(tensor.shape) for key, tensor in head.specs.items()}
     if got != shapes:
-        raise ValueError(f"{caller}: {path} must hold {shapes} for this model, got {got}")
-    return options, tensors
+        raise ValueError(f"{where} must hold {shapes} for this model, got {quoted(got)}")
+    for key, tensor in head.specs.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {key} must be floating-point, got {tensor.dtype}")
+    return options, head.read()
 
 
 def _described(text: str | None, where: str) -> dict[str, Any]:
     try:
-        described = json.loads(text or "")
-    except ValueError:
-        described = None
-    if not isinstance(described, dict):
-        raise ValueError(f"{where}: metadata {_KEY} must be a JSON object, got {text!r:.60}")
-    return described
+        return parse_json_object(text or "", f"{where}: metadata {_KEY}")
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: metadata {_KEY} must be a JSON object, got {quoted(text, 60)}: {error}"
+        ) from None
 
 
 def _options(described: dict[str, Any], where: str) -> HeadOptions:

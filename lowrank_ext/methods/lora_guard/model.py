@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_ext.activation_checkpointing import HookHandles, prepare_for_checkpointing
 from lowrank_ext.adapter_bank import AdapterBank, check_no_adapters
+from lowrank_ext.adapter_files import open_adapter_files
 from lowrank_ext.checkpoint.lora_files import LoRAFile, LoRATensors, read_lora, write_lora
 from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.methods.lora.module import LoRALinear
@@ -368,12 +369,13 @@ class GuardModel(nn.Module):
         """
         caller = f"{cls.__name__}.from_pretrained"
         _check_base(base_lm, caller)
-        config, adapters = read_lora(base_lm, path, caller)
-        options, head = read_head(Path(path), _hidden_size(base_lm), caller)
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        config = dataclasses.replace(config, adapter_dtype=adapter_dtype)
-        model._assemble(base_lm, LoRAFile(config, adapters), options)
+        with open_adapter_files(Path(path), caller, HEAD_NAME) as files:
+            config, adapters = read_lora(base_lm, files)
+            options, head = read_head(files, _hidden_size(base_lm))
+            config = dataclasses.replace(config, adapter_dtype=adapter_dtype)
+            model = cls.__new__(cls)
+            nn.Module.__init__(model)
+            model._assemble(base_lm, LoRAFile(config, adapters), options)
         model.head.load_state_dict(head)
         return model if trainable else model.requires_grad_(False)
 

@@ -8,7 +8,7 @@ compares with the model's.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapter_files import (
     AdapterFiles,
-    read_adapter_files,
+    open_adapter_files,
     write_adapter_files,
 )
+from lowrank_ext.checks import check_probability
+from lowrank_ext.files import parse_json_object, quoted
+from lowrank_ext.files.tensor_file import is_finite
 from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig, residual_attribute
 from lowrank_ext.methods.set_and_sequence.module import BasisLoRALinear
 from lowrank_ext.methods.set_and_sequence.stages import (
@@ -96,10 +99,10 @@ def load_residual(model: Model, path: str | os.PathLike[str], name: str | None =
     caller = "load_residual"
     config = adapted_config(model, caller)
     modules = basis_modules(model, caller)
-    files = read_adapter_files(Path(path), caller)
-    stored = _stored_name(files)
-    tensors = _checked_tensors(files, stored, config, modules)
-    begin_residual_stage(model, stored if name is None else name)
+    with open_adapter_files(Path(path), caller) as files:
+        stored = _stored_name(files)
+        tensors = _checked_tensors(files, stored, config, modules)
+        begin_residual_stage(model, stored if name is None else name)
     with torch.no_grad():
         for where, module in modules.items():
             assert module.trained_residual is not None  # begin_residual_stage has set it
@@ -119,14 +122,20 @@ def _mark(module: BasisLoRALinear) -> dict[str, Any]:
 
 def _stored_name(files: AdapterFiles) -> str:
     fields = files.config
+    owner = f"{files.caller}: {files.config_path}"
     names = fields.get("residuals")
     one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
     ours = fields.get("peft_type") == BasisLoRAConfig.peft_type and _BASIS_KEY in files.metadata
     if not (ours and one):
         raise ValueError(
-            f"{files.caller}: {files.config_path} must be of one residual, as save_residual writes "
-            f"it, got peft_type={fields.get('peft_type')!r} with residuals={names!r}"
+            f"{owner} must be of one residual, as save_residual writes "
+            f"it, got peft_type={quoted(fields.get('peft_type'), 40)} with "
+            f"residuals={quoted(names)}"
         )
+    try:
+        check_probability(fields.get("residual_coef_dropout"), owner, "residual_coef_dropout")
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     stored: str = fields["residuals"][0]
     return stored
 
@@ -143,7 +152,7 @@ def _checked_tensors(
         raise _differs(files, "basis", config.basis, files.config.get("basis"))
     if files.tensors.keys() != set(keys.values()):
         raise _differs(files, "tensors", sorted(keys.values()), sorted(files.tensors))
-    marks = json.loads(files.metadata[_BASIS_KEY])
+    marks = _stored_marks(files, modules)
     for where, module in modules.items():
         tensor = files.tensors[keys[where]]
         shapes = config.adapter_shapes(module.r, module.in_features, module.out_features)
@@ -156,11 +165,30 @@ def _checked_tensors(
         for what, expected in _mark(module).items():
             if marks[where][what] != expected:
                 raise _differs(files, f"{what} of {where}", expected, marks[where][what])
-    return {where: files.tensors[key] for where, key in keys.items()}
+    values = files.with_values().tensors
+    for where, module in modules.items():
+        if not is_finite(values[keys[where]].to(module.lora_a.dtype)):
+            raise ValueError(
+                f"{files.caller}: {files.weights_path}: {keys[where]} must be finite in "
+                f"{module.lora_a.dtype}, as in the model"
+            )
+    return {where: values[key] for where, key in keys.items()}
+
+
+def _stored_marks(files: AdapterFiles, modules: Collection[str]) -> dict[str, dict[str, Any]]:
+    where = f"{files.caller}: {files.weights_path}: metadata {_BASIS_KEY}"
+    marks = parse_json_object(files.metadata[_BASIS_KEY], where)
+    for path in modules:
+        mark = marks.get(path)
+        if not isinstance(mark, dict) or mark.keys() != {"scaling", "basis_digest"}:
+            raise ValueError(
+                f"{where} must hold scaling and basis_digest of {path}, got {quoted(mark)}"
+            )
+    return marks
 
 
 def _differs(files: AdapterFiles, what: str, expected: object, got: object) -> ValueError:
     return ValueError(
-        f"{files.caller}: {files.config_path}: {what} must be {expected!r} as in the model, got "
-        f"{got!r}; a residual needs the adapter of the stage 1 that it was trained over"
+        f"{files.caller}: {files.config_path}: {what} must be {quoted(expected)} as in the model, "
+        f"got {quoted(got)}; a residual needs the adapter of the stage 1 that it was trained over"
     )

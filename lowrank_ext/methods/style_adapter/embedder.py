@@ -106,5 +106,7 @@ class StyleEmbedder(nn.Module):
 
 
 def _normal(rows: int, columns: int, width: int, factory: dict[str, Any]) -> nn.Parameter:
+    if torch.device(factory["device"] or "cpu").type == "meta":
+        return nn.Parameter(torch.empty(rows, columns, **factory))
     start = torch.randn(rows, columns, device="cpu", dtype=torch.float32) * width**-0.5
     return nn.Parameter(start.to(**{k: v for k, v in factory.items() if v is not None}))

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapter_files import (
     AdapterFiles,
-    read_adapter_files,
+    open_adapter_files,
     write_adapter_files,
 )
+from lowrank_ext.files import quoted
+from lowrank_ext.files.tensor_file import is_finite
 from lowrank_ext.methods.style_adapter.config import StylePathConfig
 from lowrank_ext.methods.style_adapter.embedder import StyleEmbedder
 from lowrank_ext.methods.style_adapter.install import (
@@ -34,6 +36,13 @@ from lowrank_ext.methods.style_adapter.install import (
 from lowrank_ext.methods.style_adapter.processor import TwoPathAttnProcessor
 
 __all__ = ["load_style", "save_style"]
+
+_EMBEDDER_OPTIONS = {"width", "out_dim", "num_tokens", "num_layers", "num_heads"}
+# Tensors whose shapes are an embedder's options.
+_EMBEDDER_SIZES = {
+    "embedder.proj": ("width", "out_dim"),
+    "embedder.queries": ("num_tokens", "width"),
+}
 
 
 def save_style(
@@ -83,32 +92,86 @@ def load_style(unet: nn.Module, path: str | os.PathLike[str]) -> StyleEmbedder |
             before; the message names the file and what does not fit.
     """
     model = find_unet(unet, "load_style")
-    files = read_adapter_files(Path(path), "load_style")
-    config, embedder_options = _read_config(files)
+    with open_adapter_files(Path(path), "load_style") as files:
+        return _load(model, files)
+
+
+def _load(model: nn.Module, files: AdapterFiles) -> StyleEmbedder | None:
+    """Compare what the file says with its tensors and the model, then make and fill modules."""
+    config, options = _read_config(files)
     own: StylePathConfig | None = getattr(model, "style_path_config", None)
     if own is None:
+        _check_style_dim(files, config)
         processors = make_processors(model, config, "load_style")
     else:
         processors = style_processors(model, "load_style")
         _check_agree(files, config, own)
-    embedder = None
-    if embedder_options is not None:
-        try:
-            embedder = StyleEmbedder(**embedder_options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"load_style: {files.config_path}: embedder: {error}") from None
+    embedder = None if options is None else _empty_embedder(files, options)
     wanted = _tensors(processors, config, embedder)
     _check_tensors(files, wanted)
+    values = files.with_values().tensors
     device = next(iter(processors.values())).style_path.lam.device
     if embedder is not None:
-        dtype = files.tensors["embedder.proj"].dtype
-        wanted = _tensors(processors, config, embedder.to(device, dtype))
+        embedder = embedder.to(values["embedder.proj"].dtype).to_empty(device=device)
+        wanted = _tensors(processors, config, embedder)
+    for key, tensor in wanted.items():
+        if not is_finite(values[key].to(tensor.dtype)):
+            raise ValueError(
+                f"{files.caller}: {files.weights_path}: {key} must be finite in {tensor.dtype}, as "
+                "in the model"
+            )
     with torch.no_grad():
         for key, tensor in wanted.items():
-            tensor.copy_(files.tensors[key])
+            tensor.copy_(values[key])
     if own is None:
         install(model, processors, config)
     return embedder
+
+
+def _check_style_dim(files: AdapterFiles, config: StylePathConfig) -> None:
+    """Compare the config's style_dim, which sizes the modules, with the file's tensors."""
+    for key, tensor in files.tensors.items():
+        if key.endswith(".to_k_style.weight") and config.style_dim is not None:
+            if tensor.dim() == 2 and tensor.shape[1] == config.style_dim:
+                return
+            raise ValueError(
+                f"{files.caller}: {files.weights_path}: {key} must be [C, "
+                f"style_dim={config.style_dim}], got {list(tensor.shape)}"
+            )
+    if config.style_dim is not None:
+        raise ValueError(
+            f"{files.caller}: {files.weights_path} must hold to_k_style.weight of a cross-attention"
+        )
+
+
+def _empty_embedder(files: AdapterFiles, options: dict[str, Any]) -> StyleEmbedder:
+    """The embedder on the meta device, once the file's tensors have the sizes in ``options``."""
+    where = f"{files.caller}: {files.config_path}: embedder"
+    tensors = files.tensors
+    if options.keys() != _EMBEDDER_OPTIONS:
+        raise ValueError(
+            f"{where} must have {', '.join(sorted(_EMBEDDER_OPTIONS))}, got "
+            f"{quoted(sorted(options))}"
+        )
+    for key, names in _EMBEDDER_SIZES.items():
+        if key not in tensors:
+            raise ValueError(f"{files.caller}: {files.weights_path}: {key} is missing")
+        sizes = [options[name] for name in names]
+        if list(tensors[key].shape) != sizes:
+            raise ValueError(
+                f"{files.caller}: {files.weights_path}: {key} must be {quoted(sizes)}, got "
+                f"{list(tensors[key].shape)}"
+            )
+    blocks = {key.split(".")[2] for key in tensors if key.startswith("embedder.blocks.")}
+    if options["num_layers"] != len(blocks):
+        raise ValueError(
+            f"{where}: num_layers must be {len(blocks)} as in the tensor file, got "
+            f"{quoted(options['num_layers'])}"
+        )
+    try:
+        return StyleEmbedder(**options, device="meta")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _tensors(
@@ -134,11 +197,11 @@ def _read_config(files: AdapterFiles) -> tuple[StylePathConfig, dict[str, Any] |
     if values.get("peft_type") != StylePathConfig.peft_type:
         raise ValueError(
             f"load_style: {files.config_path}: peft_type must be {StylePathConfig.peft_type!r}, "
-            f"got {values.get('peft_type')!r}"
+            f"got {quoted(values.get('peft_type'))}"
         )
     if embedder is not None and not isinstance(embedder, dict):
         raise ValueError(
-            f"load_style: {files.config_path}: embedder must be an object, got {embedder!r}"
+            f"load_style: {files.config_path}: embedder must be an object, got {quoted(embedder)}"
         )
     try:
         return StylePathConfig.from_dict(values), embedder
@@ -163,6 +226,8 @@ def _check_tensors(files: AdapterFiles, wanted: Mapping[str, Tensor]) -> None:
         got = files.tensors[key]
         if got.shape != tensor.shape:
             raise ValueError(f"{where}: {key} must be {list(tensor.shape)}, got {list(got.shape)}")
+        if not got.is_floating_point():
+            raise ValueError(f"{where}: {key} must be floating-point, got {got.dtype}")
     for key in files.tensors:
         if key not in wanted:
             raise ValueError(f"{where}: {key} belongs to no cross-attention of the model")
