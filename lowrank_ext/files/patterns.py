@@ -15,6 +15,7 @@ from typing import Any
 from lowrank_ext.files.messages import quoted
 
 _MAX_LENGTH = 1_000
+_MAX_GROUPS = 100  # nested ones take a level of the stack each
 _MAX_WAYS = 2_000_000
 _BROAD, _NARROW = 30, 2
 _REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT}
@@ -30,9 +31,10 @@ def check_pattern(patterns: str | Iterable[str], where: str) -> None:
     total = 0
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         shown = quoted(pattern, 60)
-        if len(pattern) > _MAX_LENGTH:
+        if len(pattern) > _MAX_LENGTH or pattern.count("(") > _MAX_GROUPS:
             raise ValueError(
-                f"{where}: a pattern must have at most {_MAX_LENGTH} characters, got {shown}"
+                f"{where}: a pattern must have at most {_MAX_LENGTH} characters and {_MAX_GROUPS} "
+                f"groups, got {shown}"
             )
         try:
             total += _ways(_parser.parse(pattern))

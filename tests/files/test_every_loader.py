@@ -1,5 +1,7 @@
 """Every loader on damaged files of every kind: it loads the same, or raises, nothing changed."""
 
+import dataclasses
+import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -199,3 +201,85 @@ def test_damaged_files_load_the_same_or_change_nothing(name: str, tmp_path: Path
             target = loader.make()
             before = snapshot(target)
         assert snapshot(path) == files, damage.name
+
+
+def edit(path: Path, **fields: Any) -> None:
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+
+
+def check_refused(name: str, loader: Loader, target: Any, path: Path, message: str) -> None:
+    before = snapshot(target)
+    with pytest.raises(ValueError, match=message):
+        loader.load(target, path)
+    assert snapshot(target) == before
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-40, 1e39, 1e308], ids=str)
+@pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
+@pytest.mark.parametrize("name", ["lora", "lora, adapted", "bank", "guard"])
+def test_scalings_that_float32_does_not_hold(
+    name: str, field: str, alpha: float, tmp_path: Path
+) -> None:
+    loader = LOADERS[name]()
+    loader.save(tmp_path)
+    last = "v_proj" if name == "guard" else "2"  # after modules whose scaling fits
+    edit(tmp_path, **{field: alpha if field == "lora_alpha" else {last: alpha}})
+    message = "(scaling|alpha).* must be (positive|from 1.18e-38)"
+    check_refused(name, loader, loader.make(), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"style_dim": 10**9, "init": "random"}, r"must be \[C, style_dim=1000000000\], got"),
+        ({"embedder": {"width": 10**9}}, r"embedder\.proj must be \[1000000000, 6\], got \[4, 6\]"),
+        ({"embedder": {"out_dim": 10**12}}, r"embedder\.proj must be \[4, 1000000000000\], got"),
+        ({"embedder": {"num_tokens": 10**9}}, r"embedder\.queries must be \[1000000000, 4\], got"),
+        ({"embedder": {"num_layers": 10**9}}, "num_layers must be 1 as in the tensor file, got"),
+        ({"embedder": {"device": "cuda"}}, "embedder must have num_heads, "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_style_files_allocate_nothing_before_shapes_are_compared(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    loader = style_loader()
+    loader.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    if "embedder" in changes:
+        changes = {"embedder": {**config["embedder"], **changes["embedder"]}}
+    edit(tmp_path, **changes)
+    check_refused("style", loader, loader.make(), tmp_path, message)
+
+
+def test_values_that_overflow_in_the_models_dtype(tmp_path: Path) -> None:
+    """float32 in the file, float16 in the model: inf, without a check."""
+    config = lr.LoRAConfig(r=2, target_modules=["0"], modules_to_save=["head"])
+    model = lr.adapt(net(), config)
+    lr.save_adapter(model, tmp_path / "good")
+    with torch.no_grad():
+        model.head.bias[3] = 1e6
+    lr.save_adapter(model, tmp_path / "head")
+    with torch.no_grad():
+        model.head.bias[3] = 1
+        model.body[0].lora_b[1, 1] = 1e6
+    lr.save_adapter(model, tmp_path / "adapter")
+    plain = lr.LoRAConfig(r=2, target_modules=["0"], adapter_dtype="float16")
+    for target, name, message in (
+        (net().half(), "head", r"head\.bias must be finite in torch\.float16"),
+        (
+            lr.adapt(net().half(), dataclasses.replace(plain, modules_to_save=["head"])),
+            "adapter",
+            r"lora_B\.weight must be finite in torch\.float16",
+        ),
+        (lr.AdapterBank(net().half()), "bank", r"lora_b must be finite in torch\.float16"),
+    ):
+        path = tmp_path / name
+        if name == "bank":
+            model.lowrank_config = dataclasses.replace(model.lowrank_config, modules_to_save=())
+            lr.save_adapter(model, path)
+        before = snapshot(target)
+        with pytest.raises(ValueError, match=message):
+            target.load("a", path) if name == "bank" else lr.load_adapter(target, path)
+        assert snapshot(target) == before
