@@ -103,6 +103,10 @@ def check_scaling(scaling: float, owner: str) -> None:
 
 def check_dropout(dropout: object, owner: str) -> None:
     check_probability(dropout, owner, "dropout")
+    if dropout == 1:
+        raise ValueError(
+            f"{owner}: dropout must be below 1, which would drop the whole branch, got {dropout}"
+        )
 
 
 def check_probability(value: object, owner: str, name: str) -> None:

@@ -23,6 +23,7 @@ from lowrank_ext.checks import (
     normalized_adapter_dtype,
     normalized_names,
 )
+from lowrank_ext.option_names import check_options
 
 ALL_LINEAR = "all-linear"
 
@@ -36,7 +37,7 @@ class AdapterConfig:
         alpha: the branch is scaled by ``alpha / r``; None stands for alpha = r, so the scaling is 1
             (sqrt(r) with ``rslora``).
         rslora: scale by ``alpha / sqrt(r)``, r being the rank of the module at hand.
-        dropout: probability of dropping an element of the branch's input while training.
+        dropout: probability of dropping an element of the branch's input while training, below 1.
         target_modules: names, where a module matches when its path equals a name or ends with
             ``"." + name``; or one regular expression for the whole path; or ``"all-linear"``.
         exclude_modules: modules that are not adapted, matched as target_modules are.
@@ -73,6 +74,10 @@ class AdapterConfig:
     adapter_dtype: torch.dtype | str = "float32"
     init: str = ""
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        check_options(options, [f.name for f in fields(cls)], cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if not self.peft_type:
             raise TypeError(
@@ -98,6 +103,11 @@ class AdapterConfig:
             raise TypeError(
                 f"{owner}: modules_to_save must be a sequence of names, "
                 f"got the string {self.modules_to_save!r}"
+            )
+        if self.target_modules is None:
+            raise TypeError(
+                f"{owner}: target_modules must be names, a regular expression or {ALL_LINEAR!r}, "
+                f"got None; leave it out for {ALL_LINEAR!r}"
             )
         self._set("target_modules", normalized_names(self.target_modules, owner, "target_modules"))
         if not self.target_modules:

@@ -1,6 +1,7 @@
 """adapt, its matching rules and its reports, on plain torch and transformers models."""
 
 import copy
+import dataclasses
 import io
 import json
 
@@ -439,6 +440,19 @@ def test_the_config_is_kept_and_round_trips_through_json() -> None:
         (dict(r=True), TypeError, "LoRAConfig: r must be an int, got True"),
         (dict(alpha=-1), ValueError, "LoRAConfig: alpha must be positive and finite, got -1"),
         (dict(alpha="2"), TypeError, "LoRAConfig: alpha must be a number or None, got '2'"),
+        (dict(dropout=1.0), ValueError, "LoRAConfig: dropout must be below 1, .* got 1.0"),
+        (
+            dict(target_modules=None),
+            TypeError,
+            "target_modules must be names, .* or 'all-linear', got None; leave it out",
+        ),
+        (dict(lora_alpha=8), TypeError, "LoRAConfig: lora_alpha is called alpha here"),
+        (dict(lora_dropout=0.1), TypeError, "LoRAConfig: lora_dropout is called dropout here"),
+        (dict(use_rslora=True), TypeError, "LoRAConfig: use_rslora is called rslora here"),
+        (dict(init_lora_weights="pissa"), TypeError, "init_lora_weights is called init here"),
+        (dict(task_type="CAUSAL_LM"), TypeError, "task_type is no option here: the model's class"),
+        (dict(use_dora=True), TypeError, "use_dora is no option here: not supported; leave it out"),
+        (dict(targets=["q"]), TypeError, "'targets' is no option; did you mean 'target_modules'"),
         (dict(dropout=-0.1), ValueError, "LoRAConfig: dropout must be between 0 and 1"),
         (dict(init="svd_residual"), ValueError, "LoRAConfig: init must be one of .*'svd_residual'"),
         (dict(target_modules=[]), ValueError, "LoRAConfig: target_modules must name at least one"),
@@ -458,6 +472,23 @@ def test_the_config_is_kept_and_round_trips_through_json() -> None:
 def test_config_errors(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         LoRAConfig(**options)
+
+
+def test_every_option_of_peft_has_a_message() -> None:
+    """Its name here, or that it is not here and what to do."""
+    peft = pytest.importorskip("peft")
+    ours = {field.name for field in dataclasses.fields(LoRAConfig)}
+    theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)} - ours
+    assert {"lora_alpha", "task_type", "bias"} <= theirs
+    for name in theirs:
+        with pytest.raises(TypeError, match=rf"^LoRAConfig: {name} is (called \w+|no option) here"):
+            LoRAConfig(**{name: None})
+        with pytest.raises(TypeError, match=rf"^LoRALinear.*: {name} is "):
+            LoRALinear.from_linear(nn.Linear(4, 4), **{name: None})
+    with pytest.raises(
+        TypeError, match=r"GOATConfig: 'experts' is no option; did you mean '.*expert"
+    ):
+        GOATConfig(experts=2)
 
 
 def test_more_config_errors() -> None:

@@ -340,7 +340,10 @@ def test_both_ways_of_block_compute_the_same(ranks: dict[str, int]) -> None:
 
 @by_shortcut
 def test_dropout_is_off_in_evaluation_and_one_drops_the_branch(shortcut: str) -> None:
-    model, x = stack(shortcut, dropout=1.0), inputs()
+    model, x = stack(shortcut, dropout=0.5), inputs()
+    for module in model.modules():
+        if isinstance(module, ResLoRALinear):
+            module.dropout = 1.0  # a config refuses it
     plain = copy.deepcopy(model)
     lr.unload(plain)
     torch.testing.assert_close(model(x), plain(x))
