@@ -167,8 +167,10 @@ class AdapterBank:
         """A ``with`` block in which sequence b of every batch runs with adapter ``names[b]``.
 
         None stands for the base alone. The first dimension of every input of an adapted module must
-        be the batch. ``generate`` with num_beams or num_return_sequences repeats each sequence,
-        copies next to each other: repeat each name likewise.
+        be the batch. Where that is a multiple of the number of names, each name stands for as many
+        rows next to each other: the copies that ``generate`` makes of each sequence with num_beams
+        or num_return_sequences. Copies in another order (both halves of classifier-free guidance)
+        need a name each.
 
         The block belongs to the current context (contextvars): other threads and tasks are not
         affected, and a thread started inside it does not inherit it. Of nested blocks the innermost
@@ -177,7 +179,7 @@ class AdapterBank:
         Raises:
             TypeError: ``names`` is a string, or has an item that is neither a string nor None.
             ValueError: a name is unknown; inside the block, from the first adapted module: the
-                batch has another number of rows.
+                number of rows is no multiple of the number of names.
         """
         check_names(names, "AdapterBank.rows")
         with self._lock:
@@ -186,7 +188,7 @@ class AdapterBank:
                     self._check_known("rows", name)
             self._blocks += 1
         try:
-            with rows_block(self._number, names, "AdapterBank.rows"):
+            with rows_block(self._number, names, "AdapterBank.rows", repeats=True):
                 yield
         finally:
             with self._lock:

@@ -16,7 +16,14 @@ import torch._dynamo.testing
 from module_cases import Int8Linear, negated_linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lowrank_ext as lr
@@ -169,17 +176,66 @@ def test_modules_without_a_target_are_left_alone(bank: lr.AdapterBank) -> None:
     assert not any(isinstance(m, MultiLoRALinear) for m in only.model.modules())
 
 
-def test_beams_raise_unless_names_are_repeated(bank: lr.AdapterBank, directory: Path) -> None:
+COPIES = {
+    "beams": {"num_beams": 2},
+    "beams and sequences": {"num_beams": 4, "num_return_sequences": 3},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("options", COPIES.values(), ids=COPIES)
+def test_a_name_stands_for_the_copies_of_its_sequence(
+    bank: lr.AdapterBank, directory: Path, options: dict[str, Any]
+) -> None:
     ids, names = tokens(2), ["attention", None]
-    with (
-        pytest.raises(ValueError, match=r"must have 2 rows.*\[4, .*num_beams"),
-        bank.rows(names),
-    ):
-        generate(bank.model, ids, num_beams=2)
-    with bank.rows([name for name in names for _ in range(2)]):
-        generated = generate(bank.model, ids, num_beams=2)
-    alone = generate(with_peft(llama(), directory / "attention"), ids[:1], num_beams=2)
-    assert torch.equal(generated[0], alone[0])
+    times = options.get("num_return_sequences", 1)
+    generated = []
+    for given in (names, [name for name in names for _ in range(options.get("num_beams", times))]):
+        torch.manual_seed(0)
+        with bank.rows(given):
+            generated.append(generate(bank.model, ids, **options))
+    assert torch.equal(*generated) and len(generated[0]) == 2 * times
+    if "num_beams" in options:
+        alone = generate(with_peft(llama(), directory / "attention"), ids[:1], **options)
+        assert torch.equal(generated[0][:times], alone)
+
+
+@pytest.mark.parametrize("options", [{}, *COPIES.values()], ids=["greedy", *COPIES])
+def test_copies_in_an_encoder_decoder_model(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The encoder sees each sequence once, the decoder its copies."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2)
+    config = T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    model = T5ForConditionalGeneration(config).eval()
+    path = save_with_peft(model, tmp_path / "t5", r=3, lora_alpha=9, target_modules="all-linear")
+    ids, names = tokens(3), ["a", None, "a"]
+    adapted = with_peft(model, path)
+    alone = []
+    for row, name in enumerate(names):
+        torch.manual_seed(0)
+        alone.append(generate(model if name is None else adapted, ids[row : row + 1], **options))
+    bank = lr.AdapterBank(model)
+    bank.load("a", path)
+    with bank.rows(names):
+        generated = generate(model, ids, **options)
+    if not options.get("do_sample"):  # samples of a batch are drawn in another order
+        assert torch.equal(generated, torch.cat(alone))
+    else:
+        assert len(generated) == 9
+
+
+def test_rows_that_are_no_copies_raise(bank: lr.AdapterBank) -> None:
+    match = "the batch must have 2 rows, one for each name, or a multiple of that, got an input of"
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=match), bank.rows(["attention", None]):
+            bank.model(tokens(rows))
+    layer = bank.model.model.layers[0].self_attn.q_proj
+    with bank.rows(["attention", None]):
+        assert layer(torch.randn(2, 32)).shape == (2, 32)
+        with pytest.raises(ValueError, match=match):  # tokens, in whatever order
+            layer(torch.randn(4, 32))
+    with pytest.raises(ValueError, match="must have 0 rows"), bank.rows([]):
+        bank.model(tokens(1))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

@@ -26,11 +26,16 @@ ROWS_NUMBERS = itertools.count()
 
 class RowsBlock:
     """Names of the adapters of a batch's rows, and their ids by layout (the tuple of a module's
-    adapter names) and device, cached."""
+    adapter names) and device, cached.
 
-    def __init__(self, names: Sequence[str | None], caller: str) -> None:
+    With ``repeats`` a batch may also hold each sequence several times, copies next to each other,
+    as ``generate`` makes it with num_beams or num_return_sequences.
+    """
+
+    def __init__(self, names: Sequence[str | None], caller: str, repeats: bool = False) -> None:
         self.names = tuple(names)
         self.caller = caller
+        self.repeats = repeats
         self._ids: dict[tuple[tuple[str, ...], torch.device], Tensor | None] = {}
 
     def ids(self, layout: tuple[str, ...], device: torch.device) -> Tensor | None:
@@ -45,14 +50,27 @@ class RowsBlock:
 
     def ids_of_rows(self, layout: tuple[str, ...], x: Tensor) -> Tensor | None:
         """An id for each row of x, whose first dimension is the batch."""
-        if x.dim() < 2 or x.shape[0] != len(self.names):
-            raise ValueError(
-                f"{self.caller}: the batch must have {len(self.names)} rows, one for each name, "
-                f"got an input of shape {list(x.shape)}; num_beams and num_return_sequences "
-                "multiply the rows of generate: give each name as many times in a row"
-            )
+        copies = self._copies(x)
         ids = self.ids(layout, x.device)
-        return None if ids is None else ids_per_row(ids, x)
+        if ids is None:
+            return None
+        return ids_per_row(ids if copies == 1 else ids.repeat_interleave(copies), x)
+
+    def _copies(self, x: Tensor) -> int:
+        """How many rows in a row each name stands for in this call.
+
+        Rows [M, K] are not repeated: they may be tokens, in whatever order.
+        """
+        names, rows = len(self.names), x.shape[0] if x.dim() >= 2 else -1
+        if rows == names:
+            return 1
+        if self.repeats and x.dim() >= 3 and names and rows % names == 0:
+            return rows // names
+        multiple = ", or a multiple of that" if self.repeats else ""
+        raise ValueError(
+            f"{self.caller}: the batch must have {names} rows, one for each name{multiple}, got an "
+            f"input of shape {list(x.shape)}; give a name for each row of the smallest batch"
+        )
 
 
 # The active blocks, by owner number.
@@ -79,9 +97,12 @@ def check_names(names: Sequence[str | None], caller: str) -> None:
 
 
 @contextmanager
-def rows_block(owner: int, names: Sequence[str | None], caller: str) -> Iterator[None]:
+def rows_block(
+    owner: int, names: Sequence[str | None], caller: str, repeats: bool = False
+) -> Iterator[None]:
     """A ``with`` block in which row b of every batch has the adapter ``names[b]`` of ``owner``."""
-    token = ACTIVE_ROWS.set({**ACTIVE_ROWS.get(), owner: RowsBlock(names, caller)})
+    block = RowsBlock(names, caller, repeats)
+    token = ACTIVE_ROWS.set({**ACTIVE_ROWS.get(), owner: block})
     try:
         yield
     finally:
