@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_ext.cli.errors import UserError, as_user_error
-from lowrank_ext.cli.files import new_directory
+from lowrank_ext.cli.files import exists, new_directory, require_directory
 from lowrank_ext.cli.methods import Entry
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
@@ -18,16 +18,18 @@ from lowrank_ext.cli.training import Progress, Trainer
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "training_state.pt"
+_PARTS = {"optimizer", "freezing", "rng", "progress", "text_digest"}
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    if not directory.is_dir():
+    if not exists(str(directory), directory):
         return []
+    require_directory(str(directory), directory)
     found = [
         path
         for path in directory.iterdir()
-        if _NAME.fullmatch(path.name) and (path / _STATE).is_file()
+        if _NAME.fullmatch(path.name) and exists(str(path), path / _STATE)
     ]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
@@ -57,20 +59,62 @@ def restore_trainer(
     entry: Entry, base: CausalLM, settings: Settings, path: Path, text_digest: str
 ) -> Trainer:
     """The trainer that `save_checkpoint` saved; adapts the base model in place."""
+    file = path / _STATE
     with as_user_error(
-        f"cannot read {path / _STATE}", Exception
+        f"cannot read {file}", Exception
     ):  # pickle, zip and tensors raise many kinds
-        state = torch.load(path / _STATE, weights_only=True)
+        state = torch.load(file, weights_only=True)
+    if not isinstance(state, dict) or set(state) != _PARTS:
+        raise UserError(f"cannot continue from {file}: it must hold {', '.join(sorted(_PARTS))}")
     if state["text_digest"] != text_digest:
         raise UserError(f"the text or the tokenizer has changed since {path} was written")
     trainer = Trainer(entry, entry.load(base, settings, path), settings)
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    if trainer.freezing is not None:
-        trainer.freezing.load_state_dict(state["freezing"])
-        trainer.optimizer.forget_frozen()
-    trainer.progress = Progress(**state["progress"])
-    torch.set_rng_state(state["rng"])
+    for part, restore in (
+        ("optimizer", trainer.optimizer.load_state_dict),
+        ("freezing", lambda stored: _restore_freezing(trainer, stored)),
+        ("progress", lambda stored: _restore_progress(trainer, stored)),
+        ("rng", torch.set_rng_state),
+    ):
+        # What a damaged part raises depends on where it is damaged.
+        with as_user_error(f"cannot continue from {file}: its {part} is damaged", Exception):
+            restore(state[part])
     return trainer
+
+
+def _restore_freezing(trainer: Trainer, stored: Any) -> None:
+    if trainer.freezing is not None:
+        trainer.freezing.load_state_dict(stored)
+        trainer.optimizer.forget_frozen()
+
+
+def _restore_progress(trainer: Trainer, stored: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError unless the steps that it tells of were taken."""
+    progress = Progress(**stored)
+    steps = trainer.settings.steps
+    if type(progress.step) is not int or not 0 <= progress.step <= steps:
+        raise ValueError(f"step must be from 0 to {steps}, got {progress.step!r}")
+    for name in ("losses", "step_seconds", "optimizer_seconds"):
+        values = getattr(progress, name)
+        if len(values) != progress.step or not all(type(value) is float for value in values):
+            raise ValueError(f"{name} must be {progress.step} numbers")
+    counts = (progress.skipped_steps, progress.trainable_at_start, progress.saved_bytes_at_start)
+    if not all(type(value) is int and value >= 0 for value in counts):
+        raise ValueError(f"counts must be whole numbers, got {counts}")
+    if not progress.held_out or not all(map(_is_evaluation, progress.held_out)):
+        raise ValueError("held_out must be pairs of a step and a loss")
+    load = progress.expert_load_at_start
+    if load is not None and not all(map(_is_counts, load.items())):
+        raise ValueError("expert_load_at_start must be counts by module")
+    trainer.progress = progress
+
+
+def _is_evaluation(value: Any) -> bool:
+    return isinstance(value, tuple) and list(map(type, value)) == [int, float]
+
+
+def _is_counts(item: tuple[Any, Any]) -> bool:
+    name, counts = item
+    return isinstance(name, str) and all(type(count) is int and count >= 0 for count in counts)
 
 
 def remove_checkpoints(directory: Path) -> None:

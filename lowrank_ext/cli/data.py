@@ -118,10 +118,12 @@ def token_blocks(documents: list[str], tokenizer: Any, seq_len: int) -> Tensor:
 
 def load_corpus(paths: tuple[str, ...], field: str, tokenizer: Any, seq_len: int) -> Corpus:
     """Reads, splits, tokenizes. Raises UserError when either part is shorter than one sequence."""
-    documents = load_documents(paths, field)
-    train_text, held_out_text = split_documents(documents)
-    train = token_blocks(train_text, tokenizer, seq_len)
-    held_out = token_blocks(held_out_text, tokenizer, seq_len)
+    # ValueError and TypeError: strings that JSON may hold, but that are no text
+    with as_user_error("the text cannot be read", ValueError, TypeError, RecursionError):
+        documents = load_documents(paths, field)
+        train_text, held_out_text = split_documents(documents)
+        train = token_blocks(train_text, tokenizer, seq_len)
+        held_out = token_blocks(held_out_text, tokenizer, seq_len)
     if min(train.shape[0], held_out.shape[0]) == 0:
         raise UserError(
             f"the text is too short: training and held-out part need {seq_len} tokens each, one "

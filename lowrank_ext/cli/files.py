@@ -45,6 +45,55 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
+def require_file(what: str, path: Path) -> None:
+    """Raises UserError unless `path` is a regular file that can be opened, and says what it is."""
+    flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO would be waited for
+    with _as_fault(what, "file"):
+        descriptor = os.open(path, flags)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{what}: must be a regular file")
+        finally:
+            os.close(descriptor)
+
+
+def require_directory(what: str, path: Path) -> None:
+    """Raises UserError unless `path` is a directory that can be listed."""
+    with _as_fault(what, "directory"), os.scandir(path):
+        pass
+
+
+def exists(what: str, path: Path) -> bool:
+    """Whether there is a file or directory. Raises UserError when that cannot be told."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise _unreadable(what, error) from None
+    return True
+
+
+@contextmanager
+def _as_fault(what: str, kind: str) -> Iterator[None]:
+    """Tells what does not exist from what cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{what}: no such {kind}") from None
+    except NotADirectoryError:
+        fault = "must be a directory" if kind == "directory" else "no such file"
+        raise UserError(f"{what}: {fault}") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(what, error) from None
+
+
+def _unreadable(what: str, error: OSError | ValueError) -> UserError:
+    """ValueError: what is no name of a file."""
+    why = error.strerror if isinstance(error, OSError) else None
+    return UserError(f"{what}: cannot be read: {why or one_line(error)}")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary directory to fill, which replaces `path` on success."""

@@ -26,6 +26,7 @@ from lowrank_ext.cli.errors import Interrupted, UserError
 from lowrank_ext.cli.files import (
     MEBIBYTE,
     cannot_write,
+    exists,
     prepare_output,
     read_json,
     require_free_space,
@@ -116,8 +117,6 @@ class Job:
 def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
     """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
     prepare_output(out)
-    if resume and not (out / _SETTINGS).is_file():
-        raise UserError(f"--resume: {out} holds no run to continue")
     with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -129,7 +128,7 @@ def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
 
 def stored_settings(out: Path) -> Settings:
     """The settings of the run in `out`."""
-    if not (out / _SETTINGS).is_file():
+    if not exists(f"--resume: {out}", out / _SETTINGS):
         raise UserError(f"--resume: {out} holds no run to continue")
     return Settings.from_dict(read_json(out / _SETTINGS))
 

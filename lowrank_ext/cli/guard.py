@@ -1,12 +1,13 @@
 """`lowrank-ext guard`: a score for each text of a file."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import typer
@@ -14,13 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
+from lowrank_ext.cli.files import MEBIBYTE, require_directory
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
-from lowrank_ext.cli.settings import DTYPES
+from lowrank_ext.cli.settings import DTYPES, MOST_THREADS
 from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 
 STDIN = "-"
+MAX_LINE_BYTES = 16 * MEBIBYTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +53,14 @@ class Options:
         ):
             if value is not None and value < 1:
                 raise UserError(f"{option} must be at least 1, got {value}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UserError(f"--threads must be at most {MOST_THREADS}, got {self.threads}")
         if self.dtype not in DTYPES:
             raise UserError(
                 f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
                 f"{near_matches(self.dtype, DTYPES)}"
             )
-        if not self.adapter.is_dir():
-            raise UserError(f"--adapter {self.adapter}: no such directory")
+        require_directory(f"--adapter {self.adapter}", self.adapter)
         if not any(self.adapter.glob(f"*{HEAD_NAME}*")):
             raise UserError(
                 f"--adapter {self.adapter}: holds no {HEAD_NAME}, which GuardModel.save_pretrained "
@@ -89,29 +93,46 @@ def run(options: Options) -> None:
 
 def read_lines(options: Options) -> list[Line]:
     """The texts to score; blank lines are left out."""
-    name = "stdin" if options.file == STDIN else options.file
+    is_stdin = options.file == STDIN
+    name = "stdin" if is_stdin else options.file
+    is_jsonl = options.jsonl or (not is_stdin and Path(options.file).suffix == ".jsonl")
     with as_user_error(f"cannot read {name}", OSError, UnicodeDecodeError):
-        if options.file == STDIN:
-            content = sys.stdin.buffer.read()
+        if is_stdin and sys.stdin is None:
+            raise UserError("stdin is closed")
+        if is_stdin:
+            found = list(_lines(sys.stdin.buffer, name))
         else:
-            content = Path(options.file).read_bytes()
-        # splitlines would also split at form feeds and other separators inside a text.
-        raw = content.decode("utf-8-sig").split("\n")
-    is_jsonl = options.jsonl or (options.file != STDIN and Path(options.file).suffix == ".jsonl")
-    return [
-        Line(number, _text_of_record(line, f"{name}: line {number}", options.field))
-        if is_jsonl
-        else Line(number, line.rstrip("\r"))
-        for number, line in enumerate(raw, start=1)
-        if line.strip()
-    ]
+            with open(options.file, "rb") as file:
+                found = list(_lines(file, name))
+    if is_jsonl:
+        return [
+            Line(number, _text_of_record(text, f"{name}: line {number}", options.field))
+            for number, text in found
+        ]
+    return found
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
+    """The lines that are not blank, each read up to a limit. Only line feeds end them: splitlines
+    would also split at form feeds and other separators inside a text."""
+    for number in itertools.count(1):
+        raw = file.readline(MAX_LINE_BYTES + 1)
+        if not raw:
+            return
+        if len(raw) > MAX_LINE_BYTES:
+            limit = f"{MAX_LINE_BYTES // MEBIBYTE} MiB"
+            raise UserError(f"{name}: line {number} must be at most {limit}, got more; split it")
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        if text.strip():
+            yield Line(number, text)
 
 
 def _text_of_record(line: str, where: str, field: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+        json.dumps(record, ensure_ascii=False).encode()  # not every string of JSON is text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON of text: {error}") from error
     if isinstance(record, dict):
         if isinstance(text := record.get(field), str):
             return text

@@ -262,7 +262,7 @@ def guard(
     """Score texts with a guard: the probability that each is unsafe.
 
     Prints line number, score and verdict, separated by tabs, in the order of the input; empty lines
-    are left out. examples/guard.py trains a guard.
+    are left out. A line has at most 16 MiB. examples/guard.py trains a guard.
     """
     with errors_as_lines():
         from lowrank_ext.cli import guard as command

@@ -44,7 +44,8 @@ class Entry(ABC):
     def build(self, model: CausalLM, settings: Settings) -> CausalLM:
         """Adapts the base model in place for training. Raises UserError for targets that do not
         exist."""
-        with as_user_error(f"cannot set up {self.name}", ValueError, TypeError):
+        # RuntimeError: memory that is not there, which is how torch says it
+        with as_user_error(f"cannot set up {self.name}", ValueError, TypeError, RuntimeError):
             return self._build(model, settings)
 
     def save(self, model: CausalLM, tokenizer: Any, directory: Path) -> Path | None:

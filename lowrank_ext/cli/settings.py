@@ -5,16 +5,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.errors import UserError, near_matches
+from lowrank_ext.cli.files import require_file
 from lowrank_ext.recipe import Option, Recipe
 
 # Baselines, and learning rates that work for them on the default model and text. The methods are
 # the recipes in the registry.
 BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelerated": 3e-3}
 DTYPES = ("auto", "bf16", "fp32", "fp16")
+MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 
 
@@ -53,9 +55,9 @@ class Settings:
         _check_at_least("--seq-len", self.seq_len, 2)
         _check_at_least("--eval-batches", self.eval_batches, 1)
         _check_at_least("--save-every", self.save_every, 0)
-        _check_at_least("--seed", self.seed, 0)
+        _check_at_least("--seed", self.seed, 0, most=2**40)
         if self.threads is not None:
-            _check_at_least("--threads", self.threads, 1)
+            _check_at_least("--threads", self.threads, 1, most=MOST_THREADS)
         _check_positive("--alpha", self.alpha)
         _check_positive("--lr", self.lr)
         _check_choice("--dtype", self.dtype, DTYPES)
@@ -68,8 +70,7 @@ class Settings:
                 "--targets must be all-linear, names separated by commas, or a regular expression"
             )
         for path in self.text:
-            if not Path(path).is_file():
-                raise UserError(f"--text {path}: no such file")
+            require_file(f"--text {path}", Path(path))
 
     def _check_options(self) -> None:
         for option in method_options():
@@ -109,15 +110,40 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """The settings of `to_dict`. Raises UserError for those of another version."""
+        if not isinstance(values, dict):
+            raise UserError(f"settings.json must hold an object, got {type(values).__name__}")
         own = {option.name for option in method_options()}
         known = {field.name for field in dataclasses.fields(cls)} - {"options"} | own
         if set(values) != known:
             odd = ", ".join(sorted(set(values) ^ known))
             raise UserError(f"settings.json is not from this version of lowrank-ext: {odd}")
+        _check_types(values)
         lists = {name: tuple(values[name]) for name in ("text", "methods")}
         shared = {name: value for name, value in values.items() if name not in own}
         options = {name: values[name] for name in own}
         return cls(**{**shared, **lists}, options=options)
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Raises UserError for a value of settings.json that no run has written."""
+    kinds = get_type_hints(Settings)
+    for option in method_options():
+        kinds[option.name] = option.type if option.default is not None else option.type | None
+    for name, value in values.items():
+        is_list = name in ("text", "methods")
+        kind = str if is_list else kinds[name]
+        items = value if is_list else [value]
+        if not isinstance(items, list | tuple) or not all(_is_of(item, kind) for item in items):
+            wanted = "a list of str" if is_list else getattr(kind, "__name__", kind)
+            raise UserError(f"settings.json: {name} must be {wanted}, got {value!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value that JSON holds has a type; an integer is a float too."""
+    allowed = get_args(kind) or (kind,)
+    if type(value) is int and value not in range(-(2**63), 2**63):
+        return False
+    return type(value) in allowed or (type(value) is int and float in allowed)
 
 
 def method_names() -> list[str]:
@@ -162,9 +188,11 @@ def _check_methods(methods: tuple[str, ...]) -> None:
             raise UserError(f"--compare names {name} twice")
 
 
-def _check_at_least(option: str, value: int, least: int) -> None:
+def _check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:
     if value < least:
         raise UserError(f"{option} must be at least {least}, got {value}")
+    if value > most:
+        raise UserError(f"{option} must be at most {most}, got {value}")
 
 
 def _check_positive(option: str, value: float | None) -> None:
