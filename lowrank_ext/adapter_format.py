@@ -114,6 +114,10 @@ class AdapterFormat:
         """Convert what ``tensors`` and ``fields`` wrote to the tensors of modules."""
         return files, adapters
 
+    def start(self, module: LowRankLinear) -> None:
+        """Give ``module`` the residual base of a file without the tensors that rebuild it."""
+        module.reset_adapter()
+
     def optional(
         self, config: AdapterConfig, shapes: Mapping[str, list[int]]
     ) -> dict[str, list[int]]:

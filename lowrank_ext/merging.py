@@ -70,7 +70,8 @@ def unload(model: Model, merge: bool | None = None) -> Model:
         module_class.disconnect(model)
     replace_modules(model, plain)
     set_fused_encoders(model, on=True)
-    vars(unwrapped(model)).pop("lowrank_config", None)
+    for name in ("lowrank_config", "lowrank_embeddings"):
+        vars(unwrapped(model)).pop(name, None)
     return model
 
 

@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from lowrank_ext.adapt import adapt, lowrank_modules
 from lowrank_ext.adapter_files import AdapterFiles, open_adapter_files
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.checkpoint.embeddings import (
+    changed_embeddings,
+    held_embeddings,
+    replace_embeddings,
+)
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
     PREFIX,
     bad_key,
     split_keys,
 )
-from lowrank_ext.checkpoint.peft_config import method_in, parsed_config, target_names
+from lowrank_ext.checkpoint.peft_config import (
+    WITH_PEFT,
+    method_in,
+    parsed_config,
+    target_names,
+)
+from lowrank_ext.checkpoint.selection import selected_adapters
 from lowrank_ext.checkpoint.ties import ties, untie
 from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
@@ -85,34 +96,43 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     packed = own is None or own.init in method_for(own, files.caller).module_class.residual_inits
     contents = _contents(model, files, method, packed)
     modules = modules_for(model, files, contents.adapters)
-    config = parsed_config(contents.files, method, contents.adapters)
+    adapters = selected_adapters(model, files, contents.adapters)
+    modules = {path: modules[path] for path in adapters}
+    config = parsed_config(contents.files, method, adapters)
     check_loadable(model, modules, files.caller)
-    check_tensors(files, method, config, modules, contents.adapters)
+    residual = config.init in method.module_class.residual_inits
+    # PEFT's own PiSSA files lack the initial factors: the SVD is repeated, in fp32.
+    restart = residual and not _has_starts(method, adapters)
     saved = saved_modules_for(model, files, contents.others)
+    beside = unsaved(contents.others, saved)
+    held = held_embeddings(model, files, beside, modules if residual else ())
+    check_tensors(files, method, config, modules, adapters)
     config = dataclasses.replace(
         config,
-        target_modules=target_names(model, contents.adapters),
+        target_modules=target_names(model, adapters),
         modules_to_save=tuple(saved),
-        adapter_dtype=_adapter_dtype(modules, contents.adapters),
+        adapter_dtype="float32" if restart else _adapter_dtype(modules, adapters),
     )
     if own is not None:
-        _check_same(model, files, contents.adapters, config, own)
-    _, adapters, others = _contents(model, files.with_values(), method, packed)
+        _check_same(model, files, adapters, config, own)
+    _, values, others = _contents(model, files.with_values(), method, packed)
+    adapters = {path: values[path] for path in adapters}
     check_fit_dtypes(files, modules, saved, adapters, others)
+    changed = changed_embeddings(files, held, others)
     if own is None:
         check_may_change(model, files.caller)
-        # PEFT's own PiSSA files lack the initial factors: the SVD is repeated.
-        residual = config.init in method.module_class.residual_inits
-        initialize = residual and not _has_starts(method, adapters)
         try:
-            adapt(model, config, initialize=initialize)
+            adapt(model, config, initialize=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
     for name, tensors in adapters.items():
         module = submodule(model, name)
         assert isinstance(module, LowRankLinear)
+        if restart:
+            method.file_format.start(module)
         _fill(module, method, tensors)
     _fill_saved(model, saved, others)
+    replace_embeddings(model, files, held, changed)
 
 
 class _Contents(NamedTuple):
@@ -147,9 +167,19 @@ def modules_for(
                 files,
                 f"{PREFIX}{name}.{LORA_A}",
                 f"must belong to a linear module, the model has {what} at {name}"
-                f"{did_you_mean(name, possible)}",
+                f"{did_you_mean(name, possible)}{_way_out(name, present)}",
             )
     return {name: present[name] for name in adapters}
+
+
+def _way_out(name: str, present: Collection[str]) -> str:
+    """What to do with a file for ``name``, a module that is none of the model's linear ones."""
+    if name in present:
+        return f"; {WITH_PEFT}"
+    return (
+        "; a file from before modules were renamed: give PeftModel.from_pretrained a key_mapping "
+        "of old to new names, and save it again"
+    )
 
 
 def check_tensors(
@@ -209,12 +239,13 @@ def saved_modules_for(
         if not both_float and others[key].dtype != tensor.dtype:
             wanted_dtype = "floating-point" if tensor.is_floating_point() else tensor.dtype
             raise bad_key(files, PREFIX + key, f"must be {wanted_dtype}, got {others[key].dtype}")
-    for key in others:
-        if key not in wanted:
-            raise bad_key(
-                files, PREFIX + key, "belongs to no adapter and to no module of modules_to_save"
-            )
     return saved
+
+
+def unsaved(others: Mapping[str, Tensor], saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a file that belong to no adapter and to no module of modules_to_save."""
+    own = {f"{path}.{key}" for path, module in saved.items() for key in state_of(module)}
+    return {key: tensor for key, tensor in others.items() if key not in own}
 
 
 def check_fit_dtypes(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles, Companion, write_adapter_files
+from lowrank_ext.checkpoint.embeddings import changed_embeddings, held_embeddings
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,
@@ -29,6 +30,7 @@ from lowrank_ext.checkpoint.peft_config import (
     parsed_config,
     target_names,
 )
+from lowrank_ext.checkpoint.selection import selected_adapters
 from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
@@ -64,8 +66,10 @@ def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
             message names file and key.
     """
     caller = files.caller
-    adapters, others = split_keys(files, model)
     method = method_in(files)
+    adapters, others = split_keys(files, model)
+    modules_for(model, files, adapters)
+    adapters = selected_adapters(model, files, adapters)
     modules = modules_for(model, files, adapters)
     config = parsed_config(files, method, adapters)
     residual = config.init in method.module_class.residual_inits
@@ -81,7 +85,14 @@ def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
             f"{caller}: {files.config_path}: modules_to_save must match no module, one of them "
             f"would change for all rows, got {', '.join(saved)}"
         )
-    adapters, _ = split_keys(files.with_values(), model)
+    held = held_embeddings(model, files, others)
+    values, others = split_keys(files.with_values(), model)
+    adapters = {path: values[path] for path in adapters}
+    if changed := changed_embeddings(files, held, others):
+        raise ValueError(
+            f"{caller}: {files.weights_path} must hold the model's own embeddings, which would "
+            f"change for all rows, got others in {', '.join(changed)}"
+        )
     return LoRAFile(
         dataclasses.replace(config, target_modules=target_names(model, adapters)),
         {

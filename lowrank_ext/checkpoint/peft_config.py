@@ -21,6 +21,7 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method
 from lowrank_ext.wrappers import named_modules, unwrapped
 
+WITH_PEFT = "load it by peft.PeftModel.from_pretrained(model, path)"
 # Fields that change the output in a way that no module here computes: a file that uses one is
 # refused. {field: values that mean "not used"}; None, False and empty values always mean that.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -149,19 +150,28 @@ def _saved_names(
 
 
 def method_in(files: AdapterFiles) -> Method:
-    """The method that the config file names.
+    """The method that the config file names; all that the file says is computed here.
+
+    Called before the tensors are looked at: a message names the file's method, not its tensors.
 
     Raises:
-        ValueError: there is no such method here.
+        ValueError: there is no such method here, or a field has another type or an option that is
+            not supported.
     """
+    where = f"{files.caller}: {files.config_path}"
     peft_type = files.config.get("peft_type")
     method = registry.METHODS.get(peft_type) if isinstance(peft_type, str) else None
     if method is None:
         known = ", ".join(map(repr, registry.METHODS))
+        way_out = f"; {WITH_PEFT}" if isinstance(peft_type, str) else ""
         raise ValueError(
-            f"{files.caller}: {files.config_path}: peft_type must be one of {known}, "
-            f"got {quoted(peft_type)}"
+            f"{where}: peft_type must be one of {known}, got {quoted(peft_type)}{way_out}"
         )
+    check_field_types(files.config, method.config_class.selectors, where)
+    _check_supported(files.config, where)
+    if method is not registry.METHODS["LORA"]:  # whose files PEFT writes, in versions to come too
+        own = method.config_class.own_fields
+        check_own_fields(files.config, {*_KNOWN, *_UNSUPPORTED, *own}, where)
     return method
 
 
@@ -170,10 +180,6 @@ def parsed_config(files: AdapterFiles, method: Method, adapters: Adapters) -> Ad
     names are matched with patterns of the file."""
     fields = files.config
     where = f"{files.caller}: {files.config_path}"
-    check_field_types(fields, method.config_class.selectors, where)
-    _check_supported(fields, where)
-    if method is not registry.METHODS["LORA"]:  # whose files PEFT writes, in versions to come too
-        check_own_fields(fields, {*_KNOWN, *_UNSUPPORTED, *method.config_class.own_fields}, where)
     shared: dict[str, Any] = {
         "r": fields.get("r", 8),  # PEFT's defaults
         "alpha": fields.get("lora_alpha", 8),
@@ -196,14 +202,17 @@ def _check_supported(fields: Mapping[str, Any], where: str) -> None:
         if key in _UNSUPPORTED and not unused and value not in _UNSUPPORTED[key]:
             allowed = " or ".join(map(repr, _UNSUPPORTED[key] or (None, False)))
             raise ValueError(
-                f"{where}: {key}={quoted(value)} is not supported, it must be {allowed}"
+                f"{where}: {key}={quoted(value)} is not supported, it must be {allowed}; "
+                f"{WITH_PEFT}"
             )
         # An unknown field that is switched on may change the output. A number or a name is taken
         # for an option of a feature that is off.
         known = key in _UNSUPPORTED or key in _KNOWN or key in own
         if not known and not unused and (value is True or isinstance(value, list | dict)):
             raise ValueError(
-                f"{where}: {quoted(key)[1:-1]}={quoted(value)} is not known to this version"
+                f"{where}: {quoted(key)[1:-1]}={quoted(value)} is not known to this version; "
+                "remove the field from the file if the output does not depend on it, else "
+                f"{WITH_PEFT}"
             )
 
 

@@ -12,6 +12,7 @@ from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.adapter_files import write_adapter_files
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
     LORA_B,
@@ -117,6 +118,8 @@ def _write(
     for name, whole in saved.items():
         for key, tensor in state_of(whole).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for key, tensor in embeddings_to_save(model).items():
+        tensors[PREFIX + key] = tensor
     # Copies: two keys may name one tensor (tied modules), which the format does not allow.
     tensors = {key: gathered(tensor).clone() for key, tensor in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:

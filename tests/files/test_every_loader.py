@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,12 +193,16 @@ def test_damaged_files_load_the_same_or_change_nothing(name: str, tmp_path: Path
         path = copied(good, tmp_path / str(index), damage)
         files = snapshot(path)
         try:
-            loaded = loader.load(target, path)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                loaded = loader.load(target, path)
         except (ValueError, OSError) as error:
             check_message(error, path)
             assert snapshot(target) == before, damage.name
         else:
-            assert outcome(loaded) == expected, damage.name
+            # A config that selects fewer modules than the file holds is followed, and that is said.
+            narrowed = any("does not select" in str(warning.message) for warning in said)
+            assert outcome(loaded) == expected or narrowed, damage.name
             target = loader.make()
             before = snapshot(target)
         assert snapshot(path) == files, damage.name

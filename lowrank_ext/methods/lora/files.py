@@ -18,6 +18,7 @@ from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, whole
 from lowrank_ext.checks import check_alpha, check_rank
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files import parse_json_object, quoted
+from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered
 
@@ -69,6 +70,10 @@ class LoRAFormat(AdapterFormat):
         halves = {name: _split(files, name, tensors) for name, tensors in adapters.items()}
         return files._replace(config=config), halves
 
+    def start(self, module: LowRankLinear) -> None:
+        assert isinstance(module, LoRALinear)
+        module.reset_as_peft()
+
     def optional(
         self, config: AdapterConfig, shapes: Mapping[str, list[int]]
     ) -> dict[str, list[int]]:
@@ -78,6 +83,12 @@ class LoRAFormat(AdapterFormat):
 
     def options(self, stored: StoredConfig) -> dict[str, Any]:
         init = stored.fields.get("init_lora_weights", True)
+        if init == "mica":
+            raise ValueError(
+                f"{stored.where}: init_lora_weights='mica' is not supported, it freezes lora_B in "
+                "training; the file is a plain LoRA: set init_lora_weights to true in it to load "
+                "it as one, whose lora_B trains too"
+            )
         if not isinstance(init, bool | str | None) or init not in _PEFT_INITS:
             raise ValueError(
                 f"{stored.where}: init_lora_weights={quoted(init)} is not supported, it may change "

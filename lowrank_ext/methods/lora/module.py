@@ -19,6 +19,8 @@ class LoRALinear(LowRankLinear):
     - ``pissa`` (arXiv 2404.02948): with W = U diag(sig) Vᵀ, lora_a = sqrt(sig_r / s) V_rᵀ and
       lora_b = U_r sqrt(sig_r / s), s being the scaling, both rounded to the base's dtype; the base
       weight becomes W - s lora_b lora_a. The buffers ``lora_a_init`` and ``lora_b_init`` rebuild W.
+      The ops round factors to the base's dtype, so base and branch together keep W: PEFT, which
+      multiplies in fp32, subtracts unrounded factors (``reset_as_peft``).
     """
 
     config_class = LoRAConfig
@@ -37,18 +39,26 @@ class LoRALinear(LowRankLinear):
 
     def _init_adapter(self) -> None:
         if self.init == "pissa":
-            self._init_pissa()
+            self._init_pissa(self.base_weight().dtype)
             return
         self.lora_a.copy_(draw_lora_a(self, gaussian=self.init == "gaussian"))
         self.lora_b.zero_()
 
-    def _init_pissa(self) -> None:
-        weight = self.base_weight()
-        u, sig, v_t = top_singular_triples(weight, self.r)
+    @torch.no_grad()
+    def reset_as_peft(self) -> None:
+        """As ``reset_adapter`` with init="pissa", but from unrounded factors, as PEFT: for files
+        whose adapter PEFT trained over its own residual."""
+        self.unmerge()
+        self.restore_base()
+        self._init_pissa(torch.float32)
+        self.take_residual()
+
+    def _init_pissa(self, dtype: torch.dtype) -> None:
+        u, sig, v_t = top_singular_triples(self.base_weight(), self.r)
         root = (sig / self.scaling).sqrt()
         # Rounded as by the ops, so that the residual lacks exactly what the branch computes.
-        self.lora_a.copy_((root.unsqueeze(1) * v_t).to(weight.dtype))
-        self.lora_b.copy_((u * root).to(weight.dtype))
+        self.lora_a.copy_((root.unsqueeze(1) * v_t).to(dtype))
+        self.lora_b.copy_((u * root).to(dtype))
         self.lora_a_init.copy_(self.lora_a)
         self.lora_b_init.copy_(self.lora_b)
 
