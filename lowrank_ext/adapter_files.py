@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 import safetensors.torch
 from torch import Tensor
 
+from lowrank_ext.adapter_places import check_holds_adapter
 from lowrank_ext.files import (
     TensorFile,
     clean_errors,
@@ -188,6 +189,7 @@ def open_adapter_files(
         ValueError: one of them is damaged. All name the file.
     """
     with clean_errors():
+        check_holds_adapter(where, caller)
         files = _one_save(where, caller, companion)
         with closing(files.weights), closing(files.companion or files.weights):
             yield files

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles, Companion, write_adapter_files
+from lowrank_ext.adapter_places import check_can_hold_adapter
 from lowrank_ext.checkpoint.embeddings import changed_embeddings, held_embeddings
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
@@ -123,6 +124,7 @@ def write_lora(
         ValueError: a tensor is on the meta device or sharded. Nothing is written.
         OSError: the files cannot be written. The directory holds what it held before.
     """
+    check_can_hold_adapter(Path(path), caller)
     tensors = {}
     for name, (lora_a, lora_b, _) in file.adapters.items():
         for kind, tensor in ((LORA_A, lora_a), (LORA_B, lora_b)):

@@ -12,6 +12,7 @@ from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.adapter_files import write_adapter_files
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.adapter_places import check_can_hold_adapter
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
@@ -43,6 +44,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Examples:
         >>> lr.save_adapter(model, "out/adapter")
     """
+    check_can_hold_adapter(Path(path), "save_adapter")
     with whole_parameters(model):
         _save(model, path)
 
@@ -66,6 +68,7 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) ->
 
     For methods whose branch is a product of two factors; otherwise as ``save_adapter``.
     """
+    check_can_hold_adapter(Path(path), caller)
     modules = lowrank_modules(model, caller)
     config = config_of(model, caller)
     _check_valued(model, modules, config, caller)
@@ -88,8 +91,16 @@ def config_of(model: nn.Module, caller: str) -> AdapterConfig:
 def _check_valued(
     model: nn.Module, modules: Mapping[str, LowRankLinear], config: AdapterConfig, caller: str
 ) -> None:
-    """Raise ValueError where a tensor to be saved is on the meta device or tied to an unsaved
-    one."""
+    """Raise ValueError where a tensor to be saved is on the meta device or tied to an unsaved one,
+    or where a base weight no longer has the shape that its adapter was made for."""
+    for name, module in modules.items():
+        weight = module.weight
+        shape = [module.out_features, module.in_features]
+        if weight is not None and sorted(weight.shape) != sorted(shape):
+            raise ValueError(
+                f"{caller}: the weight of {name} must be {shape}, for which its adapter was made, "
+                f"got {list(weight.shape)}; call resize_token_embeddings before adapt"
+            )
     saved = outermost_modules(model, config.modules_to_save)
     written = {name: module.adapter_tensors().values() for name, module in modules.items()}
     written |= {name: whole.state_dict().values() for name, whole in saved.items()}

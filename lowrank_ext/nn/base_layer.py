@@ -9,11 +9,12 @@ from torch import nn
 
 from lowrank_ext.checks import normalized_adapter_dtype
 from lowrank_ext.nn.base_keys import BaseKeys
+from lowrank_ext.nn.fixed_size import FixedSize
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Adapter(BaseKeys):
+class Adapter(FixedSize, BaseKeys):
     """A module that wraps a linear one; it is not wrapped again."""
 
 

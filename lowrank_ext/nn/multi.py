@@ -24,6 +24,7 @@ from lowrank_ext.nn.base_layer import (
     linear_features,
 )
 from lowrank_ext.nn.call_arguments import input_name, split_call
+from lowrank_ext.nn.fixed_size import FixedSize
 from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
@@ -37,7 +38,7 @@ class Stacks(NamedTuple):
     ranks: Tensor
 
 
-class MultiLoRALinear(BaseKeys):
+class MultiLoRALinear(FixedSize, BaseKeys):
     """LoRA adapters stacked over one base; made by ``from_linear``.
 
     Adapters of smaller rank are padded to the largest; padding takes memory but is never read.

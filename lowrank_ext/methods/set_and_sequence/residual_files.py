@@ -20,6 +20,7 @@ from lowrank_ext.adapter_files import (
     open_adapter_files,
     write_adapter_files,
 )
+from lowrank_ext.adapter_places import check_can_hold_adapter
 from lowrank_ext.checks import check_probability
 from lowrank_ext.files import parse_json_object, quoted
 from lowrank_ext.files.tensor_file import is_finite
@@ -49,6 +50,7 @@ def save_residual(model: nn.Module, path: str | os.PathLike[str], name: str = "m
         OSError: the files cannot be written. The directory holds what it held before.
     """
     caller = "save_residual"
+    check_can_hold_adapter(Path(path), caller)
     config = adapted_config(model, caller)
     modules = basis_modules(model, caller)
     for where, module in modules.items():
