@@ -4,21 +4,36 @@ previous one is removed."""
 import dataclasses
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.errors import UserError, as_user_error, one_line
 from lowrank_ext.cli.files import exists, new_directory, require_directory
 from lowrank_ext.cli.methods import Entry
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.settings import Settings
-from lowrank_ext.cli.training import Progress, Trainer
+from lowrank_ext.cli.training import Optimizer, Progress, Trainer
+from lowrank_ext.cli.typed import check_types, has_type
+from lowrank_ext.files import quoted, read_torch_file
+from lowrank_ext.files.tensor_file import is_finite
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "training_state.pt"
-_PARTS = {"optimizer", "freezing", "rng", "progress", "text_digest"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Content of training_state.pt."""
+
+    optimizer: dict[str, Any]
+    freezing: dict[str, Any] | None
+    rng: Tensor
+    progress: dict[str, Any]
+    text_digest: str
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -40,15 +55,15 @@ def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_dige
     older = checkpoints(directory)
     with new_directory(path) as temporary:
         trainer.entry.save(trainer.model, tokenizer, temporary)
-        state = {
-            "optimizer": trainer.optimizer.state_dict(),
-            "freezing": None if trainer.freezing is None else trainer.freezing.state_dict(),
-            "rng": torch.get_rng_state(),
-            "progress": dataclasses.asdict(trainer.progress),
-            "text_digest": text_digest,
-        }
+        state = State(
+            optimizer=trainer.optimizer.state_dict(),
+            freezing=None if trainer.freezing is None else trainer.freezing.state_dict(),
+            rng=torch.get_rng_state(),
+            progress=dataclasses.asdict(trainer.progress),
+            text_digest=text_digest,
+        )
         with (temporary / _STATE).open("wb") as file:
-            torch.save(state, file)
+            torch.save(vars(state), file)
     for old in older:
         if old != path:
             shutil.rmtree(old, ignore_errors=True)
@@ -59,62 +74,101 @@ def restore_trainer(
     entry: Entry, base: CausalLM, settings: Settings, path: Path, text_digest: str
 ) -> Trainer:
     """The trainer that `save_checkpoint` saved; adapts the base model in place."""
-    file = path / _STATE
-    with as_user_error(
-        f"cannot read {file}", Exception
-    ):  # pickle, zip and tensors raise many kinds
-        state = torch.load(file, weights_only=True)
-    if not isinstance(state, dict) or set(state) != _PARTS:
-        raise UserError(f"cannot continue from {file}: it must hold {', '.join(sorted(_PARTS))}")
-    if state["text_digest"] != text_digest:
+    where = f"cannot continue from {path / _STATE}"
+    with as_user_error("cannot read", OSError, ValueError):
+        values = read_torch_file(path / _STATE, "--resume")
+    check_types(State, values, where)
+    state = State(**values)
+    if state.text_digest != text_digest:
         raise UserError(f"the text or the tokenizer has changed since {path} was written")
+    progress = _progress_of(state, where)
+    _check_rng(state, where)
     trainer = Trainer(entry, entry.load(base, settings, path), settings)
-    for part, restore in (
-        ("optimizer", trainer.optimizer.load_state_dict),
-        ("freezing", lambda stored: _restore_freezing(trainer, stored)),
-        ("progress", lambda stored: _restore_progress(trainer, stored)),
-        ("rng", torch.set_rng_state),
-    ):
-        # What a damaged part raises depends on where it is damaged.
-        with as_user_error(f"cannot continue from {file}: its {part} is damaged", Exception):
-            restore(state[part])
+    if (state.freezing is None) != (trainer.freezing is None):
+        needed = "no" if trainer.freezing is None else "a"
+        raise UserError(f"{where}: freezing must be {needed} schedule's state for {entry.name}")
+    # Inside, what is of another type raises as any code would.
+    with as_user_error(where, Exception):
+        check_optimizer_state(state.optimizer, trainer.optimizer)
+        trainer.optimizer.load_state_dict(state.optimizer)
+        if trainer.freezing is not None and state.freezing is not None:
+            trainer.freezing.load_state_dict(state.freezing)
+            trainer.optimizer.forget_frozen()
+    trainer.progress = progress
+    torch.set_rng_state(state.rng)
     return trainer
 
 
-def _restore_freezing(trainer: Trainer, stored: Any) -> None:
-    if trainer.freezing is not None:
-        trainer.freezing.load_state_dict(stored)
-        trainer.optimizer.forget_frozen()
-
-
-def _restore_progress(trainer: Trainer, stored: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError unless the steps that it tells of were taken."""
-    progress = Progress(**stored)
-    steps = trainer.settings.steps
-    if type(progress.step) is not int or not 0 <= progress.step <= steps:
-        raise ValueError(f"step must be from 0 to {steps}, got {progress.step!r}")
+def _progress_of(state: State, where: str) -> Progress:
+    check_types(Progress, state.progress, f"{where}: progress")
+    progress = Progress(**state.progress)
     for name in ("losses", "step_seconds", "optimizer_seconds"):
-        values = getattr(progress, name)
-        if len(values) != progress.step or not all(type(value) is float for value in values):
-            raise ValueError(f"{name} must be {progress.step} numbers")
-    counts = (progress.skipped_steps, progress.trainable_at_start, progress.saved_bytes_at_start)
-    if not all(type(value) is int and value >= 0 for value in counts):
-        raise ValueError(f"counts must be whole numbers, got {counts}")
-    if not progress.held_out or not all(map(_is_evaluation, progress.held_out)):
-        raise ValueError("held_out must be pairs of a step and a loss")
-    load = progress.expert_load_at_start
-    if load is not None and not all(map(_is_counts, load.items())):
-        raise ValueError("expert_load_at_start must be counts by module")
-    trainer.progress = progress
+        if len(getattr(progress, name)) != progress.step:
+            raise UserError(
+                f"{where}: progress: {name} must have step={progress.step} entries, got "
+                f"{len(getattr(progress, name))}"
+            )
+    if not progress.held_out:
+        raise UserError(f"{where}: progress: held_out must have an entry, got none")
+    return progress
 
 
-def _is_evaluation(value: Any) -> bool:
-    return isinstance(value, tuple) and list(map(type, value)) == [int, float]
+def _check_rng(state: State, where: str) -> None:
+    try:
+        torch.Generator().set_state(state.rng)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{where}: rng must be a generator's state, got {state.rng.dtype} "
+            f"{list(state.rng.shape)}: {one_line(error)}"
+        ) from None
 
 
-def _is_counts(item: tuple[Any, Any]) -> bool:
-    name, counts = item
-    return isinstance(name, str) and all(type(count) is int and count >= 0 for count in counts)
+def check_optimizer_state(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Raises ValueError unless ``state`` is of an optimizer of the same parameters: AdamW itself
+    would take moments of any shape."""
+    own = optimizer.state_dict()
+    adamw, groups = state["adamw"], own["adamw"]["param_groups"]
+    if state.keys() != own.keys() or adamw.keys() != own["adamw"].keys():
+        raise ValueError(f"optimizer must hold {sorted(own)}, got {quoted(sorted(state))}")
+    stored_groups = adamw["param_groups"]
+    if [(g.keys(), g["params"]) for g in stored_groups] != [
+        (g.keys(), g["params"]) for g in groups
+    ]:
+        raise ValueError(
+            f"optimizer must have groups of {[len(g['params']) for g in groups]} parameters with "
+            f"the same options, got {quoted(stored_groups)}"
+        )
+    for stored, group in zip(stored_groups, groups, strict=True):
+        for name, value in group.items():
+            same_type = has_type(stored[name], type(value)) if name != "params" else True
+            if not same_type or (name != "lr" and stored[name] != value):
+                raise ValueError(f"optimizer: {name} must be {value!r}, got {quoted(stored[name])}")
+    masters = dict(enumerate(optimizer.masters))
+    for index, moments in adamw["state"].items():
+        if index not in masters or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"optimizer: state {quoted(index)} must be of a parameter")
+        like = {"step": torch.tensor(0.0)}
+        for name, tensor in moments.items():
+            _check_like(tensor, like.get(name, masters[index]), f"optimizer: {name} of {index}")
+    if len(state["masters"]) != len(masters):
+        raise ValueError(f"optimizer must have {len(masters)} masters, got {len(state['masters'])}")
+    for index, (stored, own_master) in enumerate(
+        zip(state["masters"], own["masters"], strict=True)
+    ):
+        if (stored is None) != (own_master is None):
+            raise ValueError(f"optimizer: master {index} must be there for half precision alone")
+        if stored is not None:
+            _check_like(stored, own_master, f"optimizer: master {index}")
+
+
+def _check_like(tensor: Any, like: Tensor, what: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        got = (
+            f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else quoted(tensor)
+        )
+        raise ValueError(f"{what} must be {like.dtype} {list(like.shape)}, got {got}")
+    if not is_finite(tensor):
+        raise ValueError(f"{what} must be finite, got inf or nan")
 
 
 def remove_checkpoints(directory: Path) -> None:

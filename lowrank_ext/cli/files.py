@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from lowrank_ext.cli.errors import UserError, one_line
+from lowrank_ext.cli.errors import UserError, as_user_error, one_line
+from lowrank_ext.files import read_json_object
 
 MEBIBYTE = 2**20
+_MAX_JSON_BYTES = 64 * MEBIBYTE  # the losses of a million steps
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -37,12 +39,10 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON. Raises UserError naming the file when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises UserError naming the file when it is missing or damaged."""
+    with as_user_error("cannot read", OSError, ValueError):
+        return read_json_object(path, "--resume", _MAX_JSON_BYTES)
 
 
 def require_file(what: str, path: Path) -> None:

@@ -17,6 +17,7 @@ from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import MEBIBYTE, read_json, write_bytes, write_json
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.typed import check_types
 
 _SMOOTHING = 0.85
 _METHOD_WIDTH = 12  # longer names are broken at a hyphen
@@ -71,10 +72,11 @@ def write_result(path: Path, result: Result) -> None:
 def read_result(path: Path) -> Result:
     """Reads what `write_result` wrote."""
     values = read_json(path)
-    try:
-        return Result(**{**values, "held_out": [(step, loss) for step, loss in values["held_out"]]})
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a result of this version of lowrank-ext") from error
+    check_types(Result, values, str(path))
+    held_out = [(step, loss) for step, loss in values["held_out"]]
+    if not held_out:
+        raise UserError(f"{path}: held_out must have an entry, got none")
+    return Result(**{**values, "held_out": held_out})
 
 
 def write_report(

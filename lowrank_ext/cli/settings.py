@@ -5,11 +5,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.files import require_file
+from lowrank_ext.cli.typed import check_types, has_type
+from lowrank_ext.files import quoted
 from lowrank_ext.recipe import Option, Recipe
 
 # Baselines, and learning rates that work for them on the default model and text. The methods are
@@ -109,41 +111,24 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """The settings of `to_dict`. Raises UserError for those of another version."""
-        if not isinstance(values, dict):
-            raise UserError(f"settings.json must hold an object, got {type(values).__name__}")
-        own = {option.name for option in method_options()}
-        known = {field.name for field in dataclasses.fields(cls)} - {"options"} | own
+        """The settings of `to_dict`. Raises UserError for those of another version, and for values
+        of another type."""
+        own = {option.name: option for option in method_options()}
+        known = {field.name for field in dataclasses.fields(cls)} - {"options"} | own.keys()
         if set(values) != known:
-            odd = ", ".join(sorted(set(values) ^ known))
+            odd = quoted(sorted(set(values) ^ known))[1:-1]
             raise UserError(f"settings.json is not from this version of lowrank-ext: {odd}")
-        _check_types(values)
-        lists = {name: tuple(values[name]) for name in ("text", "methods")}
-        shared = {name: value for name, value in values.items() if name not in own}
         options = {name: values[name] for name in own}
+        shared = {name: value for name, value in values.items() if name not in own}
+        check_types(cls, {**shared, "options": options}, "settings.json")
+        for name, option in own.items():
+            value = options[name]
+            if not (has_type(value, option.type) or (value is None and option.default is None)):
+                raise UserError(
+                    f"settings.json: {name} must be {option.type.__name__}, got {quoted(value)}"
+                )
+        lists = {name: tuple(values[name]) for name in ("text", "methods")}
         return cls(**{**shared, **lists}, options=options)
-
-
-def _check_types(values: dict[str, Any]) -> None:
-    """Raises UserError for a value of settings.json that no run has written."""
-    kinds = get_type_hints(Settings)
-    for option in method_options():
-        kinds[option.name] = option.type if option.default is not None else option.type | None
-    for name, value in values.items():
-        is_list = name in ("text", "methods")
-        kind = str if is_list else kinds[name]
-        items = value if is_list else [value]
-        if not isinstance(items, list | tuple) or not all(_is_of(item, kind) for item in items):
-            wanted = "a list of str" if is_list else getattr(kind, "__name__", kind)
-            raise UserError(f"settings.json: {name} must be {wanted}, got {value!r}")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value that JSON holds has a type; an integer is a float too."""
-    allowed = get_args(kind) or (kind,)
-    if type(value) is int and value not in range(-(2**63), 2**63):
-        return False
-    return type(value) in allowed or (type(value) is int and float in allowed)
 
 
 def method_names() -> list[str]:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lowrank_ext.files.messages import quoted
 from lowrank_ext.files.reading import read_bytes
@@ -27,7 +27,7 @@ def read_json_object(path: Path, caller: str, max_bytes: int = MAX_BYTES) -> dic
 
 
 def parse_json_object(data: bytes | str, where: str) -> dict[str, Any]:
-    """The JSON object in ``data``; messages begin with ``where``.
+    """The JSON object in ``data``; messages begin with ``where``, and name the key.
 
     Raises:
         ValueError: the text is no JSON, no object, deeper than 32 levels, repeats a key, or holds
@@ -41,13 +41,23 @@ def parse_json_object(data: bytes | str, where: str) -> dict[str, Any]:
             object_pairs_hook=_object,
             parse_int=_int,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=_Refused,
         )
+    except _FieldError as error:
+        raise ValueError(f"{where}: {error}") from None
     except ValueError as error:  # broken JSON or broken UTF-8
         raise ValueError(f"{where} must be JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold an object, got {quoted(value, 40)}")
     return value
+
+
+class _FieldError(ValueError):
+    """A key, or the value of one, is refused."""
+
+
+class _Refused(str):
+    """The text of a number that no field can hold."""
 
 
 def _check_depth(text: str) -> None:
@@ -60,27 +70,31 @@ def _check_depth(text: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {quoted(twice)} must appear once, got it again")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _FieldError(f"key {quoted(key)} must appear once, got it again")
+        if (refused := _refused_in(value)) is not None:
+            raise _FieldError(
+                f"{quoted(key)[1:-1]} must be finite, an integer of at most 64 bits, got "
+                f"{quoted(str(refused), 40)}"
+            )
+        values[key] = value
     return values
 
 
-def _int(text: str) -> int:
+def _refused_in(value: Any) -> _Refused | None:
+    """Objects inside have been checked already."""
+    if isinstance(value, list):
+        return next((found for v in value if (found := _refused_in(v)) is not None), None)
+    return value if isinstance(value, _Refused) else None
+
+
+def _int(text: str) -> int | _Refused:
     value = int(text) if len(text) <= 20 else 2**64
-    if value not in _INT64:
-        raise ValueError(f"an integer must have at most 64 bits, got {quoted(text, 40)}")
-    return value
+    return value if value in _INT64 else _Refused(text)
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | _Refused:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"a number must be finite, got {quoted(text, 40)}")
-    return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"a number must be finite, got {name}")
+    return value if math.isfinite(value) else _Refused(text)

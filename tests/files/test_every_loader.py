@@ -242,7 +242,7 @@ def test_scalings_that_float32_does_not_hold(
         ({"embedder": {"out_dim": 10**12}}, r"embedder\.proj must be \[4, 1000000000000\], got"),
         ({"embedder": {"num_tokens": 10**9}}, r"embedder\.queries must be \[1000000000, 4\], got"),
         ({"embedder": {"num_layers": 10**9}}, "num_layers must be 1 as in the tensor file, got"),
-        ({"embedder": {"device": "cuda"}}, "embedder must have num_heads, "),
+        ({"embedder": {"device": "cuda"}}, "embedder: options must be num_heads, "),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -58,11 +58,12 @@ def test_clean_errors(kind: type[Exception]) -> None:
         ("", "must be JSON: Expecting value"),
         ("{", "must be JSON"),
         ("[1]", r"must hold an object, got \[1\]"),
-        ('{"a": NaN}', "a number must be finite, got NaN"),
-        ('{"a": -Infinity}', "a number must be finite, got -Infinity"),
-        ('{"a": 1e999}', "a number must be finite, got '1e999'"),
-        ('{"a": 1' + "0" * 400 + "}", "at most 64 bits, got '1000"),
+        ('{"a": NaN}', "here: a must be finite, .* got 'NaN'"),
+        ('{"a": -Infinity}', "here: a must be finite, .* got '-Infinity'"),
+        ('{"a": 1e999}', "here: a must be finite, .* got '1e999'"),
+        ('{"a": 1' + "0" * 400 + "}", "here: a must be .* of at most 64 bits, got '1000"),
         ('{"a": 9223372036854775808}', "at most 64 bits"),
+        ('{"b": [1, [NaN]]}', "here: b must be finite, .* got 'NaN'"),
         ('{"a": 1, "a": 2}', "key 'a' must appear once"),
         ('{"b": {"a": 1, "c": 3, "a": 1}}', "key 'a' must appear once"),
         ('{"a": ' + "[" * 32 + "]" * 32 + "}", "at most 32 levels"),
@@ -74,7 +75,7 @@ def test_clean_errors(kind: type[Exception]) -> None:
     ids=lambda value: str(value[:12]),
 )
 def test_json_that_is_refused(text: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^here .*{message}"):
+    with pytest.raises(ValueError, match=message):
         parse_json_object(text, "here")
 
 

@@ -150,7 +150,7 @@ def _empty_embedder(files: AdapterFiles, options: dict[str, Any]) -> StyleEmbedd
     tensors = files.tensors
     if options.keys() != _EMBEDDER_OPTIONS:
         raise ValueError(
-            f"{where} must have {', '.join(sorted(_EMBEDDER_OPTIONS))}, got "
+            f"{where}: options must be {', '.join(sorted(_EMBEDDER_OPTIONS))}, got "
             f"{quoted(sorted(options))}"
         )
     for key, names in _EMBEDDER_SIZES.items():
