@@ -5,6 +5,7 @@ PYTHON    ?= python3
 JOBS      ?= 2
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
+MUTANTS_ARGS ?=
 DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --out demo-output
 CSRC      := $(wildcard $(foreach kind,cpp cu cuh h,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind) tests/simt/*/*.$(kind) tests/simt/*/*/*.$(kind)))
 
@@ -13,7 +14,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 STAMPS := .venv/stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help setup build simt demo examples test lint docs bench traffic gpu-check clean
+.PHONY: help setup build simt demo examples test mutants lint docs bench traffic gpu-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +45,10 @@ examples: build ## run every example on the CPU; its pictures go to build/exampl
 # The workers share the cores: with more threads than one each they would only wait for each other.
 test: build simt ## the whole test suite, in parallel and in random order
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+# Hours on two cores. A run goes on where the one before was interrupted; MUTANTS_ARGS="--only NAME --jobs N".
+mutants: setup ## plant the faults of tests/mutants one by one, in a copy of the tree, and count those that tests notice
+	@$(BIN)/python tests/mutants/mutate.py $(MUTANTS_ARGS)
 
 lint: build ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -218,7 +218,11 @@ def test_more_experts_than_one_go_of_a_sum(
 
 
 @both_forms
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [FP32, BF16, DtypePair(torch.float16, torch.float16)],
+    ids=["float32", "bfloat16", "float16"],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_several_blocks(
     device: str, dtypes: DtypePair, rank: int, layout: Layout

@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+void bind_common(pybind11::module_& m);
 void bind_lowrank(pybind11::module_& m);
 void bind_experts(pybind11::module_& m);
 void bind_routing(pybind11::module_& m);

@@ -88,6 +88,7 @@ PYBIND11_MODULE(_simt, m) {
       py::kw_only(), py::arg("schedule_seed") = 0, py::arg("record") = true,
       "Sets every option; what is not named gets its default.");
   bind_host(m);
+  bind_common(m);
   bind_lowrank(m);
   bind_experts(m);
   bind_routing(m);
