@@ -106,7 +106,7 @@ def of_json(
     for key, value in pairs.items():
         names = [name for name in VALUES if not same_type(VALUES[name], value)]
         if value == "null":  # whose other type is not known here
-            names = [*NEVER_VALID, "true", "object", "list of int"]
+            names = [*NEVER_VALID, "true", "object"]
         chosen = draw.sample(names, min(each_key, len(names)))
         for name in dict.fromkeys([*chosen, draw.choice(NEVER_VALID)]):
             yield Damage(f"{file} {key} {name}", writes(file, text({key: VALUES[name]})))

@@ -659,3 +659,15 @@ def test_compiles_without_graph_breaks() -> None:
     randomize(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("alpha", [1e-44, 1e308], ids=str)
+@pytest.mark.parametrize("field", ["alpha", "alpha_pattern"])
+def test_scalings_that_float32_does_not_hold_are_refused(alpha: float, field: str) -> None:
+    """The ops take the scaling in float32: it would be lost, or overflow in forward."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    config = LoRAConfig(r=2, **{field: alpha if field == "alpha" else {"1": alpha}})
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=r"^adapt: [01]: LoRALinear: scaling must be from"):
+        adapt(model, config)
+    assert list(model.modules()) == before and all(p.requires_grad for p in model.parameters())

@@ -117,8 +117,9 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
         _check_same(model, files, adapters, config, own)
     _, values, others = _contents(model, files.with_values(), method, packed)
     adapters = {path: values[path] for path in adapters}
-    check_fit_dtypes(files, modules, saved, adapters, others)
     changed = changed_embeddings(files, held, others)
+    embeddings = {key: held[key].tensor for key in changed}
+    check_fit_dtypes(files, modules, saved, embeddings, adapters, others)
     if own is None:
         check_may_change(model, files.caller)
         try:
@@ -252,6 +253,7 @@ def check_fit_dtypes(
     files: AdapterFiles,
     modules: Mapping[str, nn.Module],
     saved: Mapping[str, nn.Module],
+    embeddings: Mapping[str, Tensor],
     adapters: Adapters,
     others: Mapping[str, Tensor],
 ) -> None:
@@ -267,6 +269,7 @@ def check_fit_dtypes(
         for name, module in saved.items()
         for key, tensor in state_of(module).items()
     ]
+    targets += [(key, others[key], tensor.dtype) for key, tensor in embeddings.items()]
     for key, tensor, dtype in targets:
         if not is_finite(tensor.to(dtype)):
             raise bad_key(files, PREFIX + key, f"must be finite in {dtype}, as in the model")

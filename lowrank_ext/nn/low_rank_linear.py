@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
-from lowrank_ext.checks import check_rank
+from lowrank_ext.checks import check_rank, check_scaling
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import (
     Adapter,
@@ -149,6 +149,7 @@ class LowRankLinear(Adapter):
         owner = cls.__name__
         check_rank(in_features, owner, "in_features")
         check_rank(out_features, owner, "out_features")
+        check_scaling(config.scaling_for("", in_features), owner)
         smaller = min(in_features, out_features)
         if config.init in cls.svd_inits and config.r > smaller:
             raise ValueError(
