@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from distributed_cases import end_worker
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -158,6 +160,23 @@ def test_a_users_own_names_are_kept() -> None:
     )
 
 
+def test_deepspeed_is_known_by_its_name() -> None:
+    """Its engine holds the model as ``module`` and has taken over its parameters."""
+
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    DeepSpeedEngine.__module__ = "deepspeed.runtime.engine"
+    DeepSpeedEngine.__qualname__ = "DeepSpeedEngine"
+    engine = DeepSpeedEngine(net())
+    assert unwrapped(engine) is engine.module
+    assert [path for path, _ in named_modules(engine)] == [p for p, _ in net().named_modules()]
+    with pytest.raises(ValueError, match="adapt: model must not be inside DeepSpeedEngine"):
+        lr.adapt(engine, lr.LoRAConfig(r=2))
+
+
 def test_a_shared_block_has_every_path() -> None:
     model = net()
     model.layers[2] = model.layers[0]
@@ -225,7 +244,35 @@ def test_wrapping_after_adapting(wrap: str, tmp_path: Path) -> None:
     assert same_files(tmp_path / "plain", tmp_path / "wrapped")
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
+OTHER_METHODS: dict[str, Any] = {
+    "reslora_input": lr.ResLoRAConfig(r=2, target_modules=["q_proj"], pre_num=1),
+    "reslora_block": lr.ResLoRAConfig(r=2, target_modules="all-linear", shortcut="block"),
+    "lamda++": lr.LaMDAConfig(r=3, rank_budget="rank", target_modules=["q_proj", "module"]),
+    "aflora": lr.AFLoRAConfig(
+        r=2, target_modules=["q_proj"], live_modules=[r"layers.0.q_proj", "layers.2.q_proj"]
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "method"),
+    [("compiled_blocks", "reslora_input"), *(("checkpoint_blocks", m) for m in OTHER_METHODS)],
+)
+def test_other_methods(method: str, wrap: str, tmp_path: Path) -> None:
+    """Chains, ranks and selections that depend on paths."""
+    models = []
+    for make in (net, lambda: WRAPS[wrap](net())):
+        torch.manual_seed(5)
+        models.append(lr.adapt(make(), OTHER_METHODS[method]))
+        randomize(models[-1])
+        lr.save_adapter(models[-1], tmp_path / str(len(models)))
+    assert same_files(tmp_path / "1", tmp_path / "2")
+    loaded = lr.load_adapter(WRAPS[wrap](net()), tmp_path / "1")
+    for model in (*models, loaded):
+        torch.testing.assert_close(model(inputs()), models[0](inputs()))
+
+
+@pytest.mark.parametrize("wrap", ["compile", "compiled_linears", "checkpoint_blocks", "nested"])
 def test_a_bank_on_a_wrapped_model(wrap: str, tmp_path: Path) -> None:
     model = lr.adapt(net(), lr.LoRAConfig(r=2, **ANCHORED["whole_paths"]))
     randomize(model)
@@ -305,8 +352,10 @@ OWNERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("wrap", OWNERS)
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize(
+    ("wrap", "init"),
+    [*((wrap, "kaiming") for wrap in OWNERS), ("ddp", "pissa"), ("fsdp1", "pissa")],
+)
 def test_wrappers_that_own_parameters(
     wrap: str, init: str, one_rank_group: None, tmp_path: Path
 ) -> None:
@@ -338,3 +387,21 @@ def test_wrappers_that_own_parameters(
             lr.load_adapter(wrapped, tmp_path / "plain")
     else:
         lr.load_adapter(wrapped, tmp_path / "plain")
+
+
+def save_on_one_of_two_ranks(rank: int, directory: str) -> None:
+    store = torch.distributed.FileStore(f"{directory}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = lr.adapt(net(), lr.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]))
+    randomize(model)
+    if rank == 0:
+        lr.save_adapter(model, Path(directory) / "plain")
+    wrapped = fsdp1(model)
+    assert any(parameter.numel() == 0 for parameter in wrapped.parameters()) or rank == 0
+    lr.save_adapter(wrapped, Path(directory) / "wrapped")
+    end_worker()
+
+
+def test_fsdp1_gathers_what_it_has_sharded(tmp_path: Path) -> None:
+    mp.spawn(save_on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    assert same_files(tmp_path / "plain", tmp_path / "wrapped")

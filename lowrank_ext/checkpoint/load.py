@@ -63,9 +63,13 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
 
     LoRA files may come from PEFT, with use_rslora, rank_pattern, alpha_pattern, modules_to_save and
     init_lora_weights="pissa" (whose SVD is then repeated, as PEFT does). What cannot be computed
-    exactly here (DoRA, trained biases, …) is refused. Adapters keep the file's dtype if it is the
-    base's or float32, else they become float32 (float64 over a float64 base). A saved module whose
-    weight is tied in the model is untied if the file's values of the two differ.
+    exactly here (DoRA, trained biases, …) is refused. As in PEFT the config decides: adapters of
+    modules that it does not select are left out, and embeddings in the file (of an extended
+    vocabulary, or beside an adapted head) replace the model's where they differ. Both are said by a
+    UserWarning, as is a module that the config selects without an adapter in the file. Adapters
+    keep the file's dtype if it is the base's or float32, else they become float32 (float64 over a
+    float64 base). A saved module whose weight is tied in the model is untied if the file's values
+    of the two differ.
 
     Args:
         model: on its final device, not merged, not sharded. Parts that ``torch.compile``,
@@ -75,6 +79,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
 
     Raises:
         FileNotFoundError: one of the two files is missing.
+        NotADirectoryError: path is a file.
         ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
             message names file and key. Raised before the model is changed.
 
