@@ -25,7 +25,7 @@ def dropout_scale(dropout_p: float) -> float:
     return 0.0 if threshold == 65536 else 65536 / (65536 - threshold)
 
 
-def _philox4x32(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def _philox4x32(counter: list[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:
     """Philox4x32-7 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -41,7 +41,7 @@ def _philox4x32(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def dropout_mask(
-    seed: int,
+    seed: int | Tensor,
     num_rows: int,
     num_cols: int,
     dropout_p: float,
@@ -79,7 +79,7 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, expert: int = 0) -
         raise ValueError("dropout: seed must be a one-element int64 tensor when dropout_p > 0")
     num_cols = x.shape[-1]
     num_rows = x.numel() // num_cols if num_cols else 0
-    kept = dropout_mask(int(seed), num_rows, num_cols, dropout_p, x.device, expert)
+    kept = dropout_mask(seed, num_rows, num_cols, dropout_p, x.device, expert)
     kept = kept.reshape(x.shape)
     return torch.where(kept, x * dropout_scale(dropout_p), torch.zeros_like(x))
 
@@ -186,8 +186,8 @@ def moe_route(
     topk_weights = torch.softmax(logits.gather(-1, topk_ids), dim=-1)
 
     counted = _counted(logits, token_mask)
-    one_hot = torch.nn.functional.one_hot(topk_ids, num_experts).sum(-2)
-    expert_counts = torch.where(counted, one_hot, 0).reshape(-1, num_experts).sum(0)
+    chosen = one_hot(topk_ids, num_experts).sum(-2)
+    expert_counts = torch.where(counted, chosen, 0).reshape(-1, num_experts).sum(0)
     num_counted = counted.sum().clamp(min=1)
     probs = torch.where(counted, torch.softmax(logits, dim=-1), 0).reshape(-1, num_experts)
     share = expert_counts.to(logits.dtype) / num_counted
@@ -195,10 +195,9 @@ def moe_route(
 
     slots = topk_ids.reshape(-1)
     sorted_slots = torch.sort(slots, stable=True).indices
-    slot_positions = torch.empty_like(sorted_slots)
-    slot_positions[sorted_slots] = torch.arange(slots.numel(), device=slots.device)
-    expert_offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=slots.device)
-    expert_offsets[1:] = torch.bincount(slots, minlength=num_experts).cumsum(0)
+    slot_positions = torch.argsort(sorted_slots)
+    ends = one_hot(slots, num_experts).sum(0).cumsum(0)
+    expert_offsets = torch.nn.functional.pad(ends, (1, 0))
     return (
         topk_weights,
         topk_ids,
@@ -208,6 +207,11 @@ def moe_route(
         expert_offsets,
         slot_positions,
     )
+
+
+def one_hot(ids: Tensor, num_experts: int) -> Tensor:
+    """int64 [..., E]; torch's own does not work under vmap(grad(...))."""
+    return (ids.unsqueeze(-1) == torch.arange(num_experts, device=ids.device)).long()
 
 
 def _statistics(tensor: Tensor) -> Tensor:
@@ -242,14 +246,12 @@ def moe_lowrank_add(
     """
     logits = _statistics(x) @ _statistics(router_weight.to(x.dtype)).mT
     weights, topk_ids, _, balance_loss, *_ = moe_route(logits, top_k=top_k, token_mask=token_mask)
-    flat_ids, flat_weights = topk_ids.reshape(-1, top_k), weights.reshape(-1, top_k).to(x.dtype)
-    num_tokens = flat_ids.shape[0]
-    branch = base_out.new_zeros(num_tokens, lora_b.shape[1])
+    branch = torch.zeros_like(base_out)
     for i in range(lora_a.shape[0]):
-        dropped = dropout(x, dropout_p, seed, 0 if shared_dropout else i)
-        token, choice = (flat_ids == i).nonzero(as_tuple=True)
-        h = dropped.reshape(num_tokens, x.shape[-1])[token] @ lora_a[i].to(x.dtype).mT
-        out = (flat_weights[token, choice].unsqueeze(-1) * h) @ lora_b[i].to(x.dtype).mT
-        branch = branch.index_add(0, token, out)
-    y = base_out + scaling * branch.reshape(base_out.shape)
+        chosen = topk_ids == i
+        weight = torch.where(chosen, weights, 0).sum(-1, keepdim=True).to(x.dtype)
+        h = dropout(x, dropout_p, seed, 0 if shared_dropout else i) @ lora_a[i].to(x.dtype).mT
+        out = (weight * h) @ lora_b[i].to(x.dtype).mT
+        branch = torch.where(chosen.any(-1, keepdim=True), branch + out, branch)
+    y = base_out + scaling * branch
     return y, balance_loss, topk_ids, torch.softmax(logits, dim=-1)

@@ -1,11 +1,15 @@
-"""The arguments of a low-rank branch: seed, TF32 flag, shape checks, saving for backward."""
+"""The arguments of a low-rank branch: seed, TF32 flag, shape checks, saving for backward; and the
+branch in plain torch."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank_ext import reference
 from lowrank_ext.ops._fakes import check_shape, fake_gradients
+from lowrank_ext.ops._plain import as_rows, check_dropout, check_dtypes, filled
 
 
 class Branch(NamedTuple):
@@ -105,3 +109,59 @@ def saved_branch(ctx: Any) -> tuple[Branch, tuple[Any, ...]]:
     adapter = (lora_a, lora_b, core, rank_scale, out_scale)
     branch = Branch(*adapter, ctx.scaling, ctx.dropout_p, seed, ctx.allow_tf32)
     return branch, tuple(others)
+
+
+def check_plain_branch(op: str, x: Tensor, branch: Branch, **base: Tensor | None) -> None:
+    """The checks of dtypes and dropout that plain torch would not make."""
+    check_dtypes(op, x, base, dict(zip(Branch._fields[:5], branch[:5], strict=True)))
+    check_dropout(op, branch.dropout_p, branch.seed)
+
+
+def plain_branch(base_out: Tensor, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
+    """y and h of lowrank_add by torch's own ops."""
+    named = branch._asdict()
+    for name in ("lora_a", "lora_b", "allow_tf32"):
+        del named[name]
+    y = reference.lowrank_add(base_out, x, branch.lora_a, branch.lora_b, **named)
+    h = reference.dropout(x, branch.dropout_p, branch.seed) @ branch.lora_a.to(x.dtype).mT
+    return y, h
+
+
+def plain_branch_backward(
+    dout: Tensor,
+    x: Any,
+    h: Any,
+    branch: Branch,
+    needs: Sequence[bool],
+    dh: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The branch's gradients by torch's own ops, which can be differentiated again.
+
+    x and h are None where they are not needed. `dh` is an upstream gradient of h, which a backward
+    op does not take.
+    """
+    need_dx, need_dlora_a, need_dlora_b, need_dcore, need_drank_scale, need_dout_scale = needs
+    lora_a, lora_b = branch.lora_a.to(dout.dtype), branch.lora_b.to(dout.dtype)
+    core, rank_scale, out_scale = (t if t is None else t.to(dout.dtype) for t in branch[2:5])
+    upstream = branch.scaling * as_rows(dout)
+    g = upstream if out_scale is None else upstream * out_scale
+    dmid = g @ lora_b
+    dscaled = dmid if core is None else dmid @ core  # of h ⊙ rank_scale
+    down = dscaled if rank_scale is None else dscaled * rank_scale
+    down = down.reshape(*dout.shape[:-1], -1)
+    down = down if dh is None else down + dh
+    dlora_b = dcore = drank_scale = dout_scale = dlora_a = dx = None
+    if need_dlora_b or need_dcore or need_drank_scale or need_dout_scale:
+        rows = as_rows(h)
+        scaled = rows if rank_scale is None else rows * rank_scale
+        mid = scaled if core is None else scaled @ core.mT
+        dlora_b = g.mT @ mid if need_dlora_b else None
+        dcore = dmid.mT @ scaled if need_dcore else None
+        drank_scale = (dscaled * rows).sum(0) if need_drank_scale else None
+        dout_scale = (upstream * (mid @ lora_b.mT)).sum(0) if need_dout_scale else None
+    if need_dlora_a:
+        dropped = reference.dropout(x, branch.dropout_p, branch.seed)
+        dlora_a = as_rows(down).mT @ as_rows(dropped)
+    if need_dx:
+        dx = reference.dropout(down @ lora_a, branch.dropout_p, branch.seed)
+    return filled((dx, dlora_a, dlora_b, dcore, drank_scale, dout_scale), (dout, *branch[:5]))

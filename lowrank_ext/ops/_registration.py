@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+)
 # Kept, because a registration ends when its Library object is freed.
 _LIBRARIES: dict[str, torch.library.Library] = {}
+_FRAGMENTS: list[torch.library.Library] = []
 
 
 def library(name: str) -> torch.library.Library:
@@ -38,6 +43,8 @@ def register_autograd(
     op_name: str,
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
+    plain: Callable[..., Any],
+    plain_backward: Callable[..., Any],
 ) -> None:
     """torch.library.register_autograd without its look-up of default arguments.
 
@@ -45,9 +52,13 @@ def register_autograd(
     whole rest of the call at decode sizes. Our schemas have no defaults, so nothing is lost.
     `setup_context` is as in torch.library.register_autograd. `backward` takes ctx, the backward op
     and the upstream gradients, at least one of which is not None; it may omit trailing Nones.
-    Second derivatives raise; torch alone would treat the backward op as a constant.
+
+    `plain` and `plain_backward` are the op and its backward op as compositions of torch's own ops,
+    which torch can transform: they run under torch.func and forward-mode AD, and `plain_backward`
+    where a gradient is to be differentiated (create_graph=True).
     """
-    backward_op = getattr(getattr(torch.ops, library_name), f"{op_name}_backward").default
+    backward_name = f"{op_name}_backward"
+    backward_op = getattr(getattr(torch.ops, library_name), backward_name).default
 
     def op_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -58,21 +69,18 @@ def register_autograd(
         results = backward(ctx, backward_op, *gradients) if used else ()
         return (*results, *(None,) * (len(needs_input_grad(ctx)) - len(results)))
 
-    def second_backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"{op_name}: second derivatives are not available")
-
-    _register_formula(library_name, op_name, op_backward, op_setup_context)
-    _register_formula(
-        library_name, f"{op_name}_backward", second_backward, lambda ctx, inputs, output: None
-    )
+    formula = _make_formula(library_name, op_name, op_backward, op_setup_context)
+    _register_kernels(library_name, op_name, formula, _without_autocast(plain))
+    plain_backward = _without_autocast(plain_backward)
+    _register_kernels(library_name, backward_name, _ignoring_keyset(plain_backward), plain_backward)
 
 
-def _register_formula(
+def _make_formula(
     library_name: str,
     op_name: str,
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
-) -> None:
+) -> Callable[..., Any]:
     op = getattr(getattr(torch.ops, library_name), op_name).default
     after_autograd = torch._C._after_autograd_keyset
 
@@ -89,14 +97,75 @@ def _register_formula(
             return (None, *backward(ctx, *gradients))
 
     Formula.__name__ = f"{op_name}_formula"
+    return Formula.apply
+
+
+def _register_kernels(
+    library_name: str,
+    name: str,
+    differentiable: Callable[..., Any],
+    plain: Callable[..., Any],
+) -> None:
+    """Kernels of the op above the device's: `differentiable` where an argument requires a gradient,
+    `plain` under a transform."""
+    op = getattr(getattr(torch.ops, library_name), name).default
+    after_autograd = torch._C._after_autograd_keyset
+    functorch_is_active = torch._C._are_functorch_transforms_active
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or functorch_is_active():
+            return plain(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Formula.apply(keyset, *args)
+            return differentiable(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & after_autograd, *args)
 
-    library(library_name).impl(op_name, kernel, "Autograd", with_keyset=True)
+    library(library_name).impl(name, kernel, "Autograd", with_keyset=True)
+    library(library_name).impl(name, plain, "FuncTorchBatched")
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as the kernels run it: where autocast has done its part, or has none."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return function(*args)
+
+    return run
+
+
+def _ignoring_keyset(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda keyset, *args: function(*args)
+
+
+def register_any_scaling(library_name: str, op_name: str) -> None:
+    """The overload `op_name.any_scaling`, which torch.compile traces into.
+
+    It takes scaling as a Scalar, which dynamo passes on as a symbol where it has made the number an
+    input of the graph; lora_b is then multiplied by it. In the op's own float argument a number is
+    a constant of the graph, and each new one would compile again.
+    """
+    op = getattr(getattr(torch.ops, library_name), op_name).default
+    names = [argument.name for argument in op._schema.arguments]
+    lora_b, scaling = names.index("lora_b"), names.index("scaling")
+    arguments = str(op._schema).partition("(")[2].replace("float scaling", "Scalar scaling")
+
+    def kernel(*args: Any) -> Any:
+        if isinstance(args[scaling], torch.SymFloat):
+            changed = list(args)
+            changed[lora_b], changed[scaling] = args[lora_b] * args[scaling], 1.0
+            return op(*changed)
+        return op(*args)
+
+    fragment = torch.library.Library(library_name, "FRAGMENT")
+    fragment.define(f"{op_name}.any_scaling({arguments}")
+    fragment.impl(f"{op_name}.any_scaling", kernel, "CompositeImplicitAutograd")
+    _FRAGMENTS.append(fragment)
+
+
+def overload(op: Any) -> Any:
+    """The overload of ``op`` to call: ``any_scaling`` in code that torch.compile traces."""
+    return op.any_scaling if torch.compiler.is_dynamo_compiling() else op.default
 
 
 def needs_input_grad(ctx: Any) -> tuple[bool, ...]:

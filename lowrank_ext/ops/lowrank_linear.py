@@ -4,20 +4,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ext.ops._branch import (
     Branch,
     backward_fake,
     check_branch,
+    check_plain_branch,
     make_branch,
+    plain_branch,
+    plain_branch_backward,
     save_branch,
     saved_branch,
 )
 from lowrank_ext.ops._fakes import check_shape
+from lowrank_ext.ops._plain import as_rows, backward_with
 from lowrank_ext.ops._registration import (
     needed_gradients,
     needs_input_grad,
+    overload,
+    register_any_scaling,
     register_autocast,
     register_autograd,
     register_fakes,
@@ -78,7 +85,7 @@ def lowrank_linear(
     rank_scale and out_scale: AFLoRA (arXiv 2403.13269). In plain torch: lowrank_ext/reference.py.
     """
     branch = make_branch(x, lora_a, lora_b, core, rank_scale, out_scale, scaling, dropout_p, seed)
-    y, _ = torch.ops.lowrank_ext.lowrank_linear.default(x, weight, bias, *branch)
+    y, _ = overload(torch.ops.lowrank_ext.lowrank_linear)(x, weight, bias, *branch)
     return y
 
 
@@ -98,37 +105,56 @@ def _fake(
     return y, x.new_empty((*x.shape[:-1], branch.lora_a.shape[0]))
 
 
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *branch_args: Any
+) -> tuple[Tensor, Tensor]:
+    _fake(x, weight, bias, *branch_args)
+    branch = Branch(*branch_args)
+    check_plain_branch(_OP, x, branch, weight=weight, bias=bias)
+    return plain_branch(F.linear(x, weight, bias), x, branch)
+
+
+def _plain_backward(
+    dout: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    h: Tensor | None,
+    *args: Any,
+    dh: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    branch, needs = Branch(*args[:-6]), args[-6:]
+    dx, *dbranch = plain_branch_backward(dout, x, h, branch, needs, dh)
+    return (dx + dout @ weight if needs[0] else dx, *dbranch)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, *branch_args = inputs
     _, need_dweight, _, need_dlora_a, *need_others = needs_input_grad(ctx)[:8]
     _, h = output
-    ctx.mark_non_differentiable(h)
     kept_x = x if need_dlora_a or need_dweight else None
     save_branch(ctx, Branch(*branch_args), kept_x, weight, h if any(need_others) else None)
 
 
 def _backward(
-    ctx: Any, backward_op: Callable[..., Any], dout: Tensor, _: None
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, dh: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     branch, (x, weight, h) = saved_branch(ctx)
     need_dx, need_dweight, need_dbias, *need_branch = needs_input_grad(ctx)[:8]
     needs = (need_dx, *need_branch)
+    compute, upstream = backward_with(backward_op, _plain_backward, dout, dh, branch.lora_b)
     saved = (x if needs[1] else None, weight, h)
-    dx, *dbranch = needed_gradients(backward_op, (dout, *saved, *branch), needs)
+    dx, *dbranch = needed_gradients(compute, (upstream, *saved, *branch), needs)
     # A base that trains (modules_to_save, a tied weight) is rare: its gradients are plain torch.
-    dweight = _as_rows(dout).mT @ _as_rows(x) if need_dweight else None
-    dbias = dout.sum_to_size(dout.shape[-1]) if need_dbias else None
+    dweight = as_rows(upstream).mT @ as_rows(x) if need_dweight else None
+    dbias = upstream.sum_to_size(upstream.shape[-1]) if need_dbias else None
     return (dx, dweight, dbias, *dbranch)
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    return torch.atleast_2d(tensor).flatten(0, -2)
 
 
 def register(library_name: str) -> None:
     """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
     register_fakes(library_name, _OP, _fake, backward_fake)
-    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autograd(library_name, _OP, _backward, _setup_context, _plain, _plain_backward)
+    register_any_scaling(library_name, _OP)
     register_autocast(library_name, _OP, num_base_args=3)
 
 

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_ext import reference
 from lowrank_ext.ops._fakes import check_shape
+from lowrank_ext.ops._plain import check_input_dtype, softmax_gradient
 from lowrank_ext.ops._registration import register_autograd, register_fakes
 
 _OP = "moe_route"
@@ -116,6 +118,65 @@ def _backward_fake(
     return router_logits.new_empty(router_logits.shape)
 
 
+def _plain(router_logits: Tensor, top_k: int, token_mask: Tensor | None) -> tuple[Tensor, ...]:
+    _fake(router_logits, top_k, token_mask)
+    check_input_dtype(_OP, "router_logits", router_logits)
+    return reference.moe_route(router_logits, top_k=top_k, token_mask=token_mask)
+
+
+def _plain_backward(
+    dtopk_weights: Tensor | None,
+    dbalance_loss: Tensor | None,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    expert_counts: Tensor,
+    token_mask: Tensor | None,
+) -> Tensor:
+    logits = router_logits.to(statistics_dtype(router_logits.dtype))
+    dlogits = logits_gradient(
+        torch.softmax(logits, -1),
+        torch.softmax(logits.gather(-1, topk_ids), -1),
+        topk_ids,
+        dtopk_weights,
+        balance_gradient(dbalance_loss, logits, expert_counts, token_mask),
+    )
+    return dlogits.to(router_logits.dtype)
+
+
+def balance_gradient(
+    dbalance_loss: Tensor | None,
+    probs: Tensor,
+    expert_counts: Tensor,
+    token_mask: Tensor | None,
+) -> Tensor | None:
+    """Gradient of router_probs from that of balance_loss; of `probs` only the shape is used."""
+    if dbalance_loss is None:
+        return None
+    counted = probs.new_ones((*probs.shape[:-1], 1))
+    if token_mask is not None:
+        counted = token_mask.unsqueeze(-1).to(probs.dtype)
+    num_counted = counted.sum().clamp(min=1)
+    share = expert_counts.to(probs.dtype) / num_counted
+    return dbalance_loss * probs.shape[-1] * share * counted / num_counted
+
+
+def logits_gradient(
+    probs: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    dtopk_weights: Tensor | None,
+    dprobs: Tensor | None,
+) -> Tensor:
+    """Gradient of the logits from those of the weights and of the probabilities."""
+    dlogits = torch.zeros_like(probs)
+    if dprobs is not None:
+        dlogits = dlogits + softmax_gradient(probs, dprobs)
+    if dtopk_weights is not None:
+        chosen = softmax_gradient(topk_weights, dtopk_weights)
+        dlogits = dlogits.scatter_add(-1, topk_ids, chosen)
+    return dlogits
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     router_logits, _, token_mask = inputs
     _, topk_ids, expert_counts, _, *order = output
@@ -133,7 +194,7 @@ def _backward(
 def register(library_name: str) -> None:
     """Fakes and autograd for the op of this name in torch.ops.<library_name>."""
     register_fakes(library_name, _OP, _fake, _backward_fake)
-    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autograd(library_name, _OP, _backward, _setup_context, _plain, _plain_backward)
 
 
 register("lowrank_ext")

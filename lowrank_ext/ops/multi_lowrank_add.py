@@ -1,13 +1,16 @@
 """multi_lowrank_add: a low-rank branch per row, on the output of any base module."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank_ext import reference
 from lowrank_ext.ops._branch import draw_seed
 from lowrank_ext.ops._fakes import check_rows, check_shape, fake_gradients
+from lowrank_ext.ops._plain import as_rows, backward_with, check_dropout, check_dtypes, filled
 from lowrank_ext.ops._registration import (
     needed_gradients,
     needs_input_grad,
@@ -126,6 +129,80 @@ def _backward_fake(
     return fake_gradients(dout, adapters.lora_a.shape[2], adapters[:2], args[7:])
 
 
+def _plain(base_out: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    _fake(base_out, x, *others)
+    adapters = _Adapters(*others)
+    factors = {"lora_a": adapters.lora_a, "lora_b": adapters.lora_b}
+    check_dtypes(_OP, x, {"base_out": base_out}, factors)
+    check_dropout(_OP, adapters.dropout_p, adapters.seed)
+    if adapters.adapter_ids.dtype != torch.int64:
+        raise RuntimeError(f"{_OP}: adapter_ids must be int64, got {adapters.adapter_ids.dtype}")
+    dropped = reference.dropout(x, adapters.dropout_p, adapters.seed)
+    y, h = base_out, x.new_zeros((*x.shape[:-1], adapters.lora_a.shape[1]))
+    for lora_a, lora_b, scale, rows, _ in _each_adapter(adapters, x.dtype):
+        own = dropped @ lora_a.mT
+        h = torch.where(rows, own, h)
+        y = torch.where(rows, base_out + scale * (own @ lora_b.mT), y)
+    return torch.where(_out_of_range(adapters), torch.nan, y), h
+
+
+def _each_adapter(
+    adapters: _Adapters, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Of each adapter: lora_a [r, K] and lora_b [N, r] with zeros as padding, scaling [], and bool
+    its rows [..., 1] and its ranks [r]."""
+    n, r = adapters.lora_a.shape[:2]
+    column = torch.arange(r, device=adapters.lora_a.device)
+    for i in range(n):
+        rank = column.new_full((), r) if adapters.ranks is None else adapters.ranks[i]
+        used = column < rank
+        lora_a = torch.where(used.unsqueeze(1), adapters.lora_a[i].to(dtype), 0)
+        lora_b = torch.where(used, adapters.lora_b[i].to(dtype), 0)
+        rows = ((adapters.adapter_ids == i) & (rank > 0)).unsqueeze(-1)
+        yield lora_a, lora_b, adapters.scaling[i].to(dtype), rows, used
+
+
+def _out_of_range(adapters: _Adapters) -> Tensor:
+    """bool [..., 1]: the rows whose id, or the rank of whose adapter, is out of range."""
+    ids, (n, r) = adapters.adapter_ids, adapters.lora_a.shape[:2]
+    bad = (ids < -1) | (ids >= n)
+    if adapters.ranks is not None:
+        for i in range(n):
+            rank = adapters.ranks[i]
+            bad = bad | ((ids == i) & ((rank < 0) | (rank > r)))
+    return bad.unsqueeze(-1)
+
+
+def _plain_backward(
+    dout: Tensor, x: Any, h: Any, *args: Any, dh: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    adapters, (need_dx, need_dlora_a, need_dlora_b) = _Adapters(*args[:7]), args[7:]
+    dropout = functools.partial(reference.dropout, dropout_p=adapters.dropout_p, seed=adapters.seed)
+    dropped: Any = dropout(x) if need_dlora_a else None
+    parts_of_dx, dlora_a, dlora_b = [], [], []
+    for lora_a, lora_b, scale, rows, used in _each_adapter(adapters, dout.dtype):
+        upstream = torch.where(rows, scale * dout, 0)
+        down = upstream @ lora_b
+        if dh is not None:
+            down = down + torch.where(rows & used, dh, 0)
+        if need_dx:
+            parts_of_dx.append(down @ lora_a)
+        if need_dlora_a:
+            dlora_a.append(as_rows(down).mT @ as_rows(dropped))
+        if need_dlora_b:
+            dlora_b.append(as_rows(upstream).mT @ as_rows(torch.where(rows & used, h, 0)))
+    dx = dout.new_zeros((*dout.shape[:-1], adapters.lora_a.shape[2]))
+    dx = dropout(sum(parts_of_dx, dx))
+    stacks = (
+        (torch.stack(parts) if parts else torch.zeros_like(stack)) if needed else None
+        for needed, parts, stack in (
+            (need_dlora_a, dlora_a, adapters.lora_a),
+            (need_dlora_b, dlora_b, adapters.lora_b),
+        )
+    )
+    return filled((dx if need_dx else None, *stacks), (dout, *adapters[:2]))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, *others = inputs
     adapters = _Adapters(*others)
@@ -133,7 +210,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     if need_dscaling:
         raise RuntimeError(f"{_OP}: scaling must not require a gradient, it has none")
     _, h = output
-    ctx.mark_non_differentiable(h)
     ctx.save_for_backward(
         x if need_dlora_a else None, h if need_dlora_b else None, *adapters[:5], adapters.seed
     )
@@ -141,18 +217,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(
-    ctx: Any, backward_op: Callable[..., Any], dout: Tensor, _: None
+    ctx: Any, backward_op: Callable[..., Any], dout: Tensor | None, dh: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x, h, *adapters, seed = ctx.saved_tensors
     need_dbase_out, *needs = needs_input_grad(ctx)[:4]
-    args = (dout, x, h, *adapters, ctx.dropout_p, seed)
-    return (dout if need_dbase_out else None, *needed_gradients(backward_op, args, needs))
+    compute, upstream = backward_with(backward_op, _plain_backward, dout, dh, adapters[1])
+    args = (upstream, x, h, *adapters, ctx.dropout_p, seed)
+    return (dout if need_dbase_out else None, *needed_gradients(compute, args, needs))
 
 
 def register(library_name: str) -> None:
     """Fakes, autograd and autocast for the op of this name in torch.ops.<library_name>."""
     register_fakes(library_name, _OP, _fake, _backward_fake)
-    register_autograd(library_name, _OP, _backward, _setup_context)
+    register_autograd(library_name, _OP, _backward, _setup_context, _plain, _plain_backward)
     register_autocast(library_name, _OP, num_base_args=2)
 
 

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -60,7 +61,7 @@ from moe_cases import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_ext import ops
+from lowrank_ext import ops, reference
 
 # ExpertPlan of csrc/cuda/experts/plan_experts.h: (grouped, dense_up_backward).
 DENSE, GROUPED, GROUPED_DENSE_UP = FORMS = (False, False), (True, False), (True, True)
@@ -488,13 +489,16 @@ def test_gradcheck(rank: int, shared: bool) -> None:
     assert torch.autograd.gradcheck(op, values, fast_mode=rank == GROUPED_RANK)
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives() -> None:
     tensors = make_tensors((3,), 5, 4, 3, 2)
-    x = tensors["x"].requires_grad_()
-    y = ops.moe_lowrank_add(**tensors, top_k=2).y
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="moe_lowrank_add: second derivatives"):
-        grad.sum().backward()
+    x, router = tensors["x"].requires_grad_(), tensors["router_weight"].requires_grad_()
+
+    def penalty(space: ModuleType) -> tuple[Tensor, ...]:
+        y = space.moe_lowrank_add(**tensors, top_k=2)[0]
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, router))
+
+    torch.testing.assert_close(penalty(ops), penalty(reference))
 
 
 SOME = [n for size in (1, 2) for n in itertools.combinations(NAMES, size)]

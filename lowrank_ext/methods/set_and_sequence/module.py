@@ -311,7 +311,7 @@ class BasisLoRALinear(LowRankLinear):
             basis if down else coefficients,
             coefficients if down else basis,
             ids,
-            torch.full(basis.shape[:1], self.scaling, dtype=torch.float64, device=x.device),
+            self.scaling * torch.ones(basis.shape[:1], dtype=torch.float64, device=x.device),
             dropout_p=self.dropout if self.training else 0.0,
         )
 
