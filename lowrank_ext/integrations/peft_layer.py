@@ -106,6 +106,8 @@ class AcceleratedLoRA(nn.Module):
 
     def _not_covered(self, x: Tensor, adapters: Sequence[Adapter], mixed: bool) -> str:
         """Why PEFT's forward must run for these adapters and this x, or ""."""
+        if x.layout is not torch.strided or x.is_nested or x.is_meta:
+            return "inputs that are nested, sparse or on the meta device"
         autocast = _autocast_dtype(x)
         dtype = x.dtype if autocast is None else autocast
         for adapter in adapters:
@@ -157,6 +159,9 @@ class AcceleratedLoRA(nn.Module):
             ranks=torch.tensor(ranks, device=x.device),
         )
         return added.to(y.dtype)
+
+    def _get_name(self) -> str:
+        return self.peft_class.__name__  # in repr, and in PEFT's get_layer_status
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle cannot find it by name.

@@ -1073,7 +1073,7 @@ def test_layers_are_still_pefts() -> None:
     ours, theirs = pair()
     layer = layers_of(ours)[0]
     assert isinstance(layer, lora.Linear) and isinstance(layer, lora.LoraLayer)
-    assert repr(layer).startswith("lora.AcceleratedLinear(")
+    assert repr(layer).startswith("lora.Linear(")
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
 
 
