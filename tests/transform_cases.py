@@ -154,7 +154,7 @@ def assert_same(got: Any, expected: Any) -> None:
     got, expected = flat(got), flat(expected)
     assert len(got) == len(expected) > 0
     for actual, truth in zip(got, expected, strict=True):
-        atol = 1e-9 * max(1.0, float(truth.abs().max()))
+        atol = 1e-9 * max(1.0, float(truth.detach().abs().max()))
         torch.testing.assert_close(actual, truth, rtol=1e-7, atol=atol)
     assert any(bool(truth.any()) for truth in expected)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,8 @@ def _conv1d_class() -> type[nn.Module] | None:
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a module that can be adapted, else None."""
     if is_conv1d(module):
-        num_in, num_out = module.weight.shape  # a plain Tensor under FSDP1 and functional_call
-        return num_in, num_out
+        weight: Any = module.weight  # a plain Tensor under FSDP1 and functional_call
+        return weight.shape[0], weight.shape[1]
     num_in, num_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(module, Adapter) or not isinstance(num_in, int):
         return None
