@@ -823,6 +823,7 @@ def test_missing_files(lacking: str, tmp_path: Path) -> None:
         (lamda(), "lora_core.weight is missing|peft_type must be 'LAMDA'"),
         (lora(init="pissa"), "init must be 'pissa'"),
         (lora(r=3), "rank of embed must be 3 as in the model, got 4"),
+        (lora(r=5), "rank of embed must be 5 as in the model, got 4"),
         (lora(alpha=9), r"scaling of embed must be 2\.25 as in the model, got 1\.0"),
         (lora(rslora=True), r"scaling of embed must be 2\.0 as in the model, got 1\.0"),
         (lora(target_modules=["embed", "0"]), "adapted modules must be"),
