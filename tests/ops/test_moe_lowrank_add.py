@@ -241,6 +241,14 @@ def test_layouts_of_several_blocks(
     assert_same_values(got, evaluate(ops, dense, dout.contiguous(), **options))
 
 
+@both_forms
+def test_several_blocks_of_converted_rows(device: str, rank: int) -> None:
+    """x is converted 64 rows at a time where the CPU has no products of its dtype."""
+    dtypes = DtypePair(torch.float16, torch.float16)
+    tensors = make_tensors((200,), 12, 9, 4, rank, dtypes, device)
+    assert_within_rule(tensors, make_dout(tensors), top_k=2)
+
+
 @pytest.mark.simt
 @pytest.mark.parametrize("num_rows", [1, 9, 70])
 @pytest.mark.parametrize("half", HALVES)
