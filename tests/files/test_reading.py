@@ -224,10 +224,16 @@ ORDINARY = [
     r"(?:.*\.)?layers\.(?:[0-9]|1[0-5])\.mlp",
     r"(?!.*lm_head).*proj",
     r"layers\.(1|2)\.(self_attn\.)?[qkv]_proj",
+    # as another library writes target_modules of models that see
+    r"(?:.*?(?:vision|image|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    r".*?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\."
+    r"[\d]{1,}\.(?:self_attn|attention|mlp)\.(?:(?:q_proj|k_proj|up_proj|down_proj)))",
+    # as target_modules of a file of ours where shorter names would select more
+    "|".join(rf"model\.layers\.{i}\.self_attn\.q_proj" for i in range(1500)),
 ]
 
 
-@pytest.mark.parametrize("pattern", ORDINARY)
+@pytest.mark.parametrize("pattern", ORDINARY, ids=lambda pattern: pattern[:30])
 def test_ordinary_patterns(pattern: str) -> None:
     check_pattern(pattern, "here")
 
@@ -241,7 +247,7 @@ def test_as_many_names_as_a_model_has() -> None:
     [
         *("(a+)+", "(a*)*", "(a|aa)+", "(.|x)*y", "((ab)?)*", "(a+){5}", "(?:a{2,9}){3,}x"),
         *(".*" * 6 + "x", ".+?" * 9, "(|)" * 40, "(l|l)(a|a)(y|y)(e|e)" * 6, ".?" * 30),
-        *(r"[^.]*" * 8, r"\w*" * 8 + "!", "(?=.*.*.*.*.*.*x)", "(" * 400 + ")" * 400, "a" * 1001),
+        *(r"[^.]*" * 8, r"\w*" * 8 + "!", "(?=.*.*.*.*.*.*x)", "(" * 400 + ")" * 400, "a|" * 10**5),
         *("(", "a{99999999999}", "(?P<a>", "[z-a]"),
     ],
 )
