@@ -20,6 +20,8 @@ from finetune_runs import check_error, invoke, resume, rows, small_run, stop_at
 from lowrank_ext.cli import guard as guard_command
 from lowrank_ext.cli import models
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def deny(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """What the system says of a path of mode 000 and of all below it; root would be let in."""

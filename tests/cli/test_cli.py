@@ -27,6 +27,8 @@ from lowrank_ext.cli.main import app
 from lowrank_ext.cli.methods import entry
 from lowrank_ext.cli.training import Trainer, held_out_loss
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 # ------------------------------------------------------------------------------------ results
 
 

@@ -14,6 +14,7 @@ from finetune_runs import check_error
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, open_log, replace_directory, write_json
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ROOT = Path(__file__).parents[2]
 
 

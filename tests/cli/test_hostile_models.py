@@ -14,6 +14,7 @@ from finetune_runs import check_error, invoke
 
 import lowrank_ext as lr
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ANSWERS = "y\n" * 100
 
 

@@ -11,6 +11,8 @@ from lowrank_ext.cli import doctor, finetune
 from lowrank_ext.cli.errors import UserError, one_line
 from lowrank_ext.cli.main import app
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.mark.parametrize(
     ("charset", "name"), [("ascii", "résultats"), ("latin-1", "結果"), ("utf-8", "bad-\udcff")]

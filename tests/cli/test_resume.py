@@ -16,6 +16,7 @@ from lowrank_ext.cli import training
 from lowrank_ext.cli.methods import entry
 from lowrank_ext.cli.settings import method_names
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 MORE = STEPS + 4
 NOT_EXTENDABLE = ["lamda", "lamda++", "aflora", "set-and-sequence"]
 

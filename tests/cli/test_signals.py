@@ -20,6 +20,7 @@ from lowrank_ext.cli.interrupts import StoppedAtOnce, StopRequest, Terminated
 from lowrank_ext.cli.methods import Entry
 from lowrank_ext.cli.training import Optimizer, Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 OPTIONS = {"dropout": 0.2, "method": "set-and-sequence", "set_fraction": 0.5, "save_every": 3}
 NUMBERS = ("losses", "held_out", "trainable_at_start", "trainable_at_end", "saved_bytes_at_start")
 
