@@ -1,12 +1,15 @@
 """Model surgery: replaces linear modules of a model by low-rank modules."""
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lowrank_ext.config import AdapterConfig, config_names
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig, config_names
+from lowrank_ext.left_out import left_out, new_heads
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
@@ -17,6 +20,7 @@ from lowrank_ext.nn.base_layer import (
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.registry import Method, method_of
+from lowrank_ext.remarks import remarks
 from lowrank_ext.targets import (
     find_targets,
     is_from_peft,
@@ -24,9 +28,12 @@ from lowrank_ext.targets import (
     outermost_modules,
     shared_tensors,
 )
+from lowrank_ext.ties import check_ties
 from lowrank_ext.wrappers import check_may_change, named_modules, replace_wrapped, unwrapped
 
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
+# A rank that is allowed over a module of any size; larger ones must not exceed its features.
+_ANY_RANK = 512
 # Switches of torch's fused eval path of transformers, which reads weights without calling linears.
 _FUSED_FLAGS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
@@ -40,6 +47,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
 
     Afterwards only the trainable tensors of the adapters and ``modules_to_save`` require gradients.
+    The heads of transformers' models for classification, question answering and multiple choice are
+    added to ``modules_to_save`` unless the config names them: they are new for each task.
     The output is the base model's, bit for bit where the branch starts at zero (with GOAT's SVD
     inits on average only, see GOATConfig). A module registered at several paths is adapted once and
     stays shared; tied weights stay tied. The config, with the ranks that LaMDA++ found, is kept as
@@ -57,18 +66,33 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         TypeError: model or config has the wrong type, or the model is itself a linear module.
         ValueError: a name matches nothing, a module cannot be adapted with these options, a weight
             that an init would change is tied to another module, a weight that an init or
-            modules_to_save needs is offloaded, or the model carries adapters already. All of this
-            is checked before the first change.
+            modules_to_save needs is offloaded, a weight of modules_to_save is tied to one that is
+            not saved, or the model carries adapters already. All of this is checked before the
+            first change.
+
+    Warns of what would be missed otherwise: weights that "all-linear" leaves out (experts stacked
+    in one parameter, modules whose owner reads the weight and never calls them), adapters that do
+    not act in some path, ranks above min(in_features, out_features), an optimizer made before.
 
     Examples:
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     """
     method = _checked_method(model, config)
     module_class = method.module_class
+    if initialize:
+        saved = (*config.modules_to_save, *new_heads(model, config))
+        config = replace(config, modules_to_save=saved)
     targets = find_targets(model, config)
+    if initialize:
+        targets = _called(model, config, targets)
+        _check_ranks(config, targets)
     config = method.complete_config(model, config, targets)
     _check_options(model, config, module_class, targets)
     _check_values(model, config, module_class, targets)
+    if initialize:
+        check_ties(model, outermost_modules(model, config.modules_to_save), "adapt")
+        for remark in list(remarks(model, config, targets)):
+            warnings.warn(f"adapt: {remark}", stacklevel=2)
     model.requires_grad_(False)
     replace_modules(
         model,
@@ -147,6 +171,31 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
                 f"{type(module).__qualname__} at {where}; pass the base model"
             )
     return method
+
+
+def _called(
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The targets without those that "all-linear" finds but whose owners never call them."""
+    never = {each.module for each in left_out(model)} if config.target_modules == ALL_LINEAR else ()
+    called = {path: module for path, module in targets.items() if module not in never}
+    if not called:
+        raise ValueError(
+            f"adapt: target_modules must leave a linear module that is called, got {ALL_LINEAR!r} "
+            f"with {', '.join(targets)}, of which only weights are read"
+        )
+    return called
+
+
+def _check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None:
+    """Raise where an adapter would be larger than any use of it."""
+    for path, module in targets.items():
+        limit = max(*(linear_features(module) or ()), _ANY_RANK)
+        if config.rank_for(path) > limit:
+            raise ValueError(
+                f"adapt: {path}: r must be at most {limit}, the larger of its features and "
+                f"{_ANY_RANK}, got {config.rank_for(path)}"
+            )
 
 
 def _check_options(

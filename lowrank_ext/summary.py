@@ -1,10 +1,12 @@
 """Numbers of parameters of a model, and a table of its adapters."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.left_out import LeftOut, left_out
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import outermost_modules
 from lowrank_ext.wrappers import unwrapped
@@ -32,7 +34,8 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 def summary(model: nn.Module) -> "Table":
     """A rich table of the adapters: a row for each kind of module and shape, then other modules.
 
-    Size is the memory of the adapter's tensors (of the whole module for modules_to_save).
+    Weights that "all-linear" leaves out, such as experts stacked in one parameter, have rows "not
+    adapted". Size is the memory of the adapter's tensors (of the whole module for modules_to_save).
 
     Raises:
         ValueError: the model carries no adapters.
@@ -63,10 +66,23 @@ def summary(model: nn.Module) -> "Table":
             _span([m.scaling for m in modules]),
             *_trainable_and_size(own),
         )
+    for each in _grouped(left_out(model)):
+        tensors = [weight for one in each for weight in one.weights]
+        name, kind = each[0].path.rpartition(".")[2] or "(model)", type(each[0].module).__name__
+        row = name, f"{kind}, not adapted", str(len(each)), "", "", ""
+        table.add_row(*row, *_trainable_and_size(tensors))
     for name, saved in _saved_modules(model).items():
         tensors = [*saved.parameters(), *saved.buffers()]
         table.add_row(name, type(saved).__name__, "1", "", "", "", *_trainable_and_size(tensors))
     return table
+
+
+def _grouped(missing: Sequence[LeftOut]) -> list[list[LeftOut]]:
+    """Those of one name and class together."""
+    groups: dict[tuple[str, type[nn.Module]], list[LeftOut]] = {}
+    for each in missing:
+        groups.setdefault((each.path.rpartition(".")[2], type(each.module)), []).append(each)
+    return list(groups.values())
 
 
 def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:

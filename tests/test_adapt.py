@@ -110,7 +110,7 @@ def test_all_linear_leaves_classifiers_and_encoder_decoder_heads_alone() -> None
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     roberta = RobertaForSequenceClassification(RobertaConfig(vocab_size=32, **sizes))
     paths = adapted_paths(adapt(roberta, LoRAConfig(r=2)))
-    assert "classifier.out_proj" not in paths and "classifier.dense" in paths
+    assert not any(path.startswith("classifier") for path in paths)  # trained whole
     assert "roberta.encoder.layer.0.output.dense" in paths
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=32, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2)

@@ -31,7 +31,6 @@ from lowrank_ext.checkpoint.peft_config import (
     target_names,
 )
 from lowrank_ext.checkpoint.selection import selected_adapters
-from lowrank_ext.checkpoint.ties import ties, untie
 from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files.tensor_file import is_finite
@@ -40,6 +39,7 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
 from lowrank_ext.sharding import is_sharded
 from lowrank_ext.targets import outermost_modules
+from lowrank_ext.ties import ties, untie
 from lowrank_ext.wrappers import (
     canonical_name,
     check_may_change,

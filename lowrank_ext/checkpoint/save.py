@@ -20,11 +20,11 @@ from lowrank_ext.checkpoint.layout import (
     PREFIX,
 )
 from lowrank_ext.checkpoint.peft_config import config_fields
-from lowrank_ext.checkpoint.ties import check_ties
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered, is_sharded
 from lowrank_ext.targets import outermost_modules
+from lowrank_ext.ties import check_ties
 from lowrank_ext.wrappers import is_whole, state_of, unwrapped, whole_parameters
 
 

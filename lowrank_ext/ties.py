@@ -27,7 +27,7 @@ def check_ties(model: nn.Module, saved: Mapping[str, nn.Module], caller: str) ->
         if outside:
             raise ValueError(
                 f"{caller}: modules_to_save must name all owners of a tied weight, "
-                f"got {key} without {outside[0]}, which has trained with it"
+                f"got {key} without {outside[0]}, which trains with it"
             )
 
 

@@ -1,0 +1,167 @@
+"""What ``adapt`` does not adapt although it computes a product: weights that no linear module holds
+or whose module is not called. And the heads that it trains whole.
+
+All of it is found from the model's structure and classes; nothing is run.
+"""
+
+import dis
+import functools
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lowrank_ext.checks import matches_names
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig
+from lowrank_ext.nn.base_layer import Adapter, linear_features
+
+# Models with a head that is new for each task, by the name of their class in transformers.
+_TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
+_HEADS = ("classifier", "score", "qa_outputs")
+# Uses of ``self.child.weight`` that do not read its values.
+_METADATA = {
+    "device",
+    "dim",
+    "dtype",
+    "element_size",
+    "grad",
+    "is_cuda",
+    "is_floating_point",
+    "is_meta",
+    "is_quantized",
+    "layout",
+    "ndim",
+    "numel",
+    "quant_state",
+    "requires_grad",
+    "shape",
+    "size",
+}
+_TESTS = {"getattr", "hasattr", "isinstance", "type"}
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+
+
+class LeftOut(NamedTuple):
+    """A module whose weights stay as they are: why, and which."""
+
+    path: str
+    module: nn.Module
+    because: str
+    weights: list[Tensor]
+
+
+class Reader(NamedTuple):
+    """The function that reads a weight, and whether its class also calls the module."""
+
+    function: str
+    calls_too: bool
+
+
+def new_heads(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Names of the heads that must train with the adapters, as they are new for the task.
+
+    Of transformers' models for classification, question answering and multiple choice: all beside
+    the backbone that has parameters, and that the config does not name.
+    """
+    if not any(_TASKS.search(cls.__name__) for cls in type(model).__mro__):
+        return ()
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    named = config.target_modules
+    mentioned = () if named == ALL_LINEAR else [named] if isinstance(named, str) else named
+
+    def is_new(name: str, child: nn.Module) -> bool:
+        beside = child is not backbone if isinstance(backbone, nn.Module) else name in _HEADS
+        targeted = any(re.search(rf"\b{re.escape(name)}\b", target) for target in mentioned)
+        excluded = config.exclude_modules is not None and matches_names(
+            name, config.exclude_modules
+        )
+        saved = matches_names(name, config.modules_to_save)
+        has_weights = next(child.parameters(), None) is not None
+        return beside and has_weights and not (targeted or excluded or saved)
+
+    return tuple(name for name, child in model.named_children() if is_new(name, child))
+
+
+def left_out(model: nn.Module) -> list[LeftOut]:
+    """Weights of the model that multiply its activations outside of calls of linear modules."""
+    return [*_stacked(model), *_never_called(model)]
+
+
+def _stacked(model: nn.Module) -> Iterator[LeftOut]:
+    """Modules that hold matrices of several experts in one parameter [E, ..., ...]."""
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter | _ConvNd):
+            continue
+        own = [p for p in module._parameters.values() if p is not None]
+        weights: list[Tensor] = [p for p in own if p.dim() >= 3 and p.shape[0] > 1]
+        if weights:
+            yield LeftOut(path, module, "stacked weights, which no linear module holds", weights)
+
+
+def _never_called(model: nn.Module) -> Iterator[LeftOut]:
+    for path, module in model.named_modules():
+        reader = reader_of(model, path) if linear_features(module) is not None else None
+        if reader is not None and not reader.calls_too:
+            weights: list[Tensor] = list(module.parameters(recurse=False))
+            yield LeftOut(path, module, f"weights that {reader.function} reads itself", weights)
+
+
+def reader_of(model: nn.Module, path: str) -> Reader | None:
+    """Who reads the weight of the module at ``path`` in place of calling the module, or None."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    # adapt switches torch's own fused path off; nn.MultiheadAttention is refused elsewhere.
+    if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return None
+    owner_class: Any = type(owner)
+    return _readers_in(owner_class).get(name)
+
+
+@functools.cache
+def _readers_in(owner: type[nn.Module]) -> Mapping[str, Reader]:
+    """The children whose weight a function of the class reads."""
+    reads: dict[str, str] = {}
+    used: set[str] = set()
+    for cls in owner.__mro__:
+        if cls is nn.Module:
+            break
+        for name, member in vars(cls).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and "init" not in name and "reset" not in name:
+                for child, is_read in _children_in(function.__code__):
+                    if is_read:
+                        reads.setdefault(child, f"{cls.__name__}.{name}")
+                    else:
+                        used.add(child)
+    return {child: Reader(function, child in used) for child, function in reads.items()}
+
+
+def _children_in(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """Each use of ``self.child`` in the code: whether it reads ``self.child.weight``, or may call
+    the child. Attributes and tests of it are neither."""
+    skipped = ("CACHE", "NOP", "EXTENDED_ARG", "PUSH_NULL")
+    steps = [i for i in dis.get_instructions(code) if i.opname not in skipped]
+    for before, loaded, child, then, after in zip(
+        steps, steps[1:], steps[2:], steps[3:], steps[4:], strict=False
+    ):
+        loads_self = loaded.opname.startswith("LOAD_FAST") and _last(loaded.argval) == "self"
+        tests = before.opname == "LOAD_GLOBAL" and before.argval in _TESTS
+        if not loads_self or tests or child.opname not in _LOADS:
+            continue
+        if then.opname in _LOADS:
+            looks = after.opname in _LOADS and after.argval in _METADATA
+            if then.argval == "weight" and not looks:
+                yield child.argval, True
+        else:
+            yield child.argval, False
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _children_in(constant)
+
+
+def _last(value: object) -> object:
+    return value[-1] if isinstance(value, tuple) and value else value
