@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_ext.checks import matches_names
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.nn.base_layer import Adapter, linear_features
+from lowrank_ext.wrappers import named_modules, unwrapped
 
 # Models with a head that is new for each task, by the name of their class in transformers.
 _TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
@@ -67,6 +68,7 @@ def new_heads(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     Of transformers' models for classification, question answering and multiple choice: all beside
     the backbone that has parameters, and that the config does not name.
     """
+    model = unwrapped(model)
     if not any(_TASKS.search(cls.__name__) for cls in type(model).__mro__):
         return ()
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
@@ -93,7 +95,7 @@ def left_out(model: nn.Module) -> list[LeftOut]:
 
 def _stacked(model: nn.Module) -> Iterator[LeftOut]:
     """Modules that hold matrices of several experts in one parameter [E, ..., ...]."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, Adapter | _ConvNd):
             continue
         own = [p for p in module._parameters.values() if p is not None]
@@ -103,22 +105,27 @@ def _stacked(model: nn.Module) -> Iterator[LeftOut]:
 
 
 def _never_called(model: nn.Module) -> Iterator[LeftOut]:
-    for path, module in model.named_modules():
-        reader = reader_of(model, path) if linear_features(module) is not None else None
-        if reader is not None and not reader.calls_too:
+    found = readers(model)
+    for path, module in named_modules(model):
+        if module in found and not found[module].calls_too:
             weights: list[Tensor] = list(module.parameters(recurse=False))
-            yield LeftOut(path, module, f"weights that {reader.function} reads itself", weights)
+            because = f"weights that {found[module].function} reads itself"
+            yield LeftOut(path, module, because, weights)
 
 
-def reader_of(model: nn.Module, path: str) -> Reader | None:
-    """Who reads the weight of the module at ``path`` in place of calling the module, or None."""
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    # adapt switches torch's own fused path off; nn.MultiheadAttention is refused elsewhere.
-    if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-        return None
-    owner_class: Any = type(owner)
-    return _readers_in(owner_class).get(name)
+def readers(model: nn.Module) -> dict[nn.Module, Reader]:
+    """The linear modules whose weight is read in place of a call, and by whom."""
+    found: dict[nn.Module, Reader] = {}
+    for owner in model.modules():
+        # adapt switches torch's own fused path off; nn.MultiheadAttention is refused elsewhere.
+        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            continue
+        for name, child in owner._modules.items():
+            if child is not None and linear_features(child) is not None:
+                owner_class: Any = type(owner)
+                if (reader := _readers_in(owner_class).get(name)) is not None:
+                    found[child] = reader
+    return found
 
 
 @functools.cache

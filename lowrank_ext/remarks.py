@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
-from lowrank_ext.left_out import LeftOut, left_out, reader_of
+from lowrank_ext.left_out import LeftOut, left_out, readers
 from lowrank_ext.nn.base_layer import linear_features
 from lowrank_ext.targets import modules_named
 
@@ -44,10 +44,11 @@ def _not_adapted(model: nn.Module, missing: list[LeftOut]) -> str:
 
 
 def _read_by_their_owners(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[str]:
-    readers = {path: reader for path in targets if (reader := reader_of(model, path)) is not None}
-    if readers:
-        path, reader = next(iter(readers.items()))
-        more = f", and so on for {len(readers) - 1} more" if len(readers) > 1 else ""
+    found = readers(model)
+    read = {path: found[module] for path, module in targets.items() if module in found}
+    if read:
+        path, reader = next(iter(read.items()))
+        more = f", and so on for {len(read) - 1} more" if len(read) > 1 else ""
         yield (
             f"the adapter of {path} does not act where {reader.function} reads the weight without "
             f"calling the module{more}; put such modules into exclude_modules"

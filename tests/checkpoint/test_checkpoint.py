@@ -423,7 +423,11 @@ def test_tied_modules_to_save(tmp_path: Path) -> None:
     assert torch.equal(loaded.head.weight, 2 * model.embed.weight)
     assert loaded.embed.weight.requires_grad and loaded.head.weight.requires_grad
 
-    model = lr.adapt(tied_net(), lora(target_modules=["0"], modules_to_save=["head"]))
+    one = lora(target_modules=["0"], modules_to_save=["head"])
+    with pytest.raises(ValueError, match=r"adapt: .* head\.weight without embed\.weight"):
+        lr.adapt(tied_net(), one)
+    model = lr.adapt(tied_net(), lora(target_modules=["0"]))  # told only afterwards
+    model.lowrank_config = one
     with pytest.raises(ValueError, match=r"save_adapter: .* head\.weight without embed\.weight"):
         lr.save_adapter(model, tmp_path / "one")
     assert not (tmp_path / "one").exists()
