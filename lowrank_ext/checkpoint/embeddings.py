@@ -6,7 +6,7 @@ they replace the model's; so they do here, with a warning where they differ.
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -132,23 +132,24 @@ def changed_embeddings(
     return changed
 
 
+def say_replaced(files: AdapterFiles, changed: Iterable[str]) -> None:
+    """Warn, before the model is touched, of embeddings that the file's will replace."""
+    if names := ", ".join(changed):
+        warnings.warn(
+            f"{files.caller}: {files.weights_path} holds {names}, which replaces the model's other "
+            "values, as by PEFT",
+            stacklevel=4,  # the caller of load_adapter
+        )
+
+
 @torch.no_grad()
 def replace_embeddings(
-    model: nn.Module,
-    files: AdapterFiles,
-    held: Mapping[str, Embedding],
-    changed: Mapping[str, Tensor],
+    model: nn.Module, held: Mapping[str, Embedding], changed: Mapping[str, Tensor]
 ) -> None:
     """Give the model the file's embeddings, and remember to save them with the adapter."""
     for key, tensor in changed.items():
         held[key].tensor.copy_(tensor)
     if changed:
-        names = ", ".join(changed)
-        warnings.warn(
-            f"{files.caller}: {files.weights_path} holds {names}, which replaced the model's other "
-            "values, as by PEFT",
-            stacklevel=4,
-        )
         unwrapped(model).lowrank_embeddings = tuple(changed)  # type: ignore[assignment]
 
 

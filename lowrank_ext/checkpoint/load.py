@@ -17,6 +17,7 @@ from lowrank_ext.checkpoint.embeddings import (
     changed_embeddings,
     held_embeddings,
     replace_embeddings,
+    say_replaced,
 )
 from lowrank_ext.checkpoint.layout import (
     LORA_A,
@@ -125,6 +126,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     changed = changed_embeddings(files, held, others)
     embeddings = {key: held[key].tensor for key in changed}
     check_fit_dtypes(files, modules, saved, embeddings, adapters, others)
+    say_replaced(files, changed)
     if own is None:
         check_may_change(model, files.caller)
         try:
@@ -138,7 +140,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
             method.file_format.start(module)
         _fill(module, method, tensors)
     _fill_saved(model, saved, others)
-    replace_embeddings(model, files, held, changed)
+    replace_embeddings(model, held, changed)
 
 
 class _Contents(NamedTuple):

@@ -1,5 +1,6 @@
 """RF-29, RF-44, RF-45, RF-46: what files that PEFT wrote mean; those refused say what to do."""
 
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -52,12 +53,17 @@ def paths_of(model: nn.Module) -> set[str]:
     return {path for path, m in model.named_modules() if isinstance(m, lr.nn.LoRALinear)}
 
 
-def untouched(model: nn.Module, call: Callable[[], object], match: str) -> None:
-    """``call`` raises ValueError and leaves modules, values and flags as they were."""
+def untouched(
+    model: nn.Module,
+    call: Callable[[], object],
+    match: str,
+    error: type[Exception] = ValueError,
+) -> None:
+    """``call`` raises ``error`` and leaves modules, values and flags as they were."""
     modules = dict(model.named_modules())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     values = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(error, match=match):
         call()
     assert dict(model.named_modules()) == modules
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -88,7 +94,7 @@ def test_an_extended_vocabulary(tied: bool, targets: list[str], tmp_path: Path) 
     assert keys
 
     model = extended(2, tied)
-    with pytest.warns(UserWarning, match="which replaced the model's other values"):
+    with pytest.warns(UserWarning, match="which replaces the model's other values"):
         lr.load_adapter(model, tmp_path / "theirs")
     loaded = peft.PeftModel.from_pretrained(extended(2, tied), tmp_path / "theirs")
     assert_close(logits(model), logits(loaded))
@@ -134,6 +140,19 @@ def test_an_adapted_head_saved_with_defaults(
         before = base.lm_head.weight.clone()
         lr.load_adapter(base, tmp_path)
         assert torch.equal(base.lm_head.weight, before)
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_alone(tmp_path: Path) -> None:
+    reference = peft.get_peft_model(extended(1), peft.LoraConfig(r=4, target_modules=NAMES))
+    reference.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
+    peft_file(tmp_path / "narrowed")
+    edit_config(tmp_path / "narrowed", target_modules=["q_proj"])
+    bases = {"embeddings": extended(2), "narrowed": llama()}
+    for name, base in bases.items():
+        call = functools.partial(lr.load_adapter, base, tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            untouched(base, call, "as by PEFT", UserWarning)
 
 
 def test_tied_embeddings_that_differ_in_the_file(tmp_path: Path) -> None:
