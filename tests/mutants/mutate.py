@@ -25,7 +25,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 LEAST_KILLED = 0.95
-TIMEOUT = 900  # seconds; a test that hangs has noticed the fault
+TIMEOUT = 900  # seconds, of the tests; one that hangs has noticed the fault
 KILLED, SURVIVED, UNBUILT, BROKEN = "killed", "survived", "does not build", "broken"
 
 
@@ -102,9 +102,9 @@ class Tree:
     def build(self, kind: str) -> str:
         """The first error of the compiler; empty where it built."""
         commands = {
-            "cpu": [".venv/bin/python", "setup.py", "--quiet", "build_ext", "--inplace"],
+            "cpu": [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
             # -o: the copy shares .venv, which make must not bring up to date for it.
-            "simt": ["make", "-o", ".venv/stamps/dependencies", "simt", "JOBS=1"],
+            "simt": ["make", "-o", ".venv/stamps/dependencies", "simt", f"JOBS={os.cpu_count()}"],
         }
         done = run(commands[kind], self.root, LOWRANK_EXT_CUDA="OFF")
         output = (done.stdout + done.stderr).splitlines()
@@ -114,8 +114,8 @@ class Tree:
     def test(self, mutant: Mutant) -> subprocess.CompletedProcess[str]:
         options = ["-q", "-x", "--tb=no", "-p", "no:randomly", "-p", "no:cacheprovider"]
         select = ["-k", mutant.select] if mutant.select else []
-        python = [".venv/bin/python", "-B", "-m", "pytest"]
-        return run([*python, *options, *select, *mutant.tests], self.root)
+        python = [sys.executable, "-B", "-m", "pytest"]
+        return run([*python, *options, *select, *mutant.tests], self.root, TIMEOUT)
 
     def prepare(self, kind: str) -> None:
         """Package and executor as they are, once: tests of one import the other."""
@@ -148,7 +148,9 @@ def judged(done: subprocess.CompletedProcess[str]) -> Result:
     return Result(KILLED if done.returncode in (1, *range(-64, 0)) else BROKEN, failed)
 
 
-def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], cwd: Path, timeout: float | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     settings = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
