@@ -99,7 +99,14 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "other digest": (lambda s: s.update(text_digest="3"), "the text or the tokenizer has changed"),
     "no schedule": (lambda s: s.update(freezing=None), "freezing must be a schedule's state"),
     "schedule": (lambda s: s["freezing"].pop("step"), "state must have the keys"),
-    "schedule of text": (lambda s: s["freezing"].update(live="x"), "training_state.pt"),
+    "schedule of text": (
+        lambda s: s["freezing"].update(live="x"),
+        "live must be a mapping, got 'x'",
+    ),
+    "statistics of text": (
+        lambda s: [t.update({k: "x" for k in t}) for t in s["freezing"]["live"].values()],
+        "statistics of .* must be floating-point tensors",
+    ),
     "statistics": (
         lambda s: [t.update({k: torch.ones(2) for k in t}) for t in s["freezing"]["live"].values()],
         "statistics of .* must be",

@@ -375,8 +375,20 @@ class AdaptiveFreezeSchedule:
             number = state[key]
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ValueError(f"{owner}: {key} must be an integer of at least 0, got {number!r}")
+        for key in ("live", "frozen_at"):
+            if not isinstance(state[key], Mapping):
+                raise ValueError(f"{owner}: {key} must be a mapping, got {state[key]!r:.60}")
         self._check_names(state["live"].keys(), state["frozen_at"].keys())
         for name, statistics in state["live"].items():
+            tensors = isinstance(statistics, Mapping) and all(
+                isinstance(tensor, Tensor) and tensor.is_floating_point()
+                for tensor in statistics.values()
+            )
+            if not tensors:
+                raise ValueError(
+                    f"{owner}: statistics of {name} must be floating-point tensors, got "
+                    f"{statistics!r:.60}"
+                )
             shapes = {key: tuple(tensor.shape) for key, tensor in statistics.items()}
             fits = {key: tuple(self._parameters[name].shape) for key in STATISTICS}
             if shapes != fits:
