@@ -183,7 +183,7 @@ def test_unusual_inputs_of_our_modules(kind: str) -> None:
         assert layer.to("meta")(INPUTS[kind]()).shape == (4, OUT)
         return
     x = INPUTS[kind]()
-    with pytest.raises((RuntimeError, NotImplementedError), match="lowrank_linear|must be|nested"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"lowrank_linear|must be|nested"):
         layer(x)
 
 

@@ -19,6 +19,7 @@ from lowrank_ext.methods.reslora.chain_state import (
 from lowrank_ext.methods.reslora.config import ResLoRAConfig
 from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.sharding import is_sharded
 from lowrank_ext.wrappers import named_modules, submodule, unwrapped
 
 _NUMBERS = itertools.count()
@@ -227,6 +228,7 @@ class ResLoRALinear(LowRankLinear):
         terms = [self, *self.reached()]
         if len(terms) == 1:
             return self._first_output(x, *args, **kwargs)
+        self._check_whole(terms)
         lora_a = [module.lora_a.to(self.lora_a) for module in terms]
         # The op has one scaling: the ratio of the others' to it is multiplied into their lora_b.
         lora_b = [
@@ -252,6 +254,16 @@ class ResLoRALinear(LowRankLinear):
             scaling=len(terms) * self.scaling,
             dropout_p=self._dropout_p(),
         ).y
+
+    def _check_whole(self, terms: list["ResLoRALinear"]) -> None:
+        """Raise where FSDP2 holds this module whole for its forward, but not the earlier ones."""
+        if any(is_sharded(module.lora_a) or is_sharded(module.lora_b) for module in terms):
+            raise RuntimeError(
+                f"ResLoRALinear: with shortcut='block' module {self.position} of the chain "
+                f"{self._chain_name()} needs lora_a and lora_b of the earlier ones whole, got a "
+                "DTensor of FSDP2; call fully_shard on the module that contains the chain and on "
+                "none inside it, or use DDP or shortcut='input'"
+            )
 
     # ------------------------------------------------------------------------------------ merging
 

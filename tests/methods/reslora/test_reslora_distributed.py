@@ -1,5 +1,7 @@
-"""ResLoRA under DDP: a parameter that several modules use has one gradient, the whole batch's."""
+"""ResLoRA under DDP and FSDP2: a parameter that several modules use has one gradient, the whole
+batch's, or the call is refused."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch.multiprocessing as mp
 from distributed_cases import end_worker
 from module_cases import Block, randomize
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -73,3 +77,49 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
                     gradient,
                     msg=lambda m, where=(case, name): f"{where}: {m}",
                 )
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    if dist.is_initialized():
+        pytest.skip("needs torch.distributed with no group of its own yet")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_fsdp2_of_the_whole_chain_gives_the_gradients_of_one_process(mesh: DeviceMesh) -> None:
+    for case in [(shortcut, False) for shortcut in ("input", "block", "middle")]:
+        model, batch = model_and_batch(*case)
+        found = gradients(fully_shard(model, mesh=mesh), batch)
+        expected = gradients(*model_and_batch(*case))
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name].full_tensor(), gradient)
+
+
+def test_fsdp2_of_single_blocks_of_the_block_shortcut_is_refused(mesh: DeviceMesh) -> None:
+    """RF-36: a block would read the sharded parameters of earlier ones."""
+    model, batch = model_and_batch("block", False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    model = fully_shard(model, mesh=mesh)
+    with pytest.raises(
+        RuntimeError, match=r"module 1 of the chain .*, got a DTensor of FSDP2; call"
+    ):
+        model(batch)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_fsdp2_of_single_blocks_gives_the_gradients_of_one_process(
+    mesh: DeviceMesh, shortcut: str
+) -> None:
+    model, batch = model_and_batch(shortcut, False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    found = gradients(fully_shard(model, mesh=mesh), batch)
+    expected = gradients(*model_and_batch(shortcut, False))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].full_tensor(), gradient)
