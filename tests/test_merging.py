@@ -177,6 +177,33 @@ def test_a_merge_that_is_interrupted_touches_nothing(monkeypatch: pytest.MonkeyP
     assert not any(m.merged for m in model.modules() if isinstance(m, LowRankLinear))
 
 
+@by_method
+@pytest.mark.parametrize("extra", [(), ("norm",)], ids=["adapters", "norm too"])
+def test_training_while_merged_says_so(method: Method, extra: tuple[str, ...]) -> None:
+    """In place of torch's "element 0 of tensors does not require grad", or of no gradients."""
+    model = trained(method, TinyLM(), modules_to_save=extra).train()
+    logits = merge(model).eval()(IDS)
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), logits)
+    output = model(IDS)
+    assert torch.equal(output, logits)
+    with pytest.raises(
+        RuntimeError, match=r"Linear\.forward: the adapter must be unmerged to train, .*lr\.unmerge"
+    ):
+        output.sum().backward()
+    unmerge(model)(IDS).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_gradients_of_the_input_of_a_merged_model() -> None:
+    module = LoRALinear.from_linear(nn.Linear(4, 3), r=2)
+    merge(module).eval()
+    x = torch.randn(2, 4, requires_grad=True)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.weight.sum(0).expand(2, 4))
+
+
 def test_a_weight_without_values_is_not_merged() -> None:
     with torch.device("meta"):
         model = adapt(TinyLM(), LoRAConfig(r=2))

@@ -31,7 +31,7 @@ from lowrank_ext.nn.base_layer import (
     plain_module,
 )
 from lowrank_ext.nn.call_arguments import input_name, split_call
-from lowrank_ext.nn.merged_weight import merged_weight
+from lowrank_ext.nn.merged_weight import merged_weight, without_gradient
 
 
 class LowRankLinear(Adapter):
@@ -422,7 +422,8 @@ class LowRankLinear(Adapter):
         """
         x, args, kwargs = split_call(self, args, kwargs)
         if self.merged:
-            return self.base_output(x, *args, **kwargs)
+            y = self.base_output(x, *args, **kwargs)
+            return without_gradient(self, y) if self.training else y
         return self.unmerged_output(x, *args, **kwargs)
 
     def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -41,3 +41,23 @@ def merged_weight(module: "LowRankLinear") -> Tensor:
             "nan; keep the adapter unmerged, or load the base in a dtype of wider range"
         )
     return merged
+
+
+def without_gradient(module: "LowRankLinear", y: Tensor) -> Tensor:
+    """y, the output of a merged module in training mode; a backward through it raises, since no
+    gradient would reach the adapter."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return y
+    if not y.requires_grad:
+        y = y.detach().requires_grad_().clone()  # no leaf: the model may change it in place
+    owner = f"{type(module).__name__}.forward"
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError(
+            f"{owner}: the adapter must be unmerged to train, got a backward through a merged "
+            "module in training mode; call lr.unmerge(model) first, or model.eval() for gradients "
+            "of the input"
+        )
+
+    y.register_hook(refuse)
+    return y
