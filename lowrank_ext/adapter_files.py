@@ -32,6 +32,7 @@ from lowrank_ext.files import (
     clean_errors,
     locked,
     new_file,
+    open_file,
     read_json_object,
     sync_directory,
     write_file,
@@ -200,7 +201,11 @@ def _one_save(where: Path, caller: str, companion: str | None) -> AdapterFiles:
     missing = 0
     for _ in range(_READ_ATTEMPTS):
         with ExitStack() as opened:
-            weights = opened.enter_context(closing(TensorFile(where / WEIGHTS_NAME, caller)))
+            try:
+                weights = opened.enter_context(closing(TensorFile(where / WEIGHTS_NAME, caller)))
+            except FileNotFoundError:
+                open_file(where / CONFIG_NAME, caller).close()  # named first where both are missing
+                raise
             try:
                 files = _beside(weights, where, caller, companion)
             except FileNotFoundError:

@@ -175,7 +175,7 @@ def test_models_of_other_methods_are_refused() -> None:
         with pytest.raises(ValueError, match=r"set_scales: model must contain .* TinyLM with none"):
             lr.motion.set_scales(model, motion=1)
     wrapped = nn.Sequential(stage1())
-    with pytest.raises(ValueError, match="must have been adapted with BasisLoRAConfig and not be"):
+    with pytest.raises(ValueError, match="must have been adapted with BasisLoRAConfig, got a"):
         lr.motion.begin_residual_stage(wrapped)
 
 
