@@ -516,7 +516,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"load_style: .*adapter_config.json does not exi"):
         lr.style.load_style(small, tmp_path)
     with pytest.raises(
-        ValueError, match=r"load_adapter: .*adapter_config.json: peft_type must be one of"
+        ValueError, match=r"load_adapter: .*config.json: peft_type must be one of"
     ):
         lr.load_adapter(nn.Sequential(nn.Linear(2, 2)), tmp_path / "style")
 
