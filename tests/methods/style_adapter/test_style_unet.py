@@ -515,9 +515,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     assert all(torch.equal(t, before[key]) for key, t in other.state_dict().items())
     with pytest.raises(FileNotFoundError, match=r"load_style: .*adapter_config.json does not exi"):
         lr.style.load_style(small, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"load_adapter: .*config.json: peft_type must be one of"
-    ):
+    with pytest.raises(ValueError, match=r"load_adapter: .*config.json: peft_type must be one of"):
         lr.load_adapter(nn.Sequential(nn.Linear(2, 2)), tmp_path / "style")
 
 
