@@ -113,3 +113,21 @@ def test_experts(dtypes: DtypePair, rank: int) -> None:
         tensors,
         ("x", "router_weight", "lora_a", "lora_b"),
     )
+
+
+def test_scratch_is_each_threads_own() -> None:
+    """Long calls, again and again: threads that share what they write must meet."""
+    x = torch.randint(-1, 2, (4096, 1024)).bfloat16()
+    adapter = x.new_ones(1, 1024), x.new_ones(1, 1)
+    base_out = x.new_zeros(4096, 1)
+
+    def run(count: int) -> Tensor:
+        torch.set_num_threads(count)
+        y = ops.lowrank_add(base_out, x, *adapter, **OPTIONS)
+        torch.set_num_threads(1)
+        return y
+
+    alone = run(1)
+    for _ in range(8):
+        for count in COUNTS:
+            assert_same_bits(run(count), alone, f"y on {count} threads")
