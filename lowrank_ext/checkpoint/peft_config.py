@@ -22,6 +22,36 @@ from lowrank_ext.registry import Method
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 WITH_PEFT = "load it by peft.PeftModel.from_pretrained(model, path)"
+# Methods of PEFT, up to 0.21, that are not here.
+_OTHER_PEFT_TYPES = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"),
+    *("CARTRIDGE", "CPT", "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA"),
+    *("FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA"),
+    *(
+        "LOKR",
+        "MISS",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "POLY",
+        "PSOFT",
+        "PVERA",
+        "RANDLORA",
+        "ROAD",
+        "SHADOW",
+    ),
+    *(
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+        "XLORA",
+    ),
+)
 # Fields that change the output in a way that no module here computes: a file that uses one is
 # refused. {field: values that mean "not used"}; None, False and empty values always mean that.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -163,7 +193,7 @@ def method_in(files: AdapterFiles) -> Method:
     method = registry.METHODS.get(peft_type) if isinstance(peft_type, str) else None
     if method is None:
         known = ", ".join(map(repr, registry.METHODS))
-        way_out = f"; {WITH_PEFT}" if isinstance(peft_type, str) else ""
+        way_out = f"; {WITH_PEFT}" if peft_type in _OTHER_PEFT_TYPES else ""
         raise ValueError(
             f"{where}: peft_type must be one of {known}, got {quoted(peft_type)}{way_out}"
         )

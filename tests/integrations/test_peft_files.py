@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 import peft
 
 import lowrank_ext as lr
+from lowrank_ext.checkpoint.peft_config import _OTHER_PEFT_TYPES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -421,3 +422,8 @@ def test_module_names_from_before_a_rename(tmp_path: Path) -> None:
     renamed = peft.PeftModel.from_pretrained(llama(), tmp_path, key_mapping=mapping)
     renamed.save_pretrained(tmp_path / "again")
     assert_close(logits(lr.load_adapter(base, tmp_path / "again")), logits(reference))
+
+
+def test_every_method_of_peft_is_told_from_an_unknown_name() -> None:
+    ours = {"LORA"}
+    assert {kind.value for kind in peft.PeftType} - ours <= set(_OTHER_PEFT_TYPES)
