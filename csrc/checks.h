@@ -2,14 +2,17 @@
 // any tensor is read; kernels trust them. Messages: op, argument, expected, got.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace lowrank_ext {
 
@@ -36,6 +39,12 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
+inline int32_t device_type_of(const Tensor& tensor) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  return device_type;
+}
+
 inline std::string device_of(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
@@ -56,9 +65,35 @@ inline const char* dtype_name(ScalarType dtype) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     default:
       return "another dtype";
   }
+}
+
+using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
+
+// Torch passes None for a required tensor as one that is not defined.
+inline void check_given(const char* op, NamedTensors tensors) {
+  for (const auto& [name, tensor] : tensors)
+    check(tensor->defined(), op, ": ", name, " must be a tensor, got None");
 }
 
 inline bool is_half_size(ScalarType dtype) {
@@ -67,7 +102,8 @@ inline bool is_half_size(ScalarType dtype) {
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
                               const Tensor& like, const char* like_name) {
-  check(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
+  check(device_type_of(tensor) == device_type_of(like) &&
+            tensor.get_device_index() == like.get_device_index(),
         op, ": ", name, " must be on the device of ", like_name, " (", device_of(like), "), got ",
         device_of(tensor));
 }
@@ -109,12 +145,12 @@ inline void check_dropout(const char* op, double dropout_p, const std::optional<
                           const Tensor& like, const char* like_name) {
   check(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be between 0 and 1, got ",
         dropout_p);
-  // Without dropout too: a backend must never see a tensor of another device.
-  if (seed) check_same_device(op, "seed", *seed, like, like_name);
-  if (dropout_p == 0.0) return;
-  check(seed.has_value(), op,
+  check(seed.has_value() || dropout_p == 0.0, op,
         ": seed must be an int64 tensor of one element when dropout_p > 0"
         ", got None");
+  if (!seed) return;
+  // Without dropout too: a backend must never see a tensor of another device.
+  check_same_device(op, "seed", *seed, like, like_name);
   check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
         ": seed must be an int64 tensor of one element, got ", dtype_name(seed->scalar_type()), ' ',
         shape_of(*seed));

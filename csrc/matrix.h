@@ -1,5 +1,6 @@
-// Two-dimensional views and fresh buffers, on any device, through torch's C shim and without the
-// dispatcher. Only dense and as_matrix copy their operand, where its strides leave no choice.
+// Two-dimensional views, fresh buffers and the pointers that kernels take, on any device, through
+// torch's C shim and without the dispatcher. Only dense and as_matrix copy their operand, where its
+// strides leave no choice.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 namespace lowrank_ext {
@@ -117,6 +119,32 @@ inline Tensor as_matrix(const Tensor& tensor) {
 inline std::optional<Tensor> as_matrix(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(as_matrix(*tensor)) : tensor;
 }
+
+// ---- pointers. Nothing else in csrc takes a tensor's: a kernel never gets strides that it does not
+// expect.
+
+// Of a contiguous tensor, whose elements a kernel finds by its sizes alone.
+template <class T>
+inline T* dense_data(const Tensor& tensor) {
+  if (!tensor.is_contiguous())
+    throw std::logic_error("lowrank_ext: a kernel for contiguous tensors got a strided one");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class T>
+inline T* dense_data(const std::optional<Tensor>& tensor) {
+  return tensor ? dense_data<T>(*tensor) : nullptr;
+}
+
+// Of a matrix whose columns are dense; its rows may lie anywhere.
+inline void* rows_data(const Tensor& matrix) {
+  if (matrix.size(0) > 0 && matrix.size(1) > 1 && matrix.stride(1) != 1)
+    throw std::logic_error("lowrank_ext: a kernel for dense columns got strided ones");
+  return matrix.data_ptr();
+}
+
+// Of a tensor whose strides the caller passes on.
+inline void* strided_data(const Tensor& tensor) { return tensor.data_ptr(); }
 
 // The shape of `like` with another last dimension.
 inline std::vector<int64_t> with_last_dim(const Tensor& like, int64_t last) {

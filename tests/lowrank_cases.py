@@ -300,21 +300,26 @@ def transposed(values: Tensor) -> Tensor:
     return values.mT.contiguous().mT if values.dim() > 1 else values
 
 
+def poisoned(values: Tensor, *shape: int) -> Tensor:
+    """What no kernel may read: NaN, or a number that is no id, no rank and no count."""
+    return values.new_full(shape, torch.nan if values.is_floating_point() else 99)
+
+
 def sliced_rows(values: Tensor) -> Tensor:
-    wide = values.new_full((*values.shape[:-1], 2, values.shape[-1]), torch.nan)
+    wide = poisoned(values, *values.shape[:-1], 2, values.shape[-1])
     wide[..., 0, :] = values
     return wide[..., 0, :]
 
 
 def padded_rows(values: Tensor) -> Tensor:
     """Row stride larger than the width, odd, and a storage offset: RF-09."""
-    wide = values.new_full((*values.shape[:-1], values.shape[-1] + 7), torch.nan)
+    wide = poisoned(values, *values.shape[:-1], values.shape[-1] + 7)
     wide[..., 3:-4] = values
     return wide[..., 3:-4]
 
 
 def sliced_columns(values: Tensor) -> Tensor:
-    wide = values.new_full((*values.shape, 2), torch.nan)
+    wide = poisoned(values, *values.shape, 2)
     wide[..., 0] = values
     return wide[..., 0]
 

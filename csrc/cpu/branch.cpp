@@ -64,7 +64,7 @@ Tensor mid_backward(const Operands& ops, const BranchNeeds& needs, const Tensor&
   }
   if (needs.drank_scale) {
     const Tensor sums = empty({1, rank}, ops.accumulate);
-    sum_products_over_rows(sums, du, converted(*h, ops.accumulate));
+    sum_products_over_rows(sums, du, converted(dense(*h), ops.accumulate));
     round_into(as_matrix(gradients.drank_scale), sums, 1.0);
   }
   if (ops.rank_scale) {

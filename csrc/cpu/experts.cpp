@@ -129,7 +129,7 @@ Tensor transposed_experts(const ExpertOperands& ops) {
   visit_storage(ops.compute, [&](auto* type) {
     using storage_t = std::remove_pointer_t<decltype(type)>;
     const auto* in = ops.lora_b.as<storage_t>();
-    auto* out = static_cast<storage_t*>(result.data_ptr());
+    auto* out = dense_data<storage_t>(result);
     torch::stable::parallel_for(0, ops.num_experts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t r = 0; r < rank; ++r)

@@ -23,15 +23,19 @@ namespace lowrank_ext::cpu {
 
 enum class ExpertForm { kPerToken, kGrouped };
 
-// A matrix and its rows. Pointer, dtype and stride are looked up once, since each look-up goes through
-// torch's C shim.
+// A matrix and its rows. Pointer, dtype and strides are looked up once, since each look-up goes
+// through torch's C shim.
 struct Matrix : Rows {
   Tensor tensor;
+  bool is_dense;
 
-  Matrix(const Tensor& matrix) : Rows(rows_of(matrix)), tensor(matrix) {}
+  Matrix(const Tensor& matrix)
+      : Rows(rows_of(matrix)), tensor(matrix), is_dense(matrix.is_contiguous()) {}
+
+  // The elements, as those of dense_data.
   template <typename T>
   T* as() const {
-    return static_cast<T*>(data);
+    return is_dense ? static_cast<T*>(data) : dense_data<T>(tensor);
   }
 };
 

@@ -125,7 +125,7 @@ void write_strip_of_dx(const ExpertBackward& call, const TokenGradients& gradien
   const Tensor router = empty({ops.num_experts, width}, ops.compute);
   convert(rows_of(router), row_at(ops.router_weight, 0, first), 1.0, ops.num_experts, width);
   const Tensor packed_router = pack_rows(router, ops.num_experts);
-  const auto* router_rows = static_cast<const packed_of<storage_t>*>(packed_router.data_ptr());
+  const auto* router_rows = dense_data<const packed_of<storage_t>>(packed_router);
   torch::stable::parallel_for(0, call.num_tokens(), kRowGrain, [&](int64_t begin, int64_t end) {
     ExpertMask mask(ops, width);
     std::vector<acc_t> sum(width), dlogits(ops.num_experts);

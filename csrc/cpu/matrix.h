@@ -14,7 +14,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
 }
 
 inline Rows rows_of(const Tensor& matrix) {
-  return {matrix.data_ptr(), matrix.scalar_type(), matrix.stride(0)};
+  return {rows_data(matrix), matrix.scalar_type(), matrix.stride(0)};
 }
 
 // A matrix as oneDNN may read it. Its products of half-size dtypes read columns in groups of 32, and

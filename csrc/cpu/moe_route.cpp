@@ -26,8 +26,8 @@ void moe_route_cpu(const Tensor& router_logits, const std::optional<Tensor>& tok
   const Tensor probs = empty({logits.size(0), num_experts}, statistics);
   for_tokens(logits, [&](auto* logits_data, int64_t begin, int64_t end) {
     using acc_t = std::remove_reference_t<decltype(*logits_data)>;
-    auto* probs_data = static_cast<acc_t*>(probs.data_ptr());
-    auto* weights_data = static_cast<acc_t*>(out.topk_weights.data_ptr());
+    auto* probs_data = dense_data<acc_t>(probs);
+    auto* weights_data = dense_data<acc_t>(out.topk_weights);
     int64_t* ids_data = ids_of(out.topk_ids);
     for (int64_t t = begin; t < end; ++t)
       route_row<acc_t>(logits_data + t * num_experts, probs_data + t * num_experts,
@@ -52,9 +52,8 @@ void moe_route_backward_cpu(const std::optional<Tensor>& dtopk_weights,
   for_tokens(logits, [&](auto* logits_data, int64_t begin, int64_t end) {
     using acc_t = std::remove_reference_t<decltype(*logits_data)>;
     const int64_t* ids_data = ids_of(topk_ids);
-    const auto* dweights_data =
-        dtopk_weights ? static_cast<const acc_t*>(dtopk_weights->data_ptr()) : nullptr;
-    auto* dlogits_data = static_cast<acc_t*>(dlogits.data_ptr());
+    const auto* dweights_data = dense_data<const acc_t>(dtopk_weights);
+    auto* dlogits_data = dense_data<acc_t>(dlogits);
     std::vector<acc_t> probs(num_experts), weights(top_k);
     for (int64_t t = begin; t < end; ++t) {
       route_row_probabilities<acc_t>(logits_data + t * num_experts, ids_data + t * top_k,

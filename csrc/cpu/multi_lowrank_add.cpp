@@ -134,7 +134,7 @@ class SmallSegmentsForward {
 
  private:
   static uint16_t* row(const Tensor& matrix, int64_t index) {
-    return static_cast<uint16_t*>(matrix.data_ptr()) + index * matrix.stride(0);
+    return static_cast<uint16_t*>(rows_data(matrix)) + index * matrix.stride(0);
   }
 
   // bf16 with dense rows: the part of the stack itself where it is that.

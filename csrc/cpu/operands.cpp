@@ -13,7 +13,7 @@ Dtypes dtypes_for(ScalarType input) {
 Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed) {
   const uint32_t threshold = Dropout::threshold_of(dropout_p);
   if (threshold == 0) return {0, 0};
-  return {threshold, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()))};
+  return {threshold, static_cast<uint64_t>(*dense_data<const int64_t>(*seed))};
 }
 
 Tensor operand(const Tensor& tensor, const Dtypes& dtypes) {

@@ -24,10 +24,6 @@ void softmax(acc_t* out, int64_t n, acc_t max, const Value& value) {
   for (int64_t j = 0; j < n; ++j) out[j] /= sum;
 }
 
-const bool* mask_of(const std::optional<Tensor>& token_mask) {
-  return token_mask ? static_cast<const bool*>(token_mask->data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 template <typename acc_t>
@@ -55,7 +51,7 @@ void route_row_probabilities(const acc_t* logits, const int64_t* ids, acc_t* pro
 void balance(const Tensor& probs, const Tensor& topk_ids, const std::optional<Tensor>& token_mask,
              const Tensor& expert_counts, const Tensor& loss) {
   const int64_t num_tokens = probs.size(0), num_experts = probs.size(1), top_k = topk_ids.size(1);
-  const bool* mask = mask_of(token_mask);
+  const bool* mask = dense_data<const bool>(token_mask);
   zero(expert_counts);
   int64_t* counts = ids_of(expert_counts);
   const int64_t* ids = ids_of(topk_ids);
@@ -80,7 +76,9 @@ void balance(const Tensor& probs, const Tensor& topk_ids, const std::optional<Te
 
 BalanceGradient::BalanceGradient(const std::optional<Tensor>& dloss, const Tensor& expert_counts,
                                  int64_t top_k, const std::optional<Tensor>& token_mask)
-    : dprobs_(expert_counts.numel(), 0.0), mask_tensor_(token_mask), mask_(mask_of(token_mask)) {
+    : dprobs_(expert_counts.numel(), 0.0),
+      mask_tensor_(token_mask),
+      mask_(dense_data<const bool>(token_mask)) {
   const int64_t* counts = ids_of(expert_counts);
   const int64_t num_experts = expert_counts.numel();
   int64_t num_chosen = 0;

@@ -10,7 +10,7 @@
 
 namespace lowrank_ext::cpu {
 
-inline int64_t* ids_of(const Tensor& tensor) { return static_cast<int64_t*>(tensor.data_ptr()); }
+inline int64_t* ids_of(const Tensor& tensor) { return dense_data<int64_t>(tensor); }
 
 // One token. ids: the top_k experts in descending order of their logits. A tie goes to the lower id,
 // and NaN is greater than any number, so any row gives distinct ids. weights: softmax over the chosen

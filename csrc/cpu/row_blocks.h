@@ -58,7 +58,7 @@ class RowBlocks {
     if (ops_.converts()) {
       convert(rows_of(target), rows_of(block), 1.0, count, num_cols_, bits());
     } else {
-      copy_kept(target.data_ptr(), target.stride(0), block.data_ptr(), block.stride(0),
+      copy_kept(rows_data(target), target.stride(0), rows_data(block), block.stride(0),
                 static_cast<int64_t>(block.element_size()), bits(), count, num_cols_);
     }
     return target;
@@ -76,15 +76,12 @@ class RowBlocks {
   }
 
   // Keep bits of the current block, null where nothing is dropped.
-  const uint64_t* bits() const {
-    return bits_ ? static_cast<const uint64_t*>(bits_->data_ptr()) : nullptr;
-  }
+  const uint64_t* bits() const { return bits_ ? dense_data<const uint64_t>(*bits_) : nullptr; }
 
  private:
   void draw_bits(int64_t first, int64_t count) {
     if (!bits_) bits_ = empty({block_rows_ * mask_words_per_row(num_cols_)}, ScalarType::Long);
-    draw_keep_bits(ops_.dropout, first, count, num_cols_,
-                   static_cast<uint64_t*>(bits_->data_ptr()));
+    draw_keep_bits(ops_.dropout, first, count, num_cols_, dense_data<uint64_t>(*bits_));
   }
 
   const Tensor& scratch() {
@@ -110,8 +107,8 @@ class BlockSum {
   // elements of right here; other dtypes come with zeros where dropped.
   void add(const Tensor& left, const Tensor& right, const uint64_t* bits) {
     if (!dtypes_.in_bf16()) return multiply(sum_, transposed(left), right, 1.0);
-    outer_sum(static_cast<float*>(sum_.data_ptr()), left.data_ptr(), left.stride(0), left.size(1),
-              right.data_ptr(), right.stride(0), right.size(0), right.size(1), bits);
+    outer_sum(dense_data<float>(sum_), rows_data(left), left.stride(0), left.size(1),
+              rows_data(right), right.stride(0), right.size(0), right.size(1), bits);
   }
 
   const Tensor& result() const { return sum_; }

@@ -184,8 +184,8 @@ Tensor pack_rows(const Tensor& matrix, int64_t group) {
   const int64_t pairs = packed_rows<BFloat16>(group);
   // An fp32 entry has the size of a pair.
   Tensor packed = empty({num_groups * pairs, num_cols}, ScalarType::Float);
-  const auto* in = static_cast<const BFloat16*>(matrix.data_ptr());
-  auto* out = static_cast<BFloat16Pair*>(packed.data_ptr());
+  const auto* in = dense_data<const BFloat16>(matrix);
+  auto* out = dense_data<BFloat16Pair>(packed);
   torch::stable::parallel_for(0, num_groups * pairs, 16, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p / pairs * group + p % pairs * 2;

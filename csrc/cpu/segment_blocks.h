@@ -92,7 +92,7 @@ class SegmentBlocks {
   const uint64_t* draw_bits(int64_t num_cols) {
     const int64_t words = mask_words_per_row(num_cols);
     if (!bits_) bits_ = empty({block_rows_ * words}, ScalarType::Long);
-    auto* bits = static_cast<uint64_t*>(bits_->data_ptr());
+    auto* bits = dense_data<uint64_t>(*bits_);
     block_.for_each_run([&](const Run& run, int64_t position) {
       draw_keep_bits(dropout_, run.first, run.count, num_cols, bits + position * words);
     });

@@ -9,7 +9,7 @@ namespace {
 
 std::vector<int64_t> integers(const Tensor& tensor) {
   const Tensor values = dense(tensor);
-  const auto* data = static_cast<const int64_t*>(values.data_ptr());
+  const auto* data = dense_data<const int64_t>(values);
   return {data, data + values.numel()};
 }
 

@@ -39,7 +39,7 @@ struct Bf16Matrix {
   int64_t stride;
 
   explicit Bf16Matrix(const Tensor& tensor)
-      : data(static_cast<uint16_t*>(tensor.data_ptr())), stride(tensor.stride(0)) {}
+      : data(static_cast<uint16_t*>(rows_data(tensor))), stride(tensor.stride(0)) {}
   uint16_t* row(int64_t index) const { return data + index * stride; }
 };
 
@@ -173,7 +173,7 @@ Tensor pairs_of(const Tensor& lora) {
   const int64_t num_pairs = num_rank_pairs(rank);
   const Tensor packed = empty({num_pairs, num_cols}, ScalarType::Float);  // as large as a pair
   const Bf16Matrix rows(transposed(lora));
-  auto* out = static_cast<uint32_t*>(packed.data_ptr());
+  auto* out = dense_data<uint32_t>(packed);
   const int64_t num_vectors = (num_cols + kLanes - 1) / kLanes;
   torch::stable::parallel_for(0, num_vectors, kPackGrain, [&](int64_t begin, int64_t end) {
     for (int64_t vector = begin; vector < end; ++vector)
@@ -221,13 +221,9 @@ void expand(const Tensor& y, const Tensor& h, const Tensor& lora, double scale,
   const Tensor packed = pairs_of(lora);
   torch::stable::parallel_for(0, y.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> h_pairs(kExpandRows * num_pairs);
-    ExpandRows rows{{},
-                    {},
-                    h_pairs.data(),
-                    static_cast<const uint32_t*>(packed.data_ptr()),
-                    num_pairs,
-                    num_cols,
-                    static_cast<float>(scale)};
+    ExpandRows rows{
+        {},        {},       h_pairs.data(),           dense_data<const uint32_t>(packed),
+        num_pairs, num_cols, static_cast<float>(scale)};
     for (int64_t first = begin; first < end; first += kExpandRows) {
       const int64_t count = std::min<int64_t>(kExpandRows, end - first);
       for (int64_t m = 0; m < count; ++m) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "matrix.h"
@@ -11,7 +12,7 @@
 namespace lowrank_ext::cpu {
 
 inline void zero(const Tensor& tensor) {
-  std::memset(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size());
+  std::memset(dense_data<void>(tensor), 0, tensor.numel() * tensor.element_size());
 }
 
 // The matrix in a fresh dense buffer.
@@ -21,25 +22,28 @@ inline Tensor fresh_copy(const Tensor& matrix, ScalarType dtype) {
   return result;
 }
 
-// The matrix itself where it has the dtype.
+// The matrix itself, strides included, where it has the dtype.
 inline Tensor converted(const Tensor& matrix, ScalarType dtype) {
   return matrix.scalar_type() == dtype ? matrix : fresh_copy(matrix, dtype);
 }
 
+// body(pointer) to the elements of a contiguous tensor of fp32 or fp64.
 template <typename Body>
 inline void visit_accumulator(const Tensor& tensor, const Body& body) {
   if (tensor.scalar_type() == ScalarType::Double) {
-    body(static_cast<double*>(tensor.data_ptr()));
+    body(dense_data<double>(tensor));
   } else {
-    body(static_cast<float*>(tensor.data_ptr()));
+    body(dense_data<float>(tensor));
   }
 }
 
-// matrix[m, j] *= scale[j]; both fp32 or both fp64, dense.
+// Matrices and vectors of one call below are contiguous, all fp32 or all fp64.
+
+// matrix[m, j] *= scale[j]
 inline void scale_columns(const Tensor& matrix, const Tensor& scale) {
   const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
   visit_accumulator(matrix, [&](auto* data) {
-    const auto* factor = static_cast<const decltype(data)>(scale.data_ptr());
+    const auto* factor = dense_data<const std::remove_pointer_t<decltype(data)>>(scale);
     for (int64_t m = 0; m < num_rows; ++m)
       for (int64_t j = 0; j < num_cols; ++j) data[m * num_cols + j] *= factor[j];
   });
@@ -49,7 +53,7 @@ inline void scale_columns(const Tensor& matrix, const Tensor& scale) {
 inline void scale_rows(const Tensor& matrix, const Tensor& scale) {
   const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
   visit_accumulator(matrix, [&](auto* data) {
-    const auto* factor = static_cast<const decltype(data)>(scale.data_ptr());
+    const auto* factor = dense_data<const std::remove_pointer_t<decltype(data)>>(scale);
     for (int64_t n = 0; n < num_rows; ++n)
       for (int64_t j = 0; j < num_cols; ++j) data[n * num_cols + j] *= factor[n];
   });
@@ -61,8 +65,8 @@ inline void sum_products_over_rows(const Tensor& out, const Tensor& left, const 
   const int64_t num_rows = left.size(0), num_cols = left.size(1);
   std::vector<double> sums(num_cols, 0.0);
   visit_accumulator(out, [&](auto* result) {
-    const auto* l = static_cast<const decltype(result)>(left.data_ptr());
-    const auto* r = static_cast<const decltype(result)>(right.data_ptr());
+    const auto* l = dense_data<const std::remove_pointer_t<decltype(result)>>(left);
+    const auto* r = dense_data<const std::remove_pointer_t<decltype(result)>>(right);
     for (int64_t m = 0; m < num_rows; ++m)
       for (int64_t j = 0; j < num_cols; ++j)
         sums[j] += double{l[m * num_cols + j]} * double{r[m * num_cols + j]};
@@ -75,8 +79,8 @@ inline void sum_products_over_cols(const Tensor& out, const Tensor& left, const 
                                    double scale) {
   const int64_t num_rows = left.size(0), num_cols = left.size(1);
   visit_accumulator(out, [&](auto* result) {
-    const auto* l = static_cast<const decltype(result)>(left.data_ptr());
-    const auto* r = static_cast<const decltype(result)>(right.data_ptr());
+    const auto* l = dense_data<const std::remove_pointer_t<decltype(result)>>(left);
+    const auto* r = dense_data<const std::remove_pointer_t<decltype(result)>>(right);
     for (int64_t n = 0; n < num_rows; ++n) {
       double sum = 0.0;
       for (int64_t j = 0; j < num_cols; ++j)
@@ -91,7 +95,7 @@ inline Tensor transposed_copy(const Tensor& matrix) {
   const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
   Tensor result = empty({num_cols, num_rows}, matrix.scalar_type());
   visit_accumulator(result, [&](auto* out) {
-    const auto* in = static_cast<const decltype(out)>(matrix.data_ptr());
+    const auto* in = dense_data<const std::remove_pointer_t<decltype(out)>>(matrix);
     constexpr int64_t kLine = 16;
     for (int64_t first = 0; first < num_cols; first += kLine)
       for (int64_t j = 0; j < num_rows; ++j)

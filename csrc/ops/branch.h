@@ -41,6 +41,10 @@ struct BranchNeeds {
 
 // ---- checks
 
+inline void check_adapter_given(const char* op, const BranchArgs& args) {
+  check_given(op, {{"lora_a", &args.lora_a}, {"lora_b", &args.lora_b}});
+}
+
 // Against `like`, x in forward and dout in backward: device and dtype.
 inline void check_branch(const char* op, const BranchArgs& args, const Tensor& like,
                          const char* like_name, int64_t in_features, int64_t out_features) {

@@ -9,6 +9,8 @@ namespace lowrank_ext {
 
 inline void check_lowrank_add(const Tensor& base_out, const Tensor& x, const BranchArgs& args) {
   constexpr const char* kOp = "lowrank_add";
+  check_given(kOp, {{"base_out", &base_out}, {"x", &x}});
+  check_adapter_given(kOp, args);
   check_x_and_base_out(kOp, x, base_out);
   check_branch(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
 }
@@ -17,6 +19,8 @@ inline void check_lowrank_add_backward(const Tensor& dout, const std::optional<T
                                        const std::optional<Tensor>& h, const BranchArgs& args,
                                        const BranchNeeds& needs) {
   constexpr const char* kOp = "lowrank_add_backward";
+  check_given(kOp, {{"dout", &dout}});
+  check_adapter_given(kOp, args);
   check_input_dtype(kOp, "dout", dout);
   check_shape(kOp, "lora_a", args.lora_a, args.lora_a.dim() == 2, "[r, in_features]");
   check_shape(kOp, "lora_b", args.lora_b, args.lora_b.dim() == 2, "[out_features, r]");

@@ -17,6 +17,8 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& lik
 inline void check_lowrank_linear(const Tensor& x, const Tensor& weight,
                                  const std::optional<Tensor>& bias, const BranchArgs& args) {
   constexpr const char* kOp = "lowrank_linear";
+  check_given(kOp, {{"x", &x}, {"weight", &weight}});
+  check_adapter_given(kOp, args);
   check_input_dtype(kOp, "x", x);
   check_weight(kOp, weight, x, "x");
   const int64_t out_features = weight.size(0), in_features = weight.size(1);
@@ -35,6 +37,8 @@ inline void check_lowrank_linear_backward(const Tensor& dout, const std::optiona
                                           const Tensor& weight, const std::optional<Tensor>& h,
                                           const BranchArgs& args, const BranchNeeds& needs) {
   constexpr const char* kOp = "lowrank_linear_backward";
+  check_given(kOp, {{"dout", &dout}, {"weight", &weight}});
+  check_adapter_given(kOp, args);
   check_input_dtype(kOp, "dout", dout);
   check_weight(kOp, weight, dout, "dout");
   check_branch_backward(kOp, args, needs, dout, x, h, weight.size(1), weight.size(0));

@@ -62,6 +62,12 @@ struct ExpertNeeds {
 
 // ---- checks
 
+inline void check_experts_given(const char* op, const ExpertWeights& weights) {
+  check_given(op, {{"router_weight", &weights.router_weight},
+                   {"lora_a", &weights.lora_a},
+                   {"lora_b", &weights.lora_b}});
+}
+
 // Against `like`, x in forward and dout in backward: device and dtype.
 inline void check_experts(const char* op, const ExpertArgs& args, const Tensor& like,
                           const char* like_name, int64_t in_features, int64_t out_features) {
@@ -93,6 +99,8 @@ inline void check_experts(const char* op, const ExpertArgs& args, const Tensor& 
 
 inline void check_moe_lowrank_add(const Tensor& base_out, const Tensor& x, const ExpertArgs& args) {
   constexpr const char* kOp = "moe_lowrank_add";
+  check_given(kOp, {{"base_out", &base_out}, {"x", &x}});
+  check_experts_given(kOp, args);
   check_x_and_base_out(kOp, x, base_out);
   check_experts(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
 }
@@ -182,7 +190,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_lowrank_add_backward(
     const Tensor& dout, const std::optional<Tensor>& dbalance_loss, const std::optional<Tensor>& x,
     const ExpertWeights& weights, const std::optional<Tensor>& h, const RoutingTensors& routing,
     const ExpertOptions& options, const ExpertNeeds& needs) {
-  const ExpertArgs args{weights, options, top_k_of("moe_lowrank_add_backward", routing.topk_ids)};
+  constexpr const char* kOp = "moe_lowrank_add_backward";
+  check_given(kOp, {{"dout", &dout},
+                    {"router_probs", &routing.router_probs},
+                    {"topk_ids", &routing.topk_ids},
+                    {"topk_weights", &routing.topk_weights},
+                    {"expert_counts", &routing.expert_counts}});
+  check_experts_given(kOp, weights);
+  const ExpertArgs args{weights, options, top_k_of(kOp, routing.topk_ids)};
   check_moe_lowrank_add_backward(dout, dbalance_loss, x, h, routing, args, needs);
   const Tensor dout_rows = as_matrix(dout);
   const bool no_rows = dout_rows.size(0) == 0;

@@ -18,6 +18,7 @@ inline void check_router_logits(const char* op, const Tensor& logits) {
 inline void check_moe_route(const Tensor& router_logits, int64_t top_k,
                             const std::optional<Tensor>& token_mask) {
   constexpr const char* kOp = "moe_route";
+  check_given(kOp, {{"router_logits", &router_logits}});
   check_router_logits(kOp, router_logits);
   check_top_k(kOp, top_k, router_logits.size(router_logits.dim() - 1));
   check_token_mask(kOp, token_mask, router_logits, "router_logits");
@@ -30,6 +31,9 @@ inline void check_moe_route_backward(const std::optional<Tensor>& dtopk_weights,
                                      const std::optional<Tensor>& token_mask) {
   constexpr const char* kOp = "moe_route_backward";
   constexpr const char* kLike = "router_logits";
+  check_given(kOp, {{"router_logits", &router_logits},
+                    {"topk_ids", &topk_ids},
+                    {"expert_counts", &expert_counts}});
   check_router_logits(kOp, router_logits);
   const ScalarType statistics = statistics_dtype(router_logits.scalar_type());
   const int64_t num_experts = router_logits.size(router_logits.dim() - 1);

@@ -40,6 +40,13 @@ struct MultiBranchNeeds {
 
 // ---- checks
 
+inline void check_adapters_given(const char* op, const MultiBranchArgs& args) {
+  check_given(op, {{"lora_a", &args.lora_a},
+                   {"lora_b", &args.lora_b},
+                   {"adapter_ids", &args.adapter_ids},
+                   {"scaling", &args.scaling}});
+}
+
 // The values of adapter_ids and ranks, which lie on the device, are not looked at.
 inline void check_multi_branch(const char* op, const MultiBranchArgs& args, const Tensor& like,
                                const char* like_name, int64_t in_features, int64_t out_features) {
@@ -77,6 +84,8 @@ inline void check_multi_branch(const char* op, const MultiBranchArgs& args, cons
 inline void check_multi_lowrank_add(const MultiBranchArgs& args, const Tensor& base_out,
                                     const Tensor& x) {
   constexpr const char* kOp = "multi_lowrank_add";
+  check_given(kOp, {{"base_out", &base_out}, {"x", &x}});
+  check_adapters_given(kOp, args);
   check_x_and_base_out(kOp, x, base_out);
   check_multi_branch(kOp, args, x, "x", x.size(x.dim() - 1), base_out.size(base_out.dim() - 1));
 }
@@ -86,6 +95,8 @@ inline void check_multi_lowrank_add_backward(const MultiBranchArgs& args,
                                              const std::optional<Tensor>& x,
                                              const std::optional<Tensor>& h) {
   constexpr const char* kOp = "multi_lowrank_add_backward";
+  check_given(kOp, {{"dout", &dout}});
+  check_adapters_given(kOp, args);
   check_input_dtype(kOp, "dout", dout);
   check_shape(kOp, "lora_a", args.lora_a, args.lora_a.dim() == 3, "[n, r, in_features]");
   check_shape(kOp, "lora_b", args.lora_b, args.lora_b.dim() == 3, "[n, out_features, r]");

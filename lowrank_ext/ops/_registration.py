@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lowrank_ext.ops._argument_checks import on_one_device, refuse_other_layouts
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | (
     torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
@@ -33,9 +35,11 @@ def register_fakes(
     fake: Callable[..., Any],
     backward_fake: Callable[..., Any],
 ) -> None:
-    """Fakes of the op and of its backward op."""
+    """Fakes of the op and of its backward op, and what both refuse."""
     for name, function in ((op_name, fake), (f"{op_name}_backward", backward_fake)):
-        torch.library.register_fake(f"{library_name}::{name}", function)
+        op = getattr(getattr(torch.ops, library_name), name).default
+        torch.library.register_fake(f"{library_name}::{name}", on_one_device(op, function))
+        refuse_other_layouts(library(library_name), op)
 
 
 def register_autograd(

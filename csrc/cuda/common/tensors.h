@@ -54,11 +54,18 @@ inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : is_half_size(dtype) ? 2 : 4;
 }
 
+// A matrix or a vector, with the column stride left out.
+inline MatrixRef strided_ref(const Tensor& tensor) {
+  const ElementType type = element_type(tensor.scalar_type());
+  if (tensor.dim() == 1) return {strided_data(tensor), type, 1, tensor.size(0), 0};
+  return {strided_data(tensor), type, tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
 // A matrix of dense columns, or a dense vector: one row, which needs no row stride to be aligned.
 inline MatrixRef ref(const Tensor& tensor) {
-  const ElementType type = element_type(tensor.scalar_type());
-  if (tensor.dim() == 1) return {tensor.data_ptr(), type, 1, tensor.size(0), 0};
-  return {tensor.data_ptr(), type, tensor.size(0), tensor.size(1), tensor.stride(0)};
+  MatrixRef matrix = strided_ref(tensor);
+  matrix.data = tensor.dim() == 1 ? dense_data<void>(tensor) : rows_data(tensor);
+  return matrix;
 }
 
 inline MatrixRef ref(const std::optional<Tensor>& tensor) {
@@ -66,17 +73,7 @@ inline MatrixRef ref(const std::optional<Tensor>& tensor) {
 }
 
 inline MatrixRef scalar_ref(const Tensor& tensor) {
-  return {tensor.data_ptr(), element_type(tensor.scalar_type()), 1, 1, 0};
-}
-
-template <class T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* data_of(const std::optional<Tensor>& tensor) {
-  return tensor ? data_of<T>(*tensor) : nullptr;
+  return {dense_data<void>(tensor), element_type(tensor.scalar_type()), 1, 1, 0};
 }
 
 inline Device device_of_kernels(const Tensor& like) {
@@ -95,7 +92,7 @@ class Workspace {
     lay_out(measured);
     if (measured.num_bytes() == 0) return;
     buffer_ = empty({measured.num_bytes()}, ScalarType::Byte, like);
-    Scratch placed(buffer_->data_ptr());
+    Scratch placed(dense_data<void>(*buffer_));
     lay_out(placed);
   }
 
@@ -126,7 +123,7 @@ inline DropoutArgs dropout_of(double dropout_p, const std::optional<Tensor>& see
   if (threshold == 0) return {};
   // 1 / (1 - p) of the rounded p; any finite factor where nothing is kept.
   const double scale = threshold == 65536 ? 1.0 : 65536.0 / (65536.0 - threshold);
-  return {threshold, scale, data_of<const int64_t>(seed)};
+  return {threshold, scale, dense_data<const int64_t>(seed)};
 }
 
 // ---- the vendor's products

@@ -15,7 +15,7 @@ namespace lowrank_ext::cuda {
 // A dense tensor of any shape as rows of its last dimension.
 inline MatrixRef rows_of(const Tensor& tensor) {
   const int64_t num_cols = tensor.size(tensor.dim() - 1);
-  return {tensor.data_ptr(), element_type(tensor.scalar_type()),
+  return {dense_data<void>(tensor), element_type(tensor.scalar_type()),
           num_cols == 0 ? 0 : tensor.numel() / num_cols, num_cols, num_cols};
 }
 
@@ -56,8 +56,8 @@ struct ExpertCall {
   }
   ExpertRouting routing(const RoutingTensors& tensors) const {
     return {ref(tensors.router_probs), ref(tensors.topk_weights),
-            data_of<int64_t>(tensors.topk_ids), data_of<int64_t>(tensors.expert_counts),
-            data_of<const bool>(token_mask)};
+            dense_data<int64_t>(tensors.topk_ids), dense_data<int64_t>(tensors.expert_counts),
+            dense_data<const bool>(token_mask)};
   }
 };
 

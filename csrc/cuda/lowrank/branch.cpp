@@ -18,7 +18,7 @@ struct Adapters {
   Adapters() = default;
   Adapters(const BranchArgs& args, ScalarType input, bool with_lora_a, Scratch& scratch) {
     const auto take = [&](const Tensor& tensor) {
-      const MatrixRef given = ref(tensor);
+      const MatrixRef given = strided_ref(tensor);
       const int64_t col_stride = tensor.stride(tensor.dim() - 1);
       const bool dense = col_stride == 1 || given.num_cols <= 1;
       if (tensor.numel() == 0 || (dense && tensor.scalar_type() == input)) return given;

@@ -18,13 +18,13 @@ void moe_route_cuda(const Tensor& router_logits, const std::optional<Tensor>& to
   const Workspace workspace(router_logits, [&](Scratch& scratch) {
     route_workspace = scratch.bytes(route_workspace_bytes(logits, top_k, device.num_sms));
   });
-  route(logits, top_k, data_of<const bool>(token_mask),
+  route(logits, top_k, dense_data<const bool>(token_mask),
         {ref(out.topk_weights),
-         data_of<int64_t>(out.topk_ids),
-         data_of<int64_t>(out.expert_counts),
+         dense_data<int64_t>(out.topk_ids),
+         dense_data<int64_t>(out.expert_counts),
          scalar_ref(out.balance_loss),
-         {data_of<int64_t>(out.sorted_slots), data_of<int64_t>(out.expert_offsets),
-          data_of<int64_t>(out.slot_positions)}},
+         {dense_data<int64_t>(out.sorted_slots), dense_data<int64_t>(out.expert_offsets),
+          dense_data<int64_t>(out.slot_positions)}},
         route_workspace, device);
 }
 
@@ -35,8 +35,8 @@ void moe_route_backward_cuda(const std::optional<Tensor>& dtopk_weights,
                              const Tensor& drouter_logits) {
   const DeviceGuard guard(router_logits.get_device_index());
   route_backward(ref(dtopk_weights), dbalance_loss ? scalar_ref(*dbalance_loss) : MatrixRef{},
-                 ref(router_logits), data_of<int64_t>(topk_ids), topk_ids.size(1),
-                 data_of<int64_t>(expert_counts), data_of<const bool>(token_mask),
+                 ref(router_logits), dense_data<int64_t>(topk_ids), topk_ids.size(1),
+                 dense_data<int64_t>(expert_counts), dense_data<const bool>(token_mask),
                  ref(drouter_logits), device_of_kernels(router_logits));
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 // A stack whose matrices have dense rows.
 StackRef stack_ref(const Tensor& stack) {
-  const MatrixRef first{stack.data_ptr(), element_type(stack.scalar_type()), stack.size(1),
+  const MatrixRef first{strided_data(stack), element_type(stack.scalar_type()), stack.size(1),
                         stack.size(2), stack.stride(1)};
   return {first, stack.size(0), stack.stride(0)};
 }
@@ -56,7 +56,7 @@ class Stack {
   StackRef placed(AdapterCopies& copies, Scratch& scratch) const {
     if (readable_) return stack_ref(tensor_);
     const int64_t n = tensor_.size(0), num_rows = tensor_.size(1);
-    const MatrixRef source{tensor_.data_ptr(), element_type(tensor_.scalar_type()), n * num_rows,
+    const MatrixRef source{strided_data(tensor_), element_type(tensor_.scalar_type()), n * num_rows,
                            tensor_.size(2), tensor_.stride(1)};
     StackRef stack{copies.add(source, tensor_.stride(2), element_type(input_), scratch), n};
     stack.first.num_rows = num_rows;
@@ -90,8 +90,8 @@ void multi_lowrank_add_cuda(const MultiBranchArgs& args, const Tensor& base_out,
   StackRef lora_a, lora_b;
   void* down = nullptr;
   const Workspace workspace(x, [&](Scratch& scratch) {
-    rows =
-        Rows(num_rows, args.num_adapters(), data_of<const int64_t>(ranks), device.num_sms, scratch);
+    rows = Rows(num_rows, args.num_adapters(), dense_data<const int64_t>(ranks), device.num_sms,
+                scratch);
     copies = {};
     lora_a = lora_a_stack.placed(copies, scratch);
     lora_b = lora_b_stack.placed(copies, scratch);
@@ -100,7 +100,7 @@ void multi_lowrank_add_cuda(const MultiBranchArgs& args, const Tensor& base_out,
                                                       device.num_sms));
   });
 
-  rows.sort(data_of<const int64_t>(ids), device);
+  rows.sort(dense_data<const int64_t>(ids), device);
   copies.round(device);
   segment_down(compute_type, rows.groups, ref(x), lora_a, ref(h),
                dropout_of(args.dropout_p, args.seed), down, device);
@@ -131,8 +131,8 @@ void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBra
   MatrixRef dh;
   void* up_backward = nullptr;
   const Workspace workspace(dout, [&](Scratch& scratch) {
-    rows =
-        Rows(num_rows, args.num_adapters(), data_of<const int64_t>(ranks), device.num_sms, scratch);
+    rows = Rows(num_rows, args.num_adapters(), dense_data<const int64_t>(ranks), device.num_sms,
+                scratch);
     copies = {};
     if (lora_a_stack) lora_a = lora_a_stack->placed(copies, scratch);
     if (lora_b_stack) lora_b = lora_b_stack->placed(copies, scratch);
@@ -143,7 +143,7 @@ void multi_lowrank_add_backward_cuda(const MultiBranchArgs& args, const MultiBra
                                      args.out_features(), args.rank(), device.num_sms));
   });
 
-  rows.sort(data_of<const int64_t>(ids), device);
+  rows.sort(dense_data<const int64_t>(ids), device);
   copies.round(device);
   if (needs.dlora_b)
     segment_up_backward_lora_b(compute_type, rows.groups, ref(dout), ref(h), ref(scaling),
