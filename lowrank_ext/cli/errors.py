@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowrank_ext.files import printable
+
 _LONGEST_LINE = 1_000
 _PACKAGE = Path(__file__).parents[1]
 
@@ -28,7 +30,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > _LONGEST_LINE:  # the end of a message often says what to do
         text = f"{text[: _LONGEST_LINE // 2]} … {text[-_LONGEST_LINE // 2 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text)
 
 
 def place_of(error: BaseException) -> str:
