@@ -4,12 +4,13 @@ or whose module is not called. And the heads that it trains whole.
 All of it is found from the model's structure and classes; nothing is run.
 """
 
-import dis
+import ast
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -43,7 +44,6 @@ _METADATA = {
     "size",
 }
 _TESTS = {"getattr", "hasattr", "isinstance", "type"}
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 class LeftOut(NamedTuple):
@@ -139,7 +139,7 @@ def _readers_in(owner: type[nn.Module]) -> Mapping[str, Reader]:
         for name, member in vars(cls).items():
             function = inspect.unwrap(member) if callable(member) else None
             if isinstance(function, FunctionType) and "init" not in name and "reset" not in name:
-                for child, is_read in _children_in(function.__code__):
+                for child, is_read in _children_in(function):
                     if is_read:
                         reads.setdefault(child, f"{cls.__name__}.{name}")
                     else:
@@ -147,28 +147,25 @@ def _readers_in(owner: type[nn.Module]) -> Mapping[str, Reader]:
     return {child: Reader(function, child in used) for child, function in reads.items()}
 
 
-def _children_in(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """Each use of ``self.child`` in the code: whether it reads ``self.child.weight``, or may call
-    the child. Attributes and tests of it are neither."""
-    skipped = ("CACHE", "NOP", "EXTENDED_ARG", "PUSH_NULL")
-    steps = [i for i in dis.get_instructions(code) if i.opname not in skipped]
-    for before, loaded, child, then, after in zip(
-        steps, steps[1:], steps[2:], steps[3:], steps[4:], strict=False
-    ):
-        loads_self = loaded.opname.startswith("LOAD_FAST") and _last(loaded.argval) == "self"
-        tests = before.opname == "LOAD_GLOBAL" and before.argval in _TESTS
-        if not loads_self or tests or child.opname not in _LOADS:
+def _children_in(function: FunctionType) -> Iterator[tuple[str, bool]]:
+    """Each use of ``self.child`` in the function: whether it reads ``self.child.weight``, or may
+    call the child. Attributes and tests of it are neither; without source nothing is found."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    users = {used: node for node in ast.walk(tree) for used in ast.iter_child_nodes(node)}
+    for child in users:
+        if not isinstance(child, ast.Attribute) or not _is_name(child.value, {"self"}):
             continue
-        if then.opname in _LOADS:
-            looks = after.opname in _LOADS and after.argval in _METADATA
-            if then.argval == "weight" and not looks:
-                yield child.argval, True
-        else:
-            yield child.argval, False
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _children_in(constant)
+        use = users[child]
+        reads = isinstance(use, ast.Attribute) and use.attr == "weight"
+        user = users[use] if reads else use
+        tested = isinstance(user, ast.Call) and _is_name(user.func, _TESTS)
+        looked_at = isinstance(user, ast.Attribute) and (not reads or user.attr in _METADATA)
+        if not tested and not looked_at:
+            yield child.attr, reads
 
 
-def _last(value: object) -> object:
-    return value[-1] if isinstance(value, tuple) and value else value
+def _is_name(node: ast.AST, names: set[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
