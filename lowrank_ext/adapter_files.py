@@ -15,6 +15,7 @@ locks, savers at the same moment may leave the config of one beside the weights 
 
 import hashlib
 import json
+import os
 import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,6 @@ from typing import Any, NamedTuple, TypeAlias
 import safetensors.torch
 from torch import Tensor
 
-from lowrank_ext.adapter_places import check_holds_adapter
 from lowrank_ext.files import (
     TensorFile,
     clean_errors,
@@ -41,6 +41,7 @@ from lowrank_ext.files import (
 __all__ = [
     "AdapterFiles",
     "Companion",
+    "check_can_hold_adapter",
     "open_adapter_files",
     "serialized",
     "write_adapter_files",
@@ -190,7 +191,7 @@ def open_adapter_files(
         ValueError: one of them is damaged. All name the file.
     """
     with clean_errors():
-        check_holds_adapter(where, caller)
+        _check_holds_adapter(where, caller)
         files = _one_save(where, caller, companion)
         with closing(files.weights), closing(files.companion or files.weights):
             yield files
@@ -237,6 +238,42 @@ def _beside(weights: TensorFile, where: Path, caller: str, companion: str | None
         weights=weights,
         companion=other,
     )
+
+
+def _check_holds_adapter(where: Path, caller: str) -> None:
+    """Raise where ``where`` is no directory of an adapter, but something that users take for one.
+
+    Raises:
+        FileNotFoundError: there is nothing, as for the name of a repository on the Hub, or PEFT's
+            old ``adapter_model.bin`` alone.
+        NotADirectoryError: it is a file.
+    """
+    if os.path.isfile(where):
+        inside = where.name in (CONFIG_NAME, WEIGHTS_NAME)
+        way_out = f"pass {where.parent}" if inside else f"one with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        raise NotADirectoryError(
+            f"{caller}: path must be the directory of an adapter, got the file {where}; {way_out}"
+        )
+    if not os.path.exists(where):
+        named = not where.is_absolute() and len(where.parts) == 2 and where.parts[0] != ".."
+        from_hub = f"; from the Hugging Face Hub: huggingface_hub.snapshot_download('{where}')"
+        raise FileNotFoundError(f"{caller}: {where} does not exist{from_hub if named else ''}")
+    old = where / "adapter_model.bin"
+    if os.path.isfile(old) and not os.path.lexists(where / WEIGHTS_NAME):
+        raise FileNotFoundError(
+            f"{caller}: {where / WEIGHTS_NAME} does not exist, and {old.name} is a pickle, which "
+            "can run code and is not read; load it by peft.PeftModel.from_pretrained(model, path) "
+            "and save it again by save_pretrained(path)"
+        )
+
+
+def check_can_hold_adapter(where: Path, caller: str) -> None:
+    """Raise NotADirectoryError where ``where``, or a directory above it, is a file."""
+    for path in (where, *where.parents):
+        if os.path.isdir(path):
+            return
+        if os.path.lexists(path):
+            raise NotADirectoryError(f"{caller}: path must be a directory, got the file {path}")
 
 
 def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

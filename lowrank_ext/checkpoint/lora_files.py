@@ -9,8 +9,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lowrank_ext import registry
-from lowrank_ext.adapter_files import AdapterFiles, Companion, write_adapter_files
-from lowrank_ext.adapter_places import check_can_hold_adapter
+from lowrank_ext.adapter_files import (
+    AdapterFiles,
+    Companion,
+    check_can_hold_adapter,
+    write_adapter_files,
+)
 from lowrank_ext.checkpoint.embeddings import changed_embeddings, held_embeddings
 from lowrank_ext.checkpoint.layout import (
     LORA_A,

@@ -10,9 +10,8 @@ from torch import nn
 
 from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
-from lowrank_ext.adapter_files import write_adapter_files
+from lowrank_ext.adapter_files import check_can_hold_adapter, write_adapter_files
 from lowrank_ext.adapter_format import Adapters
-from lowrank_ext.adapter_places import check_can_hold_adapter
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.checkpoint.layout import (
     LORA_A,

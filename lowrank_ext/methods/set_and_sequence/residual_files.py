@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapter_files import (
     AdapterFiles,
+    check_can_hold_adapter,
     open_adapter_files,
     write_adapter_files,
 )
-from lowrank_ext.adapter_places import check_can_hold_adapter
 from lowrank_ext.checks import check_probability
 from lowrank_ext.files import parse_json_object, quoted
 from lowrank_ext.files.tensor_file import is_finite
