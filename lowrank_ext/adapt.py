@@ -1,15 +1,16 @@
 """Model surgery: replaces linear modules of a model by low-rank modules."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from lowrank_ext.adapt_warnings import adapt_warnings
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig, config_names
-from lowrank_ext.left_out import left_out, new_heads
+from lowrank_ext.left_out import LeftOut, left_out
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
@@ -20,11 +21,11 @@ from lowrank_ext.nn.base_layer import (
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.registry import Method, method_of
-from lowrank_ext.remarks import remarks
 from lowrank_ext.targets import (
     find_targets,
     is_from_peft,
     modules_named,
+    new_heads,
     outermost_modules,
     shared_tensors,
 )
@@ -83,16 +84,17 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         saved = (*config.modules_to_save, *new_heads(model, config))
         config = replace(config, modules_to_save=saved)
     targets = find_targets(model, config)
+    missing = left_out(model) if initialize and config.target_modules == ALL_LINEAR else []
     if initialize:
-        targets = _called(model, config, targets)
+        targets = _called(targets, missing)
         _check_ranks(config, targets)
     config = method.complete_config(model, config, targets)
     _check_options(model, config, module_class, targets)
     _check_values(model, config, module_class, targets)
     if initialize:
         check_ties(model, outermost_modules(model, config.modules_to_save), "adapt")
-        for remark in list(remarks(model, config, targets)):
-            warnings.warn(f"adapt: {remark}", stacklevel=2)
+        for text in list(adapt_warnings(model, config, targets, missing)):
+            warnings.warn(f"adapt: {text}", stacklevel=2)
     model.requires_grad_(False)
     replace_modules(
         model,
@@ -173,11 +175,9 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
     return method
 
 
-def _called(
-    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
+def _called(targets: Mapping[str, nn.Module], missing: Sequence[LeftOut]) -> dict[str, nn.Module]:
     """The targets without those that "all-linear" finds but whose owners never call them."""
-    never = {each.module for each in left_out(model)} if config.target_modules == ALL_LINEAR else ()
+    never = {each.module for each in missing}
     called = {path: module for path, module in targets.items() if module not in never}
     if not called:
         raise ValueError(

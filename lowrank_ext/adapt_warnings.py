@@ -2,26 +2,32 @@
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lowrank_ext.config import ALL_LINEAR, AdapterConfig
-from lowrank_ext.left_out import LeftOut, left_out, readers
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.left_out import LeftOut, readers
 from lowrank_ext.nn.base_layer import linear_features
 from lowrank_ext.targets import modules_named
 
 
-def remarks(
-    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
+def adapt_warnings(
+    model: nn.Module,
+    config: AdapterConfig,
+    targets: Mapping[str, nn.Module],
+    missing: Sequence[LeftOut],
 ) -> Iterator[str]:
-    """What a user of ``adapt`` should know about these targets, before the first change."""
-    if config.target_modules == ALL_LINEAR:
-        chosen = modules_named(model, config.modules_to_save)
-        chosen |= modules_named(model, config.exclude_modules or ())
-        if missing := [each for each in left_out(model) if each.module not in chosen]:
-            yield _not_adapted(model, missing)
+    """What a user of ``adapt`` should know about these targets, before the first change.
+
+    Args:
+        missing: what "all-linear" leaves out; empty with other target_modules.
+    """
+    chosen = modules_named(model, config.modules_to_save)
+    chosen |= modules_named(model, config.exclude_modules or ())
+    if unchosen := [each for each in missing if each.module not in chosen]:
+        yield _not_adapted(model, unchosen)
     yield from _read_by_their_owners(model, targets)
     yield from _large_ranks(config, targets)
     if _has_optimizer(model):

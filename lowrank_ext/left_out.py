@@ -1,5 +1,5 @@
 """What ``adapt`` does not adapt although it computes a product: weights that no linear module holds
-or whose module is not called. And the heads that it trains whole.
+or whose module is not called.
 
 All of it is found from the model's structure and classes; nothing is run.
 """
@@ -7,7 +7,6 @@ All of it is found from the model's structure and classes; nothing is run.
 import ast
 import functools
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from types import FunctionType
@@ -16,14 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lowrank_ext.checks import matches_names
-from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.nn.base_layer import Adapter, linear_features
-from lowrank_ext.wrappers import named_modules, unwrapped
+from lowrank_ext.wrappers import named_modules
 
-# Models with a head that is new for each task, by the name of their class in transformers.
-_TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
-_HEADS = ("classifier", "score", "qa_outputs")
 # Uses of ``self.child.weight`` that do not read its values.
 _METADATA = {
     "device",
@@ -60,32 +54,6 @@ class Reader(NamedTuple):
 
     function: str
     calls_too: bool
-
-
-def new_heads(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Names of the heads that must train with the adapters, as they are new for the task.
-
-    Of transformers' models for classification, question answering and multiple choice: all beside
-    the backbone that has parameters, and that the config does not name.
-    """
-    model = unwrapped(model)
-    if not any(_TASKS.search(cls.__name__) for cls in type(model).__mro__):
-        return ()
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    named = config.target_modules
-    mentioned = () if named == ALL_LINEAR else [named] if isinstance(named, str) else named
-
-    def is_new(name: str, child: nn.Module) -> bool:
-        beside = child is not backbone if isinstance(backbone, nn.Module) else name in _HEADS
-        targeted = any(re.search(rf"\b{re.escape(name)}\b", target) for target in mentioned)
-        excluded = config.exclude_modules is not None and matches_names(
-            name, config.exclude_modules
-        )
-        saved = matches_names(name, config.modules_to_save)
-        has_weights = next(child.parameters(), None) is not None
-        return beside and has_weights and not (targeted or excluded or saved)
-
-    return tuple(name for name, child in model.named_children() if is_new(name, child))
 
 
 def left_out(model: nn.Module) -> list[LeftOut]:
@@ -128,7 +96,7 @@ def readers(model: nn.Module) -> dict[nn.Module, Reader]:
     return found
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _readers_in(owner: type[nn.Module]) -> Mapping[str, Reader]:
     """The children whose weight a function of the class reads."""
     reads: dict[str, str] = {}

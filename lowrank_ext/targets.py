@@ -1,5 +1,7 @@
-"""Which modules of a model a config selects, and which tensors share memory."""
+"""Which modules of a model a config selects, which heads train whole, and which tensors share
+memory."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypeVar
@@ -10,10 +12,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lowrank_ext.checks import did_you_mean, matches_names, matching_pattern, with_article
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
-from lowrank_ext.wrappers import named_modules
+from lowrank_ext.wrappers import named_modules, unwrapped
 
 Kind = TypeVar("Kind", bound=nn.Module)
-HEAD_NAMES = frozenset({"lm_head", "score", "classifier"})
+_OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
+# Models with a head that is new for each task, by the name of their class in transformers.
+_TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")
+_NEW_HEADS = ("classifier", "score", "qa_outputs")
 
 
 def find_targets(
@@ -73,6 +78,32 @@ def find_targets(
             if not any(matches_names(path, pattern) for path in targets):
                 raise _no_match(caller, argument, name, "an adapted module", targets)
     return targets
+
+
+def new_heads(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Names of the heads that must train with the adapters, as they are new for the task.
+
+    Of transformers' models for classification, question answering and multiple choice: all beside
+    the backbone that has parameters, and that the config does not name.
+    """
+    model = unwrapped(model)
+    if not any(_TASKS.search(cls.__name__) for cls in type(model).__mro__):
+        return ()
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    named = config.target_modules
+    mentioned = () if named == ALL_LINEAR else [named] if isinstance(named, str) else named
+
+    def is_new(name: str, child: nn.Module) -> bool:
+        beside = child is not backbone if isinstance(backbone, nn.Module) else name in _NEW_HEADS
+        targeted = any(re.search(rf"\b{re.escape(name)}\b", target) for target in mentioned)
+        excluded = config.exclude_modules is not None and matches_names(
+            name, config.exclude_modules
+        )
+        saved = matches_names(name, config.modules_to_save)
+        has_weights = next(child.parameters(), None) is not None
+        return beside and has_weights and not (targeted or excluded or saved)
+
+    return tuple(name for name, child in model.named_children() if is_new(name, child))
 
 
 def modules_of_kind(model: nn.Module, kind: type[Kind], caller: str) -> dict[str, Kind]:
@@ -172,7 +203,7 @@ def _output_head(model: nn.Module, paths: Mapping[nn.Module, list[str]]) -> set[
     named = [
         module
         for module, own in paths.items()
-        if _is_linear(module) and any(HEAD_NAMES.intersection(path.split(".")) for path in own)
+        if _is_linear(module) and any(_OUTPUT_HEADS.intersection(path.split(".")) for path in own)
     ]
     return set(named[-1:])
 

@@ -8,6 +8,8 @@ told by its class: a user's own child called ``module`` keeps its name.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -154,7 +156,13 @@ def whole_parameters(model: nn.Module) -> AbstractContextManager[None]:
 
 def _kind(module: nn.Module) -> str | None:
     """Full name of the wrapper's class, a key of _CHILDREN, or None."""
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    module_class: Any = type(module)  # hashable, which mypy does not see
+    return _kind_of_class(module_class)
+
+
+@lru_cache(maxsize=1024)  # paths are walked often, and a model has few classes
+def _kind_of_class(module_class: type[nn.Module]) -> str | None:
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in module_class.__mro__)
     return next((name for name in names if name in _CHILDREN), None)
 
 
