@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lowrank_ext.cli.errors import UserError, as_user_error, one_line
-from lowrank_ext.files import read_json_object
+from lowrank_ext.files import read_json_object, write_file
 
 MEBIBYTE = 2**20
 _MAX_JSON_BYTES = 64 * MEBIBYTE  # the losses of a million steps
@@ -21,17 +21,7 @@ _MAX_JSON_BYTES = 64 * MEBIBYTE  # the losses of a million steps
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file atomically: on failure an old one is unchanged."""
     with cannot_write(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)  # mkstemp makes it readable by its owner only
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_file(path, data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -480,5 +480,5 @@ def test_result_survives_its_file_and_another_version_is_refused(tmp_path: Path)
     values = json.loads(path.read_text())
     del values["losses"]
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="not a result of this version"):
+    with pytest.raises(UserError, match="not from this version"):
         read_result(path)
