@@ -83,13 +83,17 @@ def _is_inside(parts: list[str], name: list[str]) -> bool:
 
 
 def _layer_index(path: str, patterns: Any) -> int | None:
-    """Number of the layer that ``path`` lies in: what follows a name among ``patterns``."""
+    """Number of the layer that ``path`` lies in: the first that follows a name among ``patterns``.
+
+    A path may hold more numbers behind it: T5's ``decoder.block.1.layer.0.SelfAttention.q``.
+    """
     if not patterns:
-        found = re.match(r".*\.[^.]*\.(\d+)\.", path)
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
         return None if found is None else int(found.group(1))
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if (found := re.match(rf".*\.{pattern}\.(\d+)\.", path)) is not None:
-            return int(found.group(1))
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
+        if found is not None:
+            return int(found["index"])
     return None
 
 

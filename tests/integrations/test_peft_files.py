@@ -16,9 +16,11 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 
 import peft
+from peft.tuners.tuners_utils import check_target_module_exists
 
 import lowrank_ext as lr
 from lowrank_ext.checkpoint.peft_config import _OTHER_PEFT_TYPES
+from lowrank_ext.checkpoint.selection import selects
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -212,6 +214,27 @@ def test_the_config_decides(case: str, tmp_path: Path) -> None:
         lr.AdapterBank(base := llama()).load("a", tmp_path)
     adapted = {p for p, m in base.named_modules() if isinstance(m, lr.nn.MultiLoRALinear)}
     assert adapted == paths_of(model)
+
+
+@pytest.mark.parametrize("pattern", [None, [], "block", "layers", ["h", "(layers|block)"], "model"])
+@pytest.mark.parametrize("layers", [1, [0], [0, 1], [], None])
+def test_layers_are_counted_as_by_peft(layers: Any, pattern: Any) -> None:
+    """Paths with several numbers (T5, experts), numbers at the start, and none."""
+    options = {"layers_to_transform": layers, "layers_pattern": pattern, "target_modules": ["q"]}
+    config = peft.LoraConfig(target_modules=["q"])
+    vars(config).update(options)  # PEFT refuses some of them only here
+    for path in (
+        "decoder.block.1.layer.0.SelfAttention.q",
+        "encoder.block.0.layer.1.q",
+        "model.layers.1.experts.0.q",
+        "layers.1.q",
+        "model.1.0.q",
+        "model.h.10.q",
+        "1.q",
+        "q",
+    ):
+        expected = bool(check_target_module_exists(config, path))
+        assert selects(options, path) == expected, path
 
 
 def test_a_config_that_selects_nothing_of_the_file(tmp_path: Path) -> None:
