@@ -6,6 +6,7 @@ Each has an entry, which changes the base model, saves the result and loads it a
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.files import TensorFile, quoted
 from lowrank_ext.recipe import Recipe, Training
 from lowrank_ext.registry import recipes
 
@@ -107,9 +109,16 @@ class Full(Entry):
         tokenizer.save_pretrained(directory)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
-        from safetensors.torch import load_model
-
-        load_model(model, path / "model.safetensors")
+        with closing(TensorFile(path / "model.safetensors", "--resume")) as file:
+            values = file.read()
+        missing, unexpected = model.load_state_dict(values, strict=False)
+        own = model.state_dict()
+        present = {own[name].data_ptr() for name in values.keys() & own.keys()}
+        # Of tied tensors the file holds one.
+        if lacking := [name for name in missing if own[name].data_ptr() not in present]:
+            raise ValueError(f"{file.path} must hold the whole model, got no {lacking[0]}")
+        if unexpected:
+            raise ValueError(f"{file.path} must be of this model, got {quoted(unexpected[0])}")
         return model.requires_grad_(True)
 
 
