@@ -1,11 +1,14 @@
 """Interface and helpers of freezing schedules; each method has its own schedule."""
 
+import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 
 class FreezingSchedule(Protocol):
@@ -45,6 +48,50 @@ class FreezingSchedule(Protocol):
     def remove(self) -> None:
         """Remove all hooks from the model."""
         ...
+
+
+class ScheduledLinear(LowRankLinear):
+    """Base class of modules whose lora_b a schedule freezes: says where none does.
+
+    Attributes:
+        awaits_schedule: True, after ``adapt``, of one module of a model, until a schedule is made
+            for the model.
+    """
+
+    schedule_name: ClassVar[str]
+    awaits_schedule = False
+    _has_trained = False  # whether a backward has come through the module since
+
+    @classmethod
+    def connect(cls, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, cls) and module.lora_b.requires_grad:
+                module.awaits_schedule = True
+                return
+
+    def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().unmerged_output(x, *args, **kwargs)
+        if self.awaits_schedule and self.training and self.lora_b.requires_grad:
+            self._watch_training(y)
+        return y
+
+    def _watch_training(self, y: Tensor) -> None:
+        """Warn at the first call in training after a backward: a single one is no training."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        if self._has_trained:
+            self.awaits_schedule = False
+            warnings.warn(
+                f"{type(self).__name__}: the model trains without a {self.schedule_name}, so "
+                "nothing is frozen; make one before the training, with transformers' Trainer by "
+                "callbacks=[lr.FreezeCallback()]",
+                stacklevel=5,  # past forward and torch's call of it
+            )
+        elif y.requires_grad:
+            y.register_hook(self._note_backward)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._has_trained = True
 
 
 def check_positive(owner: str, name: str, value: object) -> int:

@@ -435,6 +435,7 @@ def _check_numbers(
 def _scheduled(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     modules = modules_of_kind(model, AFLoRALinear, "AdaptiveFreezeSchedule")
     for path, module in modules.items():
+        module.awaits_schedule = False
         for name in ("lora_a", "lora_b"):
             parameter = module.get_parameter(name)
             if parameter.requires_grad:

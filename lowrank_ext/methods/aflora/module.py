@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from lowrank_ext.checks import check_flag
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.freezing import ScheduledLinear
 from lowrank_ext.methods.aflora.config import AFLoRAConfig
-from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 
-class AFLoRALinear(LowRankLinear):
+class AFLoRALinear(ScheduledLinear):
     """AFLoRA (Liu et al., arXiv 2403.13269): the branch of ``LowRankLinear`` with two vectors.
 
         y = x Wᵀ + bias + scaling · out_scale ⊙ ((rank_scale ⊙ drop(x) lora_aᵀ) lora_bᵀ)
@@ -27,6 +27,7 @@ class AFLoRALinear(LowRankLinear):
     """
 
     config_class = AFLoRAConfig
+    schedule_name = "AdaptiveFreezeSchedule"
 
     config: AFLoRAConfig
     rank_scale: nn.Parameter

@@ -248,6 +248,7 @@ class FreezeSchedule:
 def _scheduled(model: nn.Module) -> Iterator[tuple[str, LaMDALinear]]:
     modules = modules_of_kind(model, LaMDALinear, "FreezeSchedule")
     for name, module in modules.items():
+        module.awaits_schedule = False
         if module.lora_b.requires_grad:
             _check_rows_only(name, module.lora_b)
             yield name, module

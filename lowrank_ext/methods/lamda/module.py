@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lowrank_ext.freezing import ScheduledLinear
 from lowrank_ext.methods.lamda.config import LaMDAConfig
 from lowrank_ext.nn.init import draw_lora_a, top_singular_triples
-from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 
-class LaMDALinear(LowRankLinear):
+class LaMDALinear(ScheduledLinear):
     """LaMDA (Azizi et al., arXiv 2406.12832): the branch of ``LowRankLinear`` with a core [r, r].
 
         y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ coreᵀ) lora_bᵀ
@@ -28,6 +28,7 @@ class LaMDALinear(LowRankLinear):
     """
 
     config_class = LaMDAConfig
+    schedule_name = "FreezeSchedule"
     svd_inits = ("svd_residual", "svd_zero_core")
     residual_inits = ("svd_residual",)
     residual_starts = ("lora_b_init", "core_init")
