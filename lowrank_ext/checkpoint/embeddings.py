@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import PREFIX, bad_key
 from lowrank_ext.checkpoint.peft_config import WITH_PEFT
+from lowrank_ext.files import printable
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 # Part of a key in PEFT's files -> the option that it belongs to.
@@ -136,8 +137,10 @@ def say_replaced(files: AdapterFiles, changed: Iterable[str]) -> None:
     """Warn, before the model is touched, of embeddings that the file's will replace."""
     if names := ", ".join(changed):
         warnings.warn(
-            f"{files.caller}: {files.weights_path} holds {names}, which replaces the model's other "
-            "values, as by PEFT",
+            printable(
+                f"{files.caller}: {files.weights_path} holds {names}, which replaces the model's "
+                "other values, as by PEFT"
+            ),
             stacklevel=4,  # the caller of load_adapter
         )
 

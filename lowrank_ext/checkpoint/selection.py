@@ -15,7 +15,7 @@ from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
 from lowrank_ext.checks import matches_names
 from lowrank_ext.config import ALL_LINEAR
-from lowrank_ext.files import check_pattern, quoted
+from lowrank_ext.files import check_pattern, printable, quoted
 from lowrank_ext.nn.base_layer import linear_features
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.wrappers import named_modules
@@ -109,4 +109,4 @@ def _some(paths: Iterable[str]) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=5)  # the caller of load_adapter or AdapterBank.load
+    warnings.warn(printable(text), stacklevel=5)  # the caller of load_adapter or AdapterBank.load

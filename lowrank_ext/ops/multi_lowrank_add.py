@@ -57,7 +57,8 @@ def multi_lowrank_add(
 
     On a GPU the host reads neither ids nor ranks. A row of y and dx is NaN there where its id or
     its adapter's rank is out of range; the gradients of an adapter are NaN where it has rows but no
-    valid rank. float32 products are never rounded to TF32.
+    valid rank. So is such a row of y under torch.func and forward mode, on a CPU too. float32
+    products are never rounded to TF32.
 
     Args:
         base_out: [..., out_features], dtype of x; not modified.
@@ -75,7 +76,8 @@ def multi_lowrank_add(
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device, on a CPU an id or a rank is
-            out of range, or scaling requires a gradient; nothing has been computed then.
+            out of range (outside of torch.func and forward mode), or scaling requires a gradient;
+            nothing has been computed then.
 
     Examples:
         >>> ids = torch.tensor([0, -1, 2])  # a sequence each; x [3, T, K]

@@ -199,6 +199,16 @@ NARROWED: dict[str, dict[str, Any]] = {
 }
 
 
+def test_warnings_show_names_of_directories_as_text(tmp_path: Path) -> None:
+    where = tmp_path / "a\x1b]0;title\x07"
+    where.mkdir()
+    peft_file(where)
+    edit_config(where, target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match=r"a\\x1b\]0;title\\x07.*does not select") as said:
+        lr.load_adapter(llama(), where)
+    assert all(str(each.message).isprintable() for each in said)
+
+
 @pytest.mark.parametrize("case", NARROWED)
 def test_the_config_decides(case: str, tmp_path: Path) -> None:
     """RF-45: tensors of modules that the config does not select are left out, and said so."""
