@@ -72,7 +72,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
             first change.
 
     Warns of what would be missed otherwise: weights that "all-linear" leaves out (experts stacked
-    in one parameter, modules whose owner reads the weight and never calls them), adapters that do
+    in one parameter, nn.MultiheadAttention, recurrent layers, modules whose owner reads the weight
+    and never calls them), adapters that do
     not act in some path, ranks above min(in_features, out_features), an optimizer made before.
 
     Examples:

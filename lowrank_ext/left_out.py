@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from lowrank_ext.nn.base_layer import Adapter, linear_features
 from lowrank_ext.wrappers import named_modules
 
+_FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 # Uses of ``self.child.weight`` that do not read its values.
 _METADATA = {
     "device",
@@ -58,18 +59,30 @@ class Reader(NamedTuple):
 
 def left_out(model: nn.Module) -> list[LeftOut]:
     """Weights of the model that multiply its activations outside of calls of linear modules."""
-    return [*_stacked(model), *_never_called(model)]
+    return [*_stacked(model), *_fused(model), *_never_called(model)]
 
 
 def _stacked(model: nn.Module) -> Iterator[LeftOut]:
     """Modules that hold matrices of several experts in one parameter [E, ..., ...]."""
+    convolutions = (module for module in model.modules() if isinstance(module, _ConvNd))
+    others = {inner for convolution in convolutions for inner in convolution.modules()}
     for path, module in named_modules(model):
-        if isinstance(module, Adapter | _ConvNd):
+        if isinstance(module, Adapter) or module in others:
             continue
         own = [p for p in module._parameters.values() if p is not None]
         weights: list[Tensor] = [p for p in own if p.dim() >= 3 and p.shape[0] > 1]
         if weights:
             yield LeftOut(path, module, "stacked weights, which no linear module holds", weights)
+
+
+def _fused(model: nn.Module) -> Iterator[LeftOut]:
+    """torch's own modules with matrices that no linear module of theirs multiplies."""
+    for path, module in named_modules(model):
+        if isinstance(module, _FUSED):
+            weights: list[Tensor] = [p for p in module.parameters() if p.dim() == 2]
+            yield LeftOut(
+                path, module, f"matrices that {type(module).__name__} multiplies itself", weights
+            )
 
 
 def _never_called(model: nn.Module) -> Iterator[LeftOut]:
@@ -85,7 +98,7 @@ def readers(model: nn.Module) -> dict[nn.Module, Reader]:
     """The linear modules whose weight is read in place of a call, and by whom."""
     found: dict[nn.Module, Reader] = {}
     for owner in model.modules():
-        # adapt switches torch's own fused path off; nn.MultiheadAttention is refused elsewhere.
+        # adapt switches torch's own fused path off; nn.MultiheadAttention is one of _FUSED.
         if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
             continue
         for name, child in owner._modules.items():

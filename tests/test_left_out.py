@@ -149,6 +149,42 @@ def test_stacked_experts_are_reported(name: str) -> None:
     assert [row for row in rows(model) if row[:2] == ["experts", f"{kind}, not adapted"]]
 
 
+class Beside(nn.Module):
+    """A linear layer beside ``part``."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.fc = part, nn.Linear(8, 8)
+
+
+OWN_PRODUCTS = {
+    "attention": (lambda: nn.MultiheadAttention(8, 2), 4 * 8 * 8),
+    "attention of other widths": (lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6), 8 * 26),
+    "LSTM": (lambda: nn.LSTM(8, 8, num_layers=2), 2 * 2 * 4 * 8 * 8),
+    "GRU cell": (lambda: nn.GRUCell(8, 8), 2 * 3 * 8 * 8),
+    "encoder layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16), 4 * 8 * 8),
+}
+
+
+@pytest.mark.parametrize("name", OWN_PRODUCTS)
+def test_matrices_that_torch_multiplies_without_a_linear_module(name: str) -> None:
+    make, left = OWN_PRODUCTS[name]
+    model = Beside(make())
+    with pytest.warns(UserWarning, match=f"adapt: {left:,} parameters .* are not adapted"):
+        lr.adapt(model, lr.LoRAConfig(r=2))
+    assert [row for row in rows(model) if row[1:2] and row[1].endswith("not adapted")]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_convolutions_are_no_stacked_weights(norm) -> None:
+    """However their weight is computed: wav2vec2 normalizes it."""
+    model = Beside(norm(nn.Conv1d(8, 8, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lr.adapt(model, lr.LoRAConfig(r=2))
+    assert not [row for row in rows(model) if row[1:2] and row[1].endswith("not adapted")]
+
+
 def test_a_choice_is_not_reported() -> None:
     for options in (dict(exclude_modules=["experts"]), dict(target_modules=["q_proj"])):
         with warnings.catch_warnings():
@@ -256,7 +292,7 @@ def test_mamba() -> None:
 
 
 def test_ordinary_models_give_no_warning() -> None:
-    models = [TinyLM(), nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), made("T5Model", T5)]
+    models = [TinyLM(), made("T5Model", T5)]
     models += [made("LlamaForCausalLM", LLAMA), made("BertForSequenceClassification", SMALL)]
     for model in models:
         with warnings.catch_warnings():
