@@ -178,14 +178,30 @@ def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, ca
             pattern = name if isinstance(names, str) else [name]
             if not any(matches_names(path, pattern) for path in every):
                 known = every if argument == "modules_to_save" else linear
-                raise _no_match(caller, argument, name, "a module", known)
+                whole = isinstance(names, str) and any(matches_names(p, [name]) for p in every)
+                raise _no_match(caller, argument, name, "a module", known, whole)
 
 
-def _no_match(caller: str, argument: str, name: str, what: str, paths: Iterable[str]) -> ValueError:
+def _no_match(
+    caller: str,
+    argument: str,
+    name: str,
+    what: str,
+    paths: Iterable[str],
+    as_list: bool = False,
+) -> ValueError:
+    """``as_list``: the string, a regular expression for whole paths, would match as a name."""
     known = [part for path in paths for part in (path.rpartition(".")[2], path)]
+    if argument == "target_modules":
+        known.append(ALL_LINEAR)
+    advice = (
+        f": a string is a regular expression for whole paths, give a list of names, [{name!r}]"
+        if as_list
+        else did_you_mean(name, known)
+    )
     return ValueError(
         f"{caller}: {argument} must match {what} of the model, got {name!r}, which matches none"
-        f"{did_you_mean(name, known)}"
+        f"{advice}"
     )
 
 

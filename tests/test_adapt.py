@@ -239,7 +239,8 @@ def test_modules_to_save_train_whole_and_are_not_adapted() -> None:
     [
         ("target_modules", ["q_porj"], "did you mean 'q_proj'"),
         ("target_modules", ["q_proj", "layer.0.up_proj"], "'layers.0.up_proj'"),
-        ("target_modules", r"q_proj", "did you mean 'q_proj'"),
+        ("target_modules", "q_proj", "give a list of names, ['q_proj']"),
+        ("target_modules", "all_linear", "did you mean 'all-linear'"),
         ("exclude_modules", ["down_porj"], "did you mean 'down_proj'"),
         ("modules_to_save", ["nrom"], "did you mean 'norm'"),
         ("rank_pattern", {"q_prj": 2}, "did you mean 'q_proj'"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from module_cases import ALL_METHODS, BASES, IDS, METHODS, RESIDUAL, Method, TinyLM, randomize
 from torch import nn
+from torch.nn.utils import prune
 
 from lowrank_ext.adapt import adapt
 from lowrank_ext.merging import merge, unload, unmerge
@@ -253,6 +254,35 @@ def test_a_base_that_cannot_be_merged_is_named_before_any_weight_is_touched(kind
     assert torch.equal(model.first.weight, before) and not model.first.merged
     unload(model)
     assert type(model.first) is nn.Linear and not isinstance(model.odd, LowRankLinear)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+COMPUTED = {
+    "parametrized": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Doubled()),
+    "pruned": lambda m: prune.l1_unstructured(m, "weight", amount=0.5),
+    "spectral norm": lambda m: nn.utils.spectral_norm(m, "weight"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_for_each_call_is_not_merged(kind: str) -> None:
+    """What a merge writes into it would be gone with the next call."""
+    model = TinyLM()
+    adapt(model, LoRAConfig(r=2))
+    randomize(model)
+    COMPUTED[kind](model.layers[1].q_proj)
+    model.eval()
+    logits = model(IDS)
+    for call in (merge, lambda m: unload(m, merge=True)):
+        with pytest.raises(TypeError, match=r"merge: the base of layers\.1\.q_proj must compute"):
+            call(model)
+        assert torch.equal(model(IDS), logits)
+    with pytest.raises(TypeError, match=r"LoRALinear\.merge: the base must compute"):
+        model.layers[1].q_proj.merge()
 
 
 def test_models_without_adapters() -> None:

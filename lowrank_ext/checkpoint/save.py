@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lowrank_ext.checkpoint.layout import (
     PREFIX,
 )
 from lowrank_ext.checkpoint.peft_config import config_fields
+from lowrank_ext.checkpoint.save_warnings import save_warnings
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered, is_sharded
@@ -34,6 +36,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     pair; other files there stay. Merged adapters are saved like others. A wrapped model
     (``torch.compile``, DDP, activation checkpointing, …) gives the files of the plain one.
     Parameters sharded by FSDP are gathered, so every rank must call this, and rank 0 writes.
+
+    Warns of what the files do not hold: parameters that train beside the adapters and are not in
+    modules_to_save, and a ``scaling`` that was set after ``adapt``.
 
     Raises:
         ValueError: the model carries no adapter that ``adapt`` or ``load_adapter`` made, or a
@@ -57,6 +62,9 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         except ValueError as error:
             raise ValueError(f"save_adapter: {name} {error}") from None
     _check_valued(model, modules, config, "save_adapter")
+    saved = outermost_modules(model, config.modules_to_save).values()
+    for text in save_warnings(model, modules, config, saved):
+        warnings.warn(f"save_adapter: {text}", stacklevel=3)
     file_format = registry.method_for(config, "save_adapter").file_format
     stored = {name: file_format.tensors(module, config) for name, module in modules.items()}
     _write(model, path, config, modules, stored)

@@ -239,9 +239,10 @@ class LowRankLinear(Adapter):
 
     @property
     def mergeable_parameter(self) -> nn.Parameter | None:
-        """``base_parameter`` if the base computes x weightᵀ + bias with it, else None."""
-        trusted = self.base_layer is None or computes_its_weight(self.base_layer)
-        return self.base_parameter if trusted else None
+        """``base_parameter`` if the output is x weightᵀ + bias with what is written to it."""
+        if self.base_layer is None:
+            return self._parameters.get("weight")  # none if parametrized, pruned: writes are lost
+        return self.base_parameter if computes_its_weight(self.base_layer) else None
 
     def _require_weight(self, action: str) -> nn.Parameter:
         weight = self.base_parameter

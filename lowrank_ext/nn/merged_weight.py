@@ -22,9 +22,10 @@ def merged_weight(module: "LowRankLinear") -> Tensor:
         raise TypeError(f"{owner}: the branch must be one matrix, {module.unmergeable_because}")
     weight = module.mergeable_parameter
     if weight is None:
+        base = module if module.base_layer is None else module.base_layer
         raise TypeError(
             f"{owner}: the base must compute x weightᵀ + bias with a floating-point weight, got "
-            f"{type(module.base_layer).__name__}"
+            f"{type(base).__name__}"
         )
     if weight.is_meta:
         raise ValueError(

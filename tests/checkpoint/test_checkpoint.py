@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,34 @@ def tied_net() -> Net:
     model.head = nn.Linear(12, 10)  # of the shape to tie; these models are not run
     model.head.weight = model.embed.weight
     return model
+
+
+LOST: dict[str, Callable[[Net], object]] = {
+    r"norm\.weight and 1 more require a gradient": lambda m: m.norm.requires_grad_(),
+    r"embed\.bias require a gradient": lambda m: m.embed.bias.requires_grad_(),
+    r"the scaling of body\.0 was changed, from 1 to 0\.5": lambda m: setattr(
+        m.body[0], "scaling", 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("match", LOST)
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile], ids=["plain", "compiled"])
+def test_what_the_files_do_not_hold_is_said(wrap: Any, match: str, tmp_path: Path) -> None:
+    model = wrap(lr.adapt(net(), lora()))
+    LOST[match](model)
+    with pytest.warns(UserWarning, match=f"save_adapter: {match}") as said:
+        lr.save_adapter(model, tmp_path)
+    assert len(said) == 1 and said[0].filename == __file__
+
+
+@pytest.mark.parametrize("config", [lora(modules_to_save=["norm"]), lamda(), goat()])
+def test_what_the_files_hold_is_not_warned_of(config: lr.LoRAConfig, tmp_path: Path) -> None:
+    model = lr.adapt(net(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lr.save_adapter(model, tmp_path)
+        lr.save_adapter(lr.load_adapter(net(), tmp_path), tmp_path)
 
 
 def test_tied_modules_to_save(tmp_path: Path) -> None:
