@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import moe_cases
 import torch
-from conftest import OP_NAMES, DtypePair
+from devices import OP_NAMES, DtypePair
 from lowrank_cases import (
     FP32,
     LAYOUTS,

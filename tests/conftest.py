@@ -1,57 +1,28 @@
 """Fixtures shared by all tests: devices, dtypes, the seed and the thread count."""
 
-import importlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
-
-pytest.register_assert_rewrite("lowrank_cases", "finetune_runs")
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-class DtypePair(NamedTuple):
-    """dtype of x, weight, bias and base_out, and dtype of the adapter tensors."""
-
-    base: torch.dtype
-    adapter: torch.dtype
-
-
-DTYPE_PAIRS = [DtypePair(dtype, dtype) for dtype in DTYPES] + [
-    DtypePair(torch.bfloat16, torch.float32),
-    DtypePair(torch.float16, torch.float32),
-]
-
-
-def dtype_id(dtypes: torch.dtype | DtypePair) -> str:
-    names = dtypes if isinstance(dtypes, DtypePair) else (dtypes,)
-    return "+".join(dict.fromkeys(str(name).removeprefix("torch.") for name in names))
-
-
-# ---- devices: the CPU, a GPU, and the CUDA kernels on the CPU, by the SIMT executor (tests/simt)
-
-SIMT = "simt"
-SIMT_BUILD = Path(__file__).parents[1] / "build" / "simt"
-OP_NAMES = (
-    "lowrank_linear",
-    "lowrank_add",
-    "multi_lowrank_add",
-    "moe_route",
-    "moe_lowrank_add",
+from devices import (
+    DTYPE_PAIRS,
+    DTYPES,
+    OP_NAMES,
+    SIMT,
+    DtypePair,
+    dtype_id,
+    has_simt,
+    simt_module,
+    simt_ops,
 )
 
-
-def has_simt() -> bool:
-    return any(SIMT_BUILD.glob("_simt*.so"))
+pytest.register_assert_rewrite("lowrank_cases", "finetune_runs")
 
 
 def device_params(marker: pytest.Mark | None) -> list[Any]:
@@ -120,22 +91,6 @@ def ops_on_simt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         for name in OP_NAMES:
             for op in (name, f"{name}_backward"):
                 monkeypatch.setattr(torch.ops.lowrank_ext, op, getattr(library, op))
-
-
-@cache
-def simt_ops() -> Any:
-    """torch.ops.lowrank_ext_simt, with the Python side that the library's ops have."""
-    simt_module()
-    for name in OP_NAMES:
-        importlib.import_module(f"lowrank_ext.ops.{name}").register("lowrank_ext_simt")
-    return torch.ops.lowrank_ext_simt
-
-
-def simt_module() -> ModuleType:
-    """The module _simt: csrc/cuda compiled for the CPU."""
-    if str(SIMT_BUILD) not in sys.path:
-        sys.path.append(str(SIMT_BUILD))
-    return importlib.import_module("_simt")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

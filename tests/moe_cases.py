@@ -9,7 +9,7 @@ exact, or one logit is so large that its weight is one (routed_tensors).
 from types import ModuleType
 
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     FP64,
     ORDER_OF_SUMMATION,

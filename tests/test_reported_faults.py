@@ -233,7 +233,8 @@ def test_rf05_the_input_gradient_has_the_mask(method: Method, seed: int) -> None
 def test_rf05_edges(method: Method) -> None:
     weight = torch.arange(8.0).reshape(1, 8)
     x = torch.ones(3, 8, requires_grad=True)
-    everything = dropped(method, weight, 1.0)
+    everything = dropped(method, weight, 0.0)
+    everything.dropout = 1.0  # which no config takes
     y = everything(x)
     y.sum().backward()
     assert torch.equal(y, torch.full((3, 1), 28.0))

@@ -65,3 +65,12 @@ def test_the_list_names_every_method() -> None:
 def test_no_file_is_long() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {path.name: n for path, n in lengths.items() if n > 500} == {}
+
+
+def test_no_test_imports_a_conftest() -> None:
+    # There are several: which one is meant would depend on the order in which files are collected.
+    tests = Path(__file__).parent
+    files = [
+        path for path in tests.rglob("*.py") if any("conftest" in name for name in imports(path))
+    ]
+    assert not files

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import DtypePair, simt_module, simt_ops
+from devices import DtypePair, simt_module, simt_ops
 from lowrank_cases import (
     BF16,
     FP32,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import OP_NAMES
+from devices import OP_NAMES
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"

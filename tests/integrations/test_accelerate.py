@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DtypePair
+from devices import DtypePair
 from module_cases import (
     ALL_METHODS,
     BASES,

@@ -25,7 +25,7 @@ from argument_cases import (
     tensor_names,
     valid_call,
 )
-from conftest import DTYPE_PAIRS, DTYPES, SIMT, DtypePair, dtype_id
+from devices import DTYPE_PAIRS, DTYPES, SIMT, DtypePair, dtype_id
 from lowrank_cases import BF16, FP32, FP64, MIXED, Layout, assert_same_bits
 from torch import Tensor
 

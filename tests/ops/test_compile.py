@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     FP32,
     MIXED,

@@ -6,7 +6,7 @@ tests marked `sanitize` are small enough to run under compute-sanitizer (`make g
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     BF16,
     FP32,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     FP32,
     MIXED,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     BF16,
     FP32,

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import DtypePair, has_simt, simt_module, simt_ops
+from devices import DtypePair, has_simt, simt_module, simt_ops
 from distributed_cases import end_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st

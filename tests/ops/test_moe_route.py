@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank_cases import LAYOUTS, Layout, assert_raises_alike, assert_same_bits, transposed

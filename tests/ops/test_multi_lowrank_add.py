@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank_cases import (

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     BF16,
     FP32,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import DtypePair
+from devices import DtypePair
 from lowrank_cases import (
     BF16,
     FP32,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import has_simt, simt_module
+from devices import has_simt, simt_module
 from torch import Tensor
 
 from lowrank_ext import reference

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DtypePair
+from devices import DtypePair
 from module_cases import BASES, IN, OUT, RANK, plain_linear, weight_of
 from saved_bytes import bytes_kept_by
 from torch import Tensor, nn

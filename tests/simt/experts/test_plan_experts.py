@@ -1,7 +1,7 @@
 """experts/plan_experts.h: which form moe_lowrank_add takes, by sizes alone."""
 
 import pytest
-from conftest import has_simt
+from devices import has_simt
 
 if not has_simt():
     pytest.skip("the SIMT executor is not built, run `make simt`", allow_module_level=True)
