@@ -20,7 +20,7 @@ from lowrank_ext.checkpoint.layout import (
     PREFIX,
 )
 from lowrank_ext.checkpoint.peft_config import config_fields
-from lowrank_ext.checkpoint.save_warnings import save_warnings
+from lowrank_ext.checkpoint.save_warnings import NOT_FINITE, save_warnings, some
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered, is_sharded
@@ -38,7 +38,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Parameters sharded by FSDP are gathered, so every rank must call this, and rank 0 writes.
 
     Warns of what the files do not hold: parameters that train beside the adapters and are not in
-    modules_to_save, and a ``scaling`` that was set after ``adapt``.
+    modules_to_save, and a ``scaling`` that was set after ``adapt``; and of inf and nan, which the
+    files hold and ``load_adapter`` refuses.
 
     Raises:
         ValueError: the model carries no adapter that ``adapt`` or ``load_adapter`` made, or a
@@ -67,7 +68,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         warnings.warn(f"save_adapter: {text}", stacklevel=3)
     file_format = registry.method_for(config, "save_adapter").file_format
     stored = {name: file_format.tensors(module, config) for name, module in modules.items()}
-    _write(model, path, config, modules, stored)
+    _write(model, path, config, modules, stored, "save_adapter")
 
 
 def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> None:
@@ -85,7 +86,7 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) ->
         for name, module in modules.items()
     }
     lora = registry.METHODS["LORA"].config_class(**{**shared, "init": "kaiming"})
-    _write(model, path, lora, modules, stored)
+    _write(model, path, lora, modules, stored, caller)
 
 
 def config_of(model: nn.Module, caller: str) -> AdapterConfig:
@@ -123,6 +124,7 @@ def _write(
     config: AdapterConfig,
     modules: Mapping[str, LowRankLinear],
     stored: Adapters,
+    caller: str,
 ) -> None:
     """Write both files, from the adapters' ``stored`` tensors and the modules of
     modules_to_save."""
@@ -142,5 +144,7 @@ def _write(
     tensors = {key: gathered(tensor).clone() for key, tensor in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:
         return
+    if bad := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        warnings.warn(f"{caller}: {some(bad)} {NOT_FINITE}", stacklevel=4)
     fields, metadata = config_fields(model, config, modules, saved)
     write_adapter_files(Path(path), fields, tensors, metadata)

@@ -1,4 +1,4 @@
-"""Warnings of ``save_adapter``: what the model computes with and no adapter file holds."""
+"""Warnings of ``save_adapter``: what a model loaded from its files would lack, or refuse."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -9,6 +9,8 @@ from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.wrappers import named_modules
+
+NOT_FINITE = "hold inf or nan, which load_adapter refuses: the training has diverged"
 
 
 def save_warnings(
@@ -24,7 +26,7 @@ def save_warnings(
     """
     if lost := _trained_without_a_place(model, modules, saved):
         yield (
-            f"{_some(lost)} require a gradient and belong to no adapter and no module of "
+            f"{some(lost)} require a gradient and belong to no adapter and no module of "
             "modules_to_save: the files do not hold them; name their modules in modules_to_save "
             "of adapt, or freeze them"
         )
@@ -33,7 +35,7 @@ def save_warnings(
     if changed:
         path = changed[0]
         yield (
-            f"the scaling of {_some(changed)} was changed, from {own[path]:g} to "
+            f"the scaling of {some(changed)} was changed, from {own[path]:g} to "
             f"{modules[path].scaling:g}: the files hold the former, that of the config"
         )
 
@@ -53,5 +55,6 @@ def _trained_without_a_place(
     ]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

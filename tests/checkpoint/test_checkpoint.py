@@ -425,6 +425,20 @@ def test_what_the_files_do_not_hold_is_said(wrap: Any, match: str, tmp_path: Pat
     assert len(said) == 1 and said[0].filename == __file__
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_values_that_no_load_takes_are_said_where_they_are_saved(
+    value: float, tmp_path: Path
+) -> None:
+    model = lr.adapt(net(), lora(modules_to_save=["norm"]))
+    with torch.no_grad():
+        model.embed.lora_b[0, 0] = model.norm.weight[0] = value
+    with pytest.warns(UserWarning, match="and 1 more hold inf or nan, which load_adap") as said:
+        lr.save_adapter(model, tmp_path)
+    assert len(said) == 1 and said[0].filename == __file__
+    with pytest.raises(ValueError, match="must be finite"):
+        lr.load_adapter(net(), tmp_path)
+
+
 @pytest.mark.parametrize("config", [lora(modules_to_save=["norm"]), lamda(), goat()])
 def test_what_the_files_hold_is_not_warned_of(config: lr.LoRAConfig, tmp_path: Path) -> None:
     model = lr.adapt(net(), config)
