@@ -59,7 +59,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     config = config_of(model, "save_adapter")
     for name, module in modules.items():
         try:
-            module.check_saveable(config)
+            module.check_saveable(config, list(modules.values()))
         except ValueError as error:
             raise ValueError(f"save_adapter: {name} {error}") from None
     _check_valued(model, modules, config, "save_adapter")

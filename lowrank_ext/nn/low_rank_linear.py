@@ -458,8 +458,8 @@ class LowRankLinear(Adapter):
             f"scaling={self.scaling:g}, dropout={self.dropout:g}, init={self.init}{merged}"
         )
 
-    def check_saveable(self, config: AdapterConfig) -> None:
-        """Raise ValueError if a file with ``config`` could not represent the module's state."""
+    def check_saveable(self, config: AdapterConfig, modules: list["LowRankLinear"]) -> None:
+        """Raise ValueError if a file of ``modules`` with ``config`` could not hold its state."""
         if self.init in self.residual_inits and not self.residual_taken:
             raise ValueError("must hold its residual base weight, got a restored one")
 

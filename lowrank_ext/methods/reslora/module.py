@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.reslora.chain_state import (
     ChainState,
     Frame,
@@ -263,6 +264,15 @@ class ResLoRALinear(LowRankLinear):
                 f"{self._chain_name()} needs lora_a and lora_b of the earlier ones whole, got a "
                 "DTensor of FSDP2; call fully_shard on the module that contains the chain and on "
                 "none inside it, or use DDP or shortcut='input'"
+            )
+
+    def check_saveable(self, config: AdapterConfig, modules: list[LowRankLinear]) -> None:
+        super().check_saveable(config, modules)
+        if self.shortcut == "block" and not set(modules).issuperset(self.reached()):
+            raise ValueError(
+                f"must find the earlier modules of its chain {self._chain_name()} in the model, "
+                "which has lost or copied blocks since adapt; merge and unload it, or adapt the "
+                "model with its new blocks"
             )
 
     # ------------------------------------------------------------------------------------ merging

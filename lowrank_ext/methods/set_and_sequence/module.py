@@ -315,8 +315,8 @@ class BasisLoRALinear(LowRankLinear):
             dropout_p=self.dropout if self.training else 0.0,
         )
 
-    def check_saveable(self, config: AdapterConfig) -> None:
-        super().check_saveable(config)
+    def check_saveable(self, config: AdapterConfig, modules: list[LowRankLinear]) -> None:
+        super().check_saveable(config, modules)
         expected = tuple(config.residuals) if isinstance(config, BasisLoRAConfig) else ()
         if self.residuals != expected:
             raise ValueError(

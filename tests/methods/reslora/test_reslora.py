@@ -386,6 +386,37 @@ def test_chains_are_the_modules_of_one_name() -> None:
     assert list(chains(adapted(nn.Sequential(*mlps))).values()) == [["0.0", "1.0"], ["0.2", "1.2"]]
 
 
+@pytest.mark.parametrize("change", ["block removed", "block copied"])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_blocks_that_change_after_adapt(shortcut: str, change: str, tmp_path: Path) -> None:
+    """What is saved computes the same when it is loaded, or is not saved."""
+
+    def changed(model: TinyLM) -> TinyLM:
+        if change == "block removed":
+            del model.layers[0]
+        else:
+            model.layers[1] = copy.deepcopy(model.layers[1])
+        return model
+
+    model = TinyLM()
+    base = copy.deepcopy(model)
+    adapted(model, shortcut)
+    randomize(model)
+    changed(model).eval()
+    with torch.no_grad():
+        if change == "block copied":  # what the copy reads is its own copy
+            model.layers[0].q_proj.lora_b.add_(1)
+        logits = model(IDS)
+        if shortcut == "block":
+            with pytest.raises(ValueError, match=r"save_adapter: layers\..* lost or copied blocks"):
+                lr.save_adapter(model, tmp_path)
+            torch.testing.assert_close(lr.merge(model)(IDS), logits)
+        else:
+            lr.save_adapter(model, tmp_path)
+            loaded = lr.load_adapter(changed(base).eval(), tmp_path)
+            torch.testing.assert_close(loaded(IDS), logits)
+
+
 def test_chains_break_where_sizes_change() -> None:
     sizes = [4, 4, 4, 6, 6, 4, 4]
     linears = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
