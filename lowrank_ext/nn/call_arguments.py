@@ -30,8 +30,6 @@ def split_call(
     Raises:
         TypeError: there is no x, or something beside it although the base is plain.
     """
-    if len(args) == 1 and not kwargs:
-        return args[0], (), kwargs
     owner, name = f"{type(module).__name__}.forward", module.input_name
     if args:
         x, *rest = args

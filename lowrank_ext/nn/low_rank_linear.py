@@ -415,13 +415,14 @@ class LowRankLinear(Adapter):
         assert self.weight is not None
         return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N] in x's dtype.
 
         x is the first argument, or named as by the base (``input`` of nn.Linear). Further arguments
         go to the base.
         """
-        x, args, kwargs = split_call(self, args, kwargs)
+        if x is None or args or kwargs:
+            x, args, kwargs = split_call(self, args if x is None else (x, *args), kwargs)
         if self.merged:
             y = self.base_output(x, *args, **kwargs)
             return without_gradient(self, y) if self.training else y

@@ -209,7 +209,13 @@ class MultiLoRALinear(FixedSize, BaseKeys):
         """Memory of one adapter of ``rank`` here."""
         return rank * (self.in_features + self.out_features) * self.lora_a.element_size()
 
-    def forward(self, *args: Any, adapter_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | None = None,
+        *args: Any,
+        adapter_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """x [..., K] to [..., N] in x's dtype.
 
         x is the first argument, or named as by the base (``input`` of nn.Linear). Further arguments
@@ -223,9 +229,10 @@ class MultiLoRALinear(FixedSize, BaseKeys):
             RuntimeError: activation checkpointing reruns a trained adapter outside of the block of
                 its first run.
         """
-        if self.bank < 0 and len(args) > 1 and adapter_ids is None:
-            adapter_ids, args = args[1], (args[0], *args[2:])
-        x, args, kwargs = split_call(self, args, kwargs)
+        if self.bank < 0 and args and adapter_ids is None:
+            adapter_ids, args = args[0], args[1:]
+        if x is None or args or kwargs:
+            x, args, kwargs = split_call(self, args if x is None else (x, *args), kwargs)
         if self.base_layer is None:
             assert self.weight is not None
             base_out = F.linear(x, self.weight, self.bias)

@@ -10,7 +10,7 @@ from module_cases import ALL_METHODS, IN, OUT, RANK, Conv1D, Method, branch, con
 from torch import Tensor, nn
 
 import lowrank_ext as lr
-from lowrank_ext.nn import MultiLoRALinear
+from lowrank_ext.nn import LoRALinear, MultiLoRALinear
 
 peft = pytest.importorskip("peft")
 
@@ -164,3 +164,11 @@ def test_accelerated_layers_do_as_pefts(call) -> None:
         assert "positional argument: 'x'" in results[0] and results[0] == results[1]
     else:
         torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("make", [LoRALinear.from_linear, MultiLoRALinear.from_linear])
+def test_the_input_can_have_dynamic_shapes(make) -> None:
+    """torch.export maps them by the arguments of forward."""
+    layer, rows = make(nn.Linear(6, 4)), torch.export.Dim("rows")
+    program = torch.export.export(layer, (torch.randn(3, 6),), dynamic_shapes=({0: rows},))
+    assert program.module()(torch.randn(5, 6)).shape == (5, 4)
