@@ -70,13 +70,23 @@ def register_autograd(
 
     def op_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         used = any(gradient is not None for gradient in gradients)
-        results = backward(ctx, backward_op, *gradients) if used else ()
+        if _is_differentiated():
+            results = backward(ctx, backward_op, *gradients) if used else ()
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # past the Python kernel of the backward op
+                results = backward(ctx, backward_op, *gradients) if used else ()
         return (*results, *(None,) * (len(needs_input_grad(ctx)) - len(results)))
 
     formula = _make_formula(library_name, op_name, op_backward, op_setup_context)
     _register_kernels(library_name, op_name, formula, _without_autocast(plain))
     plain_backward = _without_autocast(plain_backward)
     _register_kernels(library_name, backward_name, _ignoring_keyset(plain_backward), plain_backward)
+
+
+def _is_differentiated() -> bool:
+    """Whether what is computed now may be differentiated again, or is transformed."""
+    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or transformed
 
 
 def _make_formula(
