@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.files.json_object import read_json_object
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
-from lowrank_ext.wrappers import named_modules
+from lowrank_ext.wrappers import named_modules, unwrapped
 
 NOT_FINITE = "hold inf or nan, which load_adapter refuses: the training has diverged"
 
@@ -29,6 +32,12 @@ def save_warnings(
             f"{some(lost)} require a gradient and belong to no adapter and no module of "
             "modules_to_save: the files do not hold them; name their modules in modules_to_save "
             "of adapt, or freeze them"
+        )
+    if new := _resized_vocabulary(model, saved):
+        yield (
+            f"the vocabulary has been resized, from {new[0]} to {new[1]}: the files do not hold "
+            "the embeddings, whose new rows every resize draws anew; name them in modules_to_save "
+            "of adapt, or save the resized base by save_pretrained before adapt and load that"
         )
     own = {path: config.scaling_for(path, m.in_features) for path, m in modules.items()}
     changed = [p for p, m in modules.items() if not math.isclose(m.scaling, own[p], rel_tol=1e-9)]
@@ -53,6 +62,25 @@ def _trained_without_a_place(
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad and id(parameter) not in held
     ]
+
+
+def _resized_vocabulary(model: nn.Module, saved: Collection[nn.Module]) -> tuple[int, int] | None:
+    """The sizes in the directory that a transformers model came from, and now, if they differ and
+    the input embedding is not saved."""
+    inner: Any = unwrapped(model)
+    size = getattr(getattr(inner, "config", None), "vocab_size", None)
+    path = getattr(inner, "name_or_path", None)
+    if not (isinstance(size, int) and isinstance(path, str) and path) or embeddings_to_save(model):
+        return None
+    try:
+        old = read_json_object(Path(path) / "config.json", "save_adapter").get("vocab_size")
+        embedding = inner.get_input_embeddings()
+    except (OSError, ValueError, NotImplementedError):  # from a hub, or moved; it has none
+        return None
+    whole = {inside for module in saved for inside in module.modules()}
+    if not isinstance(old, int) or old == size or embedding in whole:
+        return None
+    return old, size
 
 
 def some(names: list[str]) -> str:

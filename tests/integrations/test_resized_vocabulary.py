@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft_models import llama, randomize, token_ids
+from transformers import LlamaForCausalLM
 
 import lowrank_ext as lr
 
@@ -30,6 +31,23 @@ def test_resizing_under_an_adapter_is_refused(size: int, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"save_adapter: the weight of lm_head must be \[67, 32\]"):
         lr.save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("saved", [(), ("embed_tokens",), ("model",)])
+def test_new_rows_that_are_not_saved_are_said(saved: tuple[str, ...], tmp_path: Path) -> None:
+    """PEFT saves the embeddings then: another resize of the base draws other rows."""
+    llama().save_pretrained(tmp_path / "base")
+    for size, expected in ((72, not saved), (67, False)):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        resize(model, size)
+        names = ["lm_head"] if saved == ("model",) else ["q_proj"]
+        lr.adapt(model, config(target_modules=names, modules_to_save=saved))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lr.save_adapter(model, tmp_path / "adapter")
+        texts = [str(w.message) for w in said if "save_adapter: the vocabulary has" in str(w)]
+        assert bool(texts) == expected
+        assert not texts or "from 67 to 72" in texts[0]
 
 
 def test_resizing_under_a_bank_is_refused(tmp_path: Path) -> None:
