@@ -416,11 +416,8 @@ class LowRankLinear(Adapter):
         return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., K] to [..., N] in x's dtype.
-
-        x is the first argument, or named as by the base (``input`` of nn.Linear). Further arguments
-        go to the base.
-        """
+        """x [..., K], also named as by the base (``input`` of nn.Linear), to [..., N] in x's dtype.
+        Further arguments go to the base."""
         if x is None or args or kwargs:
             x, args, kwargs = split_call(self, args if x is None else (x, *args), kwargs)
         if self.merged:

@@ -68,13 +68,17 @@ def register_autograd(
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
+    def compute_backward(*args: Any) -> Any:
+        if _is_differentiated():
+            return backward_op(*args)
+        # Past the Python kernel. Around nothing else: activation checkpointing runs the forward
+        # again, which autograd must see, when saved tensors are asked for.
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_op(*args)
+
     def op_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         used = any(gradient is not None for gradient in gradients)
-        if _is_differentiated():
-            results = backward(ctx, backward_op, *gradients) if used else ()
-        else:
-            with torch._C._AutoDispatchBelowAutograd():  # past the Python kernel of the backward op
-                results = backward(ctx, backward_op, *gradients) if used else ()
+        results = backward(ctx, compute_backward, *gradients) if used else ()
         return (*results, *(None,) * (len(needs_input_grad(ctx)) - len(results)))
 
     formula = _make_formula(library_name, op_name, op_backward, op_setup_context)
