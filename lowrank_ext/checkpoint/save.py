@@ -38,7 +38,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Parameters sharded by FSDP are gathered, so every rank must call this, and rank 0 writes.
 
     Warns of what the files do not hold: parameters that train beside the adapters and are not in
-    modules_to_save, and a ``scaling`` that was set after ``adapt``; and of inf and nan, which the
+    modules_to_save, rows that resizing the vocabulary has added, and a ``scaling`` that was set
+    after ``adapt``; and of inf and nan, which the
     files hold and ``load_adapter`` refuses.
 
     Raises:
