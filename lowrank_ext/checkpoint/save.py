@@ -39,8 +39,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Warns of what the files do not hold: parameters that train beside the adapters and are not in
     modules_to_save, rows that resizing the vocabulary has added, and a ``scaling`` that was set
-    after ``adapt``; and of inf and nan, which the
-    files hold and ``load_adapter`` refuses.
+    after ``adapt``; and of inf and nan, which the files hold and ``load_adapter`` refuses.
 
     Raises:
         ValueError: the model carries no adapter that ``adapt`` or ``load_adapter`` made, or a
