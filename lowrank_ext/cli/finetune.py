@@ -70,6 +70,7 @@ from lowrank_ext.cli.training import (
     held_out_loss,
     training_loss,
 )
+from lowrank_ext.files import printable
 
 TIMING_ROUNDS = 5
 _SETTINGS = "settings.json"
@@ -375,7 +376,7 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
 
     def on_checkpoint(trainer: Trainer) -> None:
         path = save_checkpoint(trainer, job.tokenizer, directory, job.text_digest)
-        LOG.info("saved %s", path)
+        LOG.info("saved %s", printable(str(path)))
 
     return Events(on_step, on_checkpoint, job.stop)
 

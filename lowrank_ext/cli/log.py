@@ -33,4 +33,5 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
         logging.captureWarnings(False)
         for logger in loggers:
             logger.removeHandler(handler)
+            logger.propagate = True
         handler.stream.close()

@@ -159,7 +159,7 @@ def run(
     }
     env = os.environ | settings | environment
     return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
     )
 
 
