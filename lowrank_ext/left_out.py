@@ -111,21 +111,31 @@ def readers(model: nn.Module) -> dict[nn.Module, Reader]:
 
 @functools.lru_cache(maxsize=1024)
 def _readers_in(owner: type[nn.Module]) -> Mapping[str, Reader]:
-    """The children whose weight a function of the class reads."""
+    """The children whose weight is read in a call of the module: by ``forward`` or by a function of
+    the class that it uses. What a user calls beside it, such as diffusers' ``fuse_projections``,
+    does not count."""
     reads: dict[str, str] = {}
-    used: set[str] = set()
-    for cls in owner.__mro__:
-        if cls is nn.Module:
-            break
-        for name, member in vars(cls).items():
-            function = inspect.unwrap(member) if callable(member) else None
-            if isinstance(function, FunctionType) and "init" not in name and "reset" not in name:
-                for child, is_read in _children_in(function):
-                    if is_read:
-                        reads.setdefault(child, f"{cls.__name__}.{name}")
-                    else:
-                        used.add(child)
+    used = {"forward"}
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        for cls, function in _functions(owner, name):
+            for child, is_read in _children_in(function):
+                if is_read:
+                    reads.setdefault(child, f"{cls.__name__}.{name}")
+                elif child not in used:
+                    used.add(child)
+                    waiting.append(child)
     return {child: Reader(function, child in used) for child, function in reads.items()}
+
+
+def _functions(owner: type[nn.Module], name: str) -> Iterator[tuple[type, FunctionType]]:
+    """The function of this name and those that it overrides, which it may call."""
+    for cls in owner.__mro__[: owner.__mro__.index(nn.Module)]:
+        member = vars(cls).get(name)
+        function = inspect.unwrap(member) if callable(member) else None
+        if isinstance(function, FunctionType):
+            yield cls, function
 
 
 def _children_in(function: FunctionType) -> Iterator[tuple[str, bool]]:

@@ -217,6 +217,9 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.in_proj.weight)
 
+    def fuse(self) -> None:  # no call of it comes from forward
+        self.fused = nn.Parameter(self.in_proj.weight.detach().clone())
+
     def forward(self, x: Tensor, fast: bool = False) -> Tensor:
         x = self.in_proj(x.to(self.in_proj.weight.dtype))
         if isinstance(self.in_proj.weight, Tensor) and hasattr(self.dt_proj, "bias"):
