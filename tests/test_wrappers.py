@@ -319,16 +319,6 @@ def test_keys_of_other_tools_with_the_names_of_wrappers(
         lr.load_adapter(net(), tmp_path)
 
 
-@pytest.fixture
-def one_rank_group(tmp_path: Path) -> Iterator[None]:
-    if not torch.distributed.is_available() or torch.distributed.is_initialized():
-        pytest.skip("needs torch.distributed with no group of its own yet")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def fsdp1(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -368,16 +368,6 @@ def test_wrapped_models_are_saved_like_plain_ones(tmp_path: Path) -> None:
         assert plain == (tmp_path / "compiled" / name).read_bytes()
     loaded = lr.load_adapter(torch.compile(net(), backend="eager"), tmp_path / "plain")
     assert torch.equal(loaded(inputs()), model(inputs()))
-
-
-@pytest.fixture
-def one_rank_group(tmp_path: Path) -> Iterator[None]:
-    if not torch.distributed.is_available() or torch.distributed.is_initialized():
-        pytest.skip("needs torch.distributed with no group of its own yet")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["lora_modules_to_save", "pissa", "lamda"])

@@ -369,16 +369,6 @@ def test_bad_state_raises_and_changes_nothing(change: dict[str, float], message:
     assert schedule.state_dict() == state
 
 
-@pytest.fixture
-def one_rank_group(tmp_path: Path) -> Iterator[None]:
-    if not torch.distributed.is_available() or torch.distributed.is_initialized():
-        pytest.skip("needs torch.distributed with no group of its own yet")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_distributed_models_freeze_the_same_columns(wrapper: str, one_rank_group: None) -> None:
     """One rank: DTensor parameters and DDP's reducer, which must survive a fully frozen lora_b."""
