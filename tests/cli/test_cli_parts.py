@@ -286,30 +286,25 @@ def test_interleaved_timing_takes_turns_and_stops_when_asked() -> None:
     assert calls == ["m", "f"] * 2
 
 
-def test_interleaved_ratio_is_the_median_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations = iter([9.0, 9.0, 2.0, 1.0, 8.0, 2.0, 3.0, 1.0])  # warm-up, then ratios 2, 4, 3
+@pytest.mark.parametrize(
+    ("durations", "expected"),
+    [  # two of the warm-up, then pairs with these ratios
+        pytest.param([9, 9, 2, 1, 8, 2, 3, 1], measure.Timing(3e3, 1e3, 3.0), id="2, 4, 3"),
+        pytest.param([9, 9, 1, 5, 8, 2, 3, 1], measure.Timing(3e3, 2e3, 1.5), id="0.2, 4, 3"),
+    ],
+)
+def test_ratio_is_the_quotient_of_the_times_beside_it(
+    monkeypatch: pytest.MonkeyPatch, durations: list[float], expected: measure.Timing
+) -> None:
+    left = iter(durations)
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
     def loss_of() -> torch.Tensor:
-        now[0] += next(durations)
+        now[0] += next(left)
         return torch.ones(1, requires_grad=True).sum()
 
-    timing = measure.interleaved_timing(loss_of, loss_of, rounds=3, stop=lambda: False)
-    assert timing == measure.Timing(3e3, 1e3, 3.0)
-
-
-def test_ratio_is_the_quotient_of_the_times_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations = iter([9.0, 9.0, 1.0, 5.0, 8.0, 2.0, 3.0, 1.0])  # ratios of rounds: 0.2, 4, 3
-    now = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-
-    def loss_of() -> torch.Tensor:
-        now[0] += next(durations)
-        return torch.ones(1, requires_grad=True).sum()
-
-    timing = measure.interleaved_timing(loss_of, loss_of, rounds=3, stop=lambda: False)
-    assert timing == measure.Timing(3e3, 2e3, 1.5)
+    assert measure.interleaved_timing(loss_of, loss_of, rounds=3, stop=lambda: False) == expected
 
 
 @pytest.mark.parametrize("kernel", [True, False])
