@@ -79,7 +79,7 @@ class TensorFile:
         Raises:
             ValueError: the file has become shorter, or a floating-point tensor is not finite.
         """
-        return {name: self._read(name, spec) for name, spec in self.specs.items()}
+        return {name: self.read_one(name) for name in self.specs}
 
     def digest(self) -> str:
         """SHA-256 of the file."""
@@ -93,7 +93,13 @@ class TensorFile:
         except OSError:
             return False
 
-    def _read(self, name: str, spec: Tensor) -> Tensor:
+    def read_one(self, name: str) -> Tensor:
+        """The tensor ``name``, on the CPU.
+
+        Raises:
+            ValueError: as ``read``.
+        """
+        spec = self.specs[name]
         if not spec.numel():
             return torch.empty(spec.shape, dtype=spec.dtype)
         data = bytearray(spec.numel() * spec.element_size())

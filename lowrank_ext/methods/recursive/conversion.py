@@ -1,0 +1,168 @@
+"""Turns a decoder-only model into a recursive one: tied weights, an adapter per loop and linear."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext.methods.recursive.config import RecursiveConfig
+from lowrank_ext.methods.recursive.model import is_recursive, make_recursive
+from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear, svd_factors, zero_factors
+from lowrank_ext.methods.recursive.structure import (
+    Decoder,
+    check_like_layers,
+    find_decoder,
+    parameters_of,
+    slots_of,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+# Called with the number of layers that are done, and of all.
+OnLayer = Callable[[int, int], object]
+# Adapters by path in a layer: lora_a, lora_b.
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None = None) -> Model:
+    """Fold the L layers of ``model`` into a block of K = L / num_loops layers that runs num_loops
+    times.
+
+        layer l = loop l // K, position l mod K;     W_l -> W'_k + lora_b_l lora_a_l
+
+    All parameters of a layer are tied over the loops, norm gains and biases too; embedding, final
+    norm and head stay. Full rank is therefore the source model where gains and biases of tied
+    layers are equal. Where W_l - W'_k is exactly zero, and with lora_init="zero", lora_a is
+    Gaussian (torch's default generator) and lora_b zero.
+
+    The model is changed in place. It keeps its class (a subclass of it is set), so that
+    ``generate``, Trainer and ``save_pretrained`` work; ``lowrank_ext.recursive.load`` reads what
+    was saved. The cache has an entry for each loop and position, at index loop · K + position.
+
+    Args:
+        model: a decoder-only transformers model with a head: a list of like layers, found by
+            structure.
+        config: see ``RecursiveConfig``.
+        on_layer: called after each layer with the numbers of layers done and of all; the singular
+            value decompositions of a large model take a while.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: the model is none of these.
+        ValueError: num_loops does not divide its layers, layers that are to be tied differ in
+            shape, adapters are asked for that no linear can have, or the model is recursive
+            already. It has not been changed.
+
+    Examples:
+        >>> lr.recursive.convert(model, lr.recursive.RecursiveConfig(num_loops=2, rank=64))
+
+    Source: Relaxed Recursive Transformers, Bae et al. 2024 (arXiv 2410.20672), section 2.
+    """
+    caller = "convert"
+    if is_recursive(model):
+        raise ValueError(f"{caller}: model must not be recursive already; unshare it first")
+    decoder = find_decoder(model, caller)
+    check_like_layers(decoder, config.num_loops, caller)
+    check_targets(decoder, config, caller)
+    length = decoder.num_layers // config.num_loops
+    tied = [_tied_start(decoder, config, position) for position in range(length)]
+    factors: list[Factors] = []
+    for index, layer in enumerate(decoder.layers):
+        factors.append(_start(layer, tied[index % length], config))
+        if on_layer is not None:
+            on_layer(index + 1, decoder.num_layers)
+    fold(decoder, config, tied, factors)
+    return model
+
+
+def check_targets(decoder: Decoder, config: RecursiveConfig, caller: str) -> None:
+    """Raise ValueError where the config asks for adapters and no linear of a layer gets one."""
+    linears = linears_of(decoder.layers[0])
+    if config.is_relaxed and not any(
+        config.rank_for(path, m.in_features, m.out_features) for path, m in linears.items()
+    ):
+        raise ValueError(
+            f"{caller}: targets and rank must select a linear of a layer, got "
+            f"targets={config.targets!r} and rank={config.rank!r}; linears: "
+            f"{', '.join(linears) or 'none'}"
+        )
+
+
+def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The nn.Linears of a layer, by path."""
+    return {path: m for path, m in layer.named_modules() if type(m) is nn.Linear}
+
+
+@torch.no_grad()
+def _tied_start(
+    decoder: Decoder, config: RecursiveConfig, position: int
+) -> dict[str, nn.Parameter]:
+    """The tied parameters of a position, by name in the layer."""
+    length = decoder.num_layers // config.num_loops
+    if config.init == "average":
+        sharing = [parameters_of(layer) for layer in decoder.layers[position::length]]
+        values = {name: _mean([own[name] for own in sharing]) for name in sharing[0]}
+    else:
+        chosen = decoder.layers[_chosen_layer(config.init, position, length, decoder.num_layers)]
+        values = {name: own.detach().clone() for name, own in parameters_of(chosen).items()}
+    trains = {name: own.requires_grad for name, own in parameters_of(decoder.layers[0]).items()}
+    return {name: nn.Parameter(value, trains[name]) for name, value in values.items()}
+
+
+def _chosen_layer(init: str, position: int, length: int, num_layers: int) -> int:
+    """Index of the layer whose weights the position gets."""
+    if init == "lower" or length == 1:
+        return position
+    return round(position * (num_layers - 1) / (length - 1))
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    """In fp32 (fp64 for fp64), rounded once."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    total = tensors[0].to(wide)
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+@torch.no_grad()
+def _start(layer: nn.Module, tied: dict[str, nn.Parameter], config: RecursiveConfig) -> Factors:
+    """The adapters of a layer at first."""
+    factors = {}
+    for path, linear in linears_of(layer).items():
+        r = config.rank_for(path, linear.in_features, linear.out_features)
+        if r == 0:
+            continue
+        weight = tied[f"{path}.weight"]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        residual = linear.weight.to(wide) - weight.to(wide)
+        if config.lora_init == "svd" and bool(residual.any()):
+            factors[path] = svd_factors(residual, r, weight.dtype)
+        else:
+            factors[path] = zero_factors(weight, r, None)
+    return factors
+
+
+def fold(
+    decoder: Decoder,
+    config: RecursiveConfig,
+    tied: list[dict[str, nn.Parameter]],
+    factors: list[Factors],
+) -> None:
+    """Give every layer the tied parameters of its position and its own adapters."""
+    length = decoder.num_layers // config.num_loops
+    for index, layer in enumerate(decoder.layers):
+        for name, (module, attribute) in slots_of(layer).items():
+            module._parameters[attribute] = tied[index % length][name]
+        linears = linears_of(layer)
+        for path, (lora_a, lora_b) in factors[index].items():
+            linear = linears[path]
+            bias: nn.Parameter | None = linear.bias
+            weight: Any = linear.weight
+            relaxed = RelaxedLinear(weight, bias, lora_a, lora_b, index // length)
+            relaxed.train(linear.training)
+            parent, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent), name, relaxed)
+    make_recursive(decoder, config)

@@ -1,0 +1,17 @@
+"""Continuous depth-wise batching.
+
+engine.py      DepthwiseEngine: requests, policies, what happens to a row after a pass
+slots.py       a slot: a place in the cache and the sequence in it
+requests.py    requests, sampling, results
+block.py       embedding, block, head of a recursive model, as the engine runs them
+rows.py        the rows of a pass, and their attention over ragged caches
+cache.py       keys and values
+pass_times.py  measured times of calls, for the decision between head and block
+metrics.py     tokens, passes, exits, time
+"""
+
+from lowrank_ext.methods.recursive.engine.engine import DepthwiseEngine
+from lowrank_ext.methods.recursive.engine.metrics import Metrics
+from lowrank_ext.methods.recursive.engine.requests import Result, Sampling, Token
+
+__all__ = ["DepthwiseEngine", "Metrics", "Result", "Sampling", "Token"]

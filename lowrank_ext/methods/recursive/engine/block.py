@@ -1,0 +1,309 @@
+"""The parts of a recursive model as the engine runs them: embedding, block, exit head, keys alone.
+
+Each part is the model's own forward with other layers in its list, so that whatever a model does
+around its layers (scaled embeddings, rotary tables, soft-capped logits) is done here too.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext.methods.recursive.engine.cache import SlotCache
+from lowrank_ext.methods.recursive.engine.rows import (
+    ATTENTION,
+    KeysWritten,
+    Rows,
+    RowsCache,
+    active,
+    active_rows,
+    attention,
+)
+from lowrank_ext.methods.recursive.model import Loops, PassThrough, with_layers
+from lowrank_ext.methods.recursive.relaxed_linear import MixedDepthLinear, RelaxedLinear
+
+_CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.x: the later name first
+
+
+class BlockRunner:
+    """Runs rows of any loop through the block.
+
+    Args:
+        model: a recursive model. Its adapters become views of stacks [B, …]; its values and its
+            behaviour stay the same.
+
+    Attributes:
+        num_loops, length: B and K.
+    """
+
+    def __init__(self, model: nn.Module, caller: str) -> None:
+        loops = Loops(model, caller)
+        self.num_loops, self.length = loops.num_loops, loops.length
+        self.model: Any = loops.decoder.model
+        config: Any = self.model.config
+        self._config = config.get_text_config(decoder=True)
+        _check_config(self._config, loops, caller)
+        own = copy.deepcopy(config)
+        own._attn_implementation = ATTENTION
+        _register_attention()
+        self._layers = [
+            _engine_copy([loops.layers(loop)[k] for loop in range(self.num_loops)], k, own)
+            for k in range(self.length)
+        ]
+        self._entry = _Entry(self._layers[0])
+        self._exit = _Exit(self._entry if self.length == 1 else self._layers[-1])
+        block = [self._exit] if self.length == 1 else [self._entry, *self._layers[1:-1], self._exit]
+        self._catch, self._pass = _Catch(), PassThrough(torch.empty(0))
+        path = loops.decoder.path.rpartition(".")[0]
+        self._list_name = loops.decoder.list_name
+        self._block: Any = with_layers(loops.decoder, block).get_submodule(path)
+        self._embedding: Any = with_layers(loops.decoder, [self._catch]).get_submodule(path)
+        self._tail: Any = with_layers(loops.decoder, [self._pass])
+        self._cache_name = _cache_name(type(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def new_cache(self, num_slots: int, max_length: int) -> SlotCache:
+        """A cache for ``num_slots`` sequences."""
+        config = self._config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        return SlotCache(
+            self.length,
+            self.num_loops,
+            num_slots,
+            max_length,
+            heads,
+            head_dim,
+            self.model.dtype,
+            self.device,
+        )
+
+    def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first layer gets for ``tokens`` [N]: [N, D]."""
+        self._embedding(
+            input_ids=tokens.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            attention_mask=_no_mask(tokens.shape[0], tokens.device),
+            use_cache=False,
+        )
+        return self._catch.taken()[0]
+
+    def run(self, rows: Rows, hidden_states: Tensor) -> Tensor:
+        """``hidden_states`` [N, D] after one more loop; keys and values go to the rows' cache."""
+        self._entry.hidden_states = hidden_states.unsqueeze(0)
+        with active(rows):
+            self._call(rows, RowsCache())
+        return self._exit.taken()[0]
+
+    def write_keys(self, rows: Rows, hidden_states: Tensor) -> None:
+        """Keys and values of every layer of the rows' loops, each from the same ``hidden_states``
+        [N, D]."""
+        # A first layer's call tells what the model's forward gives to each of its layers.
+        given = self._given_to_layers(rows, hidden_states)
+        with active(rows):
+            for layer, options in zip(self._layers, given, strict=True):
+                try:
+                    layer(hidden_states.unsqueeze(0), **options)
+                except KeysWritten:
+                    continue
+                raise RuntimeError(f"{type(layer).__name__} must use its cache, it did not")
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits [N, V] of ``hidden_states`` [N, D]."""
+        self._pass.hidden_states = hidden_states.unsqueeze(0)
+        logits: Tensor = self._tail(
+            inputs_embeds=self._pass.hidden_states,
+            attention_mask=_no_mask(hidden_states.shape[0], hidden_states.device),
+            use_cache=False,
+        ).logits
+        return logits[0]
+
+    def _given_to_layers(self, rows: Rows, hidden_states: Tensor) -> list[dict[str, Any]]:
+        recorders = [_Recorder() for _ in self._layers]
+        kept = self._block._modules[self._list_name]
+        self._block._modules[self._list_name] = nn.ModuleList(recorders)
+        try:
+            self._call(rows, RowsCache(only_write=True), hidden_states)
+        finally:
+            self._block._modules[self._list_name] = kept
+        return [recorder.options for recorder in recorders]
+
+    def _call(self, rows: Rows, cache: RowsCache, hidden_states: Tensor | None = None) -> None:
+        states = self._entry.hidden_states if hidden_states is None else hidden_states.unsqueeze(0)
+        self._block(
+            inputs_embeds=states,
+            position_ids=rows.position_ids,
+            attention_mask=_no_mask(rows.count, states.device),
+            use_cache=True,
+            **{self._cache_name: cache},
+        )
+
+
+def _no_mask(count: int, device: torch.device) -> Tensor:
+    """A mask of four dimensions, which models pass on as it is."""
+    return torch.empty((1, 1, count, 0), device=device)
+
+
+def _cache_name(model_class: type[nn.Module]) -> str:
+    names = inspect.signature(inspect.unwrap(model_class.forward)).parameters
+    return next(name for name in _CACHE_NAMES if name in names)
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attention)
+
+
+def _check_config(config: Any, loops: Loops, caller: str) -> None:
+    """Raise ValueError for what the engine cannot do with any rows side by side."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        first = list(types[: loops.length])
+        for loop in range(loops.num_loops):
+            own = list(types[loop * loops.length : (loop + 1) * loops.length])
+            if own != first:
+                raise ValueError(
+                    f"{caller}: layers of one position must have one kind of attention, got "
+                    f"{first} in loop 0 and {own} in loop {loop}; choose a num_loops whose block "
+                    "holds whole periods"
+                )
+        for kind in set(types):
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"{caller}: layers must have attention over a cache, got {kind!r}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if each.get("rope_type", "default") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"{caller}: rotary angles must not depend on the length of other rows, got "
+                f"rope_type={each['rope_type']!r}"
+            )
+
+
+def _engine_copy(modules: list[nn.Module], k: int, config: Any) -> nn.Module:
+    """The layer at position ``k``, or a part of it, for rows of any loop, from each loop's own."""
+    first: Any = modules[0]
+    if isinstance(first, RelaxedLinear):
+        return _RowsLinear([m for m in modules if isinstance(m, RelaxedLinear)])
+    made: nn.Module = first.__class__.__new__(first.__class__)
+    made.__dict__.update(vars(first))
+    made.__dict__["training"] = False
+    if "layer_idx" in vars(first):
+        made.__dict__["layer_idx"] = k
+    if "config" in vars(first):
+        text = config.get_text_config(decoder=True)
+        made.__dict__["config"] = text
+    made._modules = {
+        name: None
+        if child is None
+        else _engine_copy([m.get_submodule(name) for m in modules], k, config)
+        for name, child in first._modules.items()
+    }
+    return made
+
+
+class _RowsLinear(nn.Module):
+    """A tied linear that takes the loop of each row from the present pass."""
+
+    def __init__(self, loops: list[RelaxedLinear]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = loops[0].in_features, loops[0].out_features
+        self.mixed = MixedDepthLinear(
+            loops[0].weight,
+            loops[0].bias,
+            _stacked([each.lora_a for each in loops]),
+            _stacked([each.lora_b for each in loops]),
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        return self.mixed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixed(x, active_rows().loops)
+
+
+@torch.no_grad()
+def _stacked(parameters: list[nn.Parameter]) -> Tensor:
+    """The parameters as one tensor [B, …] of which they become views, so that they exist once and
+    what is written to them is seen here."""
+    first = parameters[0]
+    whole = first.numel() * first.element_size()
+    together = all(
+        each.data_ptr() == first.data_ptr() + index * whole and each.is_contiguous()
+        for index, each in enumerate(parameters)
+    )
+    if (
+        together
+        and first.untyped_storage().nbytes()
+        >= first.storage_offset() * first.element_size() + whole * len(parameters)
+    ):
+        return first.detach().as_strided(
+            (len(parameters), *first.shape), (first.numel(), *first.stride())
+        )
+    stack = torch.stack([each.detach() for each in parameters])
+    for parameter, own in zip(parameters, stack, strict=True):
+        parameter.data = own
+    return stack
+
+
+class _Entry(nn.Module):
+    """The first layer, on hidden states that the engine gives instead of embeddings."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.hidden_states = torch.empty(0)
+
+    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(self.hidden_states, *args, **kwargs)
+
+
+class _Exit(nn.Module):
+    """The last layer; keeps what it returns."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._kept: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        self._kept = output[0] if isinstance(output, tuple) else output
+        return output
+
+    def taken(self) -> Tensor:
+        kept, self._kept = self._kept, None
+        assert kept is not None
+        return kept
+
+
+class _Catch(_Exit):
+    """A layer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._kept = hidden_states
+        return hidden_states
+
+
+class _Recorder(nn.Module):
+    """A layer that notes with which arguments it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.options = kwargs
+        return hidden_states

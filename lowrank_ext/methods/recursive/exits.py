@@ -1,0 +1,156 @@
+"""Exit rules: after which loop a token leaves the model.
+
+A rule sees the rows that have just ended a loop that is not the last; a row that it lets go gets
+its next token from that loop's logits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.checks import check_choice, check_finite
+
+MEASURES = ("top_probability", "margin", "entropy")
+
+
+class ExitRows(NamedTuple):
+    """The rows that a rule decides on.
+
+    Attributes:
+        loop: the loop that they have just ended, 0-based.
+        requests: the id of each row's request.
+        indices: which generated token of its request each row leads to, from 0.
+        logits: [R, V], or None for a rule that needs none.
+        earlier: argmax of each row's logits after the loop before, or None after loop 0.
+    """
+
+    loop: int
+    requests: Sequence[object]
+    indices: Sequence[int]
+    logits: Tensor | None
+    earlier: Tensor | None
+
+
+class ExitRule(Protocol):
+    """Decides which rows exit.
+
+    Attributes:
+        needs_logits: whether ``exits`` reads ``logits``: the head runs after every loop then.
+    """
+
+    needs_logits: bool
+
+    def exits(self, rows: ExitRows) -> Tensor:
+        """bool [R]: the rows that exit after ``rows.loop``."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedDepth:
+    """Every token exits after loop ``loop`` (0-based)."""
+
+    loop: int
+    needs_logits = False
+
+    def exits(self, rows: ExitRows) -> Tensor:
+        return torch.full((len(rows.requests),), rows.loop >= self.loop)
+
+
+@dataclass(frozen=True)
+class ForcedExits:
+    """Tokens exit where a table says, whatever the logits are: for measurements.
+
+    Attributes:
+        loops: of each request, by id, the exit loop of each of its tokens; the last entry stands
+            for all tokens after it.
+    """
+
+    loops: Mapping[object, Sequence[int]]
+    needs_logits = False
+
+    def exits(self, rows: ExitRows) -> Tensor:
+        return torch.tensor(
+            [self._at(*row) <= rows.loop for row in zip(rows.requests, rows.indices, strict=True)]
+        )
+
+    def _at(self, request: object, index: int) -> int:
+        loops = self.loops[request]
+        return loops[min(index, len(loops) - 1)]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """A token exits after the first loop whose distribution p is sure enough.
+
+        top_probability:  max p >= threshold
+        margin:           the difference of the two largest p >= threshold
+        entropy:          -sum p log p <= threshold, in nats
+
+    Attributes:
+        measure: one of these.
+        thresholds: one for each loop but the last, or one for all of them; None at a loop: no token
+            exits there.
+
+    Source: CALM, Schuster et al. 2022 (arXiv 2207.07061), section 3.4; Bae et al. 2024.
+    """
+
+    measure: str
+    thresholds: Sequence[float | None]
+    needs_logits = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.measure, MEASURES, "Confidence", "measure")
+        if not isinstance(self.thresholds, list | tuple):
+            raise TypeError(
+                f"Confidence: thresholds must be a sequence of numbers, got {self.thresholds!r}"
+            )
+        if not self.thresholds:
+            raise ValueError("Confidence: thresholds must have at least one entry, got none")
+        for value in self.thresholds:
+            if value is not None:
+                check_finite(value, "Confidence", "thresholds")
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+
+    def exits(self, rows: ExitRows) -> Tensor:
+        assert rows.logits is not None
+        threshold = self.thresholds[min(rows.loop, len(self.thresholds) - 1)]
+        if threshold is None:
+            return torch.zeros(len(rows.requests), dtype=torch.bool)
+        scores = confidence(rows.logits, self.measure)
+        sure = scores <= threshold if self.measure == "entropy" else scores >= threshold
+        return sure.cpu()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A token exits after the first loop whose most likely token is that of the loop before."""
+
+    needs_logits = True
+
+    def exits(self, rows: ExitRows) -> Tensor:
+        assert rows.logits is not None
+        if rows.earlier is None:
+            return torch.zeros(len(rows.requests), dtype=torch.bool)
+        return (rows.logits.argmax(-1) == rows.earlier).cpu()
+
+
+def confidence(logits: Tensor, measure: str) -> Tensor:
+    """A score for each row of ``logits`` [..., V], in fp32: see ``Confidence``."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    if measure == "entropy":
+        return -(log_p.exp() * log_p).sum(-1)
+    top = log_p.topk(2, dim=-1).values.exp()
+    return top[..., 0] if measure == "top_probability" else top[..., 0] - top[..., 1]
+
+
+def oracle_loops(logits: Sequence[Tensor]) -> Tensor:
+    """The first loop whose most likely token is that of the last, int64 [...].
+
+    Args:
+        logits: [..., V] after each loop.
+    """
+    tokens = torch.stack([each.argmax(-1) for each in logits])
+    return (tokens == tokens[-1]).int().argmax(0)

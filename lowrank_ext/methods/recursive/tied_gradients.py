@@ -1,0 +1,72 @@
+"""Gradients of tied weights that are not float32 themselves, or not in the forward: summed in
+float32 over the loops, rounded once.
+
+Autograd adds the gradients of several uses of one tensor in that tensor's dtype, and autocast lets
+all uses share one bfloat16 copy. Here each loop gets an alias of its own, and one node adds what
+they bring.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class TiedSlot(NamedTuple):
+    """The modules that hold one tied parameter, a module for each loop, and its name there."""
+
+    modules: tuple[nn.Module, ...]
+    name: str
+
+
+class _Aliases(torch.autograd.Function):
+    """``count`` aliases of a tensor, or of its copy in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.own_dtype = tensor.dtype
+        value = tensor.to(dtype)
+        return tuple(value.view_as(value) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        if not given:
+            return None, None, None
+        total = given[0].float()
+        for gradient in given[1:]:
+            total = total + gradient
+        return total.to(ctx.own_dtype), None, None
+
+
+@contextmanager
+def aliases_of(slots: Sequence[TiedSlot]) -> Iterator[None]:
+    """A block in which each module of a slot finds its own alias of the tied parameter, where the
+    sum over loops would not be in float32 otherwise."""
+    swapped: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for modules, name in slots if torch.is_grad_enabled() else ():
+            parameter: Any = modules[0]._parameters[name]
+            dtype = _dtype_of_uses(modules[0], parameter)
+            if parameter.requires_grad and torch.float32 not in (dtype, None):
+                aliases = _Aliases.apply(parameter, len(modules), dtype)
+                for module, alias in zip(modules, aliases, strict=True):
+                    swapped.append((module, name, module._parameters[name]))
+                    module._parameters[name] = alias
+        yield
+    finally:
+        for module, name, own in swapped:
+            module._parameters[name] = own
+
+
+def _dtype_of_uses(module: nn.Module, parameter: Tensor) -> torch.dtype | None:
+    """dtype in which the parameter enters products; float32 or None where sums need no help."""
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    kind = parameter.device.type
+    if isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return parameter.dtype
