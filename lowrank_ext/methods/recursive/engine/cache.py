@@ -62,3 +62,8 @@ class SlotCache:
     def share(self, source: Tensor, target: Tensor) -> None:
         """Entries ``target`` [N] become those of ``source`` [N], at every position of the block."""
         self.entries.index_copy_(2, target, self.entries.index_select(2, source))
+
+    def clear(self, slot: int) -> None:
+        """Zero what a slot holds: masked entries of its next sequence must be finite."""
+        shape = (*self.entries.shape[:2], self.num_loops, self.num_slots, -1)
+        self.entries.view(shape)[:, :, :, slot] = 0

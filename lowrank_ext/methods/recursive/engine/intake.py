@@ -28,21 +28,20 @@ class Intake:
 
     def request(
         self,
-        id: object,
         prompt: Sequence[int] | Tensor | str,
         max_new_tokens: int,
         sampling: Sampling,
         stop: Sequence[int | str] | None,
         on_token: Callable[[object, int], object] | None,
     ) -> Request:
-        """The request, checked: see ``DepthwiseEngine.add``."""
+        """The request without an id, checked: see ``DepthwiseEngine.add``."""
         tokens = self._checked_prompt(prompt)
         check_count(max_new_tokens, 0, "add", "max_new_tokens")
         if not isinstance(sampling, Sampling):
             raise TypeError(f"add: sampling must be a Sampling, got {sampling!r}")
         stop_tokens, stop_strings = self._stops(stop)
         return Request(
-            id=id,
+            id=None,
             prompt=tokens,
             max_new_tokens=max_new_tokens,
             sampler=None if sampling.is_greedy else Sampler(sampling),

@@ -1,5 +1,6 @@
 """Requests, how their tokens are chosen, and what they end as."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -138,3 +139,8 @@ class Request:
     @property
     def tokens(self) -> Sequence[int]:
         return self.result.tokens
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """End it."""
+        self.result.finish_reason, self.result.error = reason, error
+        self.result.seconds = time.perf_counter() - self.added
