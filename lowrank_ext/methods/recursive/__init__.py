@@ -19,9 +19,11 @@ from lowrank_ext.methods.recursive.exits import (
 )
 from lowrank_ext.methods.recursive.files import load
 from lowrank_ext.methods.recursive.loop_outputs import exit_logits, loop_logits
+from lowrank_ext.methods.recursive.losses import LoopLoss, loop_coefficients, loop_loss
 from lowrank_ext.methods.recursive.model import is_recursive
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
 from lowrank_ext.methods.recursive.unsharing import unshare
+from lowrank_ext.methods.recursive.uptraining import RecursiveTrainerMixin, uptrain_loss
 
 __all__ = [
     "Agreement",
@@ -30,8 +32,10 @@ __all__ = [
     "ExitRule",
     "FixedDepth",
     "ForcedExits",
+    "LoopLoss",
     "Metrics",
     "RecursiveConfig",
+    "RecursiveTrainerMixin",
     "RelaxedLinear",
     "Result",
     "Sampling",
@@ -40,6 +44,9 @@ __all__ = [
     "exit_logits",
     "is_recursive",
     "load",
+    "loop_coefficients",
     "loop_logits",
+    "loop_loss",
     "unshare",
+    "uptrain_loss",
 ]

@@ -200,6 +200,8 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     """A module of its own with the same children, parameters and attributes."""
     made: nn.Module = module.__class__.__new__(module.__class__)
     made.__dict__.update(vars(module))
+    # accelerate puts one there that is bound to the module itself: the copy would run as that.
+    made.__dict__.pop("forward", None)
     made._modules = copy.copy(module._modules)
     return made
 
