@@ -1,6 +1,7 @@
 """Relaxed Recursive Transformers: one block of layers that runs several times, with an adapter for
 each loop; uptraining, early exits, and an engine that batches rows of any depth."""
 
+from lowrank_ext.methods.recursive.calibration import Agreed, Calibration, calibrate
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.conversion import convert
 from lowrank_ext.methods.recursive.engine import (
@@ -10,6 +11,7 @@ from lowrank_ext.methods.recursive.engine import (
     Sampling,
     Token,
 )
+from lowrank_ext.methods.recursive.evaluation import Evaluation, ExitOutcome, evaluate
 from lowrank_ext.methods.recursive.exits import (
     Agreement,
     Confidence,
@@ -26,9 +28,13 @@ from lowrank_ext.methods.recursive.unsharing import unshare
 from lowrank_ext.methods.recursive.uptraining import RecursiveTrainerMixin, uptrain_loss
 
 __all__ = [
+    "Agreed",
     "Agreement",
+    "Calibration",
     "Confidence",
     "DepthwiseEngine",
+    "Evaluation",
+    "ExitOutcome",
     "ExitRule",
     "FixedDepth",
     "ForcedExits",
@@ -40,7 +46,9 @@ __all__ = [
     "Result",
     "Sampling",
     "Token",
+    "calibrate",
     "convert",
+    "evaluate",
     "exit_logits",
     "is_recursive",
     "load",

@@ -61,7 +61,7 @@ class BlockRunner:
         self._block: Any = with_layers(loops.decoder, block).get_submodule(path)
         self._embedding: Any = with_layers(loops.decoder, [self._catch]).get_submodule(path)
         self._tail: Any = with_layers(loops.decoder, [self._pass])
-        self._cache_name = _cache_name(type(self.model))
+        self._cache_name = cache_name(type(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +152,7 @@ def _no_mask(count: int, device: torch.device) -> Tensor:
     return torch.empty((1, 1, count, 0), device=device)
 
 
-def _cache_name(model_class: type[nn.Module]) -> str:
+def cache_name(model_class: type[nn.Module]) -> str:
     names = inspect.signature(inspect.unwrap(model_class.forward)).parameters
     return next(name for name in _CACHE_NAMES if name in names)
 
