@@ -140,10 +140,20 @@ def make_recursive(decoder: Decoder, config: RecursiveConfig) -> None:
     vars(backbone)["_tied_slots"] = tuple(slots) if config.num_loops > 1 else ()
     backbone.__class__ = recursive_class(type(backbone), RecursiveBackbone)
     model.__class__ = recursive_class(type(model), RecursiveModel)
+    _forget_quantized_source(model)
     model.recursive_config = config
     setattr(model.config, CONFIG_KEY, config.to_dict())
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **duplicates}
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **duplicates}
+
+
+def _forget_quantized_source(model: Any) -> None:
+    """A model read from a quantized file (GGUF) into ordinary weights counts as an ordinary one from
+    here on: transformers would refuse to save it."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
 
 
 def is_recursive(model: nn.Module) -> bool:
