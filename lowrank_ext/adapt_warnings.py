@@ -30,7 +30,7 @@ def adapt_warnings(
         yield _not_adapted(model, unchosen)
     yield from _read_by_their_owners(model, targets)
     yield from _large_ranks(config, targets)
-    if _has_optimizer(model):
+    if has_optimizer(model):
         yield (
             "an optimizer holds parameters of the model, which are frozen now, and lacks the "
             "adapters; make it from the parameters that require a gradient after adapt"
@@ -75,7 +75,7 @@ def _large_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> Ite
         )
 
 
-def _has_optimizer(model: nn.Module) -> bool:
+def has_optimizer(model: nn.Module) -> bool:
     """Whether an optimizer holds parameters that train so far.
 
     Looks at references: only parameters with more than a module's own are searched for.

@@ -155,6 +155,14 @@ def style_loader() -> Loader:
     return Loader(save, unet, load)
 
 
+def recursive_loader() -> Loader:
+    def save(path: Path) -> None:
+        config = lr.recursive.RecursiveConfig(num_loops=2, rank={"q_proj": 2, "up_proj": 3})
+        lr.recursive.convert(small_llama(), config).save_pretrained(path)
+
+    return Loader(save, net, lambda model, path: lr.recursive.load(path))
+
+
 LOADERS: dict[str, Callable[[], Loader]] = {
     **{
         name: lambda config=config: adapter_loader(config, False)
@@ -166,6 +174,7 @@ LOADERS: dict[str, Callable[[], Loader]] = {
     "residual": residual_loader,
     "guard": guard_loader,
     "style": style_loader,
+    "recursive": recursive_loader,
 }
 
 

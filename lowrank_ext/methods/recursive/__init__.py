@@ -24,6 +24,7 @@ from lowrank_ext.methods.recursive.loop_outputs import exit_logits, loop_logits
 from lowrank_ext.methods.recursive.losses import LoopLoss, loop_coefficients, loop_loss
 from lowrank_ext.methods.recursive.model import is_recursive
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
+from lowrank_ext.methods.recursive.summary import summary
 from lowrank_ext.methods.recursive.unsharing import unshare
 from lowrank_ext.methods.recursive.uptraining import RecursiveTrainerMixin, uptrain_loss
 
@@ -55,6 +56,7 @@ __all__ = [
     "loop_coefficients",
     "loop_logits",
     "loop_loss",
+    "summary",
     "unshare",
     "uptrain_loss",
 ]

@@ -76,14 +76,16 @@ class RecursiveConfig:
 
     def rank_for(self, path: str, in_features: int, out_features: int) -> int:
         """Rank of the adapters of the linear at ``path`` within a layer; 0 for none."""
+        return min(self.asked_rank(path), in_features, out_features)
+
+    def asked_rank(self, path: str) -> int:
+        """The same for a linear of any size."""
         if self.targets != ALL_LINEAR and not matches_names(path, self.targets):
             return 0
-        if isinstance(self.rank, Mapping):
-            key = matching_pattern(self.rank, path)
-            rank = 0 if key is None else self.rank[key]
-        else:
-            rank = self.rank
-        return min(rank, in_features, out_features)
+        if not isinstance(self.rank, Mapping):
+            return self.rank
+        key = matching_pattern(self.rank, path)
+        return 0 if key is None else self.rank[key]
 
     @property
     def is_relaxed(self) -> bool:

@@ -1,17 +1,23 @@
 """Turns a decoder-only model into a recursive one: tied weights, an adapter per loop and linear."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_ext.adapt_warnings import has_optimizer
+from lowrank_ext.checks import matches_names, matching_pattern
+from lowrank_ext.left_out import readers
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.model import is_recursive, make_recursive
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear, svd_factors, zero_factors
+from lowrank_ext.methods.recursive.source_checks import check_bare, check_linears, check_tensors
 from lowrank_ext.methods.recursive.structure import (
     Decoder,
     check_like_layers,
+    chosen_layer,
     find_decoder,
     parameters_of,
     slots_of,
@@ -51,9 +57,13 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
 
     Raises:
         TypeError: the model is none of these.
-        ValueError: num_loops does not divide its layers, layers that are to be tied differ in
-            shape, adapters are asked for that no linear can have, or the model is recursive
-            already. It has not been changed.
+        ValueError: num_loops does not divide its layers; layers that are to be tied differ in
+            shape, dtype or device, are quantized, or share parameters already; adapters are asked
+            for that no linear can have, or over a linear with hooks; a weight is not finite; or the
+            model is wrapped, adapted, or recursive already. It has not been changed.
+
+    Warns of an optimizer made before, and of linears whose weight their owner may read without a
+    call, where adapters do not act.
 
     Examples:
         >>> lr.recursive.convert(model, lr.recursive.RecursiveConfig(num_loops=2, rank=64))
@@ -61,11 +71,19 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
     Source: Relaxed Recursive Transformers, Bae et al. 2024 (arXiv 2410.20672), section 2.
     """
     caller = "convert"
+    if not isinstance(config, RecursiveConfig):
+        raise TypeError(f"{caller}: config must be a RecursiveConfig, got {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     if is_recursive(model):
         raise ValueError(f"{caller}: model must not be recursive already; unshare it first")
+    check_bare(model, caller)
     decoder = find_decoder(model, caller)
-    check_like_layers(decoder, config.num_loops, caller)
+    check_tensors(decoder, caller)
+    check_like_layers(decoder, config.num_loops, config.init, caller)
     check_targets(decoder, config, caller)
+    for text in _warnings(model, check_linears(decoder, config, caller)):
+        warnings.warn(f"{caller}: {text}", stacklevel=2)
     length = decoder.num_layers // config.num_loops
     tied = [_tied_start(decoder, config, position) for position in range(length)]
     factors: list[Factors] = []
@@ -77,16 +95,41 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
     return model
 
 
+def _warnings(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[str]:
+    read = readers(model) if targets else {}
+    for path, module in targets.items():
+        if module in read:
+            yield (
+                f"the adapter of {path} does not act where {read[module].function} reads the "
+                "weight without a call, and so on for its like; leave such linears out of targets"
+            )
+            break
+    if has_optimizer(model):
+        yield (
+            "an optimizer holds parameters of the model, whose layers get new ones; make it after "
+            "convert"
+        )
+
+
 def check_targets(decoder: Decoder, config: RecursiveConfig, caller: str) -> None:
-    """Raise ValueError where the config asks for adapters and no linear of a layer gets one."""
-    linears = linears_of(decoder.layers[0])
-    if config.is_relaxed and not any(
-        config.rank_for(path, m.in_features, m.out_features) for path, m in linears.items()
-    ):
+    """Raise ValueError where the config asks for adapters that no linear of any layer gets."""
+    if not config.is_relaxed:
+        return
+    linears = {path: m for layer in decoder.layers for path, m in linears_of(layer).items()}
+    shown = f"linears of a layer: {', '.join(linears) or 'none'}"
+    targets = () if isinstance(config.targets, str) else config.targets
+    ranks = config.rank if isinstance(config.rank, Mapping) else ()
+    unused = {
+        "targets": [n for n in targets if not any(matches_names(path, [n]) for path in linears)],
+        "rank": [n for n in ranks if not any(matching_pattern([n], path) for path in linears)],
+    }
+    for option, names in unused.items():
+        if names:
+            raise ValueError(f"{caller}: {option} must name linears, got {names[0]!r}; {shown}")
+    if not any(config.rank_for(path, m.in_features, m.out_features) for path, m in linears.items()):
         raise ValueError(
-            f"{caller}: targets and rank must select a linear of a layer, got "
-            f"targets={config.targets!r} and rank={config.rank!r}; linears: "
-            f"{', '.join(linears) or 'none'}"
+            f"{caller}: targets and rank must select a linear, got targets={config.targets!r} and "
+            f"rank={config.rank!r}; {shown}"
         )
 
 
@@ -101,21 +144,17 @@ def _tied_start(
 ) -> dict[str, nn.Parameter]:
     """The tied parameters of a position, by name in the layer."""
     length = decoder.num_layers // config.num_loops
+    own = parameters_of(decoder.layers[position])
     if config.init == "average":
         sharing = [parameters_of(layer) for layer in decoder.layers[position::length]]
-        values = {name: _mean([own[name] for own in sharing]) for name in sharing[0]}
+        values = {name: _mean([each[name] for each in sharing]) for name in own}
     else:
-        chosen = decoder.layers[_chosen_layer(config.init, position, length, decoder.num_layers)]
-        values = {name: own.detach().clone() for name, own in parameters_of(chosen).items()}
-    trains = {name: own.requires_grad for name, own in parameters_of(decoder.layers[0]).items()}
-    return {name: nn.Parameter(value, trains[name]) for name, value in values.items()}
-
-
-def _chosen_layer(init: str, position: int, length: int, num_layers: int) -> int:
-    """Index of the layer whose weights the position gets."""
-    if init == "lower" or length == 1:
-        return position
-    return round(position * (num_layers - 1) / (length - 1))
+        index = chosen_layer(config.init, position, length, decoder.num_layers)
+        values = {
+            name: parameter.detach().clone()
+            for name, parameter in parameters_of(decoder.layers[index]).items()
+        }
+    return {name: nn.Parameter(values[name], own[name].requires_grad) for name in own}
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
@@ -141,7 +180,7 @@ def _start(layer: nn.Module, tied: dict[str, nn.Parameter], config: RecursiveCon
         if config.lora_init == "svd" and bool(residual.any()):
             factors[path] = svd_factors(residual, r, weight.dtype)
         else:
-            factors[path] = zero_factors(weight, r, None)
+            factors[path] = zero_factors(weight, r)
     return factors
 
 
@@ -165,4 +204,4 @@ def fold(
             relaxed.train(linear.training)
             parent, _, name = path.rpartition(".")
             setattr(layer.get_submodule(parent), name, relaxed)
-    make_recursive(decoder, config)
+    make_recursive(decoder, config, tied)

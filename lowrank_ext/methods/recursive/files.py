@@ -5,6 +5,7 @@ tensor once.
 checked before memory is taken for a model.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ext.files import TensorFile, clean_errors, quoted, read_json_object
+from lowrank_ext.files import TensorFile, check_pattern, clean_errors, quoted, read_json_object
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.conversion import (
     Factors,
@@ -22,7 +23,12 @@ from lowrank_ext.methods.recursive.conversion import (
     fold,
     linears_of,
 )
-from lowrank_ext.methods.recursive.model import CONFIG_KEY, PREFIX, TYPE_PREFIX
+from lowrank_ext.methods.recursive.model import (
+    CONFIG_KEY,
+    CONFIG_NAME,
+    PREFIX,
+    TYPE_PREFIX,
+)
 from lowrank_ext.methods.recursive.structure import (
     Decoder,
     check_like_layers,
@@ -30,7 +36,6 @@ from lowrank_ext.methods.recursive.structure import (
     parameters_of,
 )
 
-CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,7 +46,7 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> A
 
     Args:
         path: the directory.
-        dtype: of the parameters; None: as saved.
+        dtype: of the parameters; None: each as saved.
 
     Returns:
         The model, a transformers model of its own class, in evaluation mode.
@@ -58,12 +63,14 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> A
         fields = read_json_object(where / CONFIG_NAME, caller)
         config = _recursive_config(fields, where / CONFIG_NAME, caller)
         with _weights(where, caller) as weights:
-            expected = _empty_model(fields, config, where, caller, dtype, "meta")
+            own, options = _model_config(fields, where / CONFIG_NAME, caller)
+            _check_depth(options, config, len(weights), where / CONFIG_NAME, caller)
+            expected = _empty_model(own, options, config, where, caller, dtype, "meta")
             _check_tensors(expected, weights, where, caller)
-            model = _empty_model(fields, config, where, caller, dtype, "cpu")
-            _fill(model, weights)
-        if (where / GENERATION_NAME).exists():
-            _set_generation_config(model, read_json_object(where / GENERATION_NAME, caller))
+            model = _empty_model(own, options, config, where, caller, dtype, "cpu")
+            _fill(model, weights, dtype)
+        if os.path.lexists(where / GENERATION_NAME):
+            _set_generation_config(model, where / GENERATION_NAME, caller)
     return model.eval()
 
 
@@ -75,30 +82,64 @@ def _recursive_config(fields: Mapping[str, Any], path: Path, caller: str) -> Rec
             "with lowrank_ext.recursive.convert"
         )
     try:
-        return RecursiveConfig.from_dict(own)
+        config = RecursiveConfig.from_dict(own)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{caller}: {path}: {CONFIG_KEY}: {error}") from None
+    where = f"{caller}: {path}: {CONFIG_KEY}:"
+    if isinstance(config.targets, str):
+        check_pattern(config.targets, f"{where} targets")
+    if isinstance(config.rank, Mapping):
+        check_pattern(config.rank, f"{where} rank")
+    return config
 
 
-def _model_class(fields: Mapping[str, Any], path: Path, caller: str) -> Any:
-    """The class of transformers that config.json names."""
+def _model_config(fields: Mapping[str, Any], path: Path, caller: str) -> tuple[Any, Any]:
+    """The class of transformers that config.json names, and its config object."""
     import transformers
 
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    own = None
+    own: Any = None
     if isinstance(name, str) and name.startswith(PREFIX) and name.isidentifier():
         own = getattr(transformers, name.removeprefix(PREFIX), None)
-    if not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):
+    is_class = isinstance(own, type)
+    if not (is_class and issubclass(own, transformers.PreTrainedModel)):
         raise ValueError(
             f"{caller}: {path}: architectures must name one model of transformers "
             f"{transformers.__version__} after {PREFIX!r}, got {quoted(names)}"
         )
-    return own
+    plain = {key: value for key, value in fields.items() if key != CONFIG_KEY}
+    plain["architectures"] = [own.__name__]
+    plain["model_type"] = str(plain.get("model_type")).removeprefix(TYPE_PREFIX)
+    expected = own.config_class.model_type
+    if plain["model_type"] != expected:
+        raise ValueError(
+            f"{caller}: {path}: model_type must be {TYPE_PREFIX + expected!r} for {own.__name__}, "
+            f"got {quoted(fields.get('model_type'))}"
+        )
+    try:
+        return own, own.config_class.from_dict(plain)
+    except Exception as error:  # transformers raises many kinds for a wrong config
+        raise ValueError(f"{caller}: {path} must describe a {own.__name__}: {error}") from None
+
+
+def _check_depth(
+    options: Any, config: RecursiveConfig, num_tensors: int, path: Path, caller: str
+) -> None:
+    """Raise ValueError where the files hold too few tensors for so many layers, before those are
+    made."""
+    num_layers = options.get_text_config(decoder=True).num_hidden_layers
+    is_number = isinstance(num_layers, int) and not isinstance(num_layers, bool)
+    if not is_number or not 0 < num_layers <= num_tensors * config.num_loops:
+        raise ValueError(
+            f"{caller}: {path} must have a number of layers that the {num_tensors} stored tensors "
+            f"can be of, got {quoted(num_layers)} with num_loops={config.num_loops}"
+        )
 
 
 def _empty_model(
-    fields: Mapping[str, Any],
+    own: Any,
+    options: Any,
     config: RecursiveConfig,
     where: Path,
     caller: str,
@@ -106,19 +147,15 @@ def _empty_model(
     device: str,
 ) -> Any:
     """The model with parameters that have no values yet."""
-    path = where / CONFIG_NAME
-    own = _model_class(fields, path, caller)
-    plain = {key: value for key, value in fields.items() if key != CONFIG_KEY}
-    plain["architectures"] = [own.__name__]
-    plain["model_type"] = str(plain.get("model_type")).removeprefix(TYPE_PREFIX)
     try:
         with torch.device(device):
-            model = without_init(own, own.config_class.from_dict(plain), dtype)
+            model = without_init(own, copy.deepcopy(options), dtype)
         decoder = find_decoder(model, caller)
-        check_like_layers(decoder, config.num_loops, caller)
+        check_like_layers(decoder, config.num_loops, config.init, caller)
         check_targets(decoder, config, caller)
     except Exception as error:  # transformers raises many kinds for a wrong config
-        raise ValueError(f"{caller}: {path} must describe a model: {error}") from None
+        path = where / CONFIG_NAME
+        raise ValueError(f"{caller}: {path} must describe a {own.__name__}: {error}") from None
     length = decoder.num_layers // config.num_loops
     tied = [
         {name: nn.Parameter(value) for name, value in parameters_of(layer).items()}
@@ -156,10 +193,11 @@ def without_init(own: Any, config: Any, dtype: torch.dtype | None) -> Any:
     return model
 
 
-def stored_tensors(model: Any) -> dict[str, Tensor]:
-    """The tensors that a file of the model holds, each once."""
+def _stored_tensors(model: Any) -> dict[str, Tensor]:
+    """The parameters and buffers that a file of the model holds, each once."""
     tied = model.all_tied_weights_keys
-    return {name: value for name, value in model.state_dict().items() if name not in tied}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in tied}
 
 
 @contextmanager
@@ -174,21 +212,33 @@ def _weights(where: Path, caller: str) -> Iterator[dict[str, TensorFile]]:
             file = open_one(WEIGHTS_NAME)
             yield dict.fromkeys(file.specs, file)
             return
-        index = read_json_object(where / INDEX_NAME, caller).get("weight_map")
-        names = set(index.values()) if isinstance(index, dict) else set()
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(
-                    f"{caller}: {where / INDEX_NAME}: weight_map must hold names of files, got "
-                    f"{quoted(name)}"
-                )
-        files = [open_one(name) for name in sorted(names)]
-        yield {name: file for file in files for name in file.specs}
+        found: dict[str, TensorFile] = {}
+        for file in map(open_one, _shard_names(where / INDEX_NAME, caller)):
+            for name in file.specs:
+                if name in found:
+                    raise ValueError(
+                        f"{caller}: {file.path} must hold tensors of its own, got {quoted(name)}, "
+                        f"which {found[name].path.name} holds too"
+                    )
+                found[name] = file
+        yield found
+
+
+def _shard_names(path: Path, caller: str) -> list[str]:
+    """Names of the files that an index lists."""
+    index = read_json_object(path, caller).get("weight_map")
+    names: list[Any] = list(index.values()) if isinstance(index, dict) else [index]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(
+                f"{caller}: {path}: weight_map must hold names of files, got {quoted(name)}"
+            )
+    return sorted(set(names))
 
 
 def _check_tensors(model: Any, weights: Mapping[str, TensorFile], where: Path, caller: str) -> None:
     """Raise ValueError unless the files hold exactly the tensors of the model."""
-    expected = stored_tensors(model)
+    expected = _stored_tensors(model)
     for name in expected:
         if name not in weights:
             raise ValueError(
@@ -199,22 +249,33 @@ def _check_tensors(model: Any, weights: Mapping[str, TensorFile], where: Path, c
             raise ValueError(
                 f"{caller}: {file.path} must hold tensors of the model only, got {quoted(name)}"
             )
-        got, wanted = list(file.specs[name].shape), list(expected[name].shape)
-        if got != wanted:
-            raise ValueError(f"{caller}: {file.path}: {name} must be {wanted}, got {got}")
+        got, wanted = file.specs[name], expected[name]
+        if got.shape != wanted.shape:
+            raise ValueError(
+                f"{caller}: {file.path}: {name} must be {list(wanted.shape)}, got {list(got.shape)}"
+            )
+        kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if got.dtype not in (kinds if wanted.is_floating_point() else (wanted.dtype,)):
+            raise ValueError(
+                f"{caller}: {file.path}: {name} must have a dtype of the kind of {wanted.dtype}, "
+                f"got {got.dtype}"
+            )
 
 
-@torch.no_grad()
-def _fill(model: Any, weights: Mapping[str, TensorFile]) -> None:
-    targets = stored_tensors(model)
+def _fill(model: Any, weights: Mapping[str, TensorFile], dtype: torch.dtype | None) -> None:
+    targets = _stored_tensors(model)
     for name, file in weights.items():
-        targets[name].copy_(file.read_one(name))
+        value = file.read_one(name)
+        if dtype is not None and isinstance(targets[name], nn.Parameter):
+            value = value.to(dtype)
+        targets[name].data = value
 
 
-def _set_generation_config(model: Any, fields: Mapping[str, Any]) -> None:
+def _set_generation_config(model: Any, path: Path, caller: str) -> None:
     from transformers import GenerationConfig
 
+    fields = read_json_object(path, caller)
     try:
-        model.generation_config = GenerationConfig.from_dict(dict(fields))
-    except Exception as error:
-        raise ValueError(f"load: {GENERATION_NAME} must hold generation options: {error}") from None
+        model.generation_config = GenerationConfig.from_dict(fields)
+    except Exception as error:  # as for the model's config
+        raise ValueError(f"{caller}: {path} must hold generation options: {error}") from None

@@ -1,15 +1,16 @@
 """A recursive model: the source model's class with what loops need, set by subclassing on the fly.
 
-As FSDP2 and torch's parametrizations do: ``Recursive<Class>`` derives from the model's own class,
-so ``isinstance`` and all its methods hold.
+As FSDP2 and torch's parametrizations do: the new class derives from the model's own, so
+``isinstance`` and all its methods hold. It has that class's name too, by which transformers knows
+what a model's outputs and labels are.
 """
 
 import copy
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -29,6 +30,7 @@ else:
 PREFIX = "Recursive"
 TYPE_PREFIX = "recursive_"
 CONFIG_KEY = "recursive"  # in config.json
+CONFIG_NAME = "config.json"
 
 
 class RecursiveModel(PreTrainedModel):  # type: ignore[misc]  # untyped base
@@ -47,29 +49,46 @@ class RecursiveModel(PreTrainedModel):  # type: ignore[misc]  # untyped base
     ) -> None:
         """transformers' own, with each tied tensor once; ``lowrank_ext.recursive.load`` reads it.
 
-        The files are written beside the old ones and renamed, config.json last. It names the model
+        The files are written beside the old ones and renamed. The old config.json goes first and
+        the new one comes last: a directory that has one holds files of one save. It names the model
         type "recursive_…", so that a program that knows no loops refuses the directory instead of
         filling layers with random numbers.
+
+        Raises:
+            ValueError: an option is given that ``load`` could not follow: push_to_hub, variant or
+                distributed_checkpoint.
         """
+        for name in ("push_to_hub", "variant", "distributed_checkpoint"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"save_pretrained: {name} must not be given for a recursive model, got "
+                    f"{kwargs[name]!r}"
+                )
         target = Path(save_directory)
-        # One file, unless asked for otherwise: its rename replaces all weights at once.
+        # One file, unless asked for otherwise.
         options = {"max_shard_size": "1000000GB", "save_original_format": False, **kwargs}
-        if options.get("push_to_hub"):
-            options.setdefault("repo_id", target.name)
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
             super().save_pretrained(temporary, is_main_process, *args, **options)
             if is_main_process:
-                _name_recursive(Path(temporary) / "config.json")
+                _name_recursive(Path(temporary) / CONFIG_NAME)
                 _move_into(Path(temporary), target)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{cls.__name__}.from_pretrained: use lowrank_ext.recursive.load")
+        raise TypeError("from_pretrained: a recursive model is read by lowrank_ext.recursive.load")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(self, super().__reduce_ex__(protocol), RecursiveModel)
 
 
 class RecursiveBackbone(nn.Module):
     """What the module that calls the layers has beside its own class: aliases of tied weights."""
+
+    own_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(self, super().__reduce_ex__(protocol), RecursiveBackbone)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with aliases_of(vars(self)["_tied_slots"]):
@@ -78,68 +97,64 @@ class RecursiveBackbone(nn.Module):
 
 def _name_recursive(path: Path) -> None:
     config = json.loads(path.read_bytes())
-    config["model_type"] = TYPE_PREFIX + config["model_type"].removeprefix(TYPE_PREFIX)
+    config["architectures"] = [PREFIX + name for name in config["architectures"]]
+    config["model_type"] = TYPE_PREFIX + config["model_type"]
     write_file(path, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Rename all files of ``source`` into ``target``, config.json last, and remove older weights
-    that are not among them."""
-    names = sorted(os.listdir(source), key=lambda name: name == "config.json")
-    for name in names:
-        (source / name).replace(target / name)
+    """Rename all files of ``source`` into ``target`` and remove older weights. config.json is not
+    there meanwhile."""
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    names = sorted(os.listdir(source), key=lambda name: name == CONFIG_NAME)
     for path in target.glob("model*.safetensors*"):
         if path.name not in names and path.is_file():
             path.unlink()
+    for name in names:
+        if name == CONFIG_NAME:
+            sync_directory(target)
+        (source / name).replace(target / name)
     sync_directory(target)
 
 
-def recursive_class(own: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """``Recursive<own>``, one class for each pair."""
-    key = (own, mixin)
-    if key not in _CLASSES:
-        _CLASSES[key] = type(
-            f"{PREFIX}{own.__name__}", (mixin, own), {"__module__": __name__, "own_class": own}
-        )
-    return _CLASSES[key]
+@cache
+def recursive_class(own: Any, mixin: Any) -> Any:
+    """``own`` with ``mixin`` before it, under the name of ``own``; one class for each pair."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "own_class": own}
+    return type(own.__name__, (mixin, own), names)
 
 
-_CLASSES: dict[tuple[type[nn.Module], type], type[nn.Module]] = {}
+def _reduced(module: Any, reduced: Any, mixin: type) -> Any:
+    """What pickle and copy get: the class is made again, for its name is that of another one."""
+    return _new, (module.own_class, mixin), *reduced[2:]
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    # Pickle looks classes up by name, also in a process that has not converted a model.
-    for made in _CLASSES.values():
-        if made.__name__ == name:
-            return made
-    transformers = sys.modules.get("transformers")
-    own = getattr(transformers, name.removeprefix(PREFIX), None)
-    if name.startswith(PREFIX) and isinstance(own, type) and issubclass(own, nn.Module):
-        has_head = hasattr(own, "generate")
-        return recursive_class(own, RecursiveModel if has_head else RecursiveBackbone)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _new(own: Any, mixin: Any) -> nn.Module:
+    made = recursive_class(own, mixin)
+    return made.__new__(made)
 
 
-def make_recursive(decoder: Decoder, config: RecursiveConfig) -> None:
-    """Set the classes, and tell transformers which tensors are tied."""
+def make_recursive(
+    decoder: Decoder, config: RecursiveConfig, tied_names: Sequence[Iterable[str]]
+) -> None:
+    """Set the classes, and tell transformers which tensors are tied: in each layer those of the
+    names of its position."""
     model: Any = decoder.model
-    backbone: Any = decoder.backbone
-    length = decoder.num_layers // config.num_loops
-    by_layer = [slots_of(layer) for layer in decoder.layers]
+    length = len(tied_names)
     slots, duplicates = [], {}
-    for position in range(length):
-        for name, (module, attribute) in by_layer[position].items():
-            others = [by_layer[index].get(name) for index in range(position, len(by_layer), length)]
-            own = module._parameters[attribute]
-            if any(other is None or other[0]._parameters[attribute] is not own for other in others):
-                continue  # an adapter of one loop
-            slots.append(TiedSlot(tuple(other[0] for other in others if other), attribute))
-            for index in range(position + length, len(by_layer), length):
+    for position, names in enumerate(tied_names):
+        sharing = range(position, decoder.num_layers, length)
+        owners = [slots_of(decoder.layers[index]) for index in sharing]
+        for name in names:
+            modules = tuple(owner[name][0] for owner in owners)
+            slots.append(TiedSlot(modules, owners[0][name][1]))
+            for index in sharing[1:]:
                 first = f"{decoder.path}.{position}.{name}"
                 duplicates[f"{decoder.path}.{index}.{name}"] = first
-    vars(backbone)["_tied_slots"] = tuple(slots) if config.num_loops > 1 else ()
-    backbone.__class__ = recursive_class(type(backbone), RecursiveBackbone)
-    model.__class__ = recursive_class(type(model), RecursiveModel)
+    vars(decoder.backbone)["_tied_slots"] = tuple(slots) if config.num_loops > 1 else ()
+    for module, mixin in ((decoder.backbone, RecursiveBackbone), (model, RecursiveModel)):
+        own: Any = type(module)  # hashable, which mypy does not see
+        module.__class__ = recursive_class(own, mixin)
     _forget_quantized_source(model)
     model.recursive_config = config
     setattr(model.config, CONFIG_KEY, config.to_dict())
@@ -200,6 +215,8 @@ def with_layers(decoder: Decoder, layers: Sequence[nn.Module]) -> nn.Module:
         child = owner._modules[name]
         assert child is not None
         inner = _shallow_copy(child)
+        if isinstance(inner, RecursiveBackbone):
+            vars(inner)["_tied_slots"] = ()  # of layers that it does not run
         owner._modules[name] = inner
         owner = inner
     owner._modules[parts[-1]] = nn.ModuleList(layers)

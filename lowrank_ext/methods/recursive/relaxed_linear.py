@@ -101,11 +101,9 @@ def svd_factors(residual: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def zero_factors(
-    weight: Tensor, r: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def zero_factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """A Gaussian lora_a [r, in], of the variance of PEFT's start, and lora_b [out, r] = 0."""
     out_features, in_features = weight.shape
-    draw = torch.randn(r, in_features, dtype=torch.float32, device="cpu", generator=generator)
+    draw = torch.randn(r, in_features, dtype=torch.float32, device="cpu")
     lora_a = (draw / math.sqrt(3 * in_features)).to(weight)
     return lora_a, torch.zeros(out_features, r, dtype=weight.dtype, device=weight.device)

@@ -4,7 +4,6 @@ By structure, not by name: the list is the nn.ModuleList that has as many entrie
 layers, so that Llama, Qwen, Gemma, Mistral, GPT-NeoX and others need no table.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,9 @@ def find_decoder(model: nn.Module, caller: str) -> Decoder:
             f"{caller}: model must be a transformers model, got a {type(inner).__name__}"
         )
     text_config = config.get_text_config(decoder=True)
-    if getattr(config, "is_encoder_decoder", False) or inner.get_output_embeddings() is None:
+    # A masked model has a head too, but generates nothing.
+    is_decoder = not getattr(config, "is_encoder_decoder", False) and inner.can_generate()
+    if not is_decoder or inner.get_output_embeddings() is None:
         raise TypeError(
             f"{caller}: model must be a decoder with a language modelling head "
             f"(AutoModelForCausalLM), got a {type(inner).__name__}"
@@ -71,6 +72,11 @@ def find_decoder(model: nn.Module, caller: str) -> Decoder:
     path, layers = found[0]
     assert isinstance(layers, nn.ModuleList)
     parent, _, name = path.rpartition(".")
+    if not parent:
+        raise ValueError(
+            f"{caller}: {type(inner).__name__} must have a backbone that calls its layers, got "
+            f"them in {path} of the model itself"
+        )
     return Decoder(inner, inner.get_submodule(parent), name, path, layers)
 
 
@@ -79,46 +85,60 @@ def _holds_layers(layers: nn.ModuleList) -> bool:
     return all(len(list(layer.children())) > 1 for layer in layers)
 
 
-def check_like_layers(decoder: Decoder, num_loops: int, caller: str) -> None:
+def check_like_layers(decoder: Decoder, num_loops: int, init: str, caller: str) -> None:
     """Raise unless ``num_loops`` divides the number of layers, and layers that are to share a
-    position have parameters of the same names, shapes and dtypes.
+    position, or to give it its weights, have parameters of the same names, shapes, dtypes and
+    devices.
 
     Raises:
         ValueError: with what differs.
     """
     num_layers = decoder.num_layers
     if num_layers % num_loops:
-        divisors = [n for n in range(2, num_layers + 1) if num_layers % n == 0]
+        divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
         raise ValueError(
             f"{caller}: num_loops must divide the {num_layers} layers of "
             f"{type(decoder.model).__name__}, got {num_loops}; possible: "
             f"{', '.join(map(str, divisors))}"
         )
     length = num_layers // num_loops
-    for index, layer in enumerate(decoder.layers):
-        first = decoder.layers[index % length]
-        own, expected = _tensor_kinds(layer), _tensor_kinds(first)
-        if own == expected and type(layer) is type(first):
-            continue
+    kinds = [_tensor_kinds(layer) for layer in decoder.layers]
+    pairs = [(index % length, index) for index in range(num_layers)]
+    if init != "average":
+        pairs += [(k, chosen_layer(init, k, length, num_layers)) for k in range(length)]
+    for position, index in pairs:
+        difference = _difference(kinds[position], kinds[index])
+        first, layer = decoder.layers[position], decoder.layers[index]
         if type(layer) is not type(first):
             difference = f"{type(first).__name__} and {type(layer).__name__}"
-        else:
-            name = next(name for name in [*expected, *own] if own.get(name) != expected.get(name))
-            shown = [
-                f"{list(kinds[name][0])} {str(kinds[name][1]).removeprefix('torch.')}"
-                if name in kinds
-                else "none"
-                for kinds in (expected, own)
-            ]
-            difference = f"{name} of {shown[0]} and {shown[1]}"
-        raise ValueError(
-            f"{caller}: layers {index % length} and {index} must be alike to share weights with "
-            f"num_loops={num_loops}, got {difference}"
-        )
+        if difference:
+            raise ValueError(
+                f"{caller}: layers {position} and {index} must be alike to share weights with "
+                f"num_loops={num_loops} and init={init!r}, got {difference}"
+            )
 
 
-def _tensor_kinds(layer: nn.Module) -> dict[str, tuple[Sequence[int], Any]]:
-    return {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()}
+def chosen_layer(init: str, position: int, length: int, num_layers: int) -> int:
+    """Index of the layer whose weights the position gets, with "stepwise" or "lower"."""
+    if init == "lower" or length == 1:
+        return position
+    return round(position * (num_layers - 1) / (length - 1))
+
+
+def _tensor_kinds(layer: nn.Module) -> dict[str, str]:
+    """Shape, dtype and device of each parameter, in words."""
+    return {
+        name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')} on {p.device}"
+        for name, p in layer.named_parameters()
+    }
+
+
+def _difference(expected: dict[str, str], own: dict[str, str]) -> str:
+    """The first parameter that is not the same, in words; empty where there is none."""
+    for name in [*expected, *own]:
+        if own.get(name) != expected.get(name):
+            return f"{name} of {expected.get(name, 'none')} and {own.get(name, 'none')}"
+    return ""
 
 
 def slots_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -36,9 +36,9 @@ class _Aliases(torch.autograd.Function):
         given = [gradient for gradient in gradients if gradient is not None]
         if not given:
             return None, None, None
-        total = given[0].float()
+        total = given[0].to(torch.float32, copy=True)
         for gradient in given[1:]:
-            total = total + gradient
+            total += gradient
         return total.to(ctx.own_dtype), None, None
 
 
@@ -50,23 +50,29 @@ def aliases_of(slots: Sequence[TiedSlot]) -> Iterator[None]:
     try:
         for modules, name in slots if torch.is_grad_enabled() else ():
             parameter: Any = modules[0]._parameters[name]
-            dtype = _dtype_of_uses(modules[0], parameter)
-            if parameter.requires_grad and torch.float32 not in (dtype, None):
-                aliases = _Aliases.apply(parameter, len(modules), dtype)
-                for module, alias in zip(modules, aliases, strict=True):
-                    swapped.append((module, name, module._parameters[name]))
-                    module._parameters[name] = alias
+            dtype = _alias_dtype(modules[0], parameter)
+            if dtype is None or not parameter.requires_grad:
+                continue
+            tied = [module for module in modules if module._parameters[name] is parameter]
+            for module, alias in zip(
+                tied, _Aliases.apply(parameter, len(tied), dtype), strict=True
+            ):
+                swapped.append((module, name, parameter))
+                module._parameters[name] = alias
         yield
     finally:
         for module, name, own in swapped:
             module._parameters[name] = own
 
 
-def _dtype_of_uses(module: nn.Module, parameter: Tensor) -> torch.dtype | None:
-    """dtype in which the parameter enters products; float32 or None where sums need no help."""
+def _alias_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype | None:
+    """dtype of the aliases; None where autograd's own sum is as good."""
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     kind = parameter.device.type
-    if isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return parameter.dtype
+    if torch.is_autocast_enabled(kind):
+        # A linear's copy is made here, once for all loops. What other modules do with a parameter
+        # is not known: autocast casts each of its aliases where it casts the parameter.
+        is_linear = isinstance(module, nn.Linear)
+        return torch.get_autocast_dtype(kind) if is_linear else parameter.dtype
+    return None if parameter.dtype == torch.float32 else parameter.dtype

@@ -9,6 +9,7 @@ from torch import nn
 from lowrank_ext.methods.recursive.files import without_init
 from lowrank_ext.methods.recursive.model import CONFIG_KEY, Loops
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
+from lowrank_ext.methods.recursive.source_checks import check_bare
 
 
 @torch.no_grad()
@@ -18,30 +19,33 @@ def unshare(model: nn.Module) -> Any:
         W_l = W' + lora_b_l lora_a_l, summed in fp32 and rounded once
 
     Returns:
-        A new model that shares no memory with ``model``, on its devices and in its mode.
+        A new model that shares no memory with ``model``, on its devices, in its mode, with a
+        gradient where that one has it.
 
     Raises:
         TypeError: the model is not recursive.
+        ValueError: it carries adapters of ``lowrank_ext.adapt`` or PEFT.
 
     Examples:
         >>> lr.recursive.unshare(model).save_pretrained("plain")
     """
-    decoder: Any = Loops(model, "unshare").decoder
-    recursive = decoder.model
+    caller = "unshare"
+    recursive: Any = Loops(model, caller).decoder.model
+    check_bare(recursive, caller)
     config = copy.deepcopy(recursive.config)
     delattr(config, CONFIG_KEY)
     plain = without_init(type(recursive).own_class, config, recursive.dtype)
-    merged = {
-        f"{path}.weight": module
-        for path, module in recursive.named_modules(remove_duplicate=False)
-        if isinstance(module, RelaxedLinear)
-    }
-    target = plain.state_dict(keep_vars=True)
-    for name, value in recursive.state_dict(keep_vars=True).items():
-        if name in target:
-            module = merged.get(name)
-            new = value.detach().clone() if module is None else module.merged_weight()
-            target[name].data = new
+    for path, module in recursive.named_modules():
+        own = plain.get_submodule(path)
+        for name, buffer in module._buffers.items():
+            own._buffers[name] = None if buffer is None else buffer.clone()
+        for name, parameter in module._parameters.items():
+            target = own._parameters.get(name)
+            if target is None or parameter is None:
+                continue  # an adapter's
+            is_merged = isinstance(module, RelaxedLinear) and name == "weight"
+            target.data = module.merged_weight() if is_merged else parameter.detach().clone()
+            target.requires_grad_(parameter.requires_grad)
     plain.generation_config = copy.deepcopy(recursive.generation_config)
     plain.tie_weights()
     return plain.train(recursive.training)
