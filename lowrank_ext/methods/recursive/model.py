@@ -163,8 +163,8 @@ def make_recursive(
 
 
 def _forget_quantized_source(model: Any) -> None:
-    """A model read from a quantized file (GGUF) into ordinary weights counts as an ordinary one from
-    here on: transformers would refuse to save it."""
+    """A model read from a quantized file (GGUF) into ordinary weights counts as an ordinary one
+    from here on: transformers would refuse to save it."""
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
