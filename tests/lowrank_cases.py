@@ -11,6 +11,7 @@ Two ways to judge a result, both against reference.py in fp64:
 from collections.abc import Callable
 from itertools import combinations
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -342,6 +343,17 @@ LAYOUTS = [
     expanded_columns,
 ]
 Layout = Callable[[Tensor], Tensor]
+
+
+def opcheck(op: Any, arguments: tuple[Any, ...], compiled: bool) -> None:
+    """torch's opcheck. Its compiled run, 99% of its time, traces the op's fake and its autograd.
+
+    They are the same Python functions on every device, and know of a layout what the check of
+    the fake compares: tests ask for that run once for each set of arguments and dtypes.
+    """
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] if compiled else []
+    torch.library.opcheck(op, arguments, test_utils=checks)
 
 
 # Wrong arguments

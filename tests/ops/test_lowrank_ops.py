@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from devices import DtypePair
+from devices import SIMT, DtypePair
 from lowrank_cases import (
     BF16,
     FP32,
@@ -27,6 +27,7 @@ from lowrank_cases import (
     make_tensors,
     odd_integers,
     on_device,
+    opcheck,
     padded_rows,
     poison_freed_memory,
     present,
@@ -485,8 +486,8 @@ def test_a_row_of_nan_stays_in_its_row(device: str, op: str, dtypes: DtypePair) 
 
 
 OPCHECK = {
-    "plain": {},
-    "no bias, core": {"bias": False, "optional": ("core",)},
+    "plain": {"bias": False},
+    "bias, core": {"optional": ("core",)},
     "everything": {"optional": OPTIONAL},
     "mixed": {"optional": OPTIONAL, "dtypes": MIXED},
 }
@@ -496,7 +497,9 @@ OPCHECK = {
 @pytest.mark.parametrize("layout", [torch.clone, transposed, padded_rows])
 @pytest.mark.parametrize("sample", OPCHECK)
 @both_ops
-def test_opcheck(device: str, op: str, sample: str, layout: Layout) -> None:
+def test_opcheck(device: str, kernels: str, op: str, sample: str, layout: Layout) -> None:
+    """Compiled without any optional tensor, and with all of them."""
+    compiled = kernels != SIMT and layout is padded_rows and sample in ("plain", "mixed")
     kind = {"dtypes": FP32, **OPCHECK[sample]}
     tensors = make_tensors(op, (2, 5), 9, 6, 3, device=device, **kind)
     for name in {"x", "base_out"} & tensors.keys():
@@ -507,11 +510,11 @@ def test_opcheck(device: str, op: str, sample: str, layout: Layout) -> None:
     given = tuple(f"d{name}" for name in present(tensors))
     backward_args = raw_backward_args(op, tensors, dout, h, given, **options)
     backward = getattr(torch.ops.lowrank_ext, f"{op}_backward")
-    torch.library.opcheck(backward.default, backward_args)
+    opcheck(backward.default, backward_args, compiled)
     for name in present(tensors):
         tensors[name].requires_grad_()
     forward = getattr(torch.ops.lowrank_ext, op)
-    torch.library.opcheck(forward.default, raw_args(op, tensors, **options))
+    opcheck(forward.default, raw_args(op, tensors, **options), compiled)
 
 
 # Wrong arguments

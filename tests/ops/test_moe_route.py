@@ -4,10 +4,17 @@ from types import ModuleType
 
 import pytest
 import torch
-from devices import DtypePair
+from devices import SIMT, DtypePair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_cases import LAYOUTS, Layout, assert_raises_alike, assert_same_bits, transposed
+from lowrank_cases import (
+    LAYOUTS,
+    Layout,
+    assert_raises_alike,
+    assert_same_bits,
+    opcheck,
+    transposed,
+)
 from moe_cases import statistics_dtype
 from torch import Tensor
 
@@ -288,18 +295,18 @@ def test_second_derivatives() -> None:
 @pytest.mark.simt(every=3)
 @pytest.mark.parametrize("layout", [torch.clone, transposed])
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(device: str, dtype: torch.dtype, masked: bool, layout: Layout) -> None:
+def test_opcheck(
+    device: str, kernels: str, dtype: torch.dtype, masked: bool, layout: Layout
+) -> None:
+    compiled = kernels != SIMT and layout is transposed
     logits = layout(torch.randn(2, 5, 6, device=device).to(dtype))
     mask = torch.rand(2, 5, device=device) < 0.5 if masked else None
     got = ops.moe_route(logits, top_k=2, token_mask=mask)
     upstream = (torch.randn_like(got.topk_weights), torch.randn_like(got.balance_loss))
-    torch.library.opcheck(
-        torch.ops.lowrank_ext.moe_route_backward.default,
-        (*upstream, logits, got.topk_ids, got.expert_counts, mask),
-    )
-    torch.library.opcheck(
-        torch.ops.lowrank_ext.moe_route.default, (logits.requires_grad_(), 2, mask)
-    )
+    arguments = (*upstream, logits, got.topk_ids, got.expert_counts, mask)
+    opcheck(torch.ops.lowrank_ext.moe_route_backward.default, arguments, compiled)
+    arguments = (logits.requires_grad_(), 2, mask)
+    opcheck(torch.ops.lowrank_ext.moe_route.default, arguments, compiled)
 
 
 @pytest.mark.simt
