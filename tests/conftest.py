@@ -27,14 +27,18 @@ pytest.register_assert_rewrite("lowrank_cases", "finetune_runs")
 
 
 def device_params(marker: pytest.Mark | None) -> list[Any]:
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     no_simt = pytest.mark.skipif(
         not has_simt(), reason="the SIMT executor is not built, run `make simt`"
     )
     on_simt = [pytest.param(SIMT, marks=no_simt)] if marker else []
     if marker and marker.kwargs.get("only"):
         return on_simt
-    return ["cpu", *on_simt, pytest.param("cuda", marks=no_gpu)]
+    return ["cpu", *on_simt, *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_report_header() -> str:
+    """Cases on a device that is not there are not made: skipping thousands of them takes time."""
+    return "devices: cpu, simt" + (", cuda" if torch.cuda.is_available() else ", no CUDA device")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -110,22 +112,32 @@ def test_a_section_that_raises_does_not_end_the_run(gpu_check: ModuleType, check
     assert [path.name for path in check.path.parent.iterdir()] == [check.path.name]
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_a_child_that_takes_too_long_is_stopped(gpu_check: ModuleType, check) -> None:
     log = gpu_check.LOGS / "child.log"
-    for source, seconds, status in (("print(1)", 30.0, 0), ("time.sleep(60)", 5.0, None)):
-        command = [sys.executable, "-c", f"import time; {source}"]
+    for source, seconds, status in (("pass", 30.0, 0), ("time.sleep(60)", 0.1, None)):
+        command = [sys.executable, "-c", f"import time; print('up', flush=True); {source}"]
         process = gpu_check.start(command, log, gpu_check.child_environment())
+        wait_until(lambda: log.read_text() == "up\n")
         assert gpu_check.finish(process, seconds) == status
         assert process.returncode is not None
     assert gpu_check.last_line(log) == "KeyboardInterrupt"
 
 
 SUITE = """
-import pytest, time
+import pathlib, pytest, time
 def test_cuda_passes(): pass
 def test_cuda_fails(): assert 0
 def test_cuda_is_skipped(): pytest.skip("two GPUs")
-def test_rest_is_slow(): time.sleep(100)
+def test_rest_is_slow():
+    pathlib.Path("tests/running").touch()
+    time.sleep(100)
 """
 
 
@@ -145,7 +157,14 @@ def test_pytest_is_read_and_stopped_in_time(
         "failed": ["tests.test_it.test_cuda_fails"],
         "skipped": {"two GPUs": 1},
     }
-    outcome = gpu_check.run_selection("rest", "not cuda", 15.0)
+    finish, running = gpu_check.finish, gpu_check.ROOT / "tests" / "running"
+
+    def finish_while_it_runs(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+        wait_until(running.exists)
+        return finish(process, seconds)
+
+    monkeypatch.setattr(gpu_check, "finish", finish_while_it_runs)
+    outcome = gpu_check.run_selection("rest", "not cuda", 0.1)
     assert not outcome["finished"]
     assert outcome["failed"] == []
 

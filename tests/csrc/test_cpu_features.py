@@ -41,7 +41,7 @@ def test_ops_on_a_lesser_cpu(limit: str) -> None:
     assert run("-c", report, limit=limit).stdout.strip() == LIMITS[limit]
     done = run(
         *("-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"),
-        *("-k", "cpu", *CASES),
+        *("-k", "cpu and not 1.0", *CASES),  # all of x dropped: the same on every CPU
         limit=limit,
     )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -75,7 +75,7 @@ def raw_backward(
 
 
 @pytest.mark.simt(every=5)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("optional", SUBSETS, ids=subset_id)
 @both_ops
 def test_values_and_gradients(
@@ -83,7 +83,7 @@ def test_values_and_gradients(
 ) -> None:
     bias = len(optional) % 2 == 0
     tensors = make_tensors(op, (3, 11), 65, 43, 5, dtypes, device, bias=bias, optional=optional)
-    scaling = 0.75 if dropout_p < 0.5 else -2.0
+    scaling = 0.75 if dropout_p == 0.0 else -2.0
     options = {"scaling": scaling, "dropout_p": dropout_p, "seed": seed_tensor(7, device)}
     assert_within_rule(op, tensors, make_dout(tensors), **options)
 

@@ -175,8 +175,11 @@ def test_grouped_sizes(
 
 @pytest.mark.simt(only=True)
 @grouped_forms
-@pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("dropout_p", "shared"),
+    [(0.0, True), (0.3, False), (0.3, True), (1.0, False)],
+    ids=["0.0-shared mask", "0.3-own masks", "0.3-shared mask", "1.0-own masks"],
+)
 def test_grouped_values_and_gradients(
     device: str, dtypes: DtypePair, dropout_p: float, shared: bool, form: tuple[bool, bool]
 ) -> None:

@@ -53,23 +53,27 @@ def test_the_passes_that_are_needed(traffic: ModuleType) -> None:
 
 
 def test_a_step_moves_the_passes_of_the_design(traffic: ModuleType, simt: ModuleType) -> None:
-    """M = 8192 on 132 multiprocessors, a quarter of both: each of them does the same work."""
-    sizes = traffic.Sizes(2048, 4096, 4096, 16, 0.05)
+    """M = 8192 on 132 multiprocessors, a quarter of both: each of them does the same work.
+
+    K and N are half of 4096, so partial sums and h are twice as large a part: 1.12 and 1.07 for
+    1.10 and 1.05. Another pass over a stream adds a fifth.
+    """
+    sizes = traffic.Sizes(2048, 2048, 2048, 16, 0.05)
     simt.host.set_num_sms(33)
     forward, backward = traffic.run_step(simt, sizes, "bf16")
     forward_bytes, backward_bytes = traffic.needed_by_pass(sizes, element_bytes=2)
     assert sum(map(traffic.moved, forward)) <= 1.05 * forward_bytes
     moved = sum(map(traffic.moved, backward))
-    assert moved <= 1.10 * backward_bytes
+    assert moved <= 1.12 * backward_bytes
     # Partial sums are read right after they are written. Whether L2 keeps them a GPU must show.
-    assert moved - sum(map(traffic.partial_sums_read, backward)) <= 1.05 * backward_bytes
+    assert moved - sum(map(traffic.partial_sums_read, backward)) <= 1.07 * backward_bytes
 
 
 def test_experts_move_what_one_branch_of_their_rank_does(
     traffic: ModuleType, simt: ModuleType
 ) -> None:
     """The dense form of moe_lowrank_add, without its copies of the adapters, which have no rows."""
-    sizes = traffic.Sizes(256, 2048, 2048, 32, 0.0)
+    sizes = traffic.Sizes(256, 1024, 1024, 32, 0.0)
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
     launches = ["dense_stack", "lowrank_down", "moe_gate", "balance", "lowrank_up"]
     assert [report["kernel"] for report in forward] == launches
@@ -112,36 +116,36 @@ def test_grouped_experts_of_few_ranks_move_less_than_dense_ones(
     gathered rows can come to: (3 + 2) / 3 = 1.67 of what one pass needs. In the backward dout is
     read once, x three times, dx written once: also 5 / 3.
     """
-    sizes = traffic.Sizes(1024, 1024, 1024, 16, 0.05)
+    sizes = traffic.Sizes(512, 1024, 1024, 16, 0.05)
     options = {"drops": True, "shared_dropout": False}
     assert simt.host.plan_experts(8, 2, 2, **options) == traffic.GROUPED_DENSE_UP
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
-    stream = 2 * 1024 * 1024
+    stream = 2 * 512 * 1024
     assert asked(forward, "x") == 3 * stream and asked(forward, "base") == stream
     assert written(forward, "grouped_up", "out") == stream
     assert asked(backward, "dout") == stream and asked(backward, "source") == 3 * stream
     assert written(backward, "grouped_down_backward_x", "out") == stream
     forward_bytes, backward_bytes = traffic.needed_by_experts(sizes, element_bytes=2)
     assert total(traffic, forward) <= 1.72 * forward_bytes
-    assert total(traffic, backward) <= 1.80 * backward_bytes
+    assert total(traffic, backward) <= 1.82 * backward_bytes
     dense_forward, dense_backward = traffic.run_moe_step(simt, sizes, "bf16", traffic.DENSE)
-    assert total(traffic, forward) <= 0.92 * total(traffic, dense_forward)
-    assert total(traffic, backward) <= 0.88 * total(traffic, dense_backward)
+    assert total(traffic, forward) <= 0.88 * total(traffic, dense_forward)
+    assert total(traffic, backward) <= 0.80 * total(traffic, dense_backward)
 
 
 def test_grouped_experts_of_many_ranks(traffic: ModuleType, simt: ModuleType) -> None:
     """16 experts of rank 32, top 2: dout is gathered twice for each choice too."""
-    sizes = traffic.Sizes(1024, 1024, 1024, 16 * 32, 0.05, num_experts=16)
+    sizes = traffic.Sizes(512, 512, 512, 16 * 32, 0.05, num_experts=16)
     assert simt.host.plan_experts(16, 32, 2, drops=True, shared_dropout=False) == traffic.GROUPED
     forward, backward = traffic.run_moe_step(simt, sizes, "bf16")
-    stream = 2 * 1024 * 1024
+    stream = 2 * 512 * 512
     assert asked(forward, "x") == 3 * stream
     assert asked(backward, "dout") == 2 * stream and asked(backward, "source") == 5 * stream
     forward_bytes, backward_bytes = traffic.needed_by_experts(sizes, element_bytes=2)
-    assert total(traffic, forward) <= 1.60 * forward_bytes
-    assert total(traffic, backward) <= 1.88 * backward_bytes
+    assert total(traffic, forward) <= 1.53 * forward_bytes
+    assert total(traffic, backward) <= 1.58 * backward_bytes
     # Tensor-core work: of the 16 experts' 528 columns, in six products, about a third is done.
-    dense = 6 * 1024 // 16 * 1024 // 8 * 528 // 16
+    dense = 6 * 512 // 16 * 512 // 8 * 528 // 16
     assert sum(report["mma"] for report in forward + backward) <= 0.4 * dense
 
 

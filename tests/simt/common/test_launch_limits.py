@@ -30,7 +30,7 @@ def launches(
 ) -> list[dict[str, Any]]:
     """Of lowrank_add and its backward; in_features and out_features take a few column tiles."""
     dtype, allow_tf32 = COMPUTE_TYPES[compute_type]
-    num_in, num_out = 136, 264
+    num_in, num_out = 72, 136
 
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
@@ -57,7 +57,7 @@ def resident_warps(report: dict[str, Any], sm_bytes: int) -> int:
     return min(blocks * threads // 32, 64)
 
 
-@pytest.mark.parametrize("num_rows", [3, 70, 200])
+@pytest.mark.parametrize("num_rows", [3, 130])
 @pytest.mark.parametrize("rank", [1, 16, 64, 65, 130, 256, 512])
 @pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
 def test_every_launch_fits_every_gpu(
