@@ -38,7 +38,10 @@ def device_params(marker: pytest.Mark | None) -> list[Any]:
 
 def pytest_report_header() -> str:
     """Cases on a device that is not there are not made: skipping thousands of them takes time."""
-    return "devices: cpu, simt" + (", cuda" if torch.cuda.is_available() else ", no CUDA device")
+    there = {"cpu": True, SIMT: has_simt(), "cuda": torch.cuda.is_available()}
+    return "devices: " + ", ".join(
+        name if is_there else f"no {name}" for name, is_there in there.items()
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
