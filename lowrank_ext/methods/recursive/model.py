@@ -20,7 +20,7 @@ from lowrank_ext.files import sync_directory, write_file
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.structure import Decoder, find_decoder, slots_of
 from lowrank_ext.methods.recursive.tied_gradients import TiedSlot, aliases_of
-from lowrank_ext.wrappers import unwrapped
+from lowrank_ext.wrappers import canonical_name, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,11 @@ class RecursiveModel(PreTrainedModel):  # type: ignore[misc]  # untyped base
     own_class: ClassVar[type[nn.Module]]
 
     def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """transformers' own, with each tied tensor once; ``lowrank_ext.recursive.load`` reads it.
 
@@ -64,12 +68,15 @@ class RecursiveModel(PreTrainedModel):  # type: ignore[misc]  # untyped base
                     f"save_pretrained: {name} must not be given for a recursive model, got "
                     f"{kwargs[name]!r}"
                 )
+        state = self.state_dict() if state_dict is None else state_dict
+        # Layers may be compiled, or wrapped for activation checkpoints.
+        state = {canonical_name(self, name): tensor for name, tensor in state.items()}
         target = Path(save_directory)
         # One file, unless asked for otherwise.
         options = {"max_shard_size": "1000000GB", "save_original_format": False, **kwargs}
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
-            super().save_pretrained(temporary, is_main_process, *args, **options)
+            super().save_pretrained(temporary, is_main_process, state, **options)
             if is_main_process:
                 _name_recursive(Path(temporary) / CONFIG_NAME)
                 _move_into(Path(temporary), target)
@@ -214,7 +221,7 @@ def with_layers(decoder: Decoder, layers: Sequence[nn.Module]) -> nn.Module:
     for name in parts[:-1]:
         child = owner._modules[name]
         assert child is not None
-        inner = _shallow_copy(child)
+        inner = _shallow_copy(unwrapped(child))
         if isinstance(inner, RecursiveBackbone):
             vars(inner)["_tied_slots"] = ()  # of layers that it does not run
         owner._modules[name] = inner
@@ -227,8 +234,10 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     """A module of its own with the same children, parameters and attributes."""
     made: nn.Module = module.__class__.__new__(module.__class__)
     made.__dict__.update(vars(module))
-    # accelerate puts one there that is bound to the module itself: the copy would run as that.
-    made.__dict__.pop("forward", None)
+    # accelerate's forward and that of module.compile() are bound to the module itself: the copy
+    # would run as that.
+    for name in ("forward", "_compiled_call_impl"):
+        made.__dict__.pop(name, None)
     made._modules = copy.copy(module._modules)
     return made
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_ext.wrappers import named_modules, unwrapped
+from lowrank_ext.wrappers import named_modules, submodule, unwrapped
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def find_decoder(model: nn.Module, caller: str) -> Decoder:
             f"{caller}: {type(inner).__name__} must have a backbone that calls its layers, got "
             f"them in {path} of the model itself"
         )
-    return Decoder(inner, inner.get_submodule(parent), name, path, layers)
+    return Decoder(inner, submodule(inner, parent), name, path, layers)
 
 
 def _holds_layers(layers: nn.ModuleList) -> bool:
     """Whether the entries are blocks, not single layers such as norms or linears."""
-    return all(len(list(layer.children())) > 1 for layer in layers)
+    return all(len(list(unwrapped(layer).children())) > 1 for layer in layers)
 
 
 def check_like_layers(decoder: Decoder, num_loops: int, init: str, caller: str) -> None:

@@ -79,6 +79,17 @@ def test_every_option_comes_back(config: RecursiveConfig, tmp_path: Path) -> Non
     assert state(unshare(again)) == state(unshare(model))
 
 
+def test_wrapped_layers_are_saved_under_the_names_of_layers(tmp_path: Path) -> None:
+    model = recursive()
+    expected = state(model)
+    for index in (0, 2):
+        model.model.layers[index] = torch.compile(model.model.layers[index])
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    for name in ("whole", "given"):
+        assert state(load(tmp_path / name)) == expected
+
+
 def test_dtypes(tmp_path: Path) -> None:
     """Each tensor in its own, or all in one."""
     model = recursive().bfloat16()

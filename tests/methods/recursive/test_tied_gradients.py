@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoders import checkpoint_activations, decoder, tokens
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 pytest.importorskip("transformers")
 
@@ -218,6 +219,30 @@ def test_compiled(autocast: bool) -> None:
         expected = eager[key.removeprefix("_orig_mod.")]
         scale = expected.abs().max().item()
         torch.testing.assert_close(grad, expected, rtol=0, atol=2**-5 * scale)
+
+
+@pytest.mark.parametrize("path", ["", "model.layers.0", "model.layers.3"])
+def test_logits_of_loops_through_wrappers(path: str) -> None:
+    model, ids = recursive("Llama"), tokens()
+    expected = loop_logits(model, input_ids=ids)
+    wrapper = AveragedModel(model.get_submodule(path))
+    if path:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, wrapper)
+    for own, other in zip(
+        loop_logits(model if path else wrapper, input_ids=ids), expected, strict=True
+    ):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("path", ["", "model"])
+def test_logits_of_loops_of_what_is_compiled_in_place(path: str) -> None:
+    """What module.compile() makes is bound to the module, and is not called for a part of it."""
+    model, ids = recursive("Llama"), tokens()
+    expected = loop_logits(model, input_ids=ids)
+    model.get_submodule(path).compile(disable=True)  # bound all the same
+    for own, other in zip(loop_logits(model, input_ids=ids), expected, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_gradients_of_exits_are_those_of_hidden_states() -> None:
