@@ -4,6 +4,7 @@ previous one is removed."""
 import dataclasses
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,14 @@ def save_checkpoint(trainer: Trainer, tokenizer: Any, directory: Path, text_dige
 
 
 def restore_trainer(
-    entry: Entry, base: CausalLM, settings: Settings, path: Path, text_digest: str
+    entry: Entry,
+    base: CausalLM,
+    settings: Settings,
+    path: Path,
+    text_digest: str,
+    make: Callable[[Entry, CausalLM, Settings], Trainer] = Trainer,
 ) -> Trainer:
-    """The trainer that `save_checkpoint` saved; adapts the base model in place."""
+    """The trainer that `save_checkpoint` saved, made by `make`; adapts the base model in place."""
     where = f"cannot continue from {path / _STATE}"
     with as_user_error("cannot read", OSError, ValueError):
         values = read_torch_file(path / _STATE, "--resume")
@@ -83,7 +89,7 @@ def restore_trainer(
         raise UserError(f"the text or the tokenizer has changed since {path} was written")
     progress = _progress_of(state, where)
     _check_rng(state, where)
-    trainer = Trainer(entry, entry.load(base, settings, path), settings)
+    trainer = make(entry, entry.load(base, settings, path), settings)
     if (state.freezing is None) != (trainer.freezing is None):
         needed = "no" if trainer.freezing is None else "a"
         raise UserError(f"{where}: freezing must be {needed} schedule's state for {entry.name}")

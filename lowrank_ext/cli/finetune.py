@@ -2,10 +2,7 @@
 
 import copy
 import dataclasses
-import shlex
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from lowrank_ext.cli.checkpoints import (
 )
 from lowrank_ext.cli.data import Corpus, load_corpus
 from lowrank_ext.cli.display import Display, make_display
-from lowrank_ext.cli.errors import Interrupted, UserError
+from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import (
     MEBIBYTE,
     cannot_write,
@@ -32,7 +29,7 @@ from lowrank_ext.cli.files import (
     require_free_space,
     write_json,
 )
-from lowrank_ext.cli.interrupts import StopRequest, Terminated
+from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.log import LOG, log_file
 from lowrank_ext.cli.measure import (
     PeakMemory,
@@ -62,6 +59,7 @@ from lowrank_ext.cli.report import (
     write_result,
 )
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.stopping import at_once, stop_if_requested
 from lowrank_ext.cli.training import (
     Events,
     Progress,
@@ -273,7 +271,7 @@ def run_frozen(job: Job, entry: Entry) -> Result:
             )
         milliseconds = statistics.mean((timing.milliseconds, timing.frozen_milliseconds))
         display.phase(f"held-out loss {loss:.4f}")
-    stop_if_requested(job, entry.name, 0)
+    stop_if_requested(job.stop, job.out, entry.name, 0, job.settings.steps)
     return Result(
         method=entry.name,
         learning_rate=0.0,
@@ -304,14 +302,15 @@ def run_method(job: Job, entry: Entry, directory: Path) -> Result:
         with job.stop.leaving_at_any_point():
             trainer = start_trainer(job, entry, directory, display)
         with PeakMemory() as peak:
-            trainer.train(job.corpus, job.held_out, events_for(job, directory, display))
+            events = events_for(job.tokenizer, job.text_digest, job.stop, directory, display)
+            trainer.train(job.corpus, job.held_out, events)
         entry.save(trainer.model, job.tokenizer, directory)
-        stop_if_requested(job, entry.name, trainer.progress.step)
+        stop_if_requested(job.stop, job.out, entry.name, trainer.progress.step, job.settings.steps)
         display.phase("measuring")
         with job.stop.leaving_at_any_point():
             result = measure_method(job, trainer, peak, directory)
         display.phase(f"held-out loss {result.held_out[0][1]:.4f} > {result.held_out[-1][1]:.4f}")
-    stop_if_requested(job, entry.name, trainer.progress.step)
+    stop_if_requested(job.stop, job.out, entry.name, trainer.progress.step, job.settings.steps)
     return result
 
 
@@ -362,7 +361,9 @@ def record_start(job: Job, trainer: Trainer, display: Display) -> None:
     )
 
 
-def events_for(job: Job, directory: Path, display: Display) -> Events:
+def events_for(
+    tokenizer: Any, text_digest: str, stop: StopRequest, directory: Path, display: Display
+) -> Events:
     """Events that send progress to the display and the log, and checkpoints to `directory`."""
 
     def on_step(progress: Progress) -> None:
@@ -375,10 +376,10 @@ def events_for(job: Job, directory: Path, display: Display) -> Events:
         )
 
     def on_checkpoint(trainer: Trainer) -> None:
-        path = save_checkpoint(trainer, job.tokenizer, directory, job.text_digest)
+        path = save_checkpoint(trainer, tokenizer, directory, text_digest)
         LOG.info("saved %s", printable(str(path)))
 
-    return Events(on_step, on_checkpoint, job.stop)
+    return Events(on_step, on_checkpoint, stop)
 
 
 def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path) -> Result:
@@ -413,32 +414,6 @@ def measure_method(job: Job, trainer: Trainer, peak: PeakMemory, directory: Path
         expert_load_at_end=count_experts(model, job.held_out, trainer.training),
         saved_to=None if name is None else str(directory / name),
     )
-
-
-def stop_if_requested(job: Job, method: str, step: int) -> None:
-    """Raises Interrupted, with the command that resumes the run, if a signal has stopped it."""
-    if job.stop.requested:
-        done = f"stopped {method} after step {step} of {job.settings.steps}, everything is saved"
-        raise Interrupted(f"{done}; {how_to_resume(job.out)}", job.stop.exit_code)
-
-
-def how_to_resume(out: Path) -> str:
-    """The command that continues the run in `out`."""
-    return f"continue with: lowrank-ext finetune --resume --out {shlex.quote(str(out))}"
-
-
-@contextmanager
-def at_once(out: Path | None, stop: StopRequest) -> Iterator[None]:
-    """A block that SIGTERM may leave at any point: nothing in it remains to be saved.
-
-    Args:
-        out: the directory of the run, None before it has one.
-    """
-    try:
-        yield
-    except Terminated:
-        rest = "nothing was trained yet" if out is None else how_to_resume(out)
-        raise Interrupted(f"stopped; {rest}", stop.exit_code) from None
 
 
 def display_for(job: Job, entry: Entry) -> Display:

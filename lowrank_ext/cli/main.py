@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,21 +14,11 @@ except ImportError:
 
 import lowrank_ext as lr
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
-from lowrank_ext.cli.errors import Interrupted, UserError, one_line, place_of
-from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED, StoppedAtOnce
-from lowrank_ext.cli.options import with_method_options
+from lowrank_ext.cli.error_lines import errors_as_lines
+from lowrank_ext.cli.options import Dtype, Threads, with_method_options
+from lowrank_ext.cli.recursive.app import app as recursive
+from lowrank_ext.cli.resumed import check_same_settings, is_given
 from lowrank_ext.cli.settings import Settings, method_names, method_options, parse_methods
-
-EXIT_FAULT = 1
-EXIT_BAD_INPUT = 2
-
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
-    ),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
 
 class Commands(TyperGroup):
@@ -46,8 +34,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models through fused low-rank adapters, screen texts with a guard, "
-    "and check the installation.",
+    help="Fine-tune language models through fused low-rank adapters, make and run recursive "
+    "models, screen texts with a guard, and check the installation.",
 )
 
 
@@ -67,30 +55,6 @@ def common(
     ] = False,
 ) -> None:
     """Low-rank adapters on fused ops."""
-
-
-@contextmanager
-def errors_as_lines() -> Iterator[None]:
-    """One line on stderr for whatever is raised. Exit code 2 for bad input, and for files that the
-    system refuses; 130 for Ctrl-C, 143 for SIGTERM; 1 for a fault of this program."""
-    try:
-        yield
-    except (BrokenPipeError, typer.Exit):  # click's own
-        raise
-    except (UserError, OSError) as error:
-        typer.echo(f"error: {one_line(error)}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
-    except Interrupted as stopped:
-        typer.echo(one_line(stopped), err=True)
-        raise typer.Exit(stopped.exit_code) from None
-    except KeyboardInterrupt as stopped:
-        typer.echo("stopped at once; the last checkpoint, if any, is kept", err=True)
-        code = stopped.exit_code if isinstance(stopped, StoppedAtOnce) else EXIT_INTERRUPTED
-        raise typer.Exit(code) from None
-    except Exception as error:
-        where = f"unexpected {type(error).__name__} in {place_of(error)}"
-        typer.echo(f"error: {where}: {one_line(error)}", err=True)
-        raise typer.Exit(EXIT_FAULT) from None
 
 
 @app.command()
@@ -174,8 +138,10 @@ def finetune(
         settings, console = _settings(context.params), make_console()
         if resume:
             stored = command.stored_settings(out)
-            _check_same_settings(context, settings, stored)
-            more = _is_given(context, "steps") and settings.steps > stored.steps
+            check_same_settings(
+                context, settings.to_dict(), stored.to_dict(), method="methods", compare="methods"
+            )
+            more = is_given(context, "steps") and settings.steps > stored.steps
             settings = command.extended(stored, settings.steps, out, console) if more else stored
         settings.check()
         command.run(settings, out, resume, console)
@@ -194,31 +160,6 @@ def _settings(options: dict[str, Any]) -> Settings:
     own = {option.name: options[option.name] for option in method_options()}
     plain = {field.name for field in dataclasses.fields(Settings)} - {*derived, "options"}
     return Settings(**derived, **{name: options[name] for name in plain}, options=own)
-
-
-def _check_same_settings(context: typer.Context, asked: Settings, stored: Settings) -> None:
-    """Raises UserError when an option given with --resume differs from the resumed run's; --steps
-    may be larger."""
-    for option in context.params:
-        if option in ("out", "resume") or not _is_given(context, option):
-            continue
-        name = "methods" if option in ("method", "compare") else option
-        was, now = stored.to_dict()[name], asked.to_dict()[name]
-        if was != now and not (name == "steps" and now > was):
-            flag = "--" + option.replace("_", "-")
-            raise UserError(
-                f"--resume: {flag} was {_shown(was)}, got {_shown(now)}; leave it out or start anew"
-            )
-
-
-def _is_given(context: typer.Context, option: str) -> bool:
-    """Whether the option stands on the command line."""
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @app.command()
@@ -280,6 +221,9 @@ def doctor(
 
         if not command.run(as_json=json):
             raise typer.Exit(1)
+
+
+app.add_typer(recursive, name="recursive")
 
 
 if __name__ == "__main__":

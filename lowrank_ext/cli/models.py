@@ -114,16 +114,9 @@ def _in_directory(directory: Path) -> ModelSource:
 def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     """The model and its tokenizer, from local files only. GGUF is dequantized in fp32 and rounded
     once to `dtype`."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UserError(
-            "a model needs transformers and gguf: pip install 'lowrank-ext[finetune]'"
-        ) from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    prepare_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     load_dtype = torch.float32 if source.gguf_file else dtype
     options: dict[str, Any] = {
         "local_files_only": True,
@@ -134,7 +127,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     # stderr is redirected, as the GGUF reader's progress bar would disturb ours.
     with (
         as_user_error(f"cannot load {source.name}", Exception),
-        _no_own_code(),
+        no_own_code(),
         redirect_stderr(io.StringIO()),
     ):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
@@ -144,8 +137,21 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model.to(dtype).train(), tokenizer, source.name)
 
 
+def prepare_transformers() -> None:
+    """Makes transformers read local files only, and be quiet. Raises UserError without it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(
+            "a model needs transformers and gguf: pip install 'lowrank-ext[finetune]'"
+        ) from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 @contextmanager
-def _no_own_code() -> Iterator[None]:
+def no_own_code() -> Iterator[None]:
     """Replaces transformers' advice to trust code in a model's directory, which no option does."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Adds the methods' own options to a command."""
+"""Options that commands share, and the methods' own, added to a command."""
 
 import inspect
 from collections.abc import Callable
@@ -8,6 +8,14 @@ import typer
 
 from lowrank_ext.cli.settings import method_options
 from lowrank_ext.recipe import Option
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

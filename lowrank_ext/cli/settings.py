@@ -51,19 +51,19 @@ class Settings:
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
         _check_methods(self.methods)
-        _check_at_least("--rank", self.rank, 1)
-        _check_at_least("--steps", self.steps, 1)
-        _check_at_least("--batch", self.batch, 1)
-        _check_at_least("--seq-len", self.seq_len, 2)
-        _check_at_least("--eval-batches", self.eval_batches, 1)
-        _check_at_least("--save-every", self.save_every, 0)
-        _check_at_least("--seed", self.seed, 0, most=2**40)
+        check_at_least("--rank", self.rank, 1)
+        check_at_least("--steps", self.steps, 1)
+        check_at_least("--batch", self.batch, 1)
+        check_at_least("--seq-len", self.seq_len, 2)
+        check_at_least("--eval-batches", self.eval_batches, 1)
+        check_at_least("--save-every", self.save_every, 0)
+        check_at_least("--seed", self.seed, 0, most=2**40)
         if self.threads is not None:
-            _check_at_least("--threads", self.threads, 1, most=MOST_THREADS)
-        _check_positive("--alpha", self.alpha)
-        _check_positive("--lr", self.lr)
-        _check_choice("--dtype", self.dtype, DTYPES)
-        _check_choice("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES)
+            check_at_least("--threads", self.threads, 1, most=MOST_THREADS)
+        check_positive("--alpha", self.alpha)
+        check_positive("--lr", self.lr)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         self._check_options()
@@ -173,19 +173,22 @@ def _check_methods(methods: tuple[str, ...]) -> None:
             raise UserError(f"--compare names {name} twice")
 
 
-def _check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+def check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Raises UserError unless ``least <= value <= most``."""
     if value < least:
         raise UserError(f"{option} must be at least {least}, got {value}")
     if value > most:
         raise UserError(f"{option} must be at most {most}, got {value}")
 
 
-def _check_positive(option: str, value: float | None) -> None:
+def check_positive(option: str, value: float | None) -> None:
+    """Raises UserError unless the value is None or a positive number."""
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise UserError(f"{option} must be a positive number, got {value}")
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UserError, with near matches, unless the value is one of the choices."""
     if value not in choices:
         raise UserError(
             f"{option} must be one of {', '.join(choices)}, got {value!r}"

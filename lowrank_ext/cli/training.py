@@ -197,6 +197,10 @@ class Trainer:
         pairs = [(others, rate), *((parameters, factor * rate) for parameters, factor in groups)]
         return [(parameters, own_rate) for parameters, own_rate in pairs if parameters]
 
+    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss that is reported, and the one for backward."""
+        return training_loss(self.model, tokens, self.training)
+
     def train_step(self, tokens: Tensor) -> float:
         """Forward, backward, update. Raises UserError when loss or gradient are not finite. A stop
         before the update leaves the state of the step before."""
@@ -210,7 +214,7 @@ class Trainer:
 
     def _train_step(self, tokens: Tensor) -> float:
         started = time.perf_counter()
-        loss, total = training_loss(self.model, tokens, self.training)
+        loss, total = self.loss(tokens)
         self._check_finite("loss", math.isfinite(total.item()))
         torch.autograd.backward(total * self.optimizer.loss_scale)
         with self.stop.undisturbed():

@@ -44,6 +44,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def recursive_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_model in two loops of one layer, with adapters of rank 4."""
+    from recursive_runs import convert
+
+    path = tmp_path_factory.mktemp("recursive") / "model"
+    result = convert(tiny_model, path)
+    assert result.exit_code == 0, result.output
+    return path
+
+
 @pytest.fixture
 def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
     """Runs finetune with small sizes; keyword arguments override options, None leaves one out."""

@@ -101,6 +101,8 @@ def check_cli(arguments: list[str]) -> None:
         return
     group = typer.main.get_command(app)
     name, command, options = group.resolve_command(typer.Context(group), list(arguments))
+    if isinstance(command, typer.core.TyperGroup) and options != ["--help"]:
+        name, command, options = command.resolve_command(typer.Context(command), options)
     if options != ["--help"]:
         command.make_context(name, options)
 

@@ -1,0 +1,172 @@
+"""`lowrank-ext recursive convert`: folds a model into loops and writes a directory."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import lowrank_ext as lr
+from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.files import (
+    MEBIBYTE,
+    cannot_write,
+    exists,
+    new_directory,
+    require_directory,
+    require_free_space,
+)
+from lowrank_ext.cli.methods import parse_targets
+from lowrank_ext.cli.models import dtype_name, find_model, load_model, resolve_dtype
+from lowrank_ext.cli.recursive.models import check_machine, num_bytes, numel
+from lowrank_ext.cli.report import human_count
+from lowrank_ext.cli.settings import check_at_least, check_choice
+from lowrank_ext.methods.recursive.config import LORA_STARTS, TIED_STARTS
+from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of the command."""
+
+    model: str | None
+    loops: int
+    rank: int
+    init: str
+    lora_init: str | None
+    targets: str
+    dtype: str
+    seed: int
+    threads: int | None
+    out: Path
+
+    def check(self) -> None:
+        """Raises UserError naming the option, what it must be, and what it was."""
+        check_at_least("--loops", self.loops, 1)
+        check_at_least("--rank", self.rank, 0)
+        check_at_least("--seed", self.seed, 0, most=2**40)
+        check_choice("--init", self.init, TIED_STARTS)
+        if self.lora_init is not None:
+            check_choice("--lora-init", self.lora_init, LORA_STARTS)
+            if self.rank == 0:
+                raise UserError(
+                    f"--lora-init {self.lora_init} needs adapters: give a --rank above 0, got 0"
+                )
+        if not self.targets.strip():
+            raise UserError(
+                "--targets must be all-linear, names separated by commas, or a regular expression"
+            )
+        check_machine(self.dtype, self.threads)
+        _check_replaceable(self.out)
+
+    def config(self) -> lr.recursive.RecursiveConfig:
+        """What they say about the model."""
+        with as_user_error("cannot convert", ValueError, TypeError):
+            return lr.recursive.RecursiveConfig(
+                num_loops=self.loops,
+                init=self.init,
+                rank=self.rank,
+                lora_init=self.lora_init or "svd",
+                targets=parse_targets(self.targets),
+            )
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises UserError unless the directory is new, empty, or a converted model's."""
+    what = f"--out {out}"
+    if not exists(what, out):
+        return
+    require_directory(what, out)
+    if any(out.iterdir()) and not _is_recursive(out / "config.json"):
+        raise UserError(f"{what}: must be new, empty, or hold a converted model, which is replaced")
+
+
+def _is_recursive(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "recursive" in found
+
+
+def run(options: Options, console: Console) -> None:
+    """Loads, converts, writes; prints what is stored."""
+    options.check()
+    config = options.config()
+    source = find_model(options.model)
+    dtype = resolve_dtype(options.dtype)
+    console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
+    loaded = load_model(source, dtype)
+    model = loaded.model.eval()
+    before = numel(model), num_bytes(model)
+    torch.manual_seed(options.seed)
+    with (
+        _progress(console) as on_layer,
+        as_user_error(f"cannot convert {source.name}", ValueError, TypeError),
+    ):
+        lr.recursive.convert(model, config, on_layer=on_layer)
+    _write(model, loaded.tokenizer, options.out)
+    _describe(console, model, before)
+    console.print(f"wrote {options.out}", markup=False, soft_wrap=True)
+
+
+def _write(model: Any, tokenizer: Any, out: Path) -> None:
+    with cannot_write(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    require_free_space(out.parent, num_bytes(model) + 16 * MEBIBYTE)
+    with new_directory(out) as temporary:
+        save(model, tokenizer, temporary)
+
+
+def save(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Writes model and tokenizer into a directory."""
+    # The config of a model read from GGUF says so, but the files written here are safetensors.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _describe(console: Console, model: Any, before: tuple[int, int]) -> None:
+    config = model.recursive_config
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    adapters = [module for module in model.modules() if isinstance(module, RelaxedLinear)]
+    added = sum(module.lora_a.numel() + module.lora_b.numel() for module in adapters)
+    lines = [f"{layers} layers: {config.num_loops} loops of {layers // config.num_loops}"]
+    if adapters:
+        ranks = sorted({module.r for module in adapters})
+        # Of small linears the rank is all they can have.
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        lines.append(f"adapters of rank {shown}: {human_count(added)} parameters")
+    after = numel(model), num_bytes(model)
+    lines.append(
+        f"stored: {human_count(after[0])} parameters, {after[1] / MEBIBYTE:,.1f} MiB; source: "
+        f"{human_count(before[0])} parameters, {before[1] / MEBIBYTE:,.1f} MiB; "
+        f"{after[1] / before[1]:.0%}"
+    )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar over the layers on a terminal, else a line for each quarter."""
+    if not console.is_terminal:
+        yield lambda done, total: _line(console, done, total)
+        return
+    columns: list[Any] = [TextColumn("layers"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("layers", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line(console: Console, done: int, total: int) -> None:
+    if done == total or done % math.ceil(total / 4) == 0:
+        console.print(f"layer {done}/{total}", markup=False)

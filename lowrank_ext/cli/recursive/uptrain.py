@@ -1,0 +1,296 @@
+"""`lowrank-ext recursive uptrain`: trains a converted model, with or without a teacher."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import lowrank_ext as lr
+from lowrank_ext.cli.checkpoints import (
+    checkpoints,
+    remove_checkpoints,
+    restore_trainer,
+)
+from lowrank_ext.cli.data import Corpus, load_corpus
+from lowrank_ext.cli.display import Display, make_display
+from lowrank_ext.cli.environment import environment
+from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.files import (
+    MEBIBYTE,
+    exists,
+    prepare_output,
+    read_json,
+    require_free_space,
+    write_bytes,
+    write_json,
+)
+from lowrank_ext.cli.finetune import events_for
+from lowrank_ext.cli.interrupts import StopRequest
+from lowrank_ext.cli.log import LOG, log_file
+from lowrank_ext.cli.methods import Entry
+from lowrank_ext.cli.models import (
+    CausalLM,
+    LoadedModel,
+    check_context,
+    check_vocabulary,
+    dtype_name,
+    find_model,
+    load_model,
+    resolve_dtype,
+)
+from lowrank_ext.cli.recursive.convert import save
+from lowrank_ext.cli.recursive.models import load_recursive, num_bytes, num_loops, numel
+from lowrank_ext.cli.recursive.pictures import loss_picture
+from lowrank_ext.cli.recursive.settings import UptrainSettings
+from lowrank_ext.cli.report import human_count
+from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.stopping import at_once, stop_if_requested
+from lowrank_ext.cli.training import Trainer
+
+COMMAND = "recursive uptrain"
+_NAME = "uptrain"
+_SETTINGS = "settings.json"
+_BEFORE = "held_out_before.json"
+# A value, two AdamW moments and an fp32 master of each parameter, in two checkpoints while the old
+# one is replaced, and the result.
+_BYTES_PER_PARAMETER = 2 * 4 * 4 + 4
+
+
+class Uptrained(Entry):
+    """A recursive model, every parameter of which trains."""
+
+    saved_name = "model"
+
+    def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
+        return model.train().requires_grad_(True)
+
+    def _save(self, model: CausalLM, tokenizer: Any, directory: Path) -> None:
+        save(model, tokenizer, directory)
+
+    def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
+        return self._build(lr.recursive.load(path), settings)
+
+
+class UptrainTrainer(Trainer):
+    """finetune's loop with the loss of uptraining."""
+
+    def __init__(
+        self, entry: Entry, model: CausalLM, settings: UptrainSettings, teacher: CausalLM | None
+    ) -> None:
+        # The loop reads steps, batch, seed, save_every and the learning rate.
+        super().__init__(entry, model, cast(Settings, settings))
+        self.own, self.teacher = settings, teacher
+
+    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.own
+        coefficients = lr.recursive.loop_coefficients(
+            num_loops(self.model), own.exits, step=self.progress.step, warm_up=own.exit_warm_up
+        )
+        total = lr.recursive.uptrain_loss(
+            self.model,
+            self.teacher,
+            {"input_ids": tokens, "labels": tokens},
+            loss=own.loss,
+            coefficients=coefficients,
+            exit_loss=own.exit_loss,
+        ).total
+        return total, total
+
+
+@dataclass
+class Job:
+    """What a run works with."""
+
+    settings: UptrainSettings
+    out: Path
+    resume: bool
+    console: Console
+    stop: StopRequest
+    loaded: LoadedModel
+    teacher: CausalLM | None
+    corpus: Corpus
+    text_digest: str
+    held_out: list[Tensor]
+
+
+def run(settings: UptrainSettings, out: Path, resume: bool, console: Console) -> None:
+    """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
+    prepare_output(out)
+    with log_file(out / "uptrain.log", append=resume), StopRequest() as stop:
+        with at_once(out if resume else None, stop, COMMAND), stop.leaving_at_any_point():
+            job = prepare(settings, out, resume, console, stop)
+        with at_once(out, stop, COMMAND):
+            train(job)
+
+
+def stored_settings(out: Path) -> UptrainSettings:
+    """The settings of the run in `out`."""
+    if not exists(f"--resume: {out}", out / _SETTINGS):
+        raise UserError(f"--resume: {out} holds no run to continue")
+    return UptrainSettings.from_dict(read_json(out / _SETTINGS))
+
+
+def extended(stored: UptrainSettings, steps: int, console: Console) -> UptrainSettings:
+    """The settings with more steps."""
+    console.print(
+        f"{steps} steps instead of {stored.steps}: from here on the learning rate is that of a run "
+        f"of {steps} steps, steps taken before keep theirs",
+        soft_wrap=True,
+    )
+    return dataclasses.replace(stored, steps=steps)
+
+
+def prepare(
+    settings: UptrainSettings, out: Path, resume: bool, console: Console, stop: StopRequest
+) -> Job:
+    """Loads models and text, with all checks that are possible before the first step."""
+    dtype = resolve_dtype(settings.dtype)
+    console.print(f"loading {settings.directory} in {dtype_name(dtype)}", markup=False)
+    loaded = load_recursive(Path(settings.directory), settings.dtype)
+    teacher = None if settings.loss == "ce" else _load_teacher(settings, loaded, console)
+    for model in (loaded.model, teacher):
+        if model is not None:
+            check_context(model, settings.seq_len)
+    corpus = load_corpus(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
+    check_vocabulary(loaded.model, int(max(corpus.train.max(), corpus.held_out.max())))
+    require_free_space(out, 16 * MEBIBYTE + _BYTES_PER_PARAMETER * numel(loaded.model))
+    if not resume:
+        remove_checkpoints(out)
+        (out / _BEFORE).unlink(missing_ok=True)
+    write_json(out / _SETTINGS, settings.to_dict())
+    held_out = corpus.held_out_batches(settings.batch, settings.eval_batches)
+    job = Job(
+        settings,
+        out,
+        resume,
+        console,
+        stop,
+        loaded,
+        teacher,
+        corpus,
+        corpus.digest(),
+        held_out,
+    )
+    _describe(job)
+    return job
+
+
+def _load_teacher(settings: UptrainSettings, loaded: LoadedModel, console: Console) -> CausalLM:
+    source = find_model(settings.teacher)
+    console.print(f"loading the teacher {source.name}", markup=False)
+    teacher = load_model(source, resolve_dtype(settings.dtype)).model.eval().requires_grad_(False)
+    own, given = (
+        model.get_output_embeddings().weight.shape[0] for model in (loaded.model, teacher)
+    )
+    if own != given:
+        raise UserError(
+            f"--teacher {source.name} must have the model's vocabulary of {own} tokens, got {given}"
+        )
+    return teacher
+
+
+def _describe(job: Job) -> None:
+    settings, model, corpus = job.settings, job.loaded.model, job.corpus
+    held_out = sum(rows.numel() for rows in job.held_out)
+    exits = f", exits {settings.exits:g} ({settings.exit_loss})" if settings.exits else ""
+    job.console.print(
+        f"{human_count(numel(model))} stored parameters in {num_loops(model)} loops, "
+        f"{num_bytes(model) / MEBIBYTE:,.1f} MiB; loss {settings.loss}{exits}, learning rate "
+        f"{settings.lr:g}, {torch.get_num_threads()} threads\n"
+        f"{corpus.description}, {corpus.train.numel():,} tokens to train on, {held_out:,} held "
+        f"out; {settings.steps} steps of {settings.batch} x {settings.seq_len} tokens",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def train(job: Job) -> None:
+    """Trains from the start or from the last checkpoint, saves, measures, reports."""
+    settings, stop = job.settings, job.stop
+    tokens_per_step = settings.batch * settings.seq_len
+    with make_display(job.console, _NAME, settings.steps, tokens_per_step) as display:
+        with stop.leaving_at_any_point():
+            trainer, before = start(job, display)
+        events = events_for(job.loaded.tokenizer, job.text_digest, stop, job.out, display)
+        trainer.train(job.corpus, job.held_out, events)
+        step = trainer.progress.step
+        trainer.entry.save(trainer.model, job.loaded.tokenizer, job.out)
+        stop_if_requested(stop, job.out, _NAME, step, settings.steps, COMMAND)
+        display.phase("evaluating")
+        with stop.leaving_at_any_point():
+            after = lr.recursive.evaluate(trainer.model, job.held_out).to_dict()
+        display.phase(f"held-out loss {before['losses'][-1]:.4f} > {after['losses'][-1]:.4f}")
+    stop_if_requested(stop, job.out, _NAME, step, settings.steps, COMMAND)
+    finish(job, trainer, before, after)
+
+
+def start(job: Job, display: Display) -> tuple[UptrainTrainer, dict[str, Any]]:
+    """A trainer from the last checkpoint or a new one; and what was measured before its first
+    step."""
+    settings, entry = job.settings, Uptrained(_NAME)
+    found = checkpoints(job.out) if job.resume else []
+    display.phase("continuing" if found else "evaluating")
+    torch.manual_seed(settings.seed)
+
+    def make(own: Entry, model: CausalLM, _: Settings) -> UptrainTrainer:
+        return UptrainTrainer(own, model, settings, job.teacher)
+
+    if found:
+        trainer = restore_trainer(
+            entry, job.loaded.model, cast(Settings, settings), found[-1], job.text_digest, make
+        )
+        before = read_json(job.out / _BEFORE)
+        _check_measured(before, num_loops(trainer.model), job.out / _BEFORE)
+    else:
+        before = lr.recursive.evaluate(job.loaded.model, job.held_out).to_dict()
+        write_json(job.out / _BEFORE, before)
+        own = cast(Settings, settings)
+        trainer = make(entry, entry.build(job.loaded.model, own), own)
+        trainer.evaluate(job.held_out)
+    LOG.info("from step %d, learning rate %g", trainer.progress.step, settings.lr)
+    return cast(UptrainTrainer, trainer), before
+
+
+def _check_measured(values: dict[str, Any], loops: int, path: Path) -> None:
+    losses = values.get("losses")
+    fits = isinstance(losses, list) and len(losses) == loops
+    if not fits or not all(isinstance(value, float) for value in losses or ()):
+        raise UserError(f"{path}: losses must hold a number for each of the {loops} loops")
+
+
+def finish(
+    job: Job, trainer: UptrainTrainer, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Writes the report and the picture; prints what was gained and written."""
+    progress, settings, out = trainer.progress, job.settings, job.out
+    report = {
+        "settings": settings.to_dict(),
+        "model": {
+            "recursive": trainer.model.recursive_config.to_dict(),
+            "stored_parameters": numel(trainer.model),
+            "stored_bytes": num_bytes(trainer.model),
+            "dtype": dtype_name(trainer.model.dtype),
+            "teacher": None if settings.loss == "ce" else find_model(settings.teacher).name,
+            "train_tokens": job.corpus.train.numel(),
+            "held_out_tokens": after["num_tokens"],
+        },
+        "environment": environment(),
+        "seconds": sum(progress.step_seconds),
+        "step_seconds": progress.step_seconds,
+        "losses": progress.losses,
+        "held_out": progress.held_out,
+        "skipped_steps": progress.skipped_steps,
+        "held_out_before": before,
+        "held_out_after": after,
+    }
+    with as_user_error("the losses cannot be written", ValueError):
+        write_json(out / "report.json", report)
+    write_bytes(out / "loss.png", loss_picture(progress, before, after, settings.loss))
+    for loop, (first, last) in enumerate(zip(before["losses"], after["losses"], strict=True)):
+        job.console.print(f"loop {loop}: held-out loss {first:.4f} > {last:.4f}", markup=False)
+    for name in ("model", "report.json", "loss.png", "uptrain.log"):
+        job.console.print(f"wrote {out / name}", markup=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""What the tests of `lowrank-ext recursive` share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune_runs import invoke
+
+STEPS = 4
+
+
+def command(*arguments: Any, **options: Any) -> Any:
+    """Runs lowrank-ext recursive; keyword arguments are options, None leaves one out."""
+    words = [str(argument) for argument in arguments]
+    for name, value in options.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return invoke("recursive", *words)
+
+
+def convert(model: Path, out: Path, **options: Any) -> Any:
+    return command(
+        "convert", **{"model": model, "out": out, "loops": 2, "rank": 4, "dtype": "fp32", **options}
+    )
+
+
+def uptrain(directory: Path, teacher: Path | None, text: Path, out: Path, **options: Any) -> Any:
+    small = {
+        "teacher": teacher,
+        "text": text,
+        "out": out,
+        "steps": STEPS,
+        "batch": 2,
+        "seq_len": 16,
+        "eval_batches": 2,
+        "dtype": "fp32",
+        "lr": 0.002,
+    }
+    return command("uptrain", directory, **{**small, **options})
+
+
+def report(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return found
