@@ -100,6 +100,11 @@ def test_dtypes(tmp_path: Path) -> None:
     wide = load(tmp_path, dtype=torch.float64)
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     assert torch.equal(wide.model.norm.weight, model.model.norm.weight.double())
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.lora_b[1, 1] = 1e6
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers.3.mlp.up_proj.lora_b must be finite in torch.fl"):
+        load(tmp_path, dtype=torch.float16)
 
 
 def test_generation_options_come_back(tmp_path: Path) -> None:
