@@ -413,7 +413,7 @@ def test_a_pass_that_fails_ends_the_request_at_fault_alone(model, full_depth, mo
     whole = runner.run
 
     def limited(rows, states):
-        if any(run.count > 12 for _, run in rows.long):
+        if any(run.count > 12 for _, run in rows._alone):
             raise torch.OutOfMemoryError("out of memory")
         return whole(rows, states)
 

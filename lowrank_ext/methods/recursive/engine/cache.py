@@ -33,6 +33,12 @@ class SlotCache:
     def num_bytes(self) -> int:
         return self.entries.numel() * self.entries.element_size()
 
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token's keys and values at one position and loop."""
+        heads, head_dim = self.entries.shape[-2:]
+        return 2 * heads * head_dim * self.entries.element_size()
+
     def index(self, loop: int, slot: int, position: int) -> int:
         """Where the entry of a token is on the long dimension."""
         return (loop * self.num_slots + slot) * self.max_length + position
@@ -42,10 +48,10 @@ class SlotCache:
         self.entries[k, 0].index_copy_(0, where, keys)
         self.entries[k, 1].index_copy_(0, where, values)
 
-    def slot(self, k: int, loop: int, slot: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, heads, end, head_dim] of a slot's first ``end`` tokens: views."""
+    def slot(self, k: int, loop: int, slot: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, heads, end - begin, head_dim] of tokens of a slot: views."""
         start = self.index(loop, slot, 0)
-        found = self.entries[k, :, start : start + end].transpose(1, 2)
+        found = self.entries[k, :, start + begin : start + end].transpose(1, 2)
         return found[0:1], found[1:2]
 
     def slots(self, k: int, loop: int, end: int, slots: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The rows of one pass over the block, and their attention over ragged caches.
 
-A row is (slot, loop, token position). Rows of one token of a slot are decoded together, padded to
-the longest; runs of several tokens of one slot (a prompt, skipped loops) attend by themselves.
+A row is (slot, loop, token position). Rows of one loop and one token each are attended together,
+padded to the longest, or one by one without padding, whichever reads less; runs of several tokens
+of one slot (a prompt, skipped loops) attend by themselves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,27 +38,42 @@ class Run:
     count: int = 1
 
 
-class Single:
+# A call of attention takes as long as reading this much memory: what batching may waste for it.
+_CALL_BYTES = 64 * 1024
+
+
+class Batch:
     """Runs of one token in one loop, which attend in one call.
 
     Attributes:
+        loop: theirs.
         rows: indices of their rows in the pass [R].
         end: number of cached tokens of the longest.
-        slots: the slots whose cache is copied, or None where the call covers all slots.
+        slots: theirs [R].
+        all_slots: whether the call reads the cache of all slots where it lies, the rows of absent
+            slots being zero; else the cache of theirs is copied.
     """
 
     def __init__(self, runs: Sequence[tuple[int, Run]], cache: SlotCache) -> None:
         device = cache.entries.device
         self.loop = runs[0][1].loop
         self.rows = torch.tensor([row for row, _ in runs], device=device)
-        slots = torch.tensor([run.slot for _, run in runs], device=device)
+        self.slots = torch.tensor([run.slot for _, run in runs], device=device)
         self.lengths = torch.tensor([run.start + 1 for _, run in runs], device=device)
         self.end = max(run.start + 1 for _, run in runs)
-        # Reading the cache of absent slots too costs less than copying that of many.
-        self.all_slots = 2 * len(runs) >= cache.num_slots
-        self.slots = slots
+        # A copy is written and read again.
+        self.all_slots = 3 * len(runs) >= cache.num_slots
         self._num_slots = cache.num_slots
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    @staticmethod
+    def pays(runs: Sequence[tuple[int, Run]], cache: SlotCache) -> bool:
+        """Whether one padded call is cheaper than a call for each run."""
+        if cache.entries.device.type != "cpu":
+            return True
+        own = sum(run.start + 1 for _, run in runs)
+        padded = max(run.start + 1 for _, run in runs) * min(cache.num_slots, 3 * len(runs))
+        return padded * cache.token_bytes <= own * cache.token_bytes + len(runs) * _CALL_BYTES
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive [S or R, 1, 1, end]: which cached tokens each row sees."""
@@ -74,6 +90,18 @@ class Single:
             self._masks[key] = mask.masked_fill_(~seen, -torch.inf)[:, None, None, :]
         return self._masks[key]
 
+    def attend(
+        self, cache: SlotCache, k: int, rows: Tensor, window: int | None, scale: float | None
+    ) -> Tensor:
+        """[R, heads, head_dim] of its rows among ``rows`` [N, heads, head_dim]."""
+        keys, values = cache.slots(k, self.loop, self.end, None if self.all_slots else self.slots)
+        query = rows.index_select(0, self.rows)
+        if self.all_slots:
+            everywhere = query.new_zeros((self._num_slots, *query.shape[1:]))
+            query = everywhere.index_copy_(0, self.slots, query)
+        out = _attend_one_token(query, keys, values, self.mask(window, query.dtype), scale)
+        return out.index_select(0, self.slots) if self.all_slots else out
+
 
 class Rows:
     """All rows of a pass, in the order of ``runs``."""
@@ -85,26 +113,31 @@ class Rows:
         positions: list[int] = []
         where: list[int] = []
         first: list[int] = []
-        at = 0
         for run in runs:
-            first.append(at)
-            at += run.count
+            first.append(len(loops))
             span = range(run.start, run.start + run.count)
             loops += [run.loop] * run.count
             positions += span
             base = cache.index(run.loop, run.slot, 0)
             where += [base + position for position in span]
-        self.count = at
+        self.count = len(loops)
         self.loops = torch.tensor([loops], device=device)
         self.position_ids = torch.tensor([positions], device=device)
         self.where = torch.tensor(where, device=device)
-        placed = list(zip(first, runs, strict=True))
-        self.long = [(row, run) for row, run in placed if run.count > 1]
+        self._alone: list[tuple[int, Run]] = []
+        self._batches: list[Batch] = []
         by_loop: dict[int, list[tuple[int, Run]]] = {}
-        for row, run in placed:
+        for row, run in zip(first, runs, strict=True):
             if run.count == 1:
                 by_loop.setdefault(run.loop, []).append((row, run))
-        self.single = [Single(group, cache) for group in by_loop.values()]
+            else:
+                self._alone.append((row, run))
+        for group in by_loop.values():
+            if Batch.pays(group, cache):
+                self._batches.append(Batch(group, cache))
+            else:
+                self._alone += group
+        self._alone.sort(key=lambda entry: entry[0])
 
     def attend(self, k: int, query: Tensor, window: int | None, scale: float | None) -> Tensor:
         """Attention of all rows at position ``k`` of the block.
@@ -117,31 +150,31 @@ class Rows:
         """
         rows = query[0].transpose(0, 1)  # [N, heads, head_dim]
         parts = [
-            (
-                slice(row, row + run.count),
-                self._long(k, run, rows[row : row + run.count], window, scale),
-            )
-            for row, run in self.long
+            self._attend_alone(k, run, rows[row : row + run.count], window, scale)
+            for row, run in self._alone
         ]
-        if len(parts) == 1 and not self.single:
-            return parts[0][1].unsqueeze(0)
+        if not self._batches:
+            return torch.cat(parts).unsqueeze(0)
         out = rows.new_empty((self.count, rows.shape[1], self.cache.entries.shape[-1]))
-        for span, part in parts:
-            out[span] = part
-        for group in self.single:
-            out.index_copy_(0, group.rows, self._single(k, group, rows, window, scale))
+        for (row, run), part in zip(self._alone, parts, strict=True):
+            out[row : row + run.count] = part
+        for batch in self._batches:
+            out.index_copy_(0, batch.rows, batch.attend(self.cache, k, rows, window, scale))
         return out.unsqueeze(0)
 
-    def _long(
+    def _attend_alone(
         self, k: int, run: Run, query: Tensor, window: int | None, scale: float | None
     ) -> Tensor:
-        """[count, heads, head_dim] of a run of several tokens."""
+        """[count, heads, head_dim] of one run's rows."""
         end = run.start + run.count
-        keys, values = self.cache.slot(k, run.loop, run.slot, end)
+        begin = 0 if window is None else max(0, run.start + 1 - window)
+        keys, values = self.cache.slot(k, run.loop, run.slot, begin, end)
+        if run.count == 1:
+            return _attend_one_token(query, keys, values, None, scale)
         mask = None
         if run.start or window is not None:
-            position = torch.arange(end, device=query.device)
-            own = position[run.start :].unsqueeze(1)
+            position = torch.arange(begin, end, device=query.device)
+            own = torch.arange(run.start, end, device=query.device).unsqueeze(1)
             mask = position <= own
             if window is not None:
                 mask &= position > own - window
@@ -155,25 +188,15 @@ class Rows:
         )
         return out[0].transpose(0, 1)
 
-    def _single(
-        self, k: int, group: Single, rows: Tensor, window: int | None, scale: float | None
-    ) -> Tensor:
-        """[R, heads, head_dim] of rows of one token each."""
-        slots = None if group.all_slots else group.slots
-        keys, values = self.cache.slots(k, group.loop, group.end, slots)
-        query = rows.index_select(0, group.rows)
-        if group.all_slots:
-            query = query.new_zeros((self.cache.num_slots, *query.shape[1:])).index_copy_(
-                0, group.slots, query
-            )
-        # The query heads of one key head are rows of one product: no key is repeated.
-        heads = keys.shape[1]
-        query = query.view(query.shape[0], heads, -1, query.shape[-1])
-        out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=group.mask(window, query.dtype), scale=scale
-        )
-        out = out.reshape(out.shape[0], -1, out.shape[-1])
-        return out.index_select(0, group.slots) if group.all_slots else out
+
+def _attend_one_token(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """[R, heads, d] of ``query`` [R, heads, d], a token each, over [R, key heads, T, d]. The query
+    heads of one key head are rows of one product: no key is repeated."""
+    grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[-1])
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(out.shape[0], query.shape[1], out.shape[-1])
 
 
 def _repeated(states: Tensor, heads: int) -> Tensor:
