@@ -24,16 +24,23 @@ _STATE_HOOKS = (
 def check_bare(model: nn.Module, caller: str) -> None:
     """Raise ValueError where ``model`` is wrapped or adapted, or a module in it is."""
     for path, module in model.named_modules():
-        where = path or "the model itself"
         if unwrapped(module) is not module:
             raise ValueError(
-                f"{caller}: model must not be wrapped, got a {type(module).__name__} at {where}; "
-                f"call {caller} before torch.compile, DDP or any other wrapper"
+                f"{caller}: model must not be wrapped, got a {type(module).__name__} at "
+                f"{path or 'the model itself'}; call {caller} before torch.compile, DDP or any "
+                "other wrapper"
             )
+    check_no_adapters(model, caller)
+
+
+def check_no_adapters(model: nn.Module, caller: str) -> None:
+    """Raise ValueError where a module of ``model`` is adapted by ``lowrank_ext.adapt``, an
+    AdapterBank or PEFT."""
+    for path, module in model.named_modules():
         if isinstance(module, Adapter | MultiLoRALinear) or is_from_peft(module):
             raise ValueError(
                 f"{caller}: model must carry no adapters, got a {type(module).__name__} at "
-                f"{where}; merge or unload them first"
+                f"{path or 'the model itself'}; merge or unload them first"
             )
 
 

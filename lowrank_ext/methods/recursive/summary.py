@@ -6,7 +6,7 @@ from torch import nn
 
 from lowrank_ext.methods.recursive.model import Loops
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
-from lowrank_ext.methods.recursive.source_checks import check_bare
+from lowrank_ext.methods.recursive.source_checks import check_no_adapters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,7 @@ def summary(model: nn.Module) -> "Table":
     from rich.table import Table  # here, so that import lowrank_ext stays fast
 
     loops = Loops(model, "summary")
-    check_bare(loops.decoder.model, "summary")
+    check_no_adapters(loops.decoder.model, "summary")
     kinds = _kinds(loops)
     stored = sum(parameter.numel() for parameter in loops.decoder.model.parameters())
     tied = sum(own for own, _ in kinds.values())

@@ -24,12 +24,17 @@ class TiedSlot(NamedTuple):
 class _Aliases(torch.autograd.Function):
     """``count`` aliases of a tensor, or of its copy in ``dtype``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.own_dtype = tensor.dtype
+    def forward(tensor: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         value = tensor.to(dtype)
         return tuple(value.view_as(value) for _ in range(count))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, torch.dtype], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.own_dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:

@@ -231,13 +231,28 @@ def test_adapters_over_a_recursive_model(tmp_path: Path) -> None:
     before = state(model)
     with pytest.raises(TypeError, match=r"merge: .* must compute x weightᵀ \+ bias"):
         lr.merge(model)
-    for refused in (unshare, lr.recursive.summary):
+    for refused in (unshare, lr.recursive.summary, lr.recursive.DepthwiseEngine):
         with pytest.raises(ValueError, match="model must carry no adapters, got a LoRALinear"):
             refused(model)
     assert state(model) == before
     lr.unload(model, merge=False)
     check_tied(model)
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_functional_gradients() -> None:
+    """torch.func replaces tied parameters everywhere, and differentiates through their aliases."""
+    model, ids = recursive().bfloat16(), tokens()
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        return torch.func.functional_call(model, parameters, kwargs=inputs).loss
+
+    found = torch.func.grad(loss)(dict(model.named_parameters()))
+    loss({}).backward()
+    for name, parameter in model.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=2**-4 * scale)
 
 
 def test_adapters_over_a_pure_recursion_are_not_merged_into_ties() -> None:

@@ -208,17 +208,17 @@ def test_parameters_are_back_after_an_exception() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled(autocast: bool) -> None:
-    """No graph break; aot_eager, so that nothing but the graph is tested."""
+    """No graph break; the backend runs the graph as it is."""
     dtype = torch.float32 if autocast else BF16
     source = decoder(num_hidden_layers=2).to(dtype)
     model = convert(source, RecursiveConfig(num_loops=2, rank={"q_proj": 3, "up_proj": 3})).train()
     case = Case("Llama", dtype, autocast)
     eager = {key: grad.clone() for key, grad in gradients(model, case).items()}
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     for key, grad in gradients(compiled, case).items():
         expected = eager[key.removeprefix("_orig_mod.")]
         scale = expected.abs().max().item()
-        torch.testing.assert_close(grad, expected, rtol=0, atol=2**-5 * scale)
+        torch.testing.assert_close(grad, expected, rtol=0, atol=2**-6 * scale)
 
 
 @pytest.mark.parametrize("path", ["", "model.layers.0", "model.layers.3"])

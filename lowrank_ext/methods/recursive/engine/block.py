@@ -23,6 +23,7 @@ from lowrank_ext.methods.recursive.engine.rows import (
 )
 from lowrank_ext.methods.recursive.model import Loops, PassThrough, with_layers
 from lowrank_ext.methods.recursive.relaxed_linear import MixedDepthLinear, RelaxedLinear
+from lowrank_ext.methods.recursive.source_checks import check_no_adapters
 
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.x: the later name first
 
@@ -42,6 +43,7 @@ class BlockRunner:
         loops = Loops(model, caller)
         self.num_loops, self.length = loops.num_loops, loops.length
         self.model: Any = loops.decoder.model
+        check_no_adapters(self.model, caller)  # of loop 0, they would serve all loops
         config: Any = self.model.config
         self._config = config.get_text_config(decoder=True)
         _check_config(self._config, loops, caller)
