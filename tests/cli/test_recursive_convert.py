@@ -38,7 +38,7 @@ def test_what_is_written_is_the_converted_model(tiny_model: Path, tmp_path: Path
     assert given("5 times 7").input_ids == own("5 times 7").input_ids
     assert given.eos_token == own.eos_token
     after = sum(p.numel() for p in found.parameters())
-    assert "layer 2/2" in result.stdout and "2 layers: 2 loops of 1" in result.stdout
+    assert "layer 2/2" in result.stdout and "2 loops of 1 layers" in result.stdout
     assert f"stored: {after / 1e3:.3g} k parameters" in result.stdout
     assert f"source: {before / 1e3:.3g} k parameters" in result.stdout
     assert [path.name for path in out.parent.iterdir()] == ["folder"]
@@ -58,7 +58,7 @@ def test_another_model_type(tmp_path: Path, tiny_model: Path) -> None:
     GPTNeoXForCausalLM(config).save_pretrained(model)
     result = convert(model, tmp_path / "out", loops=4, rank=0)
     assert result.exit_code == 0, result.output
-    assert "4 layers: 4 loops of 1" in result.stdout and "adapters" not in result.stdout
+    assert "4 loops of 1 layers" in result.stdout
 
 
 def test_a_converted_model_is_replaced_and_nothing_else(

@@ -111,6 +111,19 @@ def test_the_first_loss_is_that_of_the_library(
     assert report(tmp_path / "out")["losses"] == [pytest.approx(wanted.item(), rel=1e-5)]
 
 
+def test_exits_rise_from_step_to_step(run: Any, monkeypatch: Any) -> None:
+    seen = []
+    uptrain_loss = lr.recursive.uptrain_loss
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["coefficients"])
+        return uptrain_loss(*arguments, **options)
+
+    monkeypatch.setattr(lr.recursive, "uptrain_loss", noted)
+    assert run(exits=0.3, exit_warm_up=3, steps=4).exit_code == 0
+    assert seen == [pytest.approx((c, 1.0)) for c in (0.1, 0.2, 0.3, 0.3)]
+
+
 @pytest.fixture(scope="module")
 def whole(
     recursive_model: Path, tiny_model: Path, text_file: Path, tmp_path_factory: Any

@@ -28,7 +28,6 @@ from lowrank_ext.cli.recursive.models import check_machine, num_bytes, numel
 from lowrank_ext.cli.report import human_count
 from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.methods.recursive.config import LORA_STARTS, TIED_STARTS
-from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,33 +125,20 @@ def _write(model: Any, tokenizer: Any, out: Path) -> None:
 
 def save(model: Any, tokenizer: Any, directory: Path) -> None:
     """Writes model and tokenizer into a directory."""
-    # The config of a model read from GGUF says so, but the files written here are safetensors.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def _describe(console: Console, model: Any, before: tuple[int, int]) -> None:
-    config = model.recursive_config
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    adapters = [module for module in model.modules() if isinstance(module, RelaxedLinear)]
-    added = sum(module.lora_a.numel() + module.lora_b.numel() for module in adapters)
-    lines = [f"{layers} layers: {config.num_loops} loops of {layers // config.num_loops}"]
-    if adapters:
-        ranks = sorted({module.r for module in adapters})
-        # Of small linears the rank is all they can have.
-        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        lines.append(f"adapters of rank {shown}: {human_count(added)} parameters")
     after = numel(model), num_bytes(model)
-    lines.append(
+    console.print(lr.recursive.summary(model))
+    console.print(
         f"stored: {human_count(after[0])} parameters, {after[1] / MEBIBYTE:,.1f} MiB; source: "
         f"{human_count(before[0])} parameters, {before[1] / MEBIBYTE:,.1f} MiB; "
-        f"{after[1] / before[1]:.0%}"
+        f"{after[1] / before[1]:.0%}",
+        markup=False,
+        soft_wrap=True,
     )
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from decoders import decoder
 from small_models import small_llama
 
 import lowrank_ext as lr
@@ -225,6 +226,27 @@ def test_exits_are_those_of_the_engine_that_generates_the_text(
     exits = torch.tensor([results[row].exit_loops for row in range(3)])
     assert torch.equal(trace.loops[:, 3:], exits)
     assert len(exits.unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("Mistral", {}), ("GPTNeoX", {"num_key_value_heads": 2})]
+)
+@pytest.mark.parametrize("skipped", SKIPPED)
+def test_exits_of_other_families(skipped: str, family: str, options: dict[str, int]) -> None:
+    # A sliding window, and layers that are called in another way.
+    config = lr.recursive.RecursiveConfig(num_loops=2, rank=4)
+    model = lr.recursive.convert(decoder(family, **options), config)
+    prompt, new = torch.randint(VOCABULARY, (1, 4)), 9
+    rule = lr.recursive.ForcedExits({0: [1, 0, 1, 0, 0, 1, 0, 0, 1]})
+    engine = lr.recursive.DepthwiseEngine(
+        model, max_rows=1, exit_rule=rule, skipped=skipped, max_length=32
+    )
+    engine.add(prompt[0], max_new_tokens=new, stop=[], id=0)
+    generated = torch.tensor([engine.run()[0].tokens])
+    text = torch.cat([prompt, generated[:, :-1]], dim=1)
+    trace = exit_trace(model, text, rule, skipped, prompt_tokens=4)
+    assert torch.equal(trace.tokens[:, 3:], generated)
+    assert trace.loops[0, 3:].tolist() == rule.loops[0]
 
 
 @pytest.mark.parametrize(
