@@ -63,6 +63,16 @@ def test_evaluation_is_that_of_the_library(
         assert f"{loss:.4f}" in shown.stdout
 
 
+def test_losses_that_are_not_finite(recursive_model: Path, text_file: Path, tmp_path: Path) -> None:
+    broken = load_recursive(recursive_model, "fp32")
+    broken.model.lm_head.weight.data[0] = 3e38  # finite, but products overflow
+    broken.model.save_pretrained(tmp_path / "model")
+    broken.tokenizer.save_pretrained(tmp_path / "model")
+    found = evaluate(tmp_path / "model", text_file, "--json")
+    check_error(found, "the losses cannot be printed")
+    check_error(evaluate(tmp_path / "model", text_file, calibrate="margin"), "must be finite")
+
+
 def test_calibration_gives_a_rule_that_can_be_typed(recursive_model: Path, text_file: Path) -> None:
     options = {"calibrate": "margin", "target": 0.5, "eval_batches": 3}
     found = json.loads(evaluate(recursive_model, text_file, "--json", **options).stdout)

@@ -24,6 +24,15 @@ from lowrank_ext.cli.recursive.uptrain import UptrainTrainer
 OPTIONS: dict[str, Any] = {"exits": 0.2, "exit_warm_up": 3, "loss": "jsd"}
 
 
+DRAW = module.loss_picture
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than such a run; one test draws."""
+    monkeypatch.setattr(module, "loss_picture", lambda *arguments: b"")
+
+
 @pytest.fixture
 def run(recursive_model: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> Any:
     """Uptrains the tiny model; keyword arguments override options, None leaves one out."""
@@ -62,7 +71,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     monkeypatch.setattr(UptrainTrainer, "train_step", stopped)
 
 
-def test_the_model_learns_and_its_files_say_so(run: Any, tmp_path: Path) -> None:
+def test_the_model_learns_and_its_files_say_so(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "loss_picture", DRAW)
     result = run(loss="ce", teacher=None, exits=0.1, steps=12, lr=0.01)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
@@ -130,7 +142,9 @@ def whole(
 ) -> dict[str, Any]:
     """The numbers of a run that nothing stops."""
     out = tmp_path_factory.mktemp("whole")
-    result = uptrain(recursive_model, tiny_model, text_file, out, dtype="bf16", **OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "loss_picture", lambda *arguments: b"")
+        result = uptrain(recursive_model, tiny_model, text_file, out, dtype="bf16", **OPTIONS)
     assert result.exit_code == 0, result.output
     return numbers(out)
 

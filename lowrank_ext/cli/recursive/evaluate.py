@@ -81,7 +81,8 @@ def run(options: Options, console: Console) -> None:
         batches = corpus.held_out_batches(options.batch, options.eval_batches)
         found = lr.recursive.evaluate(model, batches, rule=rule)
     if options.json:
-        print(json.dumps(_as_json(options, corpus, found, calibration), allow_nan=False))
+        with as_user_error("the losses cannot be printed", ValueError):  # inf or nan
+            print(json.dumps(_as_json(options, corpus, found, calibration), allow_nan=False))
         return
     title = f"{options.directory}, {corpus.description}, {found.num_tokens:,} held-out tokens"
     console.print(title, markup=False, soft_wrap=True)
