@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ext.checks import check_choice
-from lowrank_ext.methods.recursive.loop_outputs import collected_loops, exit_logits
+from lowrank_ext.methods.recursive.loop_outputs import (
+    check_collected,
+    collected_loops,
+    exit_logits,
+)
 from lowrank_ext.methods.recursive.losses import (
     LOSSES,
     LoopLoss,
@@ -92,6 +96,7 @@ def _loss_of(
 ) -> LoopLoss:
     """The loss, once the model has run."""
     inner = unwrapped(model)
+    check_collected(states, len(coefficients))
     by_loop = []
     for state, value in zip(states[:-1], coefficients[:-1], strict=True):
         if value == 0:  # its logits are not looked at

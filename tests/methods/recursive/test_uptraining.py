@@ -130,6 +130,19 @@ def test_all_gradients_pass_through_ddp(one_rank_group: None) -> None:
     torch.testing.assert_close(found, {name: 2 * value for name, value in wanted.items()})
 
 
+def test_a_model_that_leaves_out_hooks_is_refused(monkeypatch: Any) -> None:
+    # As torch.compile does, by default, with hooks that come after the first call.
+    model, inputs = recursive(), batch()
+    for index in (1, 3):
+        layer = model.model.layers[index]
+        nothing = layer.register_forward_hook(lambda *arguments: None)
+        monkeypatch.setattr(layer, "register_forward_hook", lambda hook, handle=nothing: handle)
+    with pytest.raises(ValueError, match=r"its 2 loops, got 0; .*skip_nnmodule_hook_guards"):
+        uptrain_loss(model, small_llama(), inputs, **OPTIONS)
+    with pytest.raises(ValueError, match="the states of its 2 loops, got 0"):
+        lr.recursive.loop_logits(model, input_ids=inputs["input_ids"])
+
+
 def test_autocast_in_bfloat16_is_near_float32() -> None:
     model, teacher, inputs = recursive(), small_llama(), batch()
     wanted = uptrain_loss(model, teacher, inputs, **OPTIONS).total
