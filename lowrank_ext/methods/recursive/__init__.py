@@ -23,14 +23,23 @@ from lowrank_ext.methods.recursive.files import load
 from lowrank_ext.methods.recursive.loop_outputs import exit_logits, loop_logits
 from lowrank_ext.methods.recursive.losses import LoopLoss, loop_coefficients, loop_loss
 from lowrank_ext.methods.recursive.model import is_recursive
+from lowrank_ext.methods.recursive.pass_costs import (
+    BlockSizes,
+    HardwareRoofline,
+    PassCosts,
+    measure_pass_costs,
+    roofline_costs,
+)
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
 from lowrank_ext.methods.recursive.summary import summary
+from lowrank_ext.methods.recursive.throughput import PlannedRequest, predict_throughput
 from lowrank_ext.methods.recursive.unsharing import unshare
 from lowrank_ext.methods.recursive.uptraining import RecursiveTrainerMixin, uptrain_loss
 
 __all__ = [
     "Agreed",
     "Agreement",
+    "BlockSizes",
     "Calibration",
     "Confidence",
     "DepthwiseEngine",
@@ -39,8 +48,11 @@ __all__ = [
     "ExitRule",
     "FixedDepth",
     "ForcedExits",
+    "HardwareRoofline",
     "LoopLoss",
     "Metrics",
+    "PassCosts",
+    "PlannedRequest",
     "RecursiveConfig",
     "RecursiveTrainerMixin",
     "RelaxedLinear",
@@ -56,6 +68,9 @@ __all__ = [
     "loop_coefficients",
     "loop_logits",
     "loop_loss",
+    "measure_pass_costs",
+    "predict_throughput",
+    "roofline_costs",
     "summary",
     "unshare",
     "uptrain_loss",

@@ -532,6 +532,16 @@ def test_training_goes_on_and_is_seen(model):
     assert [found["old engine", len(p)].tokens for p in prompts(3)] == expected
 
 
+def test_an_engine_made_in_inference_mode_leaves_a_model_that_trains():
+    model = tiny_recursive()
+    with torch.inference_mode():
+        expected = run(DepthwiseEngine(model, max_rows=2), 2)
+    ids = torch.tensor([prompts()[4]])
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert run(DepthwiseEngine(model, max_rows=2), 2) == expected
+
+
 def test_adapters_exist_once(model):
     """The engine's stacks are the model's own memory."""
     engine = DepthwiseEngine(model, max_rows=2)

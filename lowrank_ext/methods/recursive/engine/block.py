@@ -6,6 +6,7 @@ around its layers (scaled embeddings, rotary tables, soft-capped logits) is done
 
 import copy
 import inspect
+import time
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ class BlockRunner:
 
     Attributes:
         num_loops, length: B and K.
+        clock: seconds; the scheduler's, too.
     """
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(self, model: nn.Module, caller: str) -> None:
         loops = Loops(model, caller)
@@ -251,9 +255,10 @@ def _stacked(parameters: list[nn.Parameter]) -> Tensor:
         return first.detach().as_strided(
             (len(parameters), *first.shape), (first.numel(), *first.stride())
         )
-    stack = torch.stack([each.detach() for each in parameters])
-    for parameter, own in zip(parameters, stack, strict=True):
-        parameter.data = own
+    with torch.inference_mode(False):  # whose tensors could not train
+        stack = torch.stack([each.detach() for each in parameters])
+        for parameter, own in zip(parameters, stack, strict=True):
+            parameter.data = own
     return stack
 
 

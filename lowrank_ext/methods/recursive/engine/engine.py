@@ -76,14 +76,8 @@ class DepthwiseEngine:
         prompt_rows: int = 512,
     ) -> None:
         owner = type(self).__name__
-        check_choice(policy, POLICIES, owner, "policy")
-        check_choice(skipped, SKIPPED, owner, "skipped")
-        for name, value, least in (
-            ("max_rows", max_rows, 1),
-            ("draft_tokens", draft_tokens, 0),
-            ("prompt_rows", prompt_rows, 1),
-        ):
-            check_count(value, least, owner, name)
+        check_policy(owner, policy, skipped, max_rows, prompt_rows)
+        check_count(draft_tokens, 0, owner, "draft_tokens")
         if policy != "depth-wise" and (exit_rule is not None or draft_tokens):
             raise ValueError(
                 f"{owner}: exit_rule and draft_tokens must be left out with policy={policy!r}; "
@@ -241,3 +235,11 @@ class DepthwiseEngine:
         if id not in self._requests:
             raise KeyError(f"there is no request {id!r}")
         return self._requests[id]
+
+
+def check_policy(owner: str, policy: str, skipped: str, max_rows: int, prompt_rows: int) -> None:
+    """Raise unless the options of scheduling are in range."""
+    check_choice(policy, POLICIES, owner, "policy")
+    check_choice(skipped, SKIPPED, owner, "skipped")
+    check_count(max_rows, 1, owner, "max_rows")
+    check_count(prompt_rows, 1, owner, "prompt_rows")

@@ -48,6 +48,7 @@ class Intake:
             stop_tokens=stop_tokens,
             stop_strings=stop_strings,
             on_token=on_token,
+            clock=time.perf_counter,
             added=time.perf_counter(),
         )
 

@@ -1,6 +1,5 @@
 """Requests, how their tokens are chosen, and what they end as."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -122,7 +121,8 @@ class Request:
         sampler: None for greedy.
         stop_tokens, stop_strings: what ends it.
         on_token: called with each new token.
-        added: time of ``add``.
+        clock: seconds, since any moment.
+        added: when it was added.
         result: see ``Result``.
     """
 
@@ -133,6 +133,7 @@ class Request:
     stop_tokens: frozenset[int]
     stop_strings: tuple[str, ...]
     on_token: Callable[[object, int], object] | None
+    clock: Callable[[], float]
     added: float
     result: Result = field(default_factory=Result)
 
@@ -143,4 +144,4 @@ class Request:
     def finish(self, reason: str, error: str | None = None) -> None:
         """End it."""
         self.result.finish_reason, self.result.error = reason, error
-        self.result.seconds = time.perf_counter() - self.added
+        self.result.seconds = self.clock() - self.added

@@ -1,15 +1,14 @@
 """Scheduler: which rows take the block or the head next, and what becomes of a row after it."""
 
 import itertools
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lowrank_ext.methods.recursive.engine.block import BlockRunner
-from lowrank_ext.methods.recursive.engine.intake import Intake
+from lowrank_ext.methods.recursive.engine.cache import SlotCache
 from lowrank_ext.methods.recursive.engine.metrics import Metrics
 from lowrank_ext.methods.recursive.engine.pass_times import PassTimes
 from lowrank_ext.methods.recursive.engine.requests import Request, Token
@@ -18,12 +17,33 @@ from lowrank_ext.methods.recursive.engine.slots import HEAD, RUN, Slot
 from lowrank_ext.methods.recursive.exits import ExitRows, ExitRule
 
 
+class Runner(Protocol):
+    """What runs the model: a BlockRunner, or one that only knows how long it would take."""
+
+    num_loops: int
+    clock: Callable[[], float]
+
+    @property
+    def device(self) -> torch.device: ...
+    def new_cache(self, num_slots: int, max_length: int) -> SlotCache: ...
+    def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor: ...
+    def run(self, rows: Rows, hidden_states: Tensor) -> Tensor: ...
+    def write_keys(self, rows: Rows, hidden_states: Tensor) -> None: ...
+    def logits(self, hidden_states: Tensor) -> Tensor: ...
+
+
+class Ending(Protocol):
+    """Knows why a request ends with its last token."""
+
+    def reason_to_end(self, request: Request) -> str | None: ...
+
+
 class Scheduler:
     """The slots of an engine and the requests that wait for one.
 
     Args:
         runner: the model.
-        intake: knows when a request has ended.
+        intake: tells when a request has all it asked for.
         queue: requests that wait; the scheduler takes from its left.
         max_rows, max_length, policy, exit_rule, skipped, draft_tokens, prompt_rows: as of
             ``DepthwiseEngine``.
@@ -35,8 +55,8 @@ class Scheduler:
 
     def __init__(
         self,
-        runner: BlockRunner,
-        intake: Intake,
+        runner: Runner,
+        intake: Ending,
         queue: deque[Request],
         *,
         max_rows: int,
@@ -48,6 +68,7 @@ class Scheduler:
         prompt_rows: int,
     ) -> None:
         self._runner, self._intake, self._queue = runner, intake, queue
+        self._clock = runner.clock
         self.num_loops = runner.num_loops
         self.max_rows, self.max_length, self.policy = max_rows, max_length, policy
         self.exit_rule, self.skipped = exit_rule, skipped
@@ -71,7 +92,7 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """One block pass, or one call of the head; the tokens that it gave."""
-        started = time.perf_counter()
+        started = self._clock()
         events: list[Token] = []
         try:
             self._admit(events)
@@ -82,7 +103,7 @@ class Scheduler:
             elif ready:
                 self._pass(ready, events)
         finally:
-            self.metrics.seconds += time.perf_counter() - started
+            self.metrics.seconds += self._clock() - started
         return events
 
     def _is_live(self, slot: Slot) -> bool:
@@ -119,7 +140,7 @@ class Scheduler:
 
     def _embedded(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         device = self._runner.device
-        with self.metrics.timed("embedding"):
+        with self.metrics.timed("embedding", self._clock):
             return self._runner.embed(
                 torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
             )
@@ -171,9 +192,9 @@ class Scheduler:
             order = sorted(range(len(slots)), key=lambda i: work[i][0].count)
             rows = Rows([work[i][0] for i in order], self.cache)
             states = torch.cat([work[i][1] for i in order])
-            started = time.perf_counter()
+            started = self._clock()
             after = self._runner.run(rows, states)
-            seconds = time.perf_counter() - started
+            seconds = self._clock() - started
         except NotImplementedError:
             raise
         except (RuntimeError, MemoryError) as error:
@@ -222,12 +243,12 @@ class Scheduler:
         """Logits for the slots' rows; each gets a token, or goes on to its next loop."""
         counts = [slot.states.shape[0] for slot in slots]
         states = torch.cat([slot.states for slot in slots])
-        started = time.perf_counter()
+        started = self._clock()
         logits = self._runner.logits(states)
         largest, best = logits.max(-1)
         tokens: list[int] = best.tolist()
         finite: list[bool] = torch.isfinite(largest).tolist()
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         self.metrics.seconds_in["head"] += seconds
         self._head_times.add(len(tokens), seconds)
         self.metrics.head_calls += 1
@@ -297,7 +318,7 @@ class Scheduler:
                 slot.exited()
             return
         skipped = [(slot, loop) for slot in early for loop in range(slot.loop + 1, self.num_loops)]
-        with self.metrics.timed("copy"):
+        with self.metrics.timed("copy", self._clock):
             if self.skipped == "copy":
                 runs = [Run(slot.index, loop, slot.start) for slot, loop in skipped]
                 states = torch.cat([slot.states for slot, _ in skipped])
@@ -344,7 +365,7 @@ class Scheduler:
 
     def _accept(self, slot: Slot, token: int, events: list[Token]) -> bool:
         """The request gets a token; whether it goes on. Its slot is free otherwise."""
-        request, now = slot.request, time.perf_counter()
+        request, now = slot.request, self._clock()
         assert request is not None
         result = request.result
         result.tokens.append(token)
