@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from devices import DtypePair, has_simt, simt_module, simt_ops
+from devices import SIMT, DtypePair, has_simt, simt_module, simt_ops
 from distributed_cases import end_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,10 +90,16 @@ def form_of_rank(request: pytest.FixtureRequest, ops_on_simt: None) -> None:
         take_form(DENSE if rank == PER_TOKEN_RANK else GROUPED)
 
 
+masks = pytest.mark.parametrize(
+    ("dropout_p", "shared"),
+    [(0.0, True), (0.3, False), (0.3, True), (1.0, False)],
+    ids=["0.0-shared mask", "0.3-own masks", "0.3-shared mask", "1.0-own masks"],
+)
+
+
 @pytest.mark.simt(every=11)
 @both_forms
-@pytest.mark.parametrize("shared", [False, True], ids=["own masks", "shared mask"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+@masks
 def test_values_and_gradients(
     device: str, dtypes: DtypePair, rank: int, dropout_p: float, shared: bool
 ) -> None:
@@ -157,11 +163,11 @@ def test_sizes_that_need_several_blocks(device: str, dtypes: DtypePair, sizes: S
 @pytest.mark.parametrize(
     "sizes",
     [
-        Sizes(300, 257, 129, 8, 2, 2),
-        Sizes(7, 230, 300, 4, 3, 17),
-        Sizes(140, 130, 100, 3, 1, 33),
-        Sizes(65, 33, 31, 40, 5, 2),
-        Sizes(2, 4099, 31, 3, 3, 1),
+        Sizes(140, 130, 67, 4, 2, 2),
+        Sizes(7, 130, 140, 4, 3, 17),
+        Sizes(140, 66, 70, 2, 1, 33),
+        Sizes(20, 33, 31, 40, 5, 2),
+        Sizes(2, 1030, 31, 3, 3, 1),
     ],
     ids=str,
 )
@@ -173,13 +179,9 @@ def test_grouped_sizes(
     check_sizes(sizes, dtypes, device)
 
 
-@pytest.mark.simt(only=True)
+@pytest.mark.simt(only=True, every=5)
 @grouped_forms
-@pytest.mark.parametrize(
-    ("dropout_p", "shared"),
-    [(0.0, True), (0.3, False), (0.3, True), (1.0, False)],
-    ids=["0.0-shared mask", "0.3-own masks", "0.3-shared mask", "1.0-own masks"],
-)
+@masks
 def test_grouped_values_and_gradients(
     device: str, dtypes: DtypePair, dropout_p: float, shared: bool, form: tuple[bool, bool]
 ) -> None:
@@ -579,9 +581,10 @@ def test_backward_op_names_what_is_missing(missing: str) -> None:
 @pytest.mark.simt(every=7)
 @both_forms
 def test_two_runs_and_thread_counts_give_the_same_bits(
-    device: str, dtypes: DtypePair, rank: int
+    device: str, kernels: str, dtypes: DtypePair, rank: int
 ) -> None:
-    tensors = make_tensors((150,), 129, 65, 6, rank, dtypes, device)
+    num_in, num_out = (65, 33) if kernels == SIMT else (129, 65)
+    tensors = make_tensors((150,), num_in, num_out, 6, rank, dtypes, device)
     options = {"top_k": 3, "dropout_p": 0.3, "seed": seed_tensor(6, device)}
     dout = make_dout(tensors)
     threads = torch.get_num_threads()
@@ -760,8 +763,9 @@ def test_checkpointing_draws_the_same_masks(device: str, rank: int) -> None:
         assert_same_bits(twice, once, "with checkpointing")
 
 
-@both_forms
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "rank"), [("aot_eager", PER_TOKEN_RANK), ("inductor", GROUPED_RANK)]
+)
 def test_compiled_with_a_dynamic_number_of_tokens(device: str, rank: int, backend: str) -> None:
     def run(tensors: Tensors, seed: Tensor) -> tuple[Tensor, Tensor]:
         got = ops.moe_lowrank_add(**tensors, top_k=2, dropout_p=0.3, seed=seed)
@@ -808,29 +812,35 @@ def tokens_of(process: int) -> tuple[Tensor, Tensor]:
     return tensors["x"], tensors["base_out"]
 
 
-def worker(process: int, rank: int, directory: str) -> None:
+RANKS = (PER_TOKEN_RANK, GROUPED_RANK)
+
+
+def worker(process: int, directory: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(directory, "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=process, world_size=WORLD)
-    model = nn.parallel.DistributedDataParallel(Mixture(rank))
-    model(*tokens_of(process)).backward()
-    grads = {name: p.grad for name, p in model.module.named_parameters()}
+    grads = {}
+    for rank in RANKS:
+        model = nn.parallel.DistributedDataParallel(Mixture(rank))
+        model(*tokens_of(process)).backward()
+        grads[rank] = {name: p.grad for name, p in model.module.named_parameters()}
     torch.save(grads, os.path.join(directory, f"{process}.pt"))
     end_worker()
 
 
-@both_forms
-def test_an_idle_expert_on_one_of_two_processes(rank: int, tmp_path: Path) -> None:
+def test_an_idle_expert_on_one_of_two_processes(tmp_path: Path) -> None:
     """No hang, as every parameter has a gradient everywhere, and those of one process."""
-    mp.spawn(worker, args=(rank, str(tmp_path)), nprocs=WORLD)
-    model = Mixture(rank)
-    for process in range(WORLD):
-        (model(*tokens_of(process)) / WORLD).backward()
-    for process in range(WORLD):
-        grads = torch.load(tmp_path / f"{process}.pt")
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-6)
-    assert model.experts["lora_a"].grad[1].any() and model.experts["lora_a"].grad[2].any()
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD)
+    grads = [torch.load(tmp_path / f"{process}.pt") for process in range(WORLD)]
+    for rank in RANKS:
+        model = Mixture(rank)
+        for process in range(WORLD):
+            (model(*tokens_of(process)) / WORLD).backward()
+        for of_process in grads:
+            for name, parameter in model.named_parameters():
+                got = of_process[rank][name]
+                torch.testing.assert_close(got, parameter.grad, rtol=1e-5, atol=1e-6)
+        assert model.experts["lora_a"].grad[1].any() and model.experts["lora_a"].grad[2].any()
 
 
 Call = Callable[..., Values]
