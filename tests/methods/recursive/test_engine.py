@@ -181,25 +181,31 @@ RULES: dict[str, Callable] = {
 }
 
 
-@pytest.mark.parametrize("max_rows", [1, 4])
+@torch.no_grad()
+def each_alone(model, rule: str, skipped: str, count: int) -> list[list[int]]:
+    tokens = []
+    for i, (prompt, length) in enumerate(zip(prompts(count), LENGTHS, strict=False)):
+        arguments = (model, RULES[rule](), prompt, length, i)
+        if skipped == "backfill":
+            tokens.append(alone_with_backfill(*arguments))
+        else:
+            tokens.append(alone_with_own_cache(*arguments, skipped))
+    return tokens
+
+
 @pytest.mark.parametrize("skipped", SKIPPED)
 @pytest.mark.parametrize("rule", RULES)
-def test_exits_equal_one_request_alone(model, rule, skipped, max_rows):
-    engine = DepthwiseEngine(
-        model, max_rows=max_rows, exit_rule=RULES[rule](), skipped=skipped, prompt_rows=4
-    )
-    found = run(engine, 5)
-    with torch.no_grad():
-        for i, (prompt, count) in enumerate(zip(prompts(5), LENGTHS, strict=False)):
-            arguments = (model, RULES[rule](), prompt, count, i)
-            if skipped == "backfill":
-                assert found[i] == alone_with_backfill(*arguments)
-            else:
-                assert found[i] == alone_with_own_cache(*arguments, skipped)
-    exits = engine.metrics().exits
-    assert sum(exits.values()) == sum(LENGTHS[:5])
-    assert len(exits) > 1, "the rule must let some tokens go, or the test says nothing"
-    assert engine.metrics().rows["backfill"] > 0 or skipped != "backfill" or rule == "fixed"
+def test_exits_equal_one_request_alone(model, rule, skipped):
+    expected = each_alone(model, rule, skipped, 5)
+    for max_rows in (1, 4):
+        engine = DepthwiseEngine(
+            model, max_rows=max_rows, exit_rule=RULES[rule](), skipped=skipped, prompt_rows=4
+        )
+        assert run(engine, 5) == expected
+        exits = engine.metrics().exits
+        assert sum(exits.values()) == sum(LENGTHS[:5])
+        assert len(exits) > 1, "the rule must let some tokens go, or the test says nothing"
+        assert engine.metrics().rows["backfill"] > 0 or skipped != "backfill" or rule == "fixed"
 
 
 def test_forced_exits_are_taken(model):
