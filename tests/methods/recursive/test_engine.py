@@ -5,6 +5,7 @@ from inspect import signature
 
 import pytest
 import torch
+from decoders import FAMILIES, decoder, tokens
 from recursive_models import VOCABULARY, prompts, tiny_recursive
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
@@ -80,6 +81,38 @@ def test_any_number_of_loops(num_loops):
     model = tiny_recursive(num_loops)
     expected = [generated(model, p, n) for p, n in zip(prompts(), LENGTHS, strict=True)]
     assert run(DepthwiseEngine(model, max_rows=3)) == expected
+
+
+@pytest.mark.parametrize("skipped", SKIPPED)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"Gemma2", "GPT2"}))
+def test_every_family(family, skipped):
+    """Sliding windows, learned positions, fused projections, experts; a prompt in parts."""
+    config = lr.recursive.RecursiveConfig(num_loops=2, rank=3)
+    model = lr.recursive.convert(decoder(family), config)
+    never = ForcedExits({i: [1] for i in range(3)})
+    found = []
+    for rule in (never, ForcedExits({i: [0, 1, 0, 0, 1] for i in range(3)})):
+        engine = DepthwiseEngine(
+            model, max_rows=2, prompt_rows=4, exit_rule=rule, skipped=skipped, max_length=24
+        )
+        for row in tokens(3, 7):
+            engine.add(row, max_new_tokens=6, stop=[])
+        found.append([result.tokens for result in engine.run().values()])
+    ids = tokens(3, 7)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert found[0] == made[:, 7:].tolist()
+    if skipped == "backfill":
+        for row, own in zip(ids.tolist(), found[1], strict=True):
+            with torch.no_grad():
+                alone = alone_with_backfill(model, rule, row, 6, 0)
+            assert own == alone
+
+
+def test_attention_that_the_engine_does_not_have_is_refused_at_once():
+    model = lr.recursive.convert(decoder("Gemma2"), lr.recursive.RecursiveConfig(num_loops=2))
+    with pytest.raises(NotImplementedError, match="must attend without softcap"):
+        DepthwiseEngine(model)
 
 
 def test_a_pure_recursion():

@@ -18,6 +18,7 @@ from lowrank_ext.methods.recursive.engine.rows import (
     KeysWritten,
     Rows,
     RowsCache,
+    Run,
     active,
     active_rows,
     attention,
@@ -49,8 +50,7 @@ class BlockRunner:
         self.model: Any = loops.decoder.model
         check_no_adapters(self.model, caller)  # of loop 0, they would serve all loops
         config: Any = self.model.config
-        self._config = config.get_text_config(decoder=True)
-        _check_config(self._config, loops, caller)
+        _check_config(config.get_text_config(decoder=True), loops, caller)
         own = copy.deepcopy(config)
         own._attn_implementation = ATTENTION
         _register_attention()
@@ -74,23 +74,31 @@ class BlockRunner:
         device: torch.device = self.model.device
         return device
 
+    @torch.inference_mode()
     def new_cache(self, num_slots: int, max_length: int) -> SlotCache:
-        """A cache for ``num_slots`` sequences."""
-        config = self._config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        return SlotCache(
-            self.length,
-            self.num_loops,
-            num_slots,
-            max_length,
-            heads,
-            head_dim,
-            self.model.dtype,
-            self.device,
-        )
+        """A cache for ``num_slots`` sequences, after a trial of one row.
+
+        Raises:
+            ValueError: layers' keys and values differ in shape.
+            NotImplementedError: the layers attend in a way that the engine does not have.
+        """
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        states = self.embed(zero, zero)
+        probe = _ShapeProbe(self.length, self.num_loops, 1, 1, 0, 0, states.dtype, self.device)
+        self.write_keys(Rows([Run(0, 0, 0)], probe), states)
+        if len(probe.shapes) > 1:
+            raise ValueError(
+                "DepthwiseEngine: keys and values of all layers must have one shape, got "
+                f"{', '.join(map(str, sorted(probe.shapes)))}"
+            )
+        heads, head_dim = probe.shapes.pop()
+
+        def of(slots: int, length: int) -> SlotCache:
+            sizes = (self.length, self.num_loops, slots, length, heads, head_dim)
+            return SlotCache(*sizes, states.dtype, self.device)
+
+        self.run(Rows([Run(0, 0, 0)], of(1, 1)), states)
+        return of(num_slots, max_length)
 
     def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """What the first layer gets for ``tokens`` [N]: [N, D]."""
@@ -234,7 +242,13 @@ class _RowsLinear(nn.Module):
         return self.mixed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mixed(x, active_rows().loops)
+        loops = active_rows().loops
+        if x.shape[:-1].numel() != loops.numel():  # as an expert, which sees some rows
+            raise NotImplementedError(
+                f"DepthwiseEngine: linears with adapters must see all {loops.numel()} rows of a "
+                f"pass, got {list(x.shape)}"
+            )
+        return self.mixed(x, loops.view(x.shape[:-1]))
 
 
 @torch.no_grad()
@@ -260,6 +274,17 @@ def _stacked(parameters: list[nn.Parameter]) -> Tensor:
         for parameter, own in zip(parameters, stack, strict=True):
             parameter.data = own
     return stack
+
+
+class _ShapeProbe(SlotCache):
+    """A cache that notes [heads, head_dim] of what it is given."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def write(self, k: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.shapes |= {tuple(keys.shape[1:]), tuple(values.shape[1:])}
 
 
 class _Entry(nn.Module):
