@@ -133,9 +133,11 @@ class BlockRunner:
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [N, V] of ``hidden_states`` [N, D]."""
         self._pass.hidden_states = hidden_states.unsqueeze(0)
+        count, device = hidden_states.shape[0], hidden_states.device
         logits: Tensor = self._tail(
             inputs_embeds=self._pass.hidden_states,
-            attention_mask=_no_mask(hidden_states.shape[0], hidden_states.device),
+            position_ids=torch.zeros((1, count), dtype=torch.int64, device=device),
+            attention_mask=_no_mask(count, device),
             use_cache=False,
         ).logits
         return logits[0]
