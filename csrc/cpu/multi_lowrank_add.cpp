@@ -1,13 +1,14 @@
 // multi_lowrank_add on the CPU: an adapter per row. Rows that share an adapter form a segment;
-// adapters without rows are not read. Segments of few bf16 rows go through small_segments.h; a segment
-// of all rows is a branch like lowrank_add's; other segments go block by block through shrink and
-// expand. Ranks beyond an adapter's own are padding, which is never read.
+// adapters without rows are not read. Segments of few bf16 rows go through small_segments.h or
+// amx_segments.h; a segment of all rows is a branch like lowrank_add's; other segments go block by block
+// through shrink and expand. Ranks beyond an adapter's own are padding, which is never read.
 #include "ops/multi_lowrank_add.h"
 
 #include <cstring>
 #include <deque>
 #include <vector>
 
+#include "amx_segments.h"
 #include "branch.h"
 #include "features.h"
 #include "segment_blocks.h"
@@ -17,8 +18,15 @@
 namespace lowrank_ext::cpu {
 namespace {
 
-// Up to this many rows small_segments.h is faster than the vendor's bf16 product.
-constexpr int64_t max_small_rows(int64_t rank) { return rank <= 32 ? 128 : 64; }
+// Up to this many rows small_segments.h is the fastest: on CPUs without tiles, and with them.
+constexpr int64_t max_dot_rows(int64_t rank) { return rank <= 32 ? 128 : 64; }
+constexpr int64_t max_dot_rows_beside_tiles(int64_t rank) { return rank <= 8 ? 128 : 128 / rank; }
+
+// Up to this many rows amx_segments.h is faster than the vendor's bf16 product.
+constexpr int64_t max_tile_rows(int64_t rank, bool one_adapter) {
+  if (!one_adapter) return 1024;
+  return rank <= 8 ? 128 : 256;
+}
 
 constexpr int64_t kCopyGrain = 64;  // rows per task: a few us at usual widths
 
@@ -86,9 +94,18 @@ void segment_forward(const MultiBranchArgs& args, const Segment& segment, const 
   });
 }
 
-bool is_small(const Segment& segment, ScalarType input) {
-  return input == ScalarType::BFloat16 && features().avx512_bf16 &&
-         segment.rows.num_rows <= max_small_rows(segment.rank);
+enum class Kernel {
+  kDots,
+  kTiles,
+  kBlocks
+};  // small_segments.h, amx_segments.h, shrink and expand
+
+Kernel kernel_for(const Segment& segment, ScalarType input, bool one_adapter) {
+  if (input != ScalarType::BFloat16 || !features().avx512_bf16) return Kernel::kBlocks;
+  const int64_t num_rows = segment.rows.num_rows, rank = segment.rank;
+  if (!features().amx_bf16) return num_rows <= max_dot_rows(rank) ? Kernel::kDots : Kernel::kBlocks;
+  if (num_rows <= max_dot_rows_beside_tiles(rank)) return Kernel::kDots;
+  return num_rows <= max_tile_rows(rank, one_adapter) ? Kernel::kTiles : Kernel::kBlocks;
 }
 
 // The forward of all small segments at once.
@@ -98,7 +115,7 @@ class SmallSegmentsForward {
                        const Tensor& y, const Tensor& h)
       : args_(args), dropout_(dropout), x_(x), y_(y), h_(h) {}
 
-  void append(const Segment& segment) {
+  void append(const Segment& segment, Kernel kernel) {
     const Dtypes dtypes{x_.scalar_type(), x_.scalar_type(), ScalarType::Float};
     const Tensor& lora_a = keep(operand_of(lora_a_of(args_.lora_a, segment), dtypes));
     const Tensor& lora_b = keep(operand_of(lora_b_of(args_.lora_b, segment), dtypes));
@@ -123,13 +140,19 @@ class SmallSegmentsForward {
         }
       });
     });
-    segments_.push_back(std::move(small));
+    (kernel == Kernel::kTiles ? tiles_ : dots_).push_back(std::move(small));
   }
 
   void run() const {
-    if (segments_.empty()) return;
-    shrink_small_segments(segments_, x_.size(1), static_cast<float>(dropout_.scale()));
-    expand_small_segments(segments_, y_.size(1));
+    const auto x_scale = static_cast<float>(dropout_.scale());
+    if (!dots_.empty()) {
+      shrink_small_segments(dots_, x_.size(1), x_scale);
+      expand_small_segments(dots_, y_.size(1));
+    }
+    if (!tiles_.empty()) {
+      shrink_amx_segments(tiles_, x_.size(1), x_scale);
+      expand_amx_segments(tiles_, y_.size(1));
+    }
   }
 
  private:
@@ -151,8 +174,8 @@ class SmallSegmentsForward {
   const MultiBranchArgs& args_;
   const Dropout& dropout_;
   const Tensor &x_, &y_, &h_;
-  std::vector<SmallSegment> segments_;
-  std::deque<Tensor> kept_;  // a deque: references to its entries stay valid
+  std::vector<SmallSegment> dots_, tiles_;  // by their kernels
+  std::deque<Tensor> kept_;                 // a deque: references to its entries stay valid
 };
 
 void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x,
@@ -162,17 +185,21 @@ void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, 
   copy(y, base_out);
   const bool one_adapter = segments.is_one_adapter();
   if (!one_adapter || segments.adapted[0].rank < args.rank()) zero(h);
-  if (one_adapter && !is_small(segments.adapted[0], x.scalar_type())) {
+  const auto kernel_of = [&](const Segment& segment) {
+    return kernel_for(segment, x.scalar_type(), one_adapter);
+  };
+  if (one_adapter && kernel_of(segments.adapted[0]) == Kernel::kBlocks) {
     const Segment& segment = segments.adapted[0];
     return branch_forward(branch_of(args, segment), x, y, first_columns(h, segment.rank));
   }
   const Dropout dropout = dropout_of(args.dropout_p, args.seed);
   SmallSegmentsForward small_segments(args, dropout, x, y, h);
   for (const Segment& segment : segments.adapted) {
-    if (is_small(segment, x.scalar_type())) {
-      small_segments.append(segment);
-    } else {
+    const Kernel kernel = kernel_of(segment);
+    if (kernel == Kernel::kBlocks) {
       segment_forward(args, segment, dropout, x, y, h);
+    } else {
+      small_segments.append(segment, kernel);
     }
   }
   small_segments.run();

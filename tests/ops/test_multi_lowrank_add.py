@@ -316,6 +316,49 @@ def test_large_ranks_of_several_rows(
     assert_exact(tensors, make_dout(tensors, integers=True))
 
 
+@pytest.mark.parametrize("rank", [1, 15, 16, 17, 31, 33, 64, 100])
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 65, 150])
+def test_edges_of_tiles(device: str, rank: int, num_rows: int) -> None:
+    """num_rows of each of two adapters; a tile has 16 rows and 32 columns. Padding is NaN."""
+    ids = torch.arange(2 * num_rows, device=device) % 2
+    num_in, num_out = 32 * (rank % 3) + 21, 16 * (rank % 5) + 11
+    tensors = make_tensors(ids, num_in, num_out, 2, rank + 1, BF16, ranks=[rank, rank])
+    padded = {"lora_a": tensors["lora_a"].clone(), "lora_b": tensors["lora_b"].clone()}
+    padded["lora_a"][:, rank:], padded["lora_b"][:, :, rank:] = torch.nan, torch.nan
+    poison_freed_memory(num_rows * num_in, num_rows * num_out, num_rows * rank, device=device)
+    got = torch.ops.lowrank_ext.multi_lowrank_add(*raw_args(tensors | padded))
+    plain, true = reference.multi_lowrank_add(**tensors), true_values(tensors, None)["y"]
+    assert_errors_within_rule({"y": got[0]}, {"y": plain}, {"y": true}, torch.bfloat16)
+    assert (got[1][:, rank:] == 0).all()
+
+
+@pytest.mark.parametrize("rank", [16, 31, 100])
+def test_an_infinite_row_is_what_plain_torch_makes_of_it(device: str, rank: int) -> None:
+    """Columns that a kernel adds to fill a tile would make NaN of it."""
+    ids = torch.arange(40, device=device) % 2
+    tensors = make_tensors(ids, 35, 21, 2, rank, BF16)
+    tensors["lora_a"].abs_()
+    tensors["lora_b"].abs_()
+    tensors["x"][::3, 5] = torch.inf
+    y, h = torch.ops.lowrank_ext.multi_lowrank_add(*raw_args(tensors))
+    expected = reference.multi_lowrank_add(**tensors)
+    assert expected[::3].isinf().all()
+    assert torch.equal(y[::3], expected[::3]) and h[::3].isinf().all()
+    assert y[1::3].isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [16, 33])
+def test_bits_of_a_row_do_not_depend_on_the_others(device: str, rank: int) -> None:
+    ids = torch.arange(62, device=device) % 2
+    tensors = make_tensors(ids, 75, 43, 2, rank, BF16)
+    y, h = torch.ops.lowrank_ext.multi_lowrank_add(*raw_args(tensors))
+    some = torch.randperm(62, device=device)[:40]
+    part = tensors | {name: tensors[name][some] for name in ("base_out", "x", "adapter_ids")}
+    y_part, h_part = torch.ops.lowrank_ext.multi_lowrank_add(*raw_args(part))
+    assert_same_bits(y_part, y[some], "y")
+    assert_same_bits(h_part, h[some], "h")
+
+
 four_dtypes = pytest.mark.parametrize(
     "dtypes",
     [FP32, BF16, MIXED, DtypePair(torch.float16, torch.float16)],
