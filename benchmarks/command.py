@@ -14,7 +14,8 @@ Row = dict[str, Any]
 
 
 def parse_case(kind: type, text: str) -> Any:
-    """A case of the NamedTuple `kind` from its comma-separated fields."""
+    """A case of the NamedTuple `kind` from its comma-separated fields. Sizes must be positive, but
+    those that `kind.may_be_zero` names."""
     fields = get_type_hints(kind)
     parts = text.split(",")
     try:
@@ -24,7 +25,13 @@ def parse_case(kind: type, text: str) -> Any:
     case = kind(*values)
     if case.dtype not in DTYPES:
         raise argparse.ArgumentTypeError(f"dtype must be one of {', '.join(DTYPES)}: {text!r}")
-    if min(value for value in case if isinstance(value, int)) < 1:
+    zero = getattr(kind, "may_be_zero", ())
+    sizes = [
+        value
+        for name, value in case._asdict().items()
+        if isinstance(value, int) and (value or name not in zero)
+    ]
+    if min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"sizes must be positive: {text!r}")
     if "dropout" in fields and not 0 <= case.dropout <= 1:
         raise argparse.ArgumentTypeError(f"dropout must be in [0, 1]: {text!r}")

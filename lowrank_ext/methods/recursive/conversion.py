@@ -30,6 +30,7 @@ OnLayer = Callable[[int, int], object]
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
+@torch.inference_mode(False)  # whose tensors could not train
 def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None = None) -> Model:
     """Fold the L layers of ``model`` into a block of K = L / num_loops layers that runs num_loops
     times.

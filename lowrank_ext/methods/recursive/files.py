@@ -41,6 +41,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CALLER = "load"  # in messages
 
 
+@torch.inference_mode(False)  # whose tensors could not train
 def load(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
     """The recursive model that ``save_pretrained`` wrote into a directory, on the CPU.
 

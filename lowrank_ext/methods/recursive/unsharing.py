@@ -12,6 +12,7 @@ from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear
 from lowrank_ext.methods.recursive.source_checks import check_bare
 
 
+@torch.inference_mode(False)  # whose tensors could not train
 @torch.no_grad()
 def unshare(model: nn.Module) -> Any:
     """A model of the source's class with L separate layers, for plain transformers and servers.

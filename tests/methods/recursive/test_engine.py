@@ -6,7 +6,7 @@ from inspect import signature
 import pytest
 import torch
 from decoders import FAMILIES, decoder, tokens
-from recursive_models import VOCABULARY, prompts, tiny_recursive
+from recursive_models import VOCABULARY, prompts, tiny_llama, tiny_recursive
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -571,9 +571,15 @@ def test_training_goes_on_and_is_seen(model):
     assert [found["old engine", len(p)].tokens for p in prompts(3)] == expected
 
 
-def test_an_engine_made_in_inference_mode_leaves_a_model_that_trains():
-    model = tiny_recursive()
+@pytest.mark.parametrize("converted", ["before", "inside"])
+def test_an_engine_made_in_inference_mode_leaves_a_model_that_trains(converted):
+    model = tiny_llama()
+    config = lr.recursive.RecursiveConfig(num_loops=3, rank=4)
+    if converted == "before":
+        lr.recursive.convert(model, config)
     with torch.inference_mode():
+        if converted == "inside":
+            lr.recursive.convert(model, config)
         expected = run(DepthwiseEngine(model, max_rows=2), 2)
     ids = torch.tensor([prompts()[4]])
     model(ids, labels=ids).loss.backward()

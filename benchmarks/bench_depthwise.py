@@ -1,0 +1,289 @@
+"""Continuous depth-wise batching: the engine's policies side by side on the same requests.
+
+    python benchmarks/bench_depthwise.py                    # half an hour on 2 cores
+    python benchmarks/bench_depthwise.py --quick
+    python benchmarks/bench_depthwise.py --case 2,64,16,64,0.3,bfloat16
+
+A case folds SmolLM2-135M into num_loops loops with adapters of a rank (0: a pure recursion) and
+serves requests of mixed lengths with max_rows slots. One round runs every candidate once, in a new
+order; figures are medians of ratios within rounds, every cost inside.
+
+forced exits: tokens leave where a table says, such that deep_share of them run all loops; the model
+is not trained for exits, and its text is not looked at. confidence: the head runs after every loop,
+thresholds are those that let the same share go on. predicted: by lr.recursive.predict_throughput
+from pass times measured before.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from command import DTYPES, Row, options_of, run
+from torch import nn
+
+import lowrank_ext as lr
+from lowrank_ext.cli.models import find_model, load_model
+from lowrank_ext.methods.recursive.engine.block import BlockRunner
+from lowrank_ext.methods.recursive.engine.rows import Rows, Run
+from lowrank_ext.methods.recursive.exits import ExitRows, confidence
+
+SKIPPED = ("share-first", "copy", "backfill")
+PROMPT, NEW = (8, 96), (8, 128)  # lengths of prompts and of what is generated
+CACHED = 64  # tokens before each row of a timed pass
+
+
+class Case(NamedTuple):
+    may_be_zero = ("rank",)
+
+    num_loops: int
+    rank: int
+    max_rows: int
+    num_requests: int
+    deep_share: float
+    dtype: str
+
+    def __str__(self) -> str:
+        loops, rank, rows, requests, share, dtype = self
+        return f"{dtype} B={loops} r={rank} {rows} slots, {requests} requests, {share:.2f} deep"
+
+
+def grid() -> Iterator[Case]:
+    for rank in (0, 64):
+        for max_rows in (8, 16, 64):
+            yield Case(2, rank, max_rows, 64, 0.3, "bfloat16")
+
+
+def quick() -> Iterator[Case]:
+    yield Case(2, 64, 8, 8, 0.3, "bfloat16")
+
+
+@cache
+def recursive_model(num_loops: int, rank: int, dtype: torch.dtype) -> nn.Module:
+    model = load_model(find_model(None), dtype).model.eval().requires_grad_(False)
+    config = lr.recursive.RecursiveConfig(num_loops=num_loops, rank=rank)
+    return lr.recursive.convert(model, config)
+
+
+class Requests(NamedTuple):
+    """Prompts, numbers of new tokens, and the loop after which each token leaves."""
+
+    prompts: list[list[int]]
+    new_tokens: list[int]
+    exit_loops: list[list[int]]
+
+
+def make_requests(case: Case, vocabulary: int) -> Requests:
+    draw = random.Random(0)
+    prompts, lengths, exits = [], [], []
+    for _ in range(case.num_requests):
+        prompts.append([draw.randrange(vocabulary) for _ in range(draw.randint(*PROMPT))])
+        lengths.append(draw.randint(*NEW))
+        deep = [draw.random() < case.deep_share for _ in range(lengths[-1])]
+        exits.append([case.num_loops - 1 if each else 0 for each in deep])
+    return Requests(prompts, lengths, exits)
+
+
+class Threshold:
+    """Confidence by top probability, with the share of tokens that go on kept at ``deep_share``:
+    exits of a model that is not trained for them, at their full cost."""
+
+    needs_logits = True
+
+    def __init__(self, deep_share: float) -> None:
+        self._deep_share, self._seen = deep_share, [0.5]
+
+    def exits(self, rows: ExitRows) -> torch.Tensor:
+        assert rows.logits is not None
+        scores = confidence(rows.logits, "top_probability").tolist()
+        self._seen = (self._seen + scores)[-512:]
+        ordered = sorted(self._seen)
+        threshold = ordered[int(self._deep_share * len(ordered))]
+        return torch.tensor([score >= threshold for score in scores])
+
+
+def make_engines(case: Case, model: nn.Module, requests: Requests) -> dict[str, Any]:
+    longest = max(len(p) + n for p, n in zip(*requests[:2], strict=True))
+    shared = {"max_rows": case.max_rows, "max_length": longest}
+    make = lr.recursive.DepthwiseEngine
+    engines = {
+        policy: make(model, policy=policy, **shared)
+        for policy in ("static", "continuous", "depth-wise")
+    }
+    forced = lr.recursive.ForcedExits(dict(enumerate(requests.exit_loops)))
+    for skipped in SKIPPED:
+        options = {**shared, "skipped": skipped}
+        engines[f"forced exits, {skipped}"] = make(model, exit_rule=forced, **options)
+        rule = Threshold(case.deep_share)
+        engines[f"confidence, {skipped}"] = make(model, exit_rule=rule, **options)
+    return engines
+
+
+def serve(engine: Any, requests: Requests) -> Any:
+    """The engine's metrics for all requests."""
+    engine.reset_metrics()
+    for i, (prompt, count) in enumerate(zip(*requests[:2], strict=True)):
+        engine.add(prompt, max_new_tokens=count, stop=[], id=i)
+    for i, result in engine.run().items():
+        if result.finish_reason != "length":
+            raise SystemExit(f"request {i} ended by {result.finish_reason}: {result.error}")
+        engine.forget(i)
+    return engine.metrics()
+
+
+def predicted(case: Case, requests: Requests, name: str, costs: Any) -> float | None:
+    """Tokens per second by the predictor; None where the exits depend on logits."""
+    if name.startswith("confidence"):
+        return None
+    kind, _, skipped = name.partition(", ")
+    planned = [
+        lr.recursive.PlannedRequest(len(prompt), count, loops)
+        for prompt, count, loops in zip(*requests, strict=True)
+    ]
+    if not skipped:
+        planned = [request._replace(exit_loops=[case.num_loops - 1]) for request in planned]
+    metrics = lr.recursive.predict_throughput(
+        planned,
+        costs,
+        num_loops=case.num_loops,
+        max_rows=case.max_rows,
+        policy="depth-wise" if skipped else kind,
+        skipped=skipped or "backfill",
+    )
+    return metrics.tokens_per_second
+
+
+def pass_ratio(case: Case, model: nn.Module, budget: float) -> dict[str, float]:
+    """Time of a pass of mixed depth over that of the pure block, in turns, and what the adapters'
+    multiply-adds are of the block's."""
+    pure = recursive_model(case.num_loops, 0, DTYPES[case.dtype])
+    runners = {"pure": BlockRunner(pure, "bench"), "relaxed": BlockRunner(model, "bench")}
+    width = model.get_input_embeddings().weight.shape[1]
+    states = torch.randn(case.max_rows, width, dtype=DTYPES[case.dtype])
+    runs = [Run(slot, slot % case.num_loops, CACHED) for slot in range(case.max_rows)]
+    rows = {
+        name: Rows(runs, runner.new_cache(case.max_rows, CACHED + 1))
+        for name, runner in runners.items()
+    }
+    ratios = []
+    start = time.perf_counter()
+    while len(ratios) < 5 or time.perf_counter() - start < budget:
+        seconds = {}
+        for name in random.sample(list(runners), 2):
+            began = time.perf_counter()
+            runners[name].run(rows[name], states)
+            seconds[name] = time.perf_counter() - began
+        ratios.append(seconds["relaxed"] / seconds["pure"])
+    return {"mixed_pass": statistics.median(ratios[2:]), "flop_share": flop_share(model, case)}
+
+
+def flop_share(model: nn.Module, case: Case) -> float:
+    """Multiply-adds of one loop's adapters over those of the block's linears."""
+    linears = [m for m in model.modules() if isinstance(m, lr.recursive.RelaxedLinear)]
+    own = sum(m.r * (m.in_features + m.out_features) for m in linears)
+    base = sum(m.in_features * m.out_features for m in linears)
+    return own / base if base else 0.0
+
+
+COLUMNS = (
+    ("B", 2),
+    ("r", 4),
+    ("rows", 5),
+    ("candidate", 26),
+    ("tokens/s", 9),
+    ("x static", 9),
+    ("x contin.", 9),
+    ("predicted", 9),
+    ("loops", 6),
+    ("rows/pass", 9),
+    ("head", 5),
+    ("ttft s", 7),
+    ("pass", 6),
+    ("limit", 6),
+)
+
+
+@torch.inference_mode()
+def run_case(case: Case, budget: float) -> list[Row]:
+    model = recursive_model(case.num_loops, case.rank, DTYPES[case.dtype])
+    requests = make_requests(case, model.get_input_embeddings().weight.shape[0])
+    costs = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
+    ratio = pass_ratio(case, model, budget / 4) if case.rank else {}
+    engines = make_engines(case, model, requests)
+    rounds: dict[str, list[Any]] = {name: [] for name in engines}
+    start = time.perf_counter()
+    while len(rounds["static"]) < 1 or time.perf_counter() - start < budget:
+        for name in random.sample(list(engines), len(engines)):
+            rounds[name].append(serve(engines[name], requests))
+    return [row_of(case, name, rounds, requests, costs, ratio) for name in engines]
+
+
+def row_of(
+    case: Case,
+    name: str,
+    rounds: dict[str, list[Any]],
+    requests: Requests,
+    costs: Any,
+    ratio: dict[str, float],
+) -> Row:
+    def over(base: str) -> float:
+        pairs = zip(rounds[name], rounds[base], strict=True)
+        return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
+
+    speed = statistics.median(metrics.tokens_per_second for metrics in rounds[name])
+    expected = predicted(case, requests, name, costs)
+    last = rounds[name][-1]
+    return {
+        **case._asdict(),
+        "candidate": name,
+        "tokens_per_second": speed,
+        "over_static": over("static"),
+        "over_continuous": over("continuous"),
+        "predicted_over_measured": None if expected is None else expected / speed,
+        "mean_loops": last.mean_loops,
+        "rows_per_pass": last.rows_per_pass,
+        "head_calls_per_pass": last.head_calls / last.passes,
+        "median_first_token_seconds": last.median_first_token_seconds,
+        "shares": last.shares(),
+        "rounds": len(rounds[name]),
+        **ratio,
+    }
+
+
+def cells(row: Row) -> tuple[object, ...]:
+    expected = row["predicted_over_measured"]
+    mixed = row.get("mixed_pass")
+    return (
+        *(row[name] for name in ("num_loops", "rank", "max_rows", "candidate")),
+        f"{row['tokens_per_second']:.1f}",
+        *(f"{row[name]:.2f}" for name in ("over_static", "over_continuous")),
+        "" if expected is None else f"{expected:.2f}",
+        f"{row['mean_loops']:.2f}",
+        f"{row['rows_per_pass']:.1f}",
+        f"{row['head_calls_per_pass']:.2f}",
+        f"{row['median_first_token_seconds']:.2f}",
+        "" if mixed is None else f"{mixed:.2f}",
+        "" if mixed is None else f"{1.05 + row['flop_share']:.2f}",
+    )
+
+
+HEAD = (
+    "x static, x contin.: tokens/s over that policy's in the same round, median of rounds",
+    "predicted: predicted over measured tokens/s; loops: per token; head: calls per pass",
+    "pass: time of a pass of mixed depth over the pure block's; limit: 1.05 + the FLOP share",
+)
+
+
+def main() -> None:
+    options = options_of(
+        __doc__, Case, quick="one case of eight requests", devices=("cpu",), seconds=120.0
+    )
+    cases = options.case or list(quick() if options.quick else grid())
+    run(options, cases, HEAD, COLUMNS, lambda case: run_case(case, options.seconds), cells)
+
+
+if __name__ == "__main__":
+    main()
