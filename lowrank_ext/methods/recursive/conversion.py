@@ -31,6 +31,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.inference_mode(False)  # whose tensors could not train
+@torch.no_grad()
 def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None = None) -> Model:
     """Fold the L layers of ``model`` into a block of K = L / num_loops layers that runs num_loops
     times.

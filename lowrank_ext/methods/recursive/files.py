@@ -42,6 +42,7 @@ CALLER = "load"  # in messages
 
 
 @torch.inference_mode(False)  # whose tensors could not train
+@torch.no_grad()
 def load(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
     """The recursive model that ``save_pretrained`` wrote into a directory, on the CPU.
 
