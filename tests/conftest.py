@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "simt(every=1, only=False): run on the executor too (or only), of the test's cases "
         "every n-th one; an n that divides no parameter's number of values leaves out no value",
     )
+    config.addinivalue_line(
+        "markers", "long: takes many seconds; begins early, so that no worker ends alone with it"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,8 +61,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", params, indirect=True, scope="session")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     seen: Counter[str] = Counter()
     left_out = []
     for item in items:
@@ -73,6 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
+    yield
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def runs_on_simt(item: pytest.Item) -> bool:

@@ -392,6 +392,7 @@ def test_build_info_matches_the_library() -> None:
         assert said.endswith("architectures " + " ".join(_build_info.CUDA_ARCHS))
 
 
+@pytest.mark.long
 def test_sdist_and_wheel(tree: Path, tmp_path: Path) -> None:
     """`python -m build` makes an sdist, and a wheel out of the sdist alone."""
     pytest.importorskip("build")

