@@ -3,22 +3,27 @@
     python benchmarks/bench_depthwise.py                    # half an hour on 2 cores
     python benchmarks/bench_depthwise.py --quick
     python benchmarks/bench_depthwise.py --case 2,64,16,64,0.3,bfloat16
+    python benchmarks/bench_depthwise.py --model build/examples/recursive/exits-pure
 
 A case folds SmolLM2-135M into num_loops loops with adapters of a rank (0: a pure recursion) and
-serves requests of mixed lengths with max_rows slots. One round runs every candidate once, in a new
-order; figures are medians of ratios within rounds, every cost inside.
+serves requests of mixed lengths, beginnings of real text, with max_rows slots. One round runs every
+candidate once, in a new order; figures are medians of ratios within rounds, every cost inside.
 
-forced exits: tokens leave where a table says, such that deep_share of them run all loops; the model
-is not trained for exits, and its text is not looked at. confidence: the head runs after every loop,
-thresholds are those that let the same share go on. predicted: by lr.recursive.predict_throughput
-from pass times measured before.
+forced exits: tokens leave where a table says, such that deep_share of them run all loops; the text
+is not looked at. confidence: the head runs after every loop, and thresholds let the same share go
+on: exits of a model that is not trained for them. With --model, a folder of a recursive model whose
+exits are trained, confidence has calibrated thresholds (90 % agreement), and there is the oracle:
+each token leaves after the first loop whose most likely token is that of full depth, recorded
+before. predicted: by lr.recursive.predict_throughput from pass times measured before.
 """
 
+import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +31,11 @@ from command import DTYPES, Row, options_of, run
 from torch import nn
 
 import lowrank_ext as lr
+from lowrank_ext.cli.data import load_corpus
 from lowrank_ext.cli.models import find_model, load_model
 from lowrank_ext.methods.recursive.engine.block import BlockRunner
 from lowrank_ext.methods.recursive.engine.rows import Rows, Run
-from lowrank_ext.methods.recursive.exits import ExitRows, confidence
+from lowrank_ext.methods.recursive.exits import ExitRows, confidence, oracle_loops
 
 SKIPPED = ("share-first", "copy", "backfill")
 PROMPT, NEW = (8, 96), (8, 128)  # lengths of prompts and of what is generated
@@ -51,14 +57,29 @@ class Case(NamedTuple):
         return f"{dtype} B={loops} r={rank} {rows} slots, {requests} requests, {share:.2f} deep"
 
 
-def grid() -> Iterator[Case]:
-    for rank in (0, 64):
+def grid(ranks: Sequence[int] = (0, 64), num_loops: int = 2) -> Iterator[Case]:
+    for rank in ranks:
         for max_rows in (8, 16, 64):
-            yield Case(2, rank, max_rows, 64, 0.3, "bfloat16")
+            yield Case(num_loops, rank, max_rows, 64, 0.3, "bfloat16")
 
 
 def quick() -> Iterator[Case]:
     yield Case(2, 64, 8, 8, 0.3, "bfloat16")
+
+
+class Text(NamedTuple):
+    """Token ids: rows to calibrate on, and a stream from which prompts are cut."""
+
+    seen: torch.Tensor
+    unseen: list[int]
+
+
+@cache
+def text() -> Text:
+    """Real text that a trained model has not seen, and some that it has."""
+    tokenizer = load_model(find_model(None), torch.bfloat16).tokenizer
+    corpus = load_corpus((), "text", tokenizer, seq_len=128)
+    return Text(corpus.train[:64], corpus.held_out.flatten().tolist())
 
 
 @cache
@@ -66,6 +87,12 @@ def recursive_model(num_loops: int, rank: int, dtype: torch.dtype) -> nn.Module:
     model = load_model(find_model(None), dtype).model.eval().requires_grad_(False)
     config = lr.recursive.RecursiveConfig(num_loops=num_loops, rank=rank)
     return lr.recursive.convert(model, config)
+
+
+@cache
+def trained_model(folder: Path) -> nn.Module:
+    """In bfloat16, as all cases of it."""
+    return lr.recursive.load(folder).to(torch.bfloat16).eval().requires_grad_(False)
 
 
 class Requests(NamedTuple):
@@ -76,11 +103,12 @@ class Requests(NamedTuple):
     exit_loops: list[list[int]]
 
 
-def make_requests(case: Case, vocabulary: int) -> Requests:
-    draw = random.Random(0)
+def make_requests(case: Case) -> Requests:
+    draw, stream = random.Random(0), text().unseen
     prompts, lengths, exits = [], [], []
     for _ in range(case.num_requests):
-        prompts.append([draw.randrange(vocabulary) for _ in range(draw.randint(*PROMPT))])
+        start, length = draw.randrange(len(stream) - PROMPT[1]), draw.randint(*PROMPT)
+        prompts.append(stream[start : start + length])
         lengths.append(draw.randint(*NEW))
         deep = [draw.random() < case.deep_share for _ in range(lengths[-1])]
         exits.append([case.num_loops - 1 if each else 0 for each in deep])
@@ -105,46 +133,80 @@ class Threshold:
         return torch.tensor([score >= threshold for score in scores])
 
 
-def make_engines(case: Case, model: nn.Module, requests: Requests) -> dict[str, Any]:
+def oracle_exits(case: Case, model: nn.Module, requests: Requests) -> list[list[int]]:
+    """The exit loops of greedy decoding at full depth, whose tokens are recorded first."""
+    engine = make_engine(case, model, requests)
+    tables = []
+    results = answers(engine, requests)
+    for i, prompt in enumerate(requests.prompts):
+        inputs = torch.tensor([[*prompt, *results[i].tokens[:-1]]])
+        loops = oracle_loops(lr.recursive.loop_logits(model, input_ids=inputs))
+        tables.append(loops[0, len(prompt) - 1 :].tolist())
+    return tables
+
+
+def make_engine(case: Case, model: nn.Module, requests: Requests, **options: Any) -> Any:
     longest = max(len(p) + n for p, n in zip(*requests[:2], strict=True))
     shared = {"max_rows": case.max_rows, "max_length": longest}
-    make = lr.recursive.DepthwiseEngine
+    return lr.recursive.DepthwiseEngine(model, **shared, **options)
+
+
+def make_rules(case: Case, model: nn.Module, requests: Requests, trained: bool) -> dict[str, Any]:
+    """Exit rules by name."""
+    forced = lr.recursive.ForcedExits(dict(enumerate(requests.exit_loops)))
+    if not trained:
+        return {"forced exits": forced, "confidence": Threshold(case.deep_share)}
+    oracle = lr.recursive.ForcedExits(dict(enumerate(oracle_exits(case, model, requests))))
+    found = lr.recursive.calibrate(model, text().seen.split(8), target=0.9)
+    return {"forced exits": forced, "oracle": oracle, "confidence": found.rule}
+
+
+def make_engines(
+    case: Case, model: nn.Module, requests: Requests, rules: dict[str, Any]
+) -> dict[str, Any]:
     engines = {
-        policy: make(model, policy=policy, **shared)
+        policy: make_engine(case, model, requests, policy=policy)
         for policy in ("static", "continuous", "depth-wise")
     }
-    forced = lr.recursive.ForcedExits(dict(enumerate(requests.exit_loops)))
-    for skipped in SKIPPED:
-        options = {**shared, "skipped": skipped}
-        engines[f"forced exits, {skipped}"] = make(model, exit_rule=forced, **options)
-        rule = Threshold(case.deep_share)
-        engines[f"confidence, {skipped}"] = make(model, exit_rule=rule, **options)
+    for name, rule in rules.items():
+        for skipped in SKIPPED:
+            options = {"exit_rule": rule, "skipped": skipped}
+            engines[f"{name}, {skipped}"] = make_engine(case, model, requests, **options)
     return engines
+
+
+def answers(engine: Any, requests: Requests) -> dict[int, Any]:
+    """What the engine generates for all requests, by their numbers."""
+    for i, (prompt, count) in enumerate(zip(*requests[:2], strict=True)):
+        engine.add(prompt, max_new_tokens=count, stop=[], id=i)
+    results: dict[int, Any] = engine.run()
+    for i, result in results.items():
+        if result.finish_reason != "length":
+            raise SystemExit(f"request {i} ended by {result.finish_reason}: {result.error}")
+        engine.forget(i)
+    return results
 
 
 def serve(engine: Any, requests: Requests) -> Any:
     """The engine's metrics for all requests."""
     engine.reset_metrics()
-    for i, (prompt, count) in enumerate(zip(*requests[:2], strict=True)):
-        engine.add(prompt, max_new_tokens=count, stop=[], id=i)
-    for i, result in engine.run().items():
-        if result.finish_reason != "length":
-            raise SystemExit(f"request {i} ended by {result.finish_reason}: {result.error}")
-        engine.forget(i)
+    answers(engine, requests)
     return engine.metrics()
 
 
-def predicted(case: Case, requests: Requests, name: str, costs: Any) -> float | None:
+def predicted(
+    case: Case, requests: Requests, name: str, costs: Any, rules: dict[str, Any]
+) -> float | None:
     """Tokens per second by the predictor; None where the exits depend on logits."""
-    if name.startswith("confidence"):
-        return None
     kind, _, skipped = name.partition(", ")
+    rule = rules.get(kind)
+    if rule is not None and rule.needs_logits:
+        return None
+    full = [case.num_loops - 1]
     planned = [
-        lr.recursive.PlannedRequest(len(prompt), count, loops)
-        for prompt, count, loops in zip(*requests, strict=True)
+        lr.recursive.PlannedRequest(len(prompt), count, rule.loops[i] if rule else full)
+        for i, (prompt, count) in enumerate(zip(*requests[:2], strict=True))
     ]
-    if not skipped:
-        planned = [request._replace(exit_loops=[case.num_loops - 1]) for request in planned]
     metrics = lr.recursive.predict_throughput(
         planned,
         costs,
@@ -207,26 +269,28 @@ COLUMNS = (
 
 
 @torch.inference_mode()
-def run_case(case: Case, budget: float) -> list[Row]:
-    model = recursive_model(case.num_loops, case.rank, DTYPES[case.dtype])
-    requests = make_requests(case, model.get_input_embeddings().weight.shape[0])
+def run_case(case: Case, budget: float, folder: Path | None = None) -> list[Row]:
+    untrained = (case.num_loops, case.rank, DTYPES[case.dtype])
+    model = trained_model(folder) if folder else recursive_model(*untrained)
+    requests = make_requests(case)
+    rules = make_rules(case, model, requests, folder is not None)
     costs = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
     ratio = pass_ratio(case, model, budget / 4) if case.rank else {}
-    engines = make_engines(case, model, requests)
+    engines = make_engines(case, model, requests, rules)
     rounds: dict[str, list[Any]] = {name: [] for name in engines}
     start = time.perf_counter()
     while len(rounds["static"]) < 1 or time.perf_counter() - start < budget:
         for name in random.sample(list(engines), len(engines)):
             rounds[name].append(serve(engines[name], requests))
-    return [row_of(case, name, rounds, requests, costs, ratio) for name in engines]
+    expected = {name: predicted(case, requests, name, costs, rules) for name in engines}
+    return [row_of(case, name, rounds, expected[name], ratio) for name in engines]
 
 
 def row_of(
     case: Case,
     name: str,
     rounds: dict[str, list[Any]],
-    requests: Requests,
-    costs: Any,
+    expected: float | None,
     ratio: dict[str, float],
 ) -> Row:
     def over(base: str) -> float:
@@ -234,7 +298,6 @@ def row_of(
         return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
 
     speed = statistics.median(metrics.tokens_per_second for metrics in rounds[name])
-    expected = predicted(case, requests, name, costs)
     last = rounds[name][-1]
     return {
         **case._asdict(),
@@ -277,12 +340,38 @@ HEAD = (
 )
 
 
-def main() -> None:
-    options = options_of(
-        __doc__, Case, quick="one case of eight requests", devices=("cpu",), seconds=120.0
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="a recursive model whose exits are trained"
     )
-    cases = options.case or list(quick() if options.quick else grid())
-    run(options, cases, HEAD, COLUMNS, lambda case: run_case(case, options.seconds), cells)
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    if options.model is None:
+        return options.case or list(quick() if options.quick else grid())
+    config = trained_model(options.model).recursive_config
+    cases = options.case or list(grid((config.rank,), config.num_loops))
+    if any(case[:2] != (config.num_loops, config.rank) for case in cases):
+        raise SystemExit(f"--model has num_loops={config.num_loops} and rank={config.rank}")
+    return cases[:1] if options.quick else cases
+
+
+def parsed() -> argparse.Namespace:
+    return options_of(
+        __doc__,
+        Case,
+        quick="one case of eight requests",
+        devices=("cpu",),
+        seconds=120.0,
+        more=add_model,
+    )
+
+
+def main() -> None:
+    options = parsed()
+    cases = cases_of(options)
+    measure = partial(run_case, budget=options.seconds, folder=options.model)
+    run(options, cases, HEAD, COLUMNS, measure, cells)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,10 @@ def options_of(
     full: str | None = None,
     devices: Sequence[str] = ("cpu", "cuda"),
     seconds: float = 4.0,
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> argparse.Namespace:
     """The parsed command line of a benchmark with cases of `kind`. `quick` and `full` are the help
-    of these options; without `full` there is no --full."""
+    of these options; without `full` there is no --full. `more` adds a benchmark's own options."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help=quick)
@@ -67,6 +68,7 @@ def options_of(
     parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
     parser.add_argument("--seconds", type=float, default=seconds, help="of timing per case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    more(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

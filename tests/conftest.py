@@ -23,6 +23,8 @@ from devices import (
     simt_ops,
 )
 
+import lowrank_ext  # noqa: F401 - registers the ops
+
 pytest.register_assert_rewrite("lowrank_cases", "finetune_runs")
 
 
@@ -36,12 +38,12 @@ def device_params(marker: pytest.Mark | None) -> list[Any]:
     return ["cpu", *on_simt, *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
     """Cases on a device that is not there are not made: skipping thousands of them takes time."""
     there = {"cpu": True, SIMT: has_simt(), "cuda": torch.cuda.is_available()}
-    return "devices: " + ", ".join(
-        name if is_there else f"no {name}" for name, is_there in there.items()
-    )
+    devices = ", ".join(name if is_there else f"no {name}" for name, is_there in there.items())
+    kernels = torch.ops.lowrank_ext.cpu_features()
+    return [f"devices: {devices}", f"CPU kernels: {kernels}"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

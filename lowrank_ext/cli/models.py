@@ -1,11 +1,13 @@
 """Loading the base model and its tokenizer, and the dtype that suits this CPU."""
 
+import importlib
 import importlib.util
 import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -128,6 +130,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     with (
         as_user_error(f"cannot load {source.name}", Exception),
         no_own_code(),
+        gguf_read_once(),
         redirect_stderr(io.StringIO()),
     ):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
@@ -148,6 +151,23 @@ def prepare_transformers() -> None:
         ) from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """transformers parses a .gguf file for each of tokenizer, config and model, seconds each time:
+    in this block the second and third get what the first has read."""
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError:  # transformers says so where it needs it
+        yield
+        return
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 @contextmanager

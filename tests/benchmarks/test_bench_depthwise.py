@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import decoder
+from decoders import VOCABULARY, decoder
 
 import lowrank_ext as lr
 
@@ -23,6 +23,9 @@ def bench(monkeypatch: pytest.MonkeyPatch):
         return lr.recursive.convert(model, config)
 
     monkeypatch.setattr(bench_depthwise, "recursive_model", tiny)
+    stream = torch.randint(0, VOCABULARY, (400,))
+    words = bench_depthwise.Text(stream.view(-1, 10), stream.tolist())
+    monkeypatch.setattr(bench_depthwise, "text", lambda: words)
     monkeypatch.setattr(bench_depthwise, "PROMPT", (2, 6))
     monkeypatch.setattr(bench_depthwise, "NEW", (2, 6))
     yield bench_depthwise
@@ -45,6 +48,29 @@ def test_a_case(bench, rank: int) -> None:
     assert by_name["static"]["over_static"] == by_name["continuous"]["over_continuous"] == 1
     assert by_name["static"]["mean_loops"] == by_name["depth-wise"]["mean_loops"] == 2
     assert by_name["forced exits, copy"]["mean_loops"] < 2
+
+
+def test_a_trained_model_has_an_oracle(bench, tmp_path: Path, monkeypatch) -> None:
+    model = bench.recursive_model(2, 2, torch.float32)
+    model.save_pretrained(tmp_path)
+    case = bench.Case(2, 2, 3, 5, 0.3, "bfloat16")
+    requests = bench.make_requests(case)
+    trained = bench.trained_model(tmp_path)
+    tables = bench.oracle_exits(case, trained, requests)
+    assert [len(table) for table in tables] == requests.new_tokens
+    rows = bench.run_case(case, 0.0, tmp_path)
+    assert len(rows) == 3 + 3 * len(bench.SKIPPED)
+    oracle = next(row for row in rows if row["candidate"] == "oracle, backfill")
+    assert oracle["predicted_over_measured"] > 0
+    assert 1 <= oracle["mean_loops"] <= 2
+
+    monkeypatch.setattr(sys, "argv", ["bench", "--model", str(tmp_path), "--json", "rows.json"])
+    options = bench.parsed()
+    assert {case[:2] for case in bench.cases_of(options)} == {(2, 2)}
+    other = ["bench", "--model", str(tmp_path), "--case", "2,4,8,64,0.3,bfloat16"]
+    monkeypatch.setattr(sys, "argv", other)
+    with pytest.raises(SystemExit, match="--model has num_loops=2 and rank=2"):
+        bench.cases_of(bench.parsed())
 
 
 def test_a_pure_recursion_is_a_case(bench) -> None:

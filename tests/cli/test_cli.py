@@ -310,24 +310,24 @@ def test_report_says_what_was_run_where(run, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype", "adapter_dtype"),
+    ("method", "dtype", "adapter_dtype", "step"),
     [
-        ("lora", "fp32", "fp32"),
-        ("lora", "bf16", "bf16"),
-        ("peft-lora", "fp32", "fp32"),
-        ("peft-lora-accelerated", "bf16", "fp32"),
-        ("lamda", "fp32", "fp32"),
-        ("lamda", "bf16", "fp32"),
-        ("lamda++", "bf16", "base"),
-        ("aflora", "fp32", "fp32"),
-        ("aflora", "bf16", "base"),
-        ("full", "bf16", "fp32"),
-        ("goat", "fp32", "fp32"),
-        ("set-and-sequence", "bf16", "fp32"),
-        ("moe-lora", "bf16", "base"),
+        ("lora", "fp32", "fp32", 1),
+        ("lora", "bf16", "bf16", 5),
+        ("peft-lora", "fp32", "fp32", 5),
+        ("peft-lora-accelerated", "bf16", "fp32", 1),
+        ("lamda", "fp32", "fp32", 5),
+        ("lamda", "bf16", "fp32", 1),
+        ("lamda++", "bf16", "base", 5),
+        ("aflora", "fp32", "fp32", 5),
+        ("aflora", "bf16", "base", 1),
+        ("full", "bf16", "fp32", 5),
+        ("goat", "fp32", "fp32", 1),
+        ("set-and-sequence", "bf16", "fp32", 5),
+        ("set-and-sequence", "fp32", "fp32", 1),
+        ("moe-lora", "bf16", "base", 5),
     ],
 )
-@pytest.mark.parametrize("step", [1, 5])
 def test_ctrl_c_saves_and_resume_gives_the_same_numbers(
     run, tmp_path, monkeypatch, method, dtype, adapter_dtype, step
 ) -> None:

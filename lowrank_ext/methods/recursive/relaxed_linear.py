@@ -96,8 +96,29 @@ class MixedDepthLinear(nn.Module):
 def svd_factors(residual: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """lora_a = V_rᵀ [r, in] and lora_b = U_r S_r [out, r] of ``residual`` [out, in]: the product is
     its best approximation of rank r in the Frobenius norm."""
+    lora_a, lora_b = _by_eigenvectors(residual, r) or _by_svd(residual, r)
+    return lora_a.to(dtype).contiguous(), lora_b.to(dtype).contiguous()
+
+
+def _by_svd(residual: Tensor, r: int) -> tuple[Tensor, Tensor]:
     u, sig, v_t = top_singular_triples(residual, r)
-    return v_t.to(dtype).contiguous(), (u * sig).to(dtype).contiguous()
+    return v_t, u * sig
+
+
+def _by_eigenvectors(residual: Tensor, r: int) -> tuple[Tensor, Tensor] | None:
+    """The same from the smaller Gram matrix in fp64: for fp32 as exact as its SVD, in half the
+    time. None where it is not: fp64, or a rank below r, where a row of lora_a would be noise."""
+    if residual.dtype == torch.float64:
+        return None
+    wide = residual.double()
+    is_tall = wide.shape[0] >= wide.shape[1]
+    tall = wide if is_tall else wide.mT
+    right = torch.linalg.eigh(tall.mT @ tall).eigenvectors[:, -r:].flip(1)
+    scaled = tall @ right  # the left singular vectors, times the singular values
+    sig = torch.linalg.vector_norm(scaled, dim=0)
+    if not sig[-1] > torch.finfo(torch.float32).eps * sig[0]:
+        return None
+    return (right.mT, scaled) if is_tall else ((scaled / sig).mT, right * sig)
 
 
 @torch.no_grad()
