@@ -7,8 +7,8 @@
 4. Exits calibrated on that model; what each treatment of skipped keys and values costs.
 5. The engine serves prompts, or those of a file.
 
-Writes recursive.json and recursive.png. A run goes on where an earlier one into --out was stopped;
-only the three trainings whose weights are needed later are repeated.
+Writes recursive.json, recursive.png and, in recursive/, four trained models: pure and relaxed,
+before and after the training of their exits. A run goes on where an earlier one into --out was stopped.
 
     python examples/recursive.py --out build/examples
 """
@@ -19,6 +19,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,21 @@ class Results:
         return self.values[name]
 
 
+class Models:
+    """Trained models by name, in a folder each."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+
+    def save(self, name: str, model: nn.Module) -> None:
+        model.save_pretrained(self._folder / name)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(self._folder / name)
+
+    def load(self, name: str) -> nn.Module:
+        return lr.recursive.load(self._folder / name)
+
+
 def real_subject() -> Subject:
     loaded = load_model(find_model(None), resolve_dtype("auto"))
     corpus = load_corpus((), "text", loaded.tokenizer, seq_len=128)
@@ -165,38 +181,36 @@ def cut_model(subject: Subject, loops: int) -> nn.Module:
     return model
 
 
-def after_uptraining(
-    subject: Subject, plan: Plan, results: Results, kept: dict[str, nn.Module]
-) -> None:
-    """Held-out loss before and after the same number of steps; models for the exits are kept."""
-    rank = plan.rank
-    subjects: dict[str, tuple[Callable[[], nn.Module], str]] = {
-        "pure, KL": (lambda: subject.converted(num_loops=2, init="stepwise"), "kl"),
-        "relaxed, SVD start, KL": (lambda: subject.converted(num_loops=2, rank=rank), "kl"),
-        "relaxed, SVD start, cross entropy": (
-            lambda: subject.converted(num_loops=2, rank=rank),
-            "ce",
-        ),
-        "relaxed, zero start, KL": (
-            lambda: subject.converted(num_loops=2, rank=rank, lora_init="zero"),
-            "kl",
-        ),
-        "cut to K layers, cross entropy": (lambda: cut_model(subject, 2), "ce"),
+def after_uptraining(subject: Subject, plan: Plan, results: Results, models: Models) -> None:
+    """Held-out loss before and after the same number of steps; two models are saved."""
+
+    def pure() -> nn.Module:
+        return subject.converted(num_loops=2, init="stepwise")
+
+    def relaxed(lora_init: str = "svd") -> nn.Module:
+        return subject.converted(num_loops=2, rank=plan.rank, lora_init=lora_init)
+
+    starts: dict[str, tuple[Callable[[], nn.Module], str, str | None]] = {
+        "pure, KL": (pure, "kl", "pure"),
+        "relaxed, SVD start, KL": (relaxed, "kl", "relaxed"),
+        "relaxed, SVD start, cross entropy": (relaxed, "ce", None),
+        "relaxed, zero start, KL": (lambda: relaxed("zero"), "kl", None),
+        "cut to K layers, cross entropy": (lambda: cut_model(subject, 2), "ce", None),
     }
 
-    def measure(name: str, make: Callable[[], nn.Module], loss: str) -> list[float]:
+    def measure(
+        name: str, make: Callable[[], nn.Module], loss: str, saved_as: str | None
+    ) -> list[float]:
         torch.manual_seed(0)
         model = make()
         before = subject.held_out(model)
         train(subject, model, plan, name, loss, exits=0.0)
-        kept[name] = model
+        if saved_as is not None:
+            models.save(saved_as, model)
         return [before, subject.held_out(model)]
 
-    for name, (make, loss) in subjects.items():
-        wanted = name in ("pure, KL", "relaxed, SVD start, KL")
-        if wanted:  # the exits go on from its weights, which no file holds
-            results.values.pop(f"uptrained, {name}", None)
-        results.get(f"uptrained, {name}", lambda n=name, m=make, lo=loss: measure(n, m, lo))
+    for name, start in starts.items():
+        results.get(f"uptrained, {name}", partial(measure, name, *start))
 
 
 def without_first_adapters(model: nn.Module) -> nn.Module:
@@ -214,33 +228,27 @@ def loop_losses(subject: Subject, model: nn.Module) -> list[float]:
     return list(lr.recursive.evaluate(model, batches).losses)
 
 
-def after_exit_training(
-    subject: Subject, plan: Plan, results: Results, kept: dict[str, nn.Module]
-) -> nn.Module:
-    """Losses of both loops before and after; returns the model whose exits the engine uses."""
-    pure, relaxed = kept["pure, KL"], kept["relaxed, SVD start, KL"]
-    variants: dict[str, tuple[Callable[[], nn.Module], float]] = {
-        "pure, 0.1": (lambda: copy.deepcopy(pure), 0.1),
-        "relaxed, 0.1": (lambda: copy.deepcopy(relaxed), 0.1),
-        "relaxed, 0.3": (lambda: copy.deepcopy(relaxed), 0.3),
-        "relaxed, no adapters in loop 0, 0.1": (
-            lambda: without_first_adapters(copy.deepcopy(relaxed)),
-            0.1,
-        ),
-    }
-    trained: dict[str, nn.Module] = {}
+def after_exit_training(subject: Subject, plan: Plan, results: Results, models: Models) -> None:
+    """Losses of both loops before and after; two models are saved."""
 
-    def measure(name: str, make: Callable[[], nn.Module], exits: float) -> list[list[float]]:
-        model = make()
+    def measure(source: str, exits: float, bare_first: bool, saved_as: str | None) -> Any:
+        model = models.load(source)
+        if bare_first:
+            without_first_adapters(model)
         before = loop_losses(subject, model)
-        trained[name] = train(subject, model, plan, f"exits: {name}", "kl", exits)
+        train(subject, model, plan, f"exits of {source}, {exits}", "kl", exits)
+        if saved_as is not None:
+            models.save(saved_as, model)
         return [before, loop_losses(subject, model)]
 
-    for name, (make, exits) in variants.items():
-        if name == "pure, 0.1":
-            results.values.pop(f"exits, {name}", None)
-        results.get(f"exits, {name}", lambda n=name, m=make, e=exits: measure(n, m, e))
-    return trained["pure, 0.1"]
+    variants = {
+        "pure, 0.1": ("pure", 0.1, False, "exits-pure"),
+        "relaxed, 0.1": ("relaxed", 0.1, False, "exits-relaxed"),
+        "relaxed, 0.3": ("relaxed", 0.3, False, None),
+        "relaxed, no adapters in loop 0, 0.1": ("relaxed", 0.1, True, None),
+    }
+    for name, variant in variants.items():
+        results.get(f"exits, {name}", partial(measure, *variant))
 
 
 def calibrated(subject: Subject, model: nn.Module, results: Results) -> Any:
@@ -368,9 +376,10 @@ def main(
         subject, plan = real_subject(), Plan(*grid, 64, steps)
     results = Results(out / "recursive.json", {**dataclasses.asdict(plan), "quick": quick})
     after_conversion(subject, plan, results)
-    kept: dict[str, nn.Module] = {}
-    after_uptraining(subject, plan, results, kept)
-    model = after_exit_training(subject, plan, results, kept)
+    models = Models(out / "recursive", subject.tokenizer)
+    after_uptraining(subject, plan, results, models)
+    after_exit_training(subject, plan, results, models)
+    model = models.load("exits-pure")
     rule = calibrated(subject, model, results)
     serve(subject, model, rule, prompts)
     console.print(table(results))

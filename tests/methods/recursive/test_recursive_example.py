@@ -14,7 +14,10 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example.main(out=tmp_path, steps=2, full=False, prompts=None, quick=True)
     first = json.loads((tmp_path / "recursive.json").read_text())
     assert (tmp_path / "recursive.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recursive.json", "recursive.png"]
+    made = ["recursive", "recursive.json", "recursive.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    models = {path.name for path in (tmp_path / "recursive").iterdir()}
+    assert models == {"pure", "relaxed", "exits-pure", "exits-relaxed"}
     full_rank = [value for name, value in first.items() if name.endswith("rank full")]
     assert full_rank == pytest.approx([first["source"]] * 3, abs=1e-4)
     assert first["uptrained, pure, KL"][0] != first["uptrained, pure, KL"][1]
