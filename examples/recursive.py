@@ -8,7 +8,8 @@
 5. The engine serves prompts, or those of a file.
 
 Writes recursive.json, recursive.png and, in recursive/, four trained models: pure and relaxed,
-before and after the training of their exits. A run goes on where an earlier one into --out was stopped.
+before and after the training of their exits. A run goes on where an earlier one into --out was
+stopped.
 
     python examples/recursive.py --out build/examples
 """
@@ -36,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowrank_ext as lr
 from lowrank_ext.cli.data import Corpus, load_corpus, load_documents
 from lowrank_ext.cli.files import prepare_output, write_bytes, write_json
-from lowrank_ext.cli.models import find_model, load_model, resolve_dtype
+from lowrank_ext.cli.models import find_model, load_model
 from lowrank_ext.cli.training import held_out_loss, learning_rate_factor
 
 BATCH, PEAK_LR = 4, 2e-4
@@ -110,9 +111,9 @@ class Models:
 
 
 def real_subject() -> Subject:
-    loaded = load_model(find_model(None), resolve_dtype("auto"))
+    loaded = load_model(find_model(None), torch.float32)
     corpus = load_corpus((), "text", loaded.tokenizer, seq_len=128)
-    return Subject(loaded.model.float(), corpus, loaded.tokenizer)
+    return Subject(loaded.model, corpus, loaded.tokenizer)
 
 
 def tiny_subject() -> Subject:
