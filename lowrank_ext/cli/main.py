@@ -15,7 +15,21 @@ except ImportError:
 import lowrank_ext as lr
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
-from lowrank_ext.cli.options import Dtype, Threads, with_method_options
+from lowrank_ext.cli.options import (
+    Batch,
+    Dtype,
+    EvalBatches,
+    Field,
+    Model,
+    Resume,
+    SaveEvery,
+    SeqLen,
+    Steps,
+    Targets,
+    Text,
+    Threads,
+    with_method_options,
+)
 from lowrank_ext.cli.recursive.app import app as recursive
 from lowrank_ext.cli.resumed import check_same_settings, is_given
 from lowrank_ext.cli.settings import Settings, method_names, method_options, parse_methods
@@ -61,21 +75,9 @@ def common(
 @with_method_options(after="lr")
 def finetune(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory, .gguf file, or id of a cached model.", show_default="SmolLM2-135M"
-        ),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A .txt or .jsonl file; may be repeated.", show_default="Python's language topics"
-        ),
-    ] = None,
-    field: Annotated[
-        str, typer.Option(help="The field of .jsonl lines that holds the text.")
-    ] = "text",
+    model: Model = None,
+    text: Text = None,
+    field: Field = "text",
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(method_names())}.", show_default="lora")
     ] = None,
@@ -89,13 +91,10 @@ def finetune(
         typer.Option(help="The branch is scaled by alpha / rank.", show_default="rank"),
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout before lora_a.")] = 0.05,
-    targets: Annotated[
-        str,
-        typer.Option(help="all-linear, module names separated by commas, or a regular expression."),
-    ] = "all-linear",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 30,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    targets: Targets = "all-linear",
+    steps: Steps = 30,
+    batch: Batch = 4,
+    seq_len: SeqLen = 256,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")
     ] = None,
@@ -105,23 +104,13 @@ def finetune(
     ] = "fp32",
     seed: Annotated[int, typer.Option(help="Initialization, order of the data, dropout.")] = 0,
     threads: Threads = None,
-    eval_batches: Annotated[
-        int, typer.Option(help="Held-out batches per evaluation, at most.")
-    ] = 6,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")
-    ] = 0,
+    eval_batches: EvalBatches = 6,
+    save_every: SaveEvery = 0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile, also for the frozen model.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("finetune-output"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue the run in --out with its own settings; a larger --steps extends it.",
-        ),
-    ] = False,
+    resume: Resume = False,
     **options_of_methods: Any,
 ) -> None:
     """Fine-tune a causal language model and show what was gained.

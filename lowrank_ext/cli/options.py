@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -9,6 +10,35 @@ import typer
 from lowrank_ext.cli.settings import method_options
 from lowrank_ext.recipe import Option
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory, .gguf file, or id of a cached model.", show_default="SmolLM2-135M"
+    ),
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A .txt or .jsonl file; may be repeated.", show_default="Python's language topics"
+    ),
+]
+Field = Annotated[str, typer.Option(help="The field of .jsonl lines that holds the text.")]
+Targets = Annotated[
+    str,
+    typer.Option(help="all-linear, module names separated by commas, or a regular expression."),
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
+Batch = Annotated[int, typer.Option(help="Sequences per step.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
+EvalBatches = Annotated[int, typer.Option(help="Held-out batches per evaluation, at most.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue the run in --out with its own settings; a larger --steps extends it.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

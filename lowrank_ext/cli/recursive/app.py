@@ -9,7 +9,20 @@ import typer
 from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.options import Dtype, Threads
+from lowrank_ext.cli.options import (
+    Batch,
+    Dtype,
+    EvalBatches,
+    Field,
+    Model,
+    Resume,
+    SaveEvery,
+    SeqLen,
+    Steps,
+    Targets,
+    Text,
+    Threads,
+)
 from lowrank_ext.cli.recursive.models import RULE_HELP
 from lowrank_ext.cli.resumed import check_same_settings, is_given
 
@@ -22,13 +35,6 @@ app = typer.Typer(
 Directory = Annotated[
     Path, typer.Argument(help="Directory that convert or uptrain has written.", show_default=False)
 ]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="A .txt or .jsonl file; may be repeated.", show_default="Python's language topics"
-    ),
-]
-Field = Annotated[str, typer.Option(help="The field of .jsonl lines that holds the text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Skipped = Annotated[
     str, typer.Option(help="Keys and values of skipped loops: backfill, copy or share-first.")
@@ -42,12 +48,7 @@ def convert(
     context: typer.Context,
     loops: Annotated[int, typer.Option(help="How often the block runs; divides the layers.")],
     out: Annotated[Path, typer.Option(help="Directory of the result, tokenizer included.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory, .gguf file, or id of a cached model.", show_default="SmolLM2-135M"
-        ),
-    ] = None,
+    model: Model = None,
     rank: Annotated[
         int, typer.Option(help="Rank of the adapters of each loop; 0: no adapters.")
     ] = 0,
@@ -58,10 +59,7 @@ def convert(
         str | None,
         typer.Option(help="Adapters: svd of what tying takes away, or zero.", show_default="svd"),
     ] = None,
-    targets: Annotated[
-        str,
-        typer.Option(help="all-linear, module names separated by commas, or a regular expression."),
-    ] = "all-linear",
+    targets: Targets = "all-linear",
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of adapters that start at zero.")] = 0,
     threads: Threads = None,
@@ -93,9 +91,9 @@ def uptrain(
     ] = None,
     text: Text = None,
     field: Field = "text",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 30,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    steps: Steps = 30,
+    batch: Batch = 4,
+    seq_len: SeqLen = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
     loss: Annotated[
         str,
@@ -111,20 +109,10 @@ def uptrain(
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Order of the data.")] = 0,
     threads: Threads = None,
-    eval_batches: Annotated[
-        int, typer.Option(help="Held-out batches per evaluation, at most.")
-    ] = 6,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")
-    ] = 0,
+    eval_batches: EvalBatches = 6,
+    save_every: SaveEvery = 0,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("uptrain-output"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue the run in --out with its own settings; a larger --steps extends it.",
-        ),
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Train a converted model: tied weights, adapters, norms, by AdamW with warm-up and cosine.
 
@@ -174,7 +162,7 @@ def evaluate(
     directory: Directory,
     text: Text = None,
     field: Field = "text",
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    seq_len: SeqLen = 256,
     batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,
     eval_batches: Annotated[int, typer.Option(help="Held-out batches, at most.")] = 6,
     exit: Exit = None,
