@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: devices, dtypes, the seed and the thread count."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -82,6 +83,12 @@ def pytest_collection_modifyitems(
         items[:] = [item for item in items if item not in gone]
     yield
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are a million objects, which every collection of garbage would walk."""
+    gc.collect()
+    gc.freeze()
 
 
 def runs_on_simt(item: pytest.Item) -> bool:

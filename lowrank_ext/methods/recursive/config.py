@@ -34,7 +34,8 @@ class RecursiveConfig:
             linears that no key matches get none. 0: no adapters, a pure recursion. Above
             min(in_features, out_features) it is that.
         lora_init: ``"svd"``: the best approximation of this rank of the difference between the
-            layer's weight and the tied one. ``"zero"``: adapters that add nothing at first.
+            layer's weight and the tied one, gains of norms included. ``"zero"``: adapters that add
+            nothing at first.
         targets: which linears of the block get adapters: names, one regular expression, or
             ``"all-linear"``, matched within a layer (``"q_proj"``, ``"mlp.up_proj"``).
 
@@ -92,6 +93,11 @@ class RecursiveConfig:
         """Whether any linear may have adapters."""
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
         return any(rank > 0 for rank in ranks)
+
+    @property
+    def starts_from_svd(self) -> bool:
+        """Whether adapters start from what tying takes away."""
+        return self.is_relaxed and self.lora_init == "svd"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as values that JSON can hold."""

@@ -12,6 +12,7 @@ from lowrank_ext.checks import matches_names, matching_pattern
 from lowrank_ext.left_out import readers
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.model import is_recursive, make_recursive
+from lowrank_ext.methods.recursive.norm_gains import gain_of, norms_before_linears
 from lowrank_ext.methods.recursive.relaxed_linear import RelaxedLinear, svd_factors, zero_factors
 from lowrank_ext.methods.recursive.source_checks import check_bare, check_linears, check_tensors
 from lowrank_ext.methods.recursive.structure import (
@@ -39,9 +40,12 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
         layer l = loop l // K, position l mod K;     W_l -> W'_k + lora_b_l lora_a_l
 
     All parameters of a layer are tied over the loops, norm gains and biases too; embedding, final
-    norm and head stay. Full rank is therefore the source model where gains and biases of tied
-    layers are equal. Where W_l - W'_k is exactly zero, and with lora_init="zero", lora_a is
-    Gaussian (torch's default generator) and lora_b zero.
+    norm and head stay. lora_b lora_a diag(g'_k) is the best approximation of
+    W_l diag(g_l) - W'_k diag(g'_k), where g is the gain of the norm that the linear reads, 1 if it
+    reads none. Full rank is therefore the source model where those norms have no bias or equal
+    gains, and all other gains and biases are equal in tied layers. Where that difference is exactly
+    zero, and with lora_init="zero",
+    lora_a is Gaussian (torch's default generator) and lora_b zero.
 
     The model is changed in place. It keeps its class (a subclass of it is set), so that
     ``generate``, Trainer and ``save_pretrained`` work; ``lowrank_ext.recursive.load`` reads what
@@ -70,7 +74,8 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
     Examples:
         >>> lr.recursive.convert(model, lr.recursive.RecursiveConfig(num_loops=2, rank=64))
 
-    Source: Relaxed Recursive Transformers, Bae et al. 2024 (arXiv 2410.20672), section 2.
+    Source: Relaxed Recursive Transformers, Bae et al. 2024 (arXiv 2410.20672), section 2; there
+    the difference is W_l - W'_k.
     """
     caller = "convert"
     if not isinstance(config, RecursiveConfig):
@@ -88,9 +93,10 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
         warnings.warn(f"{caller}: {text}", stacklevel=2)
     length = decoder.num_layers // config.num_loops
     tied = [_tied_start(decoder, config, position) for position in range(length)]
+    norms = norms_before_linears(decoder) if config.starts_from_svd else {}
     factors: list[Factors] = []
     for index, layer in enumerate(decoder.layers):
-        factors.append(_start(layer, tied[index % length], config))
+        factors.append(_start(layer, tied[index % length], config, norms))
         if on_layer is not None:
             on_layer(index + 1, decoder.num_layers)
     fold(decoder, config, tied, factors)
@@ -169,21 +175,48 @@ def _mean(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _start(layer: nn.Module, tied: dict[str, nn.Parameter], config: RecursiveConfig) -> Factors:
-    """The adapters of a layer at first."""
+def _start(
+    layer: nn.Module,
+    tied: dict[str, nn.Parameter],
+    config: RecursiveConfig,
+    norms: dict[str, str],
+) -> Factors:
+    """The adapters of a layer at first. ``norms``: see ``norms_before_linears``."""
     factors = {}
     for path, linear in linears_of(layer).items():
         r = config.rank_for(path, linear.in_features, linear.out_features)
         if r == 0:
             continue
         weight = tied[f"{path}.weight"]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        residual = linear.weight.to(wide) - weight.to(wide)
-        if config.lora_init == "svd" and bool(residual.any()):
-            factors[path] = svd_factors(residual, r, weight.dtype)
-        else:
-            factors[path] = zero_factors(weight, r)
+        found = _svd_start(layer, path, tied, norms, r) if config.starts_from_svd else None
+        factors[path] = zero_factors(weight, r) if found is None else found
     return factors
+
+
+def _svd_start(
+    layer: nn.Module, path: str, tied: dict[str, nn.Parameter], norms: dict[str, str], r: int
+) -> tuple[Tensor, Tensor] | None:
+    """lora_a and lora_b whose product, times diag(g'), is the best approximation of
+    W_l diag(g_l) - W' diag(g'): of what the linear makes of a norm's normalized input. The gains
+    are 1 where no norm is read. None where the difference is exactly zero."""
+    own, shared = linears_of(layer)[path].weight, tied[f"{path}.weight"]
+    wide = torch.promote_types(own.dtype, torch.float32)
+    gain = shared_gain = torch.ones(own.shape[1], dtype=wide, device=own.device)
+    if path in norms:
+        norm = layer.get_submodule(norms[path])
+        parameters = dict(norm.named_parameters())
+        gain = gain_of(norm, parameters)
+        shared_gain = gain_of(norm, {name: tied[f"{norms[path]}.{name}"] for name in parameters})
+        # The adapter makes up for a gain that is too small, but not for none: lora_a is over it.
+        largest = torch.finfo(own.dtype).max
+        least = (1e-6 * shared_gain.abs().max()).clamp_min(2 / largest)
+        is_none = shared_gain.abs() <= least
+        gain, shared_gain = gain.where(~is_none, least), shared_gain.where(~is_none, least)
+    residual = own.to(wide) * gain - shared.to(wide) * shared_gain
+    if not residual.any():
+        return None
+    lora_a, lora_b = svd_factors(residual, r, wide)
+    return (lora_a / shared_gain).to(own.dtype), lora_b.to(own.dtype)
 
 
 def fold(

@@ -61,6 +61,11 @@ def test_a_recursive_model_is_its_unshared_one(family: str) -> None:
     )
 
 
+# The norm that a linear of Llama reads.
+NORMS = {f"self_attn.{name}_proj": "input_layernorm" for name in "qkv"}
+NORMS |= {f"mlp.{name}_proj": "post_attention_layernorm" for name in ("gate", "up")}
+
+
 @pytest.mark.parametrize("init", ["average", "stepwise", "lower"])
 def test_rank_r_loses_the_singular_values_after_it(init: str) -> None:
     rank, source, model = 5, decoder(), recursive(init=init, rank=5)
@@ -71,14 +76,17 @@ def test_rank_r_loses_the_singular_values_after_it(init: str) -> None:
             if not isinstance(module, RelaxedLinear):
                 continue
             assert (module.r, module.loop) == (rank, index // 2)
+            norm = NORMS.get(path)
+            gain = layer.get_submodule(norm).weight.double() if norm else 1.0
             own = layer.get_submodule(path).weight.double()
-            residual = own - module.weight.double()
-            lost = residual - module.lora_b.double() @ module.lora_a.double()
+            residual = (own - module.weight.double()) * gain
+            lora_a = module.lora_a.double() * gain
+            lost = residual - module.lora_b.double() @ lora_a
             expected = torch.linalg.svdvals(residual)[rank:].norm()
             torch.testing.assert_close(lost.norm(), expected, rtol=1e-4, atol=1e-6)
             if residual.any():  # A = V_rᵀ
-                gram = module.lora_a @ module.lora_a.T
-                torch.testing.assert_close(gram, torch.eye(rank), rtol=0, atol=1e-5)
+                eye = torch.eye(rank, dtype=torch.float64)
+                torch.testing.assert_close(lora_a @ lora_a.T, eye, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
