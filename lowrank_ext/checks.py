@@ -179,3 +179,11 @@ def check_regex(pattern: str, owner: str, argument: str) -> None:
         raise ValueError(
             f"{owner}: {argument} must be a valid regular expression, got {pattern!r}: {error}"
         ) from None
+
+
+def check_count(value: object, least: int, owner: str, name: str) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")

@@ -17,7 +17,7 @@ from lowrank_ext.cli.recursive.evaluate import new_table
 from lowrank_ext.cli.recursive.generate import encoded, read_prompts
 from lowrank_ext.cli.recursive.models import check_machine, load_recursive, num_loops, parse_rule
 from lowrank_ext.cli.settings import check_at_least, check_choice
-from lowrank_ext.methods.recursive.engine.engine import SKIPPED
+from lowrank_ext.methods.recursive.exits import SKIPPED
 
 DEFAULT_PROMPTS = 16
 _DEFAULT_WORDS = 24

@@ -16,7 +16,8 @@ from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.models import LoadedModel
 from lowrank_ext.cli.recursive.models import check_machine, load_recursive, num_loops, parse_rule
 from lowrank_ext.cli.settings import check_at_least, check_choice
-from lowrank_ext.methods.recursive.engine.engine import POLICIES, SKIPPED
+from lowrank_ext.methods.recursive.engine.engine import POLICIES
+from lowrank_ext.methods.recursive.exits import SKIPPED
 
 
 @dataclass(frozen=True, kw_only=True)

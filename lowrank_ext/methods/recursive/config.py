@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from lowrank_ext.checks import (
     check_choice,
+    check_count,
     check_regex,
     did_you_mean,
     matches_names,
@@ -58,7 +59,7 @@ class RecursiveConfig:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        _check_count(self.num_loops, 1, owner, "num_loops")
+        check_count(self.num_loops, 1, owner, "num_loops")
         check_choice(self.init, TIED_STARTS, owner, "init")
         check_choice(self.lora_init, LORA_STARTS, owner, "lora_init")
         if isinstance(self.rank, Mapping):
@@ -66,10 +67,10 @@ class RecursiveConfig:
                 if not isinstance(key, str):
                     raise TypeError(f"{owner}: rank must have names as keys, got {key!r}")
                 check_regex(key, owner, "rank")
-                _check_count(rank, 0, owner, f"rank[{key!r}]")
+                check_count(rank, 0, owner, f"rank[{key!r}]")
             object.__setattr__(self, "rank", dict(self.rank))
         else:
-            _check_count(self.rank, 0, owner, "rank")
+            check_count(self.rank, 0, owner, "rank")
         targets = normalized_names(self.targets, owner, "targets")
         if not targets:
             raise ValueError(f"{owner}: targets must name at least one linear, got none")
@@ -122,10 +123,3 @@ class RecursiveConfig:
         if "num_loops" not in values:
             raise ValueError(f"{cls.__name__}.from_dict: num_loops must be given, got none")
         return cls(**values)
-
-
-def _check_count(value: object, least: int, owner: str, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")

@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_ext.checks import check_choice
+from lowrank_ext.checks import check_choice, check_count
 from lowrank_ext.methods.recursive.engine.block import cache_name
-from lowrank_ext.methods.recursive.engine.intake import check_count
-from lowrank_ext.methods.recursive.exits import ExitRows, ExitRule, oracle_loops
+from lowrank_ext.methods.recursive.exits import (
+    SKIPPED,
+    ExitRows,
+    ExitRule,
+    check_rule,
+    oracle_loops,
+)
 from lowrank_ext.methods.recursive.loop_outputs import collected_loops, exit_logits
 from lowrank_ext.methods.recursive.losses import token_cross_entropy
 from lowrank_ext.methods.recursive.model import Loops
 from lowrank_ext.wrappers import unwrapped
 
-SKIPPED = ("backfill", "copy", "share-first")
 _CHUNK_LOGITS = 2**23
 _CHUNK_TOKENS = 512
 
@@ -102,6 +106,7 @@ def evaluate(
     for name in skipped:
         check_choice(name, SKIPPED, owner, "skipped")
     check_count(prompt_tokens, 1, owner, "prompt_tokens")
+    check_rule(rule, num_loops, owner)
     totals = _Totals(num_loops)
     with evaluating(model):
         for tokens in checked_batches(batches, owner, 2):

@@ -11,8 +11,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lowrank_ext.checks import check_choice, check_finite
+from lowrank_ext.checks import check_choice, check_count, check_finite
 
+# What stands for keys and values of the loops that a token has not run.
+SKIPPED = ("backfill", "copy", "share-first")
 MEASURES = ("top_probability", "margin", "entropy")
 
 
@@ -54,6 +56,9 @@ class FixedDepth:
 
     loop: int
     needs_logits = False
+
+    def __post_init__(self) -> None:
+        check_count(self.loop, 0, "FixedDepth", "loop")
 
     def exits(self, rows: ExitRows) -> Tensor:
         return torch.full((len(rows.requests),), rows.loop >= self.loop)
@@ -135,6 +140,15 @@ class Agreement:
         if rows.earlier is None:
             return torch.zeros(len(rows.requests), dtype=torch.bool)
         return (rows.logits.argmax(-1) == rows.earlier).cpu()
+
+
+def check_rule(rule: object, num_loops: int, owner: str) -> None:
+    """Raise ValueError for a Confidence whose thresholds do not fit a model of so many loops."""
+    if isinstance(rule, Confidence) and len(rule.thresholds) not in (1, num_loops - 1):
+        raise ValueError(
+            f"{owner}: thresholds must be one, or {num_loops - 1} for a model of {num_loops} "
+            f"loops, got {len(rule.thresholds)}"
+        )
 
 
 def confidence(logits: Tensor, measure: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowrank_ext.checks import check_choice, check_number
+from lowrank_ext.checks import check_choice, check_count, check_number
 
 LOSSES = ("ce", "kl", "reverse-kl", "tvd", "jsd")
 EARLIER_LOOPS = 0.1  # the paper's "aggressive" coefficient
@@ -58,7 +58,9 @@ def loop_coefficients(
     warm-up is ours.
     """
     owner = "loop_coefficients"
-    _check_counts(owner, num_loops=(num_loops, 1), step=(step, 0), warm_up=(warm_up, 0))
+    check_count(num_loops, 1, owner, "num_loops")
+    check_count(step, 0, owner, "step")
+    check_count(warm_up, 0, owner, "warm_up")
     given = list(earlier) if isinstance(earlier, Sequence) else [earlier] * (num_loops - 1)
     if len(given) != num_loops - 1:
         raise ValueError(
@@ -130,7 +132,7 @@ def loop_loss(
     for value in used:
         check_number(value, owner, "coefficients")
     if chunk_tokens is not None:
-        _check_counts(owner, chunk_tokens=(chunk_tokens, 1))
+        check_count(chunk_tokens, 1, owner, "chunk_tokens")
     vocabulary = logits[-1].shape[-1]
     chunk = chunk_tokens or max(1, _CHUNK_LOGITS // vocabulary)
     tokens = _counted(labels, vocabulary, owner)
@@ -280,11 +282,3 @@ def _check_logits(
             f"{owner}: teacher_logits must be {list(shape)}, as the logits, got "
             f"{list(teacher_logits.shape)}"
         )
-
-
-def _check_counts(owner: str, **values: tuple[object, int]) -> None:
-    for name, (value, least) in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")

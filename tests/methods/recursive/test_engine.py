@@ -207,7 +207,7 @@ def keys_of(model, layer, states: Tensor, position: int) -> tuple[Tensor, Tensor
 RULES: dict[str, Callable] = {
     "top_probability": lambda: Confidence("top_probability", [0.3, 0.4]),
     "margin": lambda: Confidence("margin", [0.1]),
-    "entropy": lambda: Confidence("entropy", [2.8, None]),
+    "entropy": lambda: Confidence("entropy", [3.0, None]),
     "fixed": lambda: FixedDepth(1),
     "agreement": Agreement,
     "forced": lambda: ForcedExits({i: [i % 3, (i + 1) % 3, 0, 2, 0, 0, 1] for i in range(7)}),

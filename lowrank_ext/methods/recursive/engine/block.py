@@ -7,6 +7,8 @@ around its layers (scaled embeddings, rotary tables, soft-capped logits) is done
 import copy
 import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from lowrank_ext.methods.recursive.engine.rows import (
 from lowrank_ext.methods.recursive.model import Loops, PassThrough, with_layers
 from lowrank_ext.methods.recursive.relaxed_linear import MixedDepthLinear, RelaxedLinear
 from lowrank_ext.methods.recursive.source_checks import check_no_adapters
+from lowrank_ext.wrappers import unwrapped
 
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.x: the later name first
 
@@ -39,10 +42,7 @@ class BlockRunner:
 
     Attributes:
         num_loops, length: B and K.
-        clock: seconds; the scheduler's, too.
     """
-
-    clock = staticmethod(time.perf_counter)
 
     def __init__(self, model: nn.Module, caller: str) -> None:
         loops = Loops(model, caller)
@@ -69,23 +69,34 @@ class BlockRunner:
         self._tail: Any = with_layers(loops.decoder, [self._pass])
         self._cache_name = cache_name(type(self.model))
 
+        for part in (self._block, self._embedding, self._tail):
+            _without_dropout(part)
+
     @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
 
+    def clock(self) -> float:
+        """Seconds, when all calls so far have ended."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     @torch.inference_mode()
     def new_cache(self, num_slots: int, max_length: int) -> SlotCache:
-        """A cache for ``num_slots`` sequences, after a trial of one row.
+        """A cache for ``num_slots`` sequences, after a trial of two rows.
 
         Raises:
             ValueError: layers' keys and values differ in shape.
-            NotImplementedError: the layers attend in a way that the engine does not have.
+            NotImplementedError: the layers attend, or are called, in a way that the engine does not
+                have.
         """
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        states = self.embed(zero, zero)
-        probe = _ShapeProbe(self.length, self.num_loops, 1, 1, 0, 0, states.dtype, self.device)
-        self.write_keys(Rows([Run(0, 0, 0)], probe), states)
+        with self._on_trial():
+            tokens = torch.zeros(2, dtype=torch.int64, device=self.device)
+            states = self.embed(tokens, torch.arange(2, device=self.device))
+            probe = _ShapeProbe(self.length, self.num_loops, 1, 2, 0, 0, states.dtype, self.device)
+            self.write_keys(Rows([Run(0, 0, 0, 2)], probe), states)
         if len(probe.shapes) > 1:
             raise ValueError(
                 "DepthwiseEngine: keys and values of all layers must have one shape, got "
@@ -97,8 +108,22 @@ class BlockRunner:
             sizes = (self.length, self.num_loops, slots, length, heads, head_dim)
             return SlotCache(*sizes, states.dtype, self.device)
 
-        self.run(Rows([Run(0, 0, 0)], of(1, 1)), states)
+        with self._on_trial():
+            self.run(Rows([Run(0, 0, 0, 2)], of(1, 2)), states)
         return of(num_slots, max_length)
+
+    @contextmanager
+    def _on_trial(self) -> Iterator[None]:
+        """A block in which what a model's own code raises means that the engine cannot run it."""
+        try:
+            yield
+        except NotImplementedError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise NotImplementedError(
+                f"DepthwiseEngine: {type(self.model).__name__} must call its layers as the engine "
+                f"can, row by row; got {type(error).__name__}: {error}"
+            ) from error
 
     def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """What the first layer gets for ``tokens`` [N]: [N, D]."""
@@ -123,9 +148,9 @@ class BlockRunner:
         # A first layer's call tells what the model's forward gives to each of its layers.
         given = self._given_to_layers(rows, hidden_states)
         with active(rows):
-            for layer, options in zip(self._layers, given, strict=True):
+            for layer, (arguments, options) in zip(self._layers, given, strict=True):
                 try:
-                    layer(hidden_states.unsqueeze(0), **options)
+                    layer(hidden_states.unsqueeze(0), *arguments, **options)
                 except KeysWritten:
                     continue
                 raise RuntimeError(f"{type(layer).__name__} must use its cache, it did not")
@@ -142,7 +167,9 @@ class BlockRunner:
         ).logits
         return logits[0]
 
-    def _given_to_layers(self, rows: Rows, hidden_states: Tensor) -> list[dict[str, Any]]:
+    def _given_to_layers(
+        self, rows: Rows, hidden_states: Tensor
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         recorders = [_Recorder() for _ in self._layers]
         kept = self._block._modules[self._list_name]
         self._block._modules[self._list_name] = nn.ModuleList(recorders)
@@ -150,7 +177,7 @@ class BlockRunner:
             self._call(rows, RowsCache(only_write=True), hidden_states)
         finally:
             self._block._modules[self._list_name] = kept
-        return [recorder.options for recorder in recorders]
+        return [recorder.given for recorder in recorders]
 
     def _call(self, rows: Rows, cache: RowsCache, hidden_states: Tensor | None = None) -> None:
         states = self._entry.hidden_states if hidden_states is None else hidden_states.unsqueeze(0)
@@ -206,11 +233,16 @@ def _check_config(config: Any, loops: Loops, caller: str) -> None:
 
 def _engine_copy(modules: list[nn.Module], k: int, config: Any) -> nn.Module:
     """The layer at position ``k``, or a part of it, for rows of any loop, from each loop's own."""
+    modules = [unwrapped(module) for module in modules]
     first: Any = modules[0]
     if isinstance(first, RelaxedLinear):
         return _RowsLinear([m for m in modules if isinstance(m, RelaxedLinear)])
+    _check_like(modules)
     made: nn.Module = first.__class__.__new__(first.__class__)
     made.__dict__.update(vars(first))
+    # Those of accelerate and of module.compile() would run as the module itself.
+    for name in ("forward", "_compiled_call_impl"):
+        made.__dict__.pop(name, None)
     made.__dict__["training"] = False
     if "layer_idx" in vars(first):
         made.__dict__["layer_idx"] = k
@@ -224,6 +256,30 @@ def _engine_copy(modules: list[nn.Module], k: int, config: Any) -> nn.Module:
         for name, child in first._modules.items()
     }
     return made
+
+
+def _check_like(modules: list[Any]) -> None:
+    """Raise ValueError where modules of one position have settings of their own: one of them runs
+    the rows of all loops."""
+    first = modules[0]
+    for other in modules[1:]:
+        for name, value in vars(first).items():
+            is_setting = isinstance(value, bool | int | float | str | None)
+            if name in ("layer_idx", "training", "loop") or not is_setting:
+                continue
+            if vars(other).get(name) != value:
+                raise ValueError(
+                    f"DepthwiseEngine: {type(first).__name__}.{name} must be the same in all "
+                    f"loops, got {value!r} and {vars(other).get(name)!r}"
+                )
+
+
+def _without_dropout(module: Any) -> None:
+    """What with_layers has copied runs as in evaluation, whatever the model's mode."""
+    module.training = False
+    for name, child in module._modules.items():
+        if isinstance(child, nn.Dropout):
+            module._modules[name] = nn.Identity()
 
 
 class _RowsLinear(nn.Module):
@@ -336,8 +392,8 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {}
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.options = kwargs
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.given = args, kwargs
         return hidden_states

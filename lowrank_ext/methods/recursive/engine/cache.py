@@ -69,7 +69,8 @@ class SlotCache:
         """Entries ``target`` [N] become those of ``source`` [N], at every position of the block."""
         self.entries.index_copy_(2, target, self.entries.index_select(2, source))
 
-    def clear(self, slot: int) -> None:
-        """Zero what a slot holds: masked entries of its next sequence must be finite."""
-        shape = (*self.entries.shape[:2], self.num_loops, self.num_slots, -1)
-        self.entries.view(shape)[:, :, :, slot] = 0
+    def clear(self, slot: int, end: int) -> None:
+        """Zero a slot's first ``end`` tokens, so that its next sequence finds no NaN there."""
+        sizes = (self.num_loops, self.num_slots, self.max_length)
+        shape = (*self.entries.shape[:2], *sizes, *self.entries.shape[3:])
+        self.entries.view(shape)[:, :, :, slot, :end] = 0

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_ext.checks import check_choice
+from lowrank_ext.checks import check_choice, check_count
 from lowrank_ext.methods.recursive.engine.block import BlockRunner
-from lowrank_ext.methods.recursive.engine.intake import Intake, check_count
+from lowrank_ext.methods.recursive.engine.intake import Intake
 from lowrank_ext.methods.recursive.engine.metrics import Metrics
 from lowrank_ext.methods.recursive.engine.requests import (
     GREEDY,
@@ -19,10 +19,9 @@ from lowrank_ext.methods.recursive.engine.requests import (
     Token,
 )
 from lowrank_ext.methods.recursive.engine.scheduler import Scheduler
-from lowrank_ext.methods.recursive.exits import ExitRule
+from lowrank_ext.methods.recursive.exits import SKIPPED, ExitRule, check_rule
 
 POLICIES = ("static", "continuous", "depth-wise")
-SKIPPED = ("backfill", "copy", "share-first")
 
 
 class DepthwiseEngine:
@@ -45,8 +44,9 @@ class DepthwiseEngine:
             the exit loop.
         draft_tokens: lossless mode with this many drafted tokens: loop 0 drafts, the other loops
             verify all drafts in one pass; tokens are those of full depth (greedy requests only).
-        max_length: tokens of a sequence, prompt included, at most; None: the model's context, at
-            most 1024. The cache has max_rows · num_loops times that.
+        max_length: tokens of a sequence that the cache holds, prompt included, at most; one more
+            may come out of the last. None: the model's context, at most 1024. The cache has
+            max_rows · num_loops times that.
         tokenizer: needed for prompts and stop strings that are text.
         prompt_rows: prompts are read in parts of at most this many tokens.
 
@@ -87,6 +87,7 @@ class DepthwiseEngine:
             raise ValueError(f"{owner}: give exit_rule or draft_tokens, got both")
         runner = BlockRunner(model, owner)
         self.num_loops = runner.num_loops
+        check_rule(exit_rule, self.num_loops, owner)
         if draft_tokens and self.num_loops == 1:
             raise ValueError(f"{owner}: draft_tokens must be 0 for a model of one loop")
         context = getattr(
@@ -133,7 +134,7 @@ class DepthwiseEngine:
 
         Args:
             prompt: token ids, or text where the engine has a tokenizer.
-            max_new_tokens: at most; 0 ends the request at once.
+            max_new_tokens: at most; with 0 the request ends when it is its turn.
             sampling: see ``Sampling``; greedy unless given.
             stop: token ids and strings that end it; None: the model's end-of-sequence tokens.
             id: a name, any hashable value; None: the next number.

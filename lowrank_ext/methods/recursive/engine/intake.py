@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowrank_ext.checks import check_count
 from lowrank_ext.methods.recursive.engine.requests import Request, Sampler, Sampling
 
 _STOP_WINDOW = 16  # tokens decoded beside a stop string's own length, to find it
@@ -63,7 +64,8 @@ class Intake:
     def _ends_with_stop(self, request: Request) -> bool:
         if not request.stop_strings:
             return False
-        longest = max(map(len, request.stop_strings))
+        # A character may be as many tokens as it has bytes.
+        longest = max(len(stop.encode()) for stop in request.stop_strings)
         window = request.result.tokens[-(longest + _STOP_WINDOW) :]
         before = self._tokenizer.decode(window[:-1]) if len(window) > 1 else ""
         text = self._tokenizer.decode(window)
@@ -104,11 +106,3 @@ class Intake:
         if "" in strings:
             raise ValueError("add: stop strings must not be empty")
         return frozenset(each for each in stop if isinstance(each, int)), strings
-
-
-def check_count(value: object, least: int, owner: str, name: str) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")

@@ -32,6 +32,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"Sampling: {name} must be an int or None, got {value!r}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"Sampling: seed must be from 0 to 2**64 - 1, got {self.seed}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"Sampling: top_k must be at least 1, got {self.top_k}")
         check_number(self.top_p, "Sampling", "top_p", positive=True)
@@ -59,7 +61,7 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
         self._processors: list[Any] = []
         if sampling.temperature != 1:
-            self._processors.append(processors.TemperatureLogitsWarper(sampling.temperature))
+            self._processors.append(processors.TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k is not None:
             self._processors.append(processors.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
@@ -79,7 +81,8 @@ class Token(NamedTuple):
 
     Attributes:
         request: the request's id.
-        token: the token's id, or None where the request has ended without one (error, cancelled).
+        token: the token's id, or None where the request has ended without one. What is cancelled
+            between two steps gives no Token.
         finish_reason: None while the request goes on; else as in ``Result``.
     """
 

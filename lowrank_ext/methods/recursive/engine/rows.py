@@ -275,5 +275,12 @@ def attention(
             f"DepthwiseEngine: {type(module).__name__} must attend without {', '.join(unknown)}, "
             "which scaled_dot_product_attention does not have"
         )
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    if sliding_window is None and window is not None and not getattr(config, "layer_types", None):
+        raise NotImplementedError(
+            f"DepthwiseEngine: {type(module).__name__} must give its sliding_window={window} to "
+            "the attention function; the engine does not read the model's mask"
+        )
     layer: Any = module
     return active_rows().attend(layer.layer_idx, query, sliding_window, scaling), None

@@ -21,10 +21,10 @@ class Runner(Protocol):
     """What runs the model: a BlockRunner, or one that only knows how long it would take."""
 
     num_loops: int
-    clock: Callable[[], float]
 
     @property
     def device(self) -> torch.device: ...
+    def clock(self) -> float: ...
     def new_cache(self, num_slots: int, max_length: int) -> SlotCache: ...
     def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor: ...
     def run(self, rows: Rows, hidden_states: Tensor) -> Tensor: ...
@@ -83,6 +83,7 @@ class Scheduler:
         """Slots whose sequence has not ended."""
         return sum(self._is_live(slot) for slot in self.slots)
 
+    @torch.inference_mode()
     def drop(self, request: Request) -> None:
         """Free the slot of a request that has ended otherwise."""
         for slot in self.slots:
@@ -115,7 +116,7 @@ class Scheduler:
             if any(self._is_live(slot) for slot in self.slots):
                 return
             for slot in self.slots:
-                slot.clear()
+                self._free(slot)
         elif self.policy == "continuous" and not all(
             slot.is_free or (slot.stage == RUN and slot.loop == 0) for slot in self.slots
         ):
@@ -129,13 +130,20 @@ class Scheduler:
                     continue
                 slot.request = request
                 slot.prompt_end = len(request.prompt)
-                self._read_prompt(slot)
+                self._read_prompt(slot, events)
 
-    def _read_prompt(self, slot: Slot) -> None:
+    def _read_prompt(self, slot: Slot, events: list[Token]) -> None:
         """The next part of the prompt becomes the slot's rows."""
         assert slot.request is not None
         end = min(slot.start + self.prompt_rows, slot.prompt_end)
-        slot.states = self._embedded(slot.request.prompt[slot.start : end], range(slot.start, end))
+        tokens = slot.request.prompt[slot.start : end]
+        try:
+            slot.states = self._embedded(tokens, range(slot.start, end))
+        except NotImplementedError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            self._fail(slot, error, events)
+            return
         slot.stage, slot.loop = RUN, 0
 
     def _embedded(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -179,13 +187,28 @@ class Scheduler:
         self._run(slots, events)
         for slot in slots:
             if not slot.is_free:
-                self._after_pass(slot)
+                self._after_pass(slot, events)
         if self.exit_rule is not None and not self.exit_rule.needs_logits:
-            self._go_on_without_head([s for s in slots if not s.is_free and s.stage == HEAD])
+            waiting = [s for s in slots if not s.is_free and s.stage == HEAD]
+            self._go_on_without_head(waiting, events)
+
+    def _in_halves(
+        self,
+        slots: list[Slot],
+        error: BaseException,
+        events: list[Token],
+        again: Callable[[list[Slot], list[Token]], None],
+    ) -> None:
+        """After a failure halves are tried, so that one request alone ends with the error."""
+        if len(slots) == 1:
+            self._fail(slots[0], error, events)
+            return
+        half = len(slots) // 2
+        again(slots[:half], events)
+        again(slots[half:], events)
 
     def _run(self, slots: list[Slot], events: list[Token]) -> None:
-        """The slots' rows take a pass. Where it fails, halves are tried, so that one request alone
-        ends with the error."""
+        """The slots' rows take a pass."""
         try:
             work = [slot.rows() for slot in slots]
             # Rows of one token lie together.
@@ -198,12 +221,7 @@ class Scheduler:
         except NotImplementedError:
             raise
         except (RuntimeError, MemoryError) as error:
-            if len(slots) == 1:
-                self._fail(slots[0], error, events)
-                return
-            half = len(slots) // 2
-            self._run(slots[:half], events)
-            self._run(slots[half:], events)
+            self._in_halves(slots, error, events, self._run)
             return
         self.metrics.seconds_in["block"] += seconds
         self._block_times.add(rows.count, seconds)
@@ -211,7 +229,7 @@ class Scheduler:
             slots[i].took(part)
             slots[i].forget_beyond(self.num_loops)
 
-    def _after_pass(self, slot: Slot) -> None:
+    def _after_pass(self, slot: Slot, events: list[Token]) -> None:
         """What the slot does next: another loop, the next part of its prompt, or the head."""
         last = slot.loop == self.num_loops - 1
         if slot.is_prompt:
@@ -219,22 +237,22 @@ class Scheduler:
                 slot.loop += 1
             elif slot.end < slot.prompt_end:
                 slot.start = slot.end
-                self._read_prompt(slot)
+                self._read_prompt(slot, events)
             else:
                 slot.start, slot.states = slot.prompt_end - 1, slot.states[-1:]
                 slot.prompt_end = 0
                 slot.stage = HEAD
         elif self.draft_tokens and slot.loop == 0:
             self._after_draft(slot)
-        elif last or (self.exit_rule is not None and not slot.ended):
+        elif last or self.exit_rule is not None:
             slot.stage = HEAD
         else:
             slot.loop += 1
 
-    def _go_on_without_head(self, slots: list[Slot]) -> None:
+    def _go_on_without_head(self, slots: list[Slot], events: list[Token]) -> None:
         """Rows that a rule without logits keeps take the next loop."""
-        for slot, exits in zip(slots, self._exits(slots, None), strict=True):
-            if not exits:
+        for slot, exits in zip(slots, self._exits(slots, None, events), strict=True):
+            if not exits and not slot.is_free:
                 slot.stage, slot.loop = RUN, slot.loop + 1
 
     # ---- the head
@@ -244,10 +262,16 @@ class Scheduler:
         counts = [slot.states.shape[0] for slot in slots]
         states = torch.cat([slot.states for slot in slots])
         started = self._clock()
-        logits = self._runner.logits(states)
-        largest, best = logits.max(-1)
-        tokens: list[int] = best.tolist()
-        finite: list[bool] = torch.isfinite(largest).tolist()
+        try:
+            logits = self._runner.logits(states)
+            largest, best = logits.max(-1)
+            tokens: list[int] = best.tolist()
+            finite: list[bool] = torch.isfinite(largest).tolist()
+        except NotImplementedError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            self._in_halves(slots, error, events, self._head)
+            return
         seconds = self._clock() - started
         self.metrics.seconds_in["head"] += seconds
         self._head_times.add(len(tokens), seconds)
@@ -264,15 +288,15 @@ class Scheduler:
             chosen = [(slot, tokens[at : at + slot.states.shape[0]]) for slot, at in sane]
             self._confirm(chosen, events)
             return
-        going_on, leaving = self._parted(sane, logits, tokens)
+        going_on, leaving = self._parted(sane, logits, events)
         for slot, at in going_on:
             slot.earlier = tokens[at]
             slot.stage, slot.loop = RUN, slot.loop + 1
-        self._fill_skipped([slot for slot, _ in leaving])
+        self._fill_skipped([slot for slot, _ in leaving], events)
         self._give_tokens(leaving, logits, tokens, events)
 
     def _parted(
-        self, rows: list[tuple[Slot, int]], logits: Tensor, tokens: list[int]
+        self, rows: list[tuple[Slot, int]], logits: Tensor, events: list[Token]
     ) -> tuple[list[tuple[Slot, int]], list[tuple[Slot, int]]]:
         """The rows that the exit rule keeps, and those that get a token now."""
         rule, last = self.exit_rule, self.num_loops - 1
@@ -281,34 +305,41 @@ class Scheduler:
         open_rows = [(slot, at) for slot, at in rows if slot.loop < last]
         slots = [slot for slot, _ in open_rows]
         index = torch.tensor([at for _, at in open_rows], dtype=torch.int64, device=logits.device)
-        exits = self._exits(slots, logits.index_select(0, index))
+        exits = self._exits(slots, logits.index_select(0, index), events)
         kept = {slot for slot, leaves in zip(slots, exits, strict=True) if not leaves}
+        rows = [(slot, at) for slot, at in rows if not slot.is_free]
         return [r for r in rows if r[0] in kept], [r for r in rows if r[0] not in kept]
 
-    def _exits(self, slots: list[Slot], logits: Tensor | None) -> list[bool]:
-        """Which of the slots' rows the rule lets go after their loop."""
+    def _exits(self, slots: list[Slot], logits: Tensor | None, events: list[Token]) -> list[bool]:
+        """Which of the slots' rows the rule lets go after their loop. Where the rule raises, the
+        requests that it was asked about end with the error, and their slots are free."""
         assert self.exit_rule is not None
         decided = [slot.loop == self.num_loops - 1 for slot in slots]
         for loop in {slot.loop for slot in slots} - {self.num_loops - 1}:
             rows = [i for i, slot in enumerate(slots) if slot.loop == loop]
             requests = [slots[i].request for i in rows]
             earlier = [slots[i].earlier for i in rows]
-            found = self.exit_rule.exits(
-                ExitRows(
-                    loop,
-                    [request.id for request in requests if request],
-                    [len(request.tokens) for request in requests if request],
-                    None if logits is None else logits[rows],
-                    None
-                    if logits is None or None in earlier
-                    else torch.tensor(earlier, device=logits.device),
-                )
+            asked = ExitRows(
+                loop,
+                [request.id for request in requests if request],
+                [len(request.tokens) for request in requests if request],
+                None if logits is None else logits[rows],
+                None
+                if logits is None or None in earlier
+                else torch.tensor(earlier, device=logits.device),
             )
-            for i, leaves in zip(rows, found.tolist(), strict=True):
+            try:
+                found = self.exit_rule.exits(asked).tolist()
+                decisions = list(zip(rows, found, strict=True))
+            except Exception as error:  # perhaps the caller's own code
+                for i in rows:
+                    self._fail(slots[i], error, events)
+                continue
+            for i, leaves in decisions:
                 decided[i] = leaves
         return decided
 
-    def _fill_skipped(self, slots: list[Slot]) -> None:
+    def _fill_skipped(self, slots: list[Slot], events: list[Token]) -> None:
         """Give the loops that leaving tokens have not run their keys and values."""
         early = [slot for slot in slots if slot.loop < self.num_loops - 1]
         if not early:
@@ -317,7 +348,15 @@ class Scheduler:
             for slot in early:
                 slot.exited()
             return
-        skipped = [(slot, loop) for slot in early for loop in range(slot.loop + 1, self.num_loops)]
+        try:
+            self._copy_skipped(early)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            self._in_halves(early, error, events, self._fill_skipped)
+
+    def _copy_skipped(self, slots: list[Slot]) -> None:
+        skipped = [(slot, loop) for slot in slots for loop in range(slot.loop + 1, self.num_loops)]
         with self.metrics.timed("copy", self._clock):
             if self.skipped == "copy":
                 runs = [Run(slot.index, loop, slot.start) for slot, loop in skipped]
@@ -342,26 +381,42 @@ class Scheduler:
         going_on = []
         for slot, at in rows:
             request = slot.request
-            assert request is not None
+            if request is None:  # failed, or cancelled by another request's callback
+                continue
             if slot.ended:  # of a static batch: the same row again
                 slot.stage, slot.loop = RUN, 0
                 continue
             token = tokens[at]
             if request.sampler is not None:
-                token = request.sampler.choose(logits[at])
+                try:
+                    token = request.sampler.choose(logits[at])
+                except (RuntimeError, ValueError) as error:
+                    self._fail(slot, error, events)
+                    continue
             if self._accept(slot, token, events):
                 going_on.append((slot, token))
-        self._next_rows(going_on)
+        self._next_rows(going_on, events)
 
-    def _next_rows(self, slots: list[tuple[Slot, int]]) -> None:
+    def _next_rows(self, rows: list[tuple[Slot, int]], events: list[Token]) -> None:
         """The slots' new tokens become their rows."""
-        if not slots:
-            return
-        for slot, _ in slots:
-            slot.start += 1
-        states = self._embedded([token for _, token in slots], [slot.start for slot, _ in slots])
-        for (slot, _), own in zip(slots, states.split(1), strict=True):
-            slot.states, slot.stage, slot.loop, slot.earlier = own, RUN, 0, None
+        # A later slot's callback may have cancelled an earlier one's request.
+        tokens = {slot: token for slot, token in rows if self._is_live(slot)}
+
+        def embed(slots: list[Slot], events: list[Token]) -> None:
+            try:
+                positions = [slot.start + 1 for slot in slots]
+                states = self._embedded([tokens[slot] for slot in slots], positions)
+            except NotImplementedError:
+                raise
+            except (RuntimeError, MemoryError) as error:
+                self._in_halves(slots, error, events, embed)
+                return
+            for slot, own in zip(slots, states.split(1), strict=True):
+                slot.start += 1
+                slot.states, slot.stage, slot.loop, slot.earlier = own, RUN, 0, None
+
+        if tokens:
+            embed(list(tokens), events)
 
     def _accept(self, slot: Slot, token: int, events: list[Token]) -> bool:
         """The request gets a token; whether it goes on. Its slot is free otherwise."""
@@ -382,7 +437,10 @@ class Scheduler:
                 request.on_token(request.id, token)
             except Exception as error:  # the caller's own code
                 events.pop()
-                self._fail(slot, error, events, token)
+                if result.finish_reason is None:
+                    self._fail(slot, error, events, token)
+                else:  # it has cancelled itself before
+                    events.append(Token(request.id, token, result.finish_reason))
                 return False
         if request.result.finish_reason is not None:  # the callback cancelled it
             events[-1] = Token(request.id, token, request.result.finish_reason)
@@ -397,7 +455,13 @@ class Scheduler:
         if self.policy == "static":
             slot.ended, slot.stage, slot.loop = True, RUN, 0
         else:
-            slot.clear()
+            self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        """The slot holds nothing: what it leaves in the cache, perhaps NaN, is masked for its next
+        sequence, but would be multiplied by zero."""
+        self.cache.clear(slot.index, min(slot.end + self.draft_tokens + 1, self.max_length))
+        slot.clear()
 
     def _fail(
         self, slot: Slot, error: BaseException, events: list[Token], token: int | None = None
@@ -407,8 +471,7 @@ class Scheduler:
         if not slot.ended:
             request.finish("error", f"{type(error).__name__}: {error}")
             events.append(Token(request.id, token, "error"))
-        self.cache.clear(slot.index)
-        slot.clear()
+        self._free(slot)
 
     # ---- lossless mode
 
@@ -417,7 +480,7 @@ class Scheduler:
         assert slot.request is not None
         slot.draft_states.append(slot.states)
         request = slot.request
-        left = request.max_new_tokens - len(request.tokens) - len(slot.drafts)
+        left = request.max_new_tokens - len(request.tokens)
         room = self.max_length - slot.end
         if len(slot.drafts) < min(self.draft_tokens, left - 1, len(slot.drafts) + room):
             slot.stage = HEAD
@@ -431,6 +494,8 @@ class Scheduler:
         are accepted up to the first that was drafted otherwise."""
         going_on = []
         for slot, tokens in slots:
+            if slot.is_free:  # cancelled by another request's callback
+                continue
             if slot.loop == 0:
                 slot.drafts.append(tokens[0])
                 going_on.append((slot, tokens[0]))
@@ -445,4 +510,4 @@ class Scheduler:
                     self.metrics.rejected += len(tokens) - 1 - i
                     going_on.append((slot, token))
                     break
-        self._next_rows(going_on)
+        self._next_rows(going_on, events)

@@ -1,0 +1,238 @@
+"""What goes wrong in a request, a callback, a rule or a model stays there, and is said."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from decoders import decoder, tokens
+from recursive_models import VOCABULARY, prompts, tiny_recursive
+
+import lowrank_ext as lr
+from lowrank_ext.methods.recursive import (
+    Confidence,
+    DepthwiseEngine,
+    FixedDepth,
+    ForcedExits,
+    Sampling,
+    evaluate,
+)
+
+COUNT = 6
+LENGTHS = [6, 4, 7, 3, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_recursive()
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> list[list[int]]:
+    """Of each request alone."""
+    answers = []
+    for prompt, length in zip(prompts(COUNT), LENGTHS, strict=True):
+        engine = DepthwiseEngine(model, max_rows=1)
+        engine.add(prompt, max_new_tokens=length)
+        answers.append(engine.run()[0].tokens)
+    return answers
+
+
+def add_all(engine: DepthwiseEngine, **on_token) -> None:
+    for i, (prompt, length) in enumerate(zip(prompts(COUNT), LENGTHS, strict=True)):
+        engine.add(prompt, max_new_tokens=length, id=i, on_token=on_token.get(f"of_{i}"))
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+@pytest.mark.parametrize("policy", ["static", "continuous", "depth-wise"])
+@pytest.mark.parametrize(("by", "whom"), [(0, 1), (1, 0), (2, 0), (0, 2), (1, 1)])
+@pytest.mark.parametrize("then", ["goes on", "raises"])
+def test_a_callback_cancels_any_request(
+    model, expected, policy, draft_tokens, by, whom, then
+) -> None:
+    """Its slot's next sequence begins at its first token, and the others are not touched."""
+    if draft_tokens and policy != "depth-wise":
+        pytest.skip("drafts need depth-wise")
+    engine = DepthwiseEngine(model, max_rows=3, policy=policy, draft_tokens=draft_tokens)
+
+    def cancel(request: object, token: int) -> None:
+        engine.cancel(whom)
+        if then == "raises":
+            raise KeyError("its own")
+
+    add_all(engine, **{f"of_{by}": cancel})
+    results = engine.run()
+    failed = {whom: "cancelled"} | ({by: "error"} if then == "raises" and by != whom else {})
+    for i in range(COUNT):
+        if i in failed:
+            assert results[i].finish_reason == failed[i]
+            assert results[i].tokens == expected[i][: len(results[i].tokens)]
+        else:
+            assert (results[i].finish_reason, results[i].tokens) == ("length", expected[i])
+    assert engine.num_running == 0
+
+
+@pytest.mark.parametrize("part", ["embed", "logits", "write_keys", "run"])
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_a_part_that_has_no_memory_for_many_rows(model, monkeypatch, part, most) -> None:
+    """Halves are tried; where one request alone is too much, that one ends, and nothing twice."""
+    exits = ForcedExits({i: [0, 1, 0, 2, 0, 1, 0] for i in range(COUNT)})
+    options = {"exit_rule": exits, "skipped": "copy", "max_rows": 4}
+    engine = DepthwiseEngine(model, **options)
+    add_all(engine)
+    right = engine.run()
+    engine = DepthwiseEngine(model, **options)
+    runner = engine._scheduler._runner
+    whole = getattr(runner, part)
+
+    def short_of_memory(first, *rest):
+        rows = first.count if part in ("run", "write_keys") else first.shape[0]
+        if rows > most and (most or engine.metrics().tokens > 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(first, *rest)
+
+    monkeypatch.setattr(runner, part, short_of_memory)
+    add_all(engine)
+    results = engine.run()
+    for i in range(COUNT):
+        assert results[i].finish_reason in ("length", "error")
+        assert results[i].tokens == right[i].tokens[: len(results[i].tokens)]
+        assert results[i].finish_reason == "error" or results[i].tokens == right[i].tokens
+    assert engine.num_running == 0
+
+
+def test_a_sampling_that_fails_ends_its_request_alone(model, expected) -> None:
+    engine = DepthwiseEngine(model, max_rows=COUNT + 1)
+    engine.add([1, 2], sampling=Sampling(temperature=1e-40), id="cold")
+    add_all(engine)
+    results = engine.run()
+    assert results["cold"].finish_reason == "error" and results["cold"].tokens == []
+    assert [results[i].tokens for i in range(COUNT)] == expected
+
+
+@pytest.mark.parametrize("needs_logits", [False, True])
+def test_a_rule_that_raises_ends_the_requests_it_was_asked_about(model, needs_logits) -> None:
+    calls = []
+
+    def exits(rows):
+        calls.append(list(rows.requests))
+        if "bad" in rows.requests:
+            raise KeyError("no such request")
+        return torch.ones(len(rows.requests), dtype=torch.bool)
+
+    rule = SimpleNamespace(needs_logits=needs_logits, exits=exits)
+    engine = DepthwiseEngine(model, max_rows=1, exit_rule=rule)
+    engine.add([1, 2], max_new_tokens=4, id="bad")
+    engine.add([3], max_new_tokens=4, id="good")
+    results = engine.run()
+    assert (results["bad"].finish_reason, len(results["bad"].tokens)) == ("error", 1)
+    assert "no such request" in results["bad"].error
+    assert (results["good"].finish_reason, results["good"].exit_loops) == ("length", [2, 0, 0, 0])
+
+
+@pytest.mark.parametrize("policy", ["static", "continuous", "depth-wise"])
+def test_a_cancelled_request_leaves_no_nan(expected, policy) -> None:
+    """Masked entries of a cache are multiplied by zero, which NaN survives."""
+    model = tiny_recursive()
+    used = {token for each in (*prompts(COUNT), *expected) for token in each}
+    poison = next(token for token in range(VOCABULARY) if token not in used)
+    with torch.no_grad():
+        head = model.lm_head.weight.clone()
+        model.model.embed_tokens.weight[poison] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(head)
+    engine = DepthwiseEngine(model, max_rows=2, policy=policy)
+    engine.add([1, poison, 2] * 5, max_new_tokens=4, id="bad")
+    add_all(engine)
+    for _ in range(2):
+        engine.step()
+    engine.cancel("bad")
+    results = engine.run()
+    assert [results[i].tokens for i in range(COUNT)] == expected
+
+
+def test_layers_with_settings_of_their_own_are_refused() -> None:
+    model = tiny_recursive()
+    model.model.layers[2].self_attn.scaling *= 2
+    with pytest.raises(ValueError, match=r"LlamaAttention\.scaling must be the same in all loops"):
+        DepthwiseEngine(model)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused() -> None:
+    model = tiny_recursive()
+    model.config.sliding_window = 4  # Llama's layers do not look at it
+    with pytest.raises(NotImplementedError, match="LlamaAttention must give its sliding_window=4"):
+        DepthwiseEngine(model)
+
+
+def test_a_model_that_calls_its_layers_otherwise_is_refused(monkeypatch) -> None:
+    model = tiny_recursive()
+    engine = DepthwiseEngine(model)  # the unharmed one
+    assert engine.num_loops == 3
+    monkeypatch.setattr(
+        type(model.model.layers[0].self_attn), "forward", lambda self, *args, **kwargs: (1, 2, 3)
+    )
+    with pytest.raises(NotImplementedError, match="must call its layers as the engine can"):
+        DepthwiseEngine(model)
+
+
+@pytest.mark.parametrize("family", ["GPTNeoX", "GPT2"])
+def test_a_model_in_training_mode_has_no_dropout(family) -> None:
+    options = {"hidden_dropout": 0.5} if family == "GPTNeoX" else {"embd_pdrop": 0.5}
+    config = lr.recursive.RecursiveConfig(num_loops=2)
+    model = lr.recursive.convert(decoder(family, **options), config)
+    prompt, found = tokens(1)[0].tolist(), []
+    for mode in (False, True):
+        engine = DepthwiseEngine(model.train(mode))
+        engine.add(prompt, max_new_tokens=6)
+        found.append(engine.run()[0].tokens)
+        assert model.training == mode
+    assert found[0] == found[1]
+
+
+def test_layers_with_a_forward_of_their_own(model, expected) -> None:
+    """As accelerate and module.compile() give them: bound to a module that serves one loop."""
+    model = tiny_recursive()
+    for layer in model.model.layers:
+        layer.self_attn.forward = layer.self_attn.forward
+        layer._compiled_call_impl = layer._call_impl
+    engine = DepthwiseEngine(model)
+    add_all(engine)
+    results = engine.run()
+    assert [results[i].tokens for i in range(COUNT)] == expected
+
+
+class ByteTokenizer:
+    """A token for each byte; as byte-level BPE has for characters that it does not know."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_a_stop_string_of_many_tokens(model) -> None:
+    from lowrank_ext.methods.recursive.engine.intake import Intake
+
+    intake = Intake(model, 200, ByteTokenizer())
+    stop = "🙂" * 12
+    request = intake.request([1], 100, Sampling(), [stop], None)
+    for byte in ("so " + stop).encode():
+        assert intake.reason_to_end(request) is None if request.tokens else True
+        request.result.tokens.append(byte)
+    assert intake.reason_to_end(request) == "stop"
+
+
+def test_options_that_cannot_work(model) -> None:
+    assert Sampling(temperature=2, seed=2**64 - 1)
+    engine = DepthwiseEngine(model)
+    engine.add([1], sampling=Sampling(temperature=2), max_new_tokens=2)
+    assert len(engine.run()[0].tokens) == 2
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match="seed must be from 0"):
+            Sampling(seed=seed)
+    with pytest.raises(ValueError, match="loop must be at least 0"):
+        FixedDepth(-1)
+    with pytest.raises(TypeError, match="loop must be an int"):
+        FixedDepth("a")
+    rule = Confidence("margin", [0.1] * 5)
+    with pytest.raises(ValueError, match="thresholds must be one, or 2 for a model of 3 loops"):
+        DepthwiseEngine(model, exit_rule=rule)
+    with pytest.raises(ValueError, match="evaluate: thresholds must be one, or 2"):
+        evaluate(model, [torch.ones(1, 4, dtype=torch.int64)], rule=rule)
