@@ -61,6 +61,8 @@ def sizes_of(num_loops: int, rank: int) -> lr.recursive.BlockSizes:
         adapter_parameters=length * sum(min(rank, k, n) * (k + n) for k, n in LINEARS),
         head_parameters=WIDTH * VOCABULARY,
         cache_values=length * KEY_VALUES,
+        query_values=length * WIDTH,
+        key_value_parameters=length * WIDTH * KEY_VALUES,
         num_loops=num_loops,
     )
 

@@ -1,7 +1,6 @@
 """What the engine's calls cost: measured on this machine, or the least that a device allows."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lowrank_ext.checks import check_count
 from lowrank_ext.methods.recursive.engine.block import BlockRunner
 from lowrank_ext.methods.recursive.engine.pass_times import PassTimes
 from lowrank_ext.methods.recursive.engine.rows import Rows, Run
@@ -22,7 +22,9 @@ class PassCosts:
     Attributes:
         block: of a pass over n rows of one loop, with short caches.
         mixed: the same for rows of all loops.
-        attention: for each cached token that a row reads, over all layers of the block.
+        attention: of a pass over all layers of the block: given how many pairs of a row and a token
+            that it sees there are, and how many cached tokens are read; the rows of one request
+            read them together.
         head: of n rows.
         embedding: of n rows.
         copy: keys and values of the deeper loops for n entries (``skipped="copy"``).
@@ -31,7 +33,7 @@ class PassCosts:
 
     block: Callable[[int], float]
     mixed: Callable[[int], float]
-    attention: float
+    attention: Callable[[int, int], float]
     head: Callable[[int], float]
     embedding: Callable[[int], float]
     copy: Callable[[int], float]
@@ -58,6 +60,8 @@ class BlockSizes(NamedTuple):
         adapter_parameters: of all linears of the block for one loop.
         head_parameters: of the head.
         cache_values: keys and values of a token in one loop of the block.
+        query_values: queries of a token in one loop of the block.
+        key_value_parameters: of the linears of the block that give keys and values.
         num_loops: B.
         value_bytes: of a parameter, and of a cached value.
     """
@@ -66,6 +70,8 @@ class BlockSizes(NamedTuple):
     adapter_parameters: int
     head_parameters: int
     cache_values: int
+    query_values: int
+    key_value_parameters: int
     num_loops: int
     value_bytes: int = 2
 
@@ -87,19 +93,26 @@ def measure_pass_costs(
         repeats: each time is the median of so many calls.
 
     Raises:
-        TypeError: the model is not recursive.
+        TypeError: the model is not recursive, or an option is no int.
+        ValueError: an option is out of range.
     """
-    runner = BlockRunner(model, "measure_pass_costs")
-    loops, most = runner.num_loops, max(rows)
+    owner = "measure_pass_costs"
+    for count in rows or [0]:
+        check_count(count, 1, owner, "rows")
+    check_count(cached_tokens, 1, owner, "cached_tokens")
+    check_count(repeats, 1, owner, "repeats")
+    runner = BlockRunner(model, owner)
+    loops, most, device = runner.num_loops, max(rows), runner.device
     cache = runner.new_cache(most, cached_tokens + 1)
-    width = runner.embed(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    width = runner.embed(zero, zero)
     times = {name: PassTimes() for name in ("block", "mixed", "head", "embedding", "copy")}
     attention = []
 
-    timed = partial(_median_seconds, repeats)
+    timed = partial(_median_seconds, repeats, runner.clock)
     for count in rows:
         states = width.new_zeros(count, width.shape[1]).normal_(std=0.1)
-        tokens = torch.zeros(count, dtype=torch.int64)
+        tokens = zero.expand(count)
         one = Rows([Run(slot, 0, 0) for slot in range(count)], cache)
         every = Rows([Run(slot, slot % loops, 0) for slot in range(count)], cache)
         deep = Rows([Run(slot, slot % loops, cached_tokens) for slot in range(count)], cache)
@@ -111,11 +124,13 @@ def measure_pass_costs(
         times["head"].add(count, timed(runner.logits, states))
         times["embedding"].add(count, timed(runner.embed, tokens, tokens))
         times["copy"].add(count, timed(runner.write_keys, every, states))
-    where = torch.arange(most)
+    where = torch.arange(most, device=device)
+    # Measured on rows of one token each, which see what they read.
+    of_a_pair = max(0.0, statistics.median(attention))
     return PassCosts(
         block=times["block"].seconds,
         mixed=times["mixed"].seconds,
-        attention=max(0.0, statistics.median(attention)),
+        attention=lambda pairs, reads: of_a_pair * pairs,
         head=times["head"].seconds,
         embedding=times["embedding"].seconds,
         copy=times["copy"].seconds,
@@ -123,13 +138,15 @@ def measure_pass_costs(
     )
 
 
-def _median_seconds(repeats: int, call: Callable[..., object], *arguments: object) -> float:
+def _median_seconds(
+    repeats: int, clock: Callable[[], float], call: Callable[..., object], *arguments: object
+) -> float:
     call(*arguments)
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock()
         call(*arguments)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return statistics.median(seconds)
 
 
@@ -148,12 +165,16 @@ def roofline_costs(sizes: BlockSizes, hardware: HardwareRoofline) -> PassCosts:
     def mixed(rows: int) -> float:
         return product(rows, own, own + (sizes.num_loops - 1) * sizes.adapter_parameters)
 
+    def attention(pairs: int, reads: int) -> float:
+        flops = 4 * pairs * sizes.query_values / hardware.flops
+        return max(flops, reads * sizes.cache_values * sizes.value_bytes / hardware.bandwidth)
+
     return PassCosts(
         block=block,
         mixed=mixed,
-        attention=sizes.cache_values * sizes.value_bytes / hardware.bandwidth,
+        attention=attention,
         head=lambda rows: product(rows, sizes.head_parameters, sizes.head_parameters),
         embedding=lambda rows: 0.0,
-        copy=lambda rows: 0.0,
+        copy=lambda rows: product(rows, sizes.key_value_parameters, sizes.key_value_parameters),
         share=2 * sizes.cache_values * sizes.value_bytes / hardware.bandwidth,
     )

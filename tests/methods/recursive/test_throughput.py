@@ -23,7 +23,7 @@ EXITS = [[2, 0, 1], [0], [2, 1, 0, 0], [1], [0, 2], [1, 1, 0], [2]]
 
 def costs(**given) -> PassCosts:
     nothing = {name: lambda rows: 0.0 for name in ("block", "mixed", "head", "embedding", "copy")}
-    return PassCosts(**{**nothing, "attention": 0.0, **given})
+    return PassCosts(**{**nothing, "attention": lambda pairs, reads: 0.0, **given})
 
 
 def planned() -> list[PlannedRequest]:
@@ -70,12 +70,13 @@ def test_the_time_is_that_of_the_calls():
     assert predicted.seconds == pytest.approx(expected)
     longer = predict_throughput(
         [PlannedRequest(5, 1, [1])],
-        costs(attention=attention),
+        costs(attention=lambda pairs, reads: attention * pairs + 10 * attention * reads),
         num_loops=2,
         max_rows=1,
         with_scheduling=False,
     )
-    assert longer.seconds == pytest.approx(2 * (1 + 2 + 3 + 4 + 5) * attention)
+    # The prompt's five tokens are read together.
+    assert longer.seconds == pytest.approx(2 * (1 + 2 + 3 + 4 + 5 + 10 * 5) * attention)
 
 
 def test_head_after_every_loop_costs_calls_of_the_head():
@@ -94,13 +95,15 @@ def test_head_after_every_loop_costs_calls_of_the_head():
 
 def test_roofline_by_hand():
     """A block of 1e9 parameters, adapters of 1e8 for each of two loops, in bf16."""
-    sizes = BlockSizes(10**9, 10**8, 10**8, 1000, num_loops=2)
+    sizes = BlockSizes(10**9, 10**8, 10**8, 1000, 2000, 10**7, num_loops=2)
     found = roofline_costs(sizes, HardwareRoofline(flops=1e14, bandwidth=1e12))
     assert found.block(1) == pytest.approx(2 * 1.1e9 / 1e12)
     assert found.mixed(1) == pytest.approx(2 * 1.2e9 / 1e12)
     assert found.block(1000) == pytest.approx(2 * 1000 * 1.1e9 / 1e14)
     assert found.head(1) == pytest.approx(2e8 / 1e12)
-    assert found.attention == pytest.approx(2000 / 1e12)
+    assert found.attention(5, 5) == pytest.approx(5 * 2000 / 1e12)  # bytes
+    assert found.attention(10**6, 5) == pytest.approx(4 * 10**6 * 2000 / 1e14)  # FLOPs
+    assert found.copy(1) == pytest.approx(2 * 10**7 / 1e12)
 
 
 def test_measured_costs_are_positive_and_leave_the_model_alone():
@@ -129,3 +132,18 @@ def test_bad_options(options, message):
 def test_a_plain_model_is_refused():
     with pytest.raises(TypeError, match="measure_pass_costs: model must be recursive"):
         lr.recursive.measure_pass_costs(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rows": ()}, ValueError, "rows must be at least 1, got 0"),
+        ({"rows": (2, 0)}, ValueError, "rows must be at least 1, got 0"),
+        ({"cached_tokens": 0}, ValueError, "cached_tokens must be at least 1"),
+        ({"repeats": 0}, ValueError, "repeats must be at least 1"),
+        ({"repeats": 1.5}, TypeError, "repeats must be an int"),
+    ],
+)
+def test_options_of_a_measurement(options, error, message):
+    with pytest.raises(error, match=f"measure_pass_costs: {message}"):
+        measure_pass_costs(tiny_recursive(), **options)

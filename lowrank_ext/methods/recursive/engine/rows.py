@@ -104,7 +104,14 @@ class Batch:
 
 
 class Rows:
-    """All rows of a pass, in the order of ``runs``."""
+    """All rows of a pass, in the order of ``runs``.
+
+    Attributes:
+        count: number of rows.
+        loops, position_ids: int64 [1, N].
+        where: int64 [N], the rows' entries in the cache.
+        num_reads: cached tokens that attention reads, those of a run once.
+    """
 
     def __init__(self, runs: Sequence[Run], cache: SlotCache) -> None:
         self.cache = cache
@@ -121,6 +128,7 @@ class Rows:
             base = cache.index(run.loop, run.slot, 0)
             where += [base + position for position in span]
         self.count = len(loops)
+        self.num_reads = sum(run.start + run.count for run in runs)
         self.loops = torch.tensor([loops], device=device)
         self.position_ids = torch.tensor([positions], device=device)
         self.where = torch.tensor(where, device=device)
