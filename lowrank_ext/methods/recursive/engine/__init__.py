@@ -3,6 +3,7 @@
 engine.py      DepthwiseEngine: what a caller has
 intake.py      which requests are accepted, and when one has all it asked for
 scheduler.py   policies: which rows take the block or the head next, what happens to a row after it
+interfaces.py  what the scheduler needs of the model and of the intake
 slots.py       a slot: a place in the cache and the sequence in it
 requests.py    requests, sampling, results
 block.py       embedding, block, head of a recursive model, as the engine runs them
