@@ -122,7 +122,7 @@ def _scores(
     the number of each token's sequence [N]."""
     scores, agrees, sequences, count = [], [], [], 0
     with evaluating(model):
-        for tokens in checked_batches(batches, owner, 1):
+        for tokens in checked_batches(model, batches, owner, 1):
             for _, logits in rows_of_loops(model, tokens):
                 last = logits[-1].argmax(-1)
                 found = torch.stack([confidence(each, measure) for each in logits[:-1]])

@@ -109,7 +109,7 @@ def evaluate(
     check_rule(rule, num_loops, owner)
     totals = _Totals(num_loops)
     with evaluating(model):
-        for tokens in checked_batches(batches, owner, 2):
+        for tokens in checked_batches(model, batches, owner, 2):
             where = _Where(totals.num_sequences, tokens.shape, prompt_tokens)
             full = _full_pass(model, tokens, rule, where)
             totals.add_loops(full, tokens)
@@ -147,7 +147,7 @@ def exit_trace(
     tokens are the rest."""
     owner = "exit_trace"
     check_choice(skipped, SKIPPED, owner, "skipped")
-    (checked,) = checked_batches([tokens], owner, 1)
+    (checked,) = checked_batches(model, [tokens], owner, 1)
     where = _Where(0, checked.shape, prompt_tokens)
     with evaluating(model):
         if skipped == "backfill":
@@ -169,9 +169,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def checked_batches(batches: Iterable[Tensor], owner: str, least: int) -> Iterator[Tensor]:
-    """The batches, each checked to be token ids [B, T] with T of at least ``least``."""
-    found = False
+def checked_batches(
+    model: nn.Module, batches: Iterable[Tensor], owner: str, least: int
+) -> Iterator[Tensor]:
+    """The batches, each checked to be the model's token ids [B, T], T of at least ``least``."""
+    inner: Any = unwrapped(model)
+    vocabulary, found = inner.get_input_embeddings().weight.shape[0], False
     for tokens in batches:
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{owner}: batches must hold tensors, got {type(tokens).__name__}")
@@ -181,6 +184,10 @@ def checked_batches(batches: Iterable[Tensor], owner: str, least: int) -> Iterat
                 f"{owner}: batches must be int64 [B, T] with T of at least {least}, got "
                 f"{tokens.dtype} {list(tokens.shape)}"
             )
+        lowest, highest = (int(token) for token in tokens.aminmax())
+        if lowest < 0 or highest >= vocabulary:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"{owner}: token ids must be from 0 to {vocabulary - 1}, got {wrong}")
         found = True
         yield tokens
     if not found:

@@ -143,7 +143,16 @@ class Agreement:
 
 
 def check_rule(rule: object, num_loops: int, owner: str) -> None:
-    """Raise ValueError for a Confidence whose thresholds do not fit a model of so many loops."""
+    """Raise TypeError for what is no rule, and ValueError for one that does not fit a model of so
+    many loops. None is no exits."""
+    if rule is None:
+        return
+    if not callable(getattr(rule, "exits", None)) or not hasattr(rule, "needs_logits"):
+        raise TypeError(f"{owner}: the exit rule must have exits and needs_logits, got {rule!r}")
+    if isinstance(rule, FixedDepth) and rule.loop >= num_loops:
+        raise ValueError(
+            f"{owner}: loop must be at most {num_loops - 1}, the last one, got {rule.loop}"
+        )
     if isinstance(rule, Confidence) and len(rule.thresholds) not in (1, num_loops - 1):
         raise ValueError(
             f"{owner}: thresholds must be one, or {num_loops - 1} for a model of {num_loops} "

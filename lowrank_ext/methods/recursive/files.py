@@ -54,12 +54,15 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> A
         The model, a transformers model of its own class, in evaluation mode.
 
     Raises:
+        TypeError: dtype is none.
         FileNotFoundError: a file is missing.
         OSError: a file cannot be read.
         ValueError: a file is damaged, the config describes no recursive model, or weights and
             config do not fit. All name the file.
     """
     where = Path(path)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{CALLER}: dtype must be a torch.dtype, got {dtype!r}")
     with clean_errors():
         described = _description(where / CONFIG_NAME)
         with _weights(where) as weights:

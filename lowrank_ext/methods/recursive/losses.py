@@ -137,6 +137,11 @@ def loop_loss(
     chunk = chunk_tokens or max(1, _CHUNK_LOGITS // vocabulary)
     tokens = _counted(labels, vocabulary, owner)
     count: Any = tokens.rows.numel() if num_items is None else num_items
+    # The number on a GPU would have to be waited for.
+    if not isinstance(count, Tensor) or count.device.type == "cpu":
+        least = 1 if tokens.rows.numel() else 0
+        if not count >= least:
+            raise ValueError(f"{owner}: num_items must be at least {least}, got {int(count)}")
     if isinstance(count, Tensor):
         count = count.to(logits[-1].device)
     last = logits[-1].detach()

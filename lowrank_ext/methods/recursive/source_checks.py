@@ -46,10 +46,13 @@ def check_no_adapters(model: nn.Module, caller: str) -> None:
 
 def check_tensors(decoder: Decoder, caller: str) -> None:
     """Raise ValueError unless each parameter of the layers is a dense floating-point one with
-    values, and belongs to one module."""
+    values, and belongs to one module, and all parameters of the model are finite."""
     names: dict[int, list[str]] = {}
     for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    for name, parameter in decoder.model.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise ValueError(f"{caller}: {name} must be finite, got inf or nan")
     for path, module in decoder.layers.named_modules(prefix=decoder.path):
         if linear_features(module) is not None and dense_weight(module) is None:
             raise ValueError(
@@ -110,8 +113,6 @@ def check_linears(decoder: Decoder, config: RecursiveConfig, caller: str) -> dic
                 f"{caller}: targets must leave out {inner}, whose weight {read[module].function} "
                 "reads without a call, so that adapters would not act"
             )
-        if config.lora_init == "svd" and not module.weight.isfinite().all():
-            raise ValueError(f"{caller}: {full}.weight must be finite, got inf or nan")
         found[full] = module
     return found
 

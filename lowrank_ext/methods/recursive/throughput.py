@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_ext.checks import check_count
 from lowrank_ext.methods.recursive.engine.cache import SlotCache
 from lowrank_ext.methods.recursive.engine.engine import check_policy
 from lowrank_ext.methods.recursive.engine.metrics import Metrics
@@ -64,13 +65,18 @@ def predict_throughput(
         The engine's metrics, their seconds predicted.
 
     Raises:
-        TypeError, ValueError: an option is out of range.
+        TypeError, ValueError: an option is out of range, or a request has no prompt, a negative
+            number of new tokens, or no exit loop or one that there is not.
     """
-    check_policy("predict_throughput", policy, skipped, max_rows, prompt_rows)
+    owner = "predict_throughput"
+    check_policy(owner, policy, skipped, max_rows, prompt_rows)
+    check_count(num_loops, 1, owner, "num_loops")
+    for planned in requests:
+        _check_planned(planned, num_loops, owner)
     longest = max((r.prompt_length + r.new_tokens for r in requests), default=1)
     clock = _Clock(with_scheduling)
     runner = _CostRunner(costs, num_loops, clock)
-    plan = ForcedExits({i: list(r.exit_loops) or [num_loops - 1] for i, r in enumerate(requests)})
+    plan = ForcedExits({i: list(r.exit_loops) for i, r in enumerate(requests)})
     rule: ExitRule = _WithLogits(plan) if head_after_every_loop else plan
     queue: deque[Request] = deque()
     scheduler = Scheduler(
@@ -102,6 +108,17 @@ def predict_throughput(
     while queue or scheduler.num_running:
         scheduler.step()
     return scheduler.metrics
+
+
+def _check_planned(planned: PlannedRequest, num_loops: int, owner: str) -> None:
+    check_count(planned.prompt_length, 1, owner, "prompt_length")
+    check_count(planned.new_tokens, 0, owner, "new_tokens")
+    loops = list(planned.exit_loops)
+    if not loops or not all(0 <= loop < num_loops for loop in loops):
+        wrong = next((loop for loop in loops if not 0 <= loop < num_loops), "none")
+        raise ValueError(
+            f"{owner}: exit_loops must hold loops from 0 to {num_loops - 1}, got {wrong}"
+        )
 
 
 class _Clock:

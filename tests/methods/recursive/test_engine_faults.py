@@ -100,9 +100,13 @@ def test_a_part_that_has_no_memory_for_many_rows(model, monkeypatch, part, most)
     assert engine.num_running == 0
 
 
-def test_a_sampling_that_fails_ends_its_request_alone(model, expected) -> None:
+def test_a_sampling_that_fails_ends_its_request_alone(model, expected, monkeypatch) -> None:
+    def fails(self, logits):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+    monkeypatch.setattr("lowrank_ext.methods.recursive.engine.requests.Sampler.choose", fails)
     engine = DepthwiseEngine(model, max_rows=COUNT + 1)
-    engine.add([1, 2], sampling=Sampling(temperature=1e-40), id="cold")
+    engine.add([1, 2], sampling=Sampling(temperature=0.5), id="cold")
     add_all(engine)
     results = engine.run()
     assert results["cold"].finish_reason == "error" and results["cold"].tokens == []
@@ -203,6 +207,9 @@ def test_layers_with_a_forward_of_their_own(model, expected) -> None:
 class ByteTokenizer:
     """A token for each byte; as byte-level BPE has for characters that it does not know."""
 
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=list(text.encode()))
+
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
@@ -224,6 +231,9 @@ def test_options_that_cannot_work(model) -> None:
     engine = DepthwiseEngine(model)
     engine.add([1], sampling=Sampling(temperature=2), max_new_tokens=2)
     assert len(engine.run()[0].tokens) == 2
+    for temperature in (1e-40, 1e-7, 5e-324):
+        with pytest.raises(ValueError, match="temperature must be 0 or at least 1e-06"):
+            Sampling(temperature=temperature)
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match="seed must be from 0"):
             Sampling(seed=seed)
@@ -236,3 +246,99 @@ def test_options_that_cannot_work(model) -> None:
         DepthwiseEngine(model, exit_rule=rule)
     with pytest.raises(ValueError, match="evaluate: thresholds must be one, or 2"):
         evaluate(model, [torch.ones(1, 4, dtype=torch.int64)], rule=rule)
+    with pytest.raises(ValueError, match="loop must be at most 2, the last one, got 3"):
+        DepthwiseEngine(model, exit_rule=FixedDepth(3))
+    for no_rule in (5, "margin", object()):
+        with pytest.raises(TypeError, match="the exit rule must have exits and needs_logits"):
+            DepthwiseEngine(model, exit_rule=no_rule)
+    with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got 5"):
+        DepthwiseEngine(model, tokenizer=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt": None}, TypeError, "prompt must be token ids or text, got None"),
+        ({"prompt": 5}, TypeError, "prompt must be token ids or text, got 5"),
+        ({"prompt": b"ab"}, TypeError, "prompt must be token ids or text, got b'ab'"),
+        ({"prompt": torch.ones(1, 2).long()}, ValueError, r"prompt must be \[T\], got \[1, 2\]"),
+        ({"stop": 5}, TypeError, "stop must be a sequence of ids and strings, got 5"),
+        ({"stop": [VOCABULARY]}, ValueError, f"token ids must be from 0 to {VOCABULARY - 1}"),
+        ({"stop": [-1]}, ValueError, "token ids must be from 0"),
+        ({"on_token": 5}, TypeError, "on_token must be callable, got 5"),
+    ],
+)
+def test_requests_that_cannot_work(model, options, error, message) -> None:
+    engine = DepthwiseEngine(model)
+    with pytest.raises(error, match=f"add: {message}"):
+        engine.add(**{"prompt": [1], **options})
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("again", ["step", "run", "stream"])
+@pytest.mark.parametrize("by", ["callback", "rule"])
+def test_a_step_within_a_step_is_refused(model, expected, again, by) -> None:
+    """It would move the rows of a pass that is not over."""
+
+    def step_again() -> None:
+        list(engine.stream()) if again == "stream" else getattr(engine, again)()
+
+    def exits(rows):
+        if "bad" in rows.requests:
+            step_again()
+        return torch.zeros(len(rows.requests), dtype=torch.bool)
+
+    rule = SimpleNamespace(needs_logits=False, exits=exits) if by == "rule" else None
+    engine = DepthwiseEngine(model, max_rows=2, exit_rule=rule)
+    on_token = (lambda request, token: step_again()) if by == "callback" else None
+    engine.add([1, 2], max_new_tokens=4, id="bad", on_token=on_token)
+    engine.run()
+    assert engine.result("bad").finish_reason == "error"
+    assert "must not be called within a step" in engine.result("bad").error
+    engine.forget("bad")
+    add_all(engine)
+    results = engine.run()
+    assert [results[i].tokens for i in range(COUNT)] == expected
+
+
+CHANGES = {
+    "cast and back": lambda model: model.double().float(),
+    "data": lambda model: setattr(
+        model.model.norm.weight, "data", model.model.norm.weight.data * 1.5
+    ),
+    "assigned": lambda model: model.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    ),
+    "linear": lambda model: setattr(
+        model.model.layers[3].mlp, "up_proj", torch.nn.Linear(32, 48, bias=False)
+    ),
+    "head": lambda model: setattr(model, "lm_head", torch.nn.Linear(32, VOCABULARY)),
+    "adapted": lambda model: lr.adapt(model, lr.LoRAConfig(r=2)),
+}
+
+
+@pytest.mark.parametrize("when", ["before add", "before run"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_are_replaced_are_noticed(change, when) -> None:
+    model = tiny_recursive()
+    engine = DepthwiseEngine(model)
+    if when == "before run":
+        engine.add([1, 2])
+    CHANGES[change](model)
+    with pytest.raises(RuntimeError, match=r"must be what it was when the engine was made"):
+        engine.add([1, 2]) if when == "before add" else engine.run()
+
+
+def test_what_is_written_in_place_is_seen(expected) -> None:
+    model = tiny_recursive()
+    engine = DepthwiseEngine(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1).add_(0.05)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    answers = []
+    for each in (engine, DepthwiseEngine(model)):
+        add_all(each)
+        results = each.run()
+        answers.append([results[i].tokens for i in range(COUNT)])
+    assert answers[0] == answers[1] != expected

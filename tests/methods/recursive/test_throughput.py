@@ -147,3 +147,18 @@ def test_a_plain_model_is_refused():
 def test_options_of_a_measurement(options, error, message):
     with pytest.raises(error, match=f"measure_pass_costs: {message}"):
         measure_pass_costs(tiny_recursive(), **options)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (PlannedRequest(0, 2, [1]), "prompt_length must be at least 1, got 0"),
+        (PlannedRequest(3, -1, [1]), "new_tokens must be at least 0, got -1"),
+        (PlannedRequest(3, 2, [0, 3]), "exit_loops must hold loops from 0 to 2, got 3"),
+        (PlannedRequest(3, 2, [-1]), "exit_loops must hold loops from 0 to 2, got -1"),
+        (PlannedRequest(3, 2, []), "exit_loops must hold loops from 0 to 2, got none"),
+    ],
+)
+def test_requests_that_cannot_be(request_, message):
+    with pytest.raises(ValueError, match=f"predict_throughput: {message}"):
+        predict_throughput([request_], costs(), num_loops=3, max_rows=2)

@@ -71,6 +71,19 @@ class BlockRunner:
 
         for part in (self._block, self._embedding, self._tail):
             _without_dropout(part)
+        self._built_on = _parts_of(self.model)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError unless the model has the modules and the memory of parameters that it
+        had: values that are written in place are seen, others would not be."""
+        before, now = self._built_on, _parts_of(self.model)
+        for path in [*before, *now]:
+            if before.get(path) != now.get(path):
+                raise RuntimeError(
+                    f"DepthwiseEngine: {path or 'the model'} must be what it was when the engine "
+                    "was made; after moving, casting, adapting or replacing parts of a model, or "
+                    "load_state_dict(assign=True), make a new engine"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -188,6 +201,14 @@ class BlockRunner:
             use_cache=True,
             **{self._cache_name: cache},
         )
+
+
+def _parts_of(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, int]]]:
+    """Each module with the addresses of its own parameters, by path."""
+    return {
+        path: (module, {k: p.data_ptr() for k, p in module._parameters.items() if p is not None})
+        for path, module in model.named_modules()
+    }
 
 
 def _no_mask(count: int, device: torch.device) -> Tensor:

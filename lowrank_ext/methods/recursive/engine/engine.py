@@ -107,6 +107,7 @@ class DepthwiseEngine:
         self._requests: dict[object, Request] = {}
         self._names = itertools.count()
         self._draft_tokens = draft_tokens
+        self._runner, self._is_stepping = runner, False
         self._scheduler = Scheduler(
             runner,
             self._intake,
@@ -147,7 +148,10 @@ class DepthwiseEngine:
             TypeError, ValueError: the prompt is empty or longer than max_length, holds an id
                 outside the vocabulary, the id is taken, or an option is out of range. Nothing is
                 queued.
+            RuntimeError: the model's modules or parameters are others than when the engine was
+                made.
         """
+        self._runner.check_unchanged()
         if self._draft_tokens and isinstance(sampling, Sampling) and not sampling.is_greedy:
             raise ValueError("add: sampling must be greedy in an engine with draft_tokens")
         if id is not None and id in self._requests:
@@ -218,7 +222,11 @@ class DepthwiseEngine:
         self._scheduler.metrics = Metrics()
 
     def stream(self) -> Iterator[Token]:
-        """Steps until no request is left; gives every token as soon as it is there."""
+        """Steps until no request is left; gives every token as soon as it is there.
+
+        Raises:
+            RuntimeError: see ``step``.
+        """
         while self.has_work:
             yield from self.step()
 
@@ -229,8 +237,22 @@ class DepthwiseEngine:
         return {id: request.result for id, request in self._requests.items()}
 
     def step(self) -> list[Token]:
-        """One block pass, or one call of the head; the tokens that it gave."""
-        return self._scheduler.step()
+        """One block pass, or one call of the head; the tokens that it gave.
+
+        Raises:
+            RuntimeError: a callback or an exit rule calls it within a step of the same engine; or
+                the model's modules or parameters are others than when the engine was made, which
+                is looked at whenever a request begins.
+        """
+        if self._is_stepping:
+            raise RuntimeError("step: it must not be called within a step of the same engine")
+        if self._queue:
+            self._runner.check_unchanged()
+        self._is_stepping = True
+        try:
+            return self._scheduler.step()
+        finally:
+            self._is_stepping = False
 
     def _known(self, id: object) -> Request:
         if id not in self._requests:

@@ -1,7 +1,7 @@
 """What an engine accepts as a request, and when a request has all that it asked for."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,10 @@ class Intake:
     """
 
     def __init__(self, model: Any, max_length: int, tokenizer: Any) -> None:
+        if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TypeError(
+                f"DepthwiseEngine: tokenizer must be a transformers tokenizer, got {tokenizer!r}"
+            )
         self._max_length, self._tokenizer = max_length, tokenizer
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -40,6 +44,8 @@ class Intake:
         check_count(max_new_tokens, 0, "add", "max_new_tokens")
         if not isinstance(sampling, Sampling):
             raise TypeError(f"add: sampling must be a Sampling, got {sampling!r}")
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"add: on_token must be callable, got {on_token!r}")
         stop_tokens, stop_strings = self._stops(stop)
         return Request(
             id=None,
@@ -76,15 +82,18 @@ class Intake:
             if self._tokenizer is None:
                 raise TypeError("add: prompt must be token ids in an engine without a tokenizer")
             tokens = list(self._tokenizer(prompt).input_ids)
+        elif isinstance(prompt, Tensor):
+            if prompt.dim() != 1:
+                raise ValueError(f"add: prompt must be [T], got {list(prompt.shape)}")
+            tokens = prompt.tolist()
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+            tokens = list(prompt)
         else:
-            tokens = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+            raise TypeError(f"add: prompt must be token ids or text, got {prompt!r}")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise TypeError(f"add: prompt must hold token ids, got {token!r}")
-            if not 0 <= token < self._vocabulary:
-                raise ValueError(
-                    f"add: token ids must be from 0 to {self._vocabulary - 1}, got {token}"
-                )
+            self._check_known(token)
         if not 1 <= len(tokens) <= self._max_length:
             raise ValueError(
                 f"add: prompt must have from 1 to max_length={self._max_length} tokens, got "
@@ -92,14 +101,22 @@ class Intake:
             )
         return tokens
 
+    def _check_known(self, token: int) -> None:
+        if not 0 <= token < self._vocabulary:
+            raise ValueError(
+                f"add: token ids must be from 0 to {self._vocabulary - 1}, got {token}"
+            )
+
     def _stops(self, stop: Sequence[int | str] | None) -> tuple[frozenset[int], tuple[str, ...]]:
         if stop is None:
             return self._ends, ()
-        if isinstance(stop, str):
+        if isinstance(stop, str | bytes) or not isinstance(stop, Collection):
             raise TypeError(f"add: stop must be a sequence of ids and strings, got {stop!r}")
         for each in stop:
             if isinstance(each, bool) or not isinstance(each, int | str):
                 raise TypeError(f"add: stop must hold ids and strings, got {each!r}")
+            if isinstance(each, int):
+                self._check_known(each)
         strings = tuple(each for each in stop if isinstance(each, str))
         if strings and self._tokenizer is None:
             raise TypeError("add: stop strings need an engine with a tokenizer")

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from lowrank_ext.checks import check_number
 
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen from logits.
 
     Attributes:
-        temperature: logits are divided by it; 0: the most likely token.
+        temperature: logits are divided by it; 0: the most likely token; else at least 1e-6.
         top_k: only the k most likely tokens; None: all.
         top_p: the smallest set of tokens that together have this probability.
         seed: of the request's own generator; None: a random one.
@@ -28,6 +30,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_number(self.temperature, "Sampling", "temperature")
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(
+                f"Sampling: temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got "
+                f"{self.temperature}; logits over it would overflow"
+            )
         for name in ("top_k", "seed"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
