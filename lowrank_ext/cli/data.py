@@ -78,6 +78,11 @@ def _json_lines(path: Path, text: str, field: str) -> list[str]:
         except ValueError as error:
             raise UserError(f"--text {path}: line {number} is not JSON: {error}") from error
         value = record.get(field) if isinstance(record, dict) else None
+        if isinstance(record, dict) and field in record and not isinstance(value, str):
+            raise UserError(
+                f"--text {path}: line {number}: {field!r} must be text, got "
+                f"{type(value).__name__}; see --field"
+            )
         if not isinstance(value, str):
             there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(

@@ -1,5 +1,6 @@
 """Errors as one line on stderr and an exit code."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,10 +14,15 @@ EXIT_BAD_INPUT = 2
 
 
 @contextmanager
-def errors_as_lines() -> Iterator[None]:
+def errors_as_lines(prints_result: bool = False) -> Iterator[None]:
     """One line on stderr for whatever is raised. Exit code 2 for bad input, and for files that the
-    system refuses; 130 for Ctrl-C, 143 for SIGTERM; 1 for a fault of this program."""
+    system refuses; 130 for Ctrl-C, 143 for SIGTERM; 1 for a fault of this program.
+
+    prints_result: what the command is for goes to standard output, which must not be closed.
+    """
     try:
+        if prints_result and sys.stdout is None:
+            raise UserError("standard output is closed, where the result would go")
         yield
     except (BrokenPipeError, typer.Exit):  # click's own
         raise

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -109,7 +109,7 @@ def replace_directory(source: Path, target: Path) -> None:
             os.rename(target, old)
         try:
             os.rename(source, target)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             if os.path.lexists(old):
                 os.rename(old, target)
             raise
@@ -156,6 +156,32 @@ def cannot_write(path: Path) -> Iterator[None]:
         if type(error).__name__ == "SafetensorError" or "inline_container" in str(error):
             raise UserError(f"cannot write {path}: {one_line(error)}") from error
         raise
+
+
+def check_replaced(
+    out: Path, results: Iterable[Path], has_run: bool, inputs: Iterable[str]
+) -> None:
+    """Raises UserError where a new run into `out` would replace, as its results, directories that
+    no run has made, or that hold its own inputs.
+
+    Args:
+        results: the directories that the run will write.
+        has_run: whether an earlier run has left its settings in `out`.
+        inputs: paths that the run reads; others are no files, as ids of models.
+    """
+    read = [Path(os.path.realpath(each)) for each in inputs if os.path.exists(each)]
+    for result in results:
+        if not os.path.lexists(result):
+            continue
+        real = Path(os.path.realpath(result))
+        for path in read:
+            if real in (path, *path.parents):
+                raise UserError(f"--out {out}: the run would replace its own input {path}")
+        if not has_run and not (result.is_dir() and not any(result.iterdir())):
+            raise UserError(
+                f"--out {out}: {result.relative_to(out)} is there, and no run has written it; "
+                "give another directory"
+            )
 
 
 def prepare_output(out: Path) -> None:

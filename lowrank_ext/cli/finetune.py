@@ -23,6 +23,7 @@ from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import (
     MEBIBYTE,
     cannot_write,
+    check_replaced,
     exists,
     prepare_output,
     read_json,
@@ -115,6 +116,13 @@ class Job:
 
 def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
     """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
+    if not resume:
+        check_replaced(
+            out,
+            results_of(settings, out),
+            exists(f"--out {out}", out / _SETTINGS),
+            _inputs(settings),
+        )
     prepare_output(out)
     with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
         if settings.threads is not None:
@@ -123,6 +131,16 @@ def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
             job = prepare(settings, out, resume, console, stop)
         results = [run_or_reuse(job, method) for method in settings.methods]
         finish(job, results)
+
+
+def results_of(settings: Settings, out: Path) -> list[Path]:
+    """The directories that a run writes, and replaces."""
+    names = {method: entry(method).saved_name for method in settings.methods}
+    return [settings.method_directory(out, method) / name for method, name in names.items() if name]
+
+
+def _inputs(settings: Settings) -> list[str]:
+    return [*settings.text, *([settings.model] if settings.model else [])]
 
 
 def stored_settings(out: Path) -> Settings:

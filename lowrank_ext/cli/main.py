@@ -194,7 +194,7 @@ def guard(
     Prints line number, score and verdict, separated by tabs, in the order of the input; empty lines
     are left out. A line has at most 16 MiB. examples/guard.py trains a guard.
     """
-    with errors_as_lines():
+    with errors_as_lines(prints_result=True):
         from lowrank_ext.cli import guard as command
 
         command.run(command.Options(**context.params))
@@ -205,7 +205,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show versions, CPU features and CUDA, and check every op against its plain definition."""
-    with errors_as_lines():
+    with errors_as_lines(prints_result=True):
         from lowrank_ext.cli import doctor as command
 
         if not command.run(as_json=json):

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -119,6 +120,10 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
     prepare_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if is_recursive(Path(source.location)):
+        raise UserError(
+            f"cannot load {source.location}: it is recursive already, an ordinary model is needed"
+        )
     load_dtype = torch.float32 if source.gguf_file else dtype
     options: dict[str, Any] = {
         "local_files_only": True,
@@ -138,6 +143,15 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
             source.location, dtype=load_dtype, **options
         )
     return LoadedModel(model.to(dtype).train(), tokenizer, source.name)
+
+
+def is_recursive(directory: Path) -> bool:
+    """Whether the directory holds what `lowrank-ext recursive` has written."""
+    try:
+        found = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "recursive" in found
 
 
 def prepare_transformers() -> None:

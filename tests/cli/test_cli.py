@@ -271,6 +271,8 @@ def test_jsonl_text(run, tmp_path) -> None:
     path.write_text("\n".join(map(json.dumps, records)))
     assert run(text=path, field="body").exit_code == 0
     check_error(run(text=path), "line 1", "'text'", "body")
+    path.write_text('{"text": 5}\n')
+    check_error(run(text=path), "line 1: 'text' must be text, got int")
 
 
 @pytest.mark.long

@@ -99,6 +99,31 @@ def test_old_directory_stays_when_the_new_one_cannot_take_its_place(tmp_path, mo
     assert sorted(os.listdir(tmp_path)) == ["adapter", "new"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_old_directory_stays_whatever_comes_between_the_renames(
+    tmp_path, monkeypatch, error
+) -> None:
+    """By kind: Ctrl-C is no Exception."""
+    target, source = tmp_path / "target", tmp_path / "source"
+    for directory in (target, source):
+        directory.mkdir()
+        (directory / directory.name).touch()
+    rename, calls = os.rename, []
+
+    def second_fails(*arguments) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        rename(*arguments)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(BaseException) as raised:
+        replace_directory(source, target)
+    assert isinstance(raised.value, error if isinstance(error, type) else OSError)
+    assert [path.name for path in target.iterdir()] == ["target"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
 def test_finetune_leaves_alone_what_its_outputs_link_to(run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -66,9 +66,10 @@ def test_a_converted_model_is_replaced_and_nothing_else(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(recursive_model, out)
-    (out / "old").touch()
+    old = "model-00001-of-00002.safetensors"
+    (out / old).touch()
     assert convert(tiny_model, out, rank=0).exit_code == 0
-    assert not (out / "old").exists()
+    assert not (out / old).exists()
     assert lr.recursive.load(out).recursive_config.rank == 0
     other = tmp_path / "other"
     other.mkdir()
@@ -76,6 +77,11 @@ def test_a_converted_model_is_replaced_and_nothing_else(
     check_error(convert(tiny_model, other), f"--out {other}", "must be new, empty, or hold")
     check_error(convert(tiny_model, tiny_model), "must be new, empty, or hold")
     assert (other / "letters.txt").exists()
+    for name in ("notes.txt", "report.json", "model"):  # a user's, or a run's
+        (out / name).mkdir()
+        check_error(convert(tiny_model, out), "must be new, empty, or hold", f"it holds {name}")
+        assert (out / name).exists()
+        (out / name).rmdir()
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,7 @@ def test_a_converted_model_is_replaced_and_nothing_else(
         ({"loops": 0}, ("--loops must be at least 1, got 0",)),
         ({"rank": -1}, ("--rank must be at least 0, got -1",)),
         ({"rank": 0, "lora_init": "svd"}, ("--lora-init svd needs adapters", "--rank above 0")),
+        ({"rank": 0, "targets": "q_proj"}, ("--targets q_proj needs adapters",)),
         ({"init": "averag"}, ("--init must be one of", "did you mean average?")),
         ({"lora_init": "sdv"}, ("--lora-init must be one of", "did you mean svd?")),
         ({"targets": "q_prj"}, ("targets must name linears", "q_prj", "self_attn.q_proj")),
@@ -111,7 +118,8 @@ def test_models_that_cannot_be_folded(
     config = json.loads((tiny_model / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
     check_error(convert(odd, tmp_path / "out"), "cannot load")
-    check_error(convert(recursive_model, tmp_path / "out"), "cannot load", str(recursive_model))
+    words = "cannot load", str(recursive_model), "it is recursive already"
+    check_error(convert(recursive_model, tmp_path / "out"), *words)
 
 
 def test_layers_of_unlike_shapes(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,6 +1,9 @@
 """`lowrank-ext recursive evaluate`, `generate` and `bench`."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +291,47 @@ def test_default_prompts_are_short_and_many() -> None:
     found = default_prompts()
     assert len(found) == len(set(found)) == 16
     assert all(len(prompt.split()) == 24 for prompt in found)
+
+
+def test_a_text_that_failed_is_an_error(
+    recursive_model: Path, prompts: Path, monkeypatch: Any
+) -> None:
+    def fails(self: Any, rows: Any) -> Any:
+        raise ValueError("asked too much")
+
+    monkeypatch.setattr(lr.recursive.FixedDepth, "exits", fails)
+    result = generate(recursive_model, "--json", file=prompts, exit="fixed:0", max_new_tokens=3)
+    assert result.exit_code == 2
+    assert "no whole text for prompt 1, 2" in result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all("asked too much" in record["error"] for record in records)
+    check_error(generate(recursive_model, prompt="hi", exit="fixed:0"), "asked too much")
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-7])
+def test_a_temperature_that_overflows(recursive_model: Path, temperature: float) -> None:
+    words = "--temperature or --top-p", "temperature must be 0 or at least 1e-06"
+    check_error(generate(recursive_model, prompt="hi", temperature=temperature), *words)
+    words_of_length = "--max-new-tokens must be at most the model's context"
+    check_error(generate(recursive_model, prompt="hi", max_new_tokens=1000), words_of_length)
+
+
+def test_an_option_that_does_nothing_is_refused(recursive_model: Path, text_file: Path) -> None:
+    result = evaluate(recursive_model, text_file, target=0.9)
+    check_error(result, "--target is of no use without --calibrate")
+
+
+@pytest.mark.parametrize("words", [["doctor", "--json"], ["recursive", "generate", "x"]])
+def test_closed_standard_output_is_bad_input(words: list[str]) -> None:
+    """As by the shell's >&-; nothing that is printed would go anywhere."""
+    main = [
+        sys.executable,
+        "-m",
+        "lowrank_ext.cli.main",
+        *words,
+        *(["--prompt", "a"] * (words[-1] == "x")),
+    ]
+    command_line = " ".join(map(shlex.quote, main)) + " >&-"
+    done = subprocess.run(["sh", "-c", command_line], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: standard output is closed, where the result would go\n"

@@ -216,6 +216,7 @@ def test_more_steps_extend_a_run(run: Any, tmp_path: Path) -> None:
         ({"exits": -0.1}, ("--exits must be at least 0",)),
         ({"exits": "nan"}, ("--exits must be at least 0",)),
         ({"exit_warm_up": -1}, ("--exit-warm-up must be at least 0",)),
+        ({"exit_warm_up": 3}, ("--exit-warm-up is of no use without --exits",)),
         ({"lr": 0}, ("--lr must be a positive number",)),
         ({"steps": 0}, ("--steps must be at least 1",)),
         ({"seq_len": 1}, ("--seq-len must be at least 2",)),
@@ -229,6 +230,11 @@ def test_one_line_for_what_is_wrong(
 ) -> None:
     check_error(run(**options), *words)
     assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_a_teacher_that_is_recursive(run: Any, recursive_model: Path) -> None:
+    words = f"cannot load {recursive_model}", "it is recursive already"
+    check_error(run(teacher=recursive_model), *words)
 
 
 def test_a_teacher_of_another_vocabulary(run: Any, tiny_model: Path, tmp_path: Path) -> None:

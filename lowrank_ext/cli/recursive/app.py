@@ -171,9 +171,11 @@ def evaluate(
         typer.Option(help="Find thresholds for this measure, on the text's training part."),
     ] = None,
     target: Annotated[
-        float,
-        typer.Option(help="Share of exiting tokens that are to agree with full depth."),
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            help="Share of exiting tokens that are to agree with full depth.", show_default="0.95"
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -183,7 +185,7 @@ def evaluate(
     With --exit or --calibrate also what exits cost, for each treatment of the keys and values of
     loops that a token has skipped.
     """
-    with errors_as_lines():
+    with errors_as_lines(prints_result=True):
         from lowrank_ext.cli.recursive import evaluate as command
 
         command.run(command.Options(**context.params), make_console())
@@ -220,7 +222,7 @@ def generate(
 
     --json prints an object per text when it ends, with its tokens and exit loops.
     """
-    with errors_as_lines():
+    with errors_as_lines(prints_result=True):
         from lowrank_ext.cli.recursive import generate as command
 
         command.run(command.Options(**context.params))
@@ -244,7 +246,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Compare static, continuous and depth-wise batching, the last without and with exits."""
-    with errors_as_lines():
+    with errors_as_lines(prints_result=True):
         from lowrank_ext.cli.recursive import bench as command
 
         command.run(command.Options(**context.params), make_console())

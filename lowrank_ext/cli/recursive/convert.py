@@ -1,10 +1,10 @@
 """`lowrank-ext recursive convert`: folds a model into loops and writes a directory."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lowrank_ext.cli.files import (
     require_free_space,
 )
 from lowrank_ext.cli.methods import parse_targets
-from lowrank_ext.cli.models import dtype_name, find_model, load_model, resolve_dtype
+from lowrank_ext.cli.models import dtype_name, find_model, is_recursive, load_model, resolve_dtype
 from lowrank_ext.cli.recursive.models import check_machine, num_bytes, numel
 from lowrank_ext.cli.report import human_count
 from lowrank_ext.cli.settings import check_at_least, check_choice
@@ -57,6 +57,10 @@ class Options:
                 raise UserError(
                     f"--lora-init {self.lora_init} needs adapters: give a --rank above 0, got 0"
                 )
+        if self.targets != "all-linear" and self.rank == 0:
+            raise UserError(
+                f"--targets {self.targets} needs adapters: give a --rank above 0, got 0"
+            )
         if not self.targets.strip():
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"
@@ -76,22 +80,28 @@ class Options:
             )
 
 
+# What transformers writes of a model and its tokenizer.
+_WRITTEN = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+_WRITTEN |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+_WRITTEN |= {"added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
+_WRITTEN |= {"chat_template.jinja", "chat_template.json"}
+
+
 def _check_replaceable(out: Path) -> None:
-    """Raises UserError unless the directory is new, empty, or a converted model's."""
+    """Raises UserError unless the directory is new, empty, or a converted model's alone."""
     what = f"--out {out}"
     if not exists(what, out):
         return
     require_directory(what, out)
-    if any(out.iterdir()) and not _is_recursive(out / "config.json"):
-        raise UserError(f"{what}: must be new, empty, or hold a converted model, which is replaced")
-
-
-def _is_recursive(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "recursive" in found
+    names = sorted(path.name for path in out.iterdir())
+    if not names:
+        return
+    others = [n for n in names if n not in _WRITTEN and not fnmatch(n, "model*.safetensors")]
+    if others or not is_recursive(out):
+        got = f"; it holds {others[0]}" if others else ""
+        raise UserError(
+            f"{what}: must be new, empty, or hold a converted model, which is replaced{got}"
+        )
 
 
 def run(options: Options, console: Console) -> None:

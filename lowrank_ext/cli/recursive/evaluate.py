@@ -26,6 +26,8 @@ from lowrank_ext.cli.recursive.models import (
 from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.methods.recursive.exits import MEASURES
 
+DEFAULT_TARGET = 0.95
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -39,7 +41,7 @@ class Options:
     eval_batches: int
     exit: str | None
     calibrate: str | None
-    target: float
+    target: float | None
     dtype: str
     threads: int | None
     json: bool
@@ -55,8 +57,10 @@ class Options:
             parse_rule(self.exit)
         if self.calibrate is not None:
             check_choice("--calibrate", self.calibrate, MEASURES)
-        if not 0 <= self.target <= 1:
+        if self.target is not None and not 0 <= self.target <= 1:
             raise UserError(f"--target must be between 0 and 1, got {self.target}")
+        if self.target is not None and self.calibrate is None:
+            raise UserError("--target is of no use without --calibrate; leave it out")
         check_machine(self.dtype, self.threads)
         for path in self.text or ():
             require_file(f"--text {path}", path)
@@ -97,8 +101,9 @@ def run(options: Options, console: Console) -> None:
 def _calibrated(model: Any, corpus: Corpus, options: Options) -> Any:
     """On text that training may have seen, never on the held-out part."""
     rows = corpus.train[: options.batch * options.eval_batches]
+    target = DEFAULT_TARGET if options.target is None else options.target
     return lr.recursive.calibrate(
-        model, rows.split(options.batch), measure=options.calibrate or "", target=options.target
+        model, rows.split(options.batch), measure=options.calibrate or "", target=target
     )
 
 

@@ -85,6 +85,10 @@ def encoded(loaded: LoadedModel, prompts: list[str], new_tokens: int) -> tuple[l
     """Token ids of each prompt, and the length of the longest sequence. Raises UserError for one
     that has no room in the model's context."""
     context = getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
+    if new_tokens > context:
+        raise UserError(
+            f"--max-new-tokens must be at most the model's context of {context}, got {new_tokens}"
+        )
     ids = [loaded.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     for number, own in enumerate(ids, start=1):
         if not own:
@@ -128,6 +132,9 @@ def run(options: Options) -> None:
             show.add(token, engine)
     except KeyboardInterrupt:
         raise Interrupted("stopped; texts that were finished are above", EXIT_INTERRUPTED) from None
+    failed = [f"{i + 1}" for i in range(len(ids)) if engine.result(i).finish_reason == "error"]
+    if failed:
+        raise UserError(f"no whole text for prompt {', '.join(failed)}: see error in its record")
 
 
 class _Texts:

@@ -52,6 +52,8 @@ class UptrainSettings:
         check_positive("--lr", self.lr)
         if not 0 <= self.exits < math.inf:
             raise UserError(f"--exits must be at least 0 and finite, got {self.exits}")
+        if self.exit_warm_up and not self.exits:
+            raise UserError("--exit-warm-up is of no use without --exits above 0; leave it out")
         check_choice("--loss", self.loss, LOSSES)
         check_choice("--exit-loss", self.exit_loss, LOSSES)
         if self.loss == "ce" and self.teacher is not None:

@@ -21,6 +21,7 @@ from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import (
     MEBIBYTE,
+    check_replaced,
     exists,
     prepare_output,
     read_json,
@@ -119,6 +120,11 @@ class Job:
 
 def run(settings: UptrainSettings, out: Path, resume: bool, console: Console) -> None:
     """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
+    if not resume:
+        has_run = exists(f"--out {out}", out / _SETTINGS)
+        inputs = [settings.directory, *settings.text]
+        inputs += [settings.teacher] if settings.teacher else []
+        check_replaced(out, [out / Uptrained.saved_name], has_run, inputs)
     prepare_output(out)
     with log_file(out / "uptrain.log", append=resume), StopRequest() as stop:
         with at_once(out if resume else None, stop, COMMAND), stop.leaving_at_any_point():

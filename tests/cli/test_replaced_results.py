@@ -1,0 +1,83 @@
+"""A run replaces what an earlier run has written, and nothing that a user has."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+from finetune_runs import check_error
+from recursive_runs import uptrain
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+@pytest.fixture(params=["finetune", "finetune full", "uptrain"])
+def job(request: Any, run: Any, recursive_model: Path, text_file: Path) -> Any:
+    """A run into a directory, and the name of its result."""
+    if request.param == "uptrain":
+        return "model", lambda out, model=recursive_model, text=text_file: uptrain(
+            model, None, text, out, loss="ce", steps=1
+        )
+    method = "full" if request.param.endswith("full") else "lora"
+    name = "model" if method == "full" else "adapter"
+
+    def start(out: Path, model: Path | None = None, text: Path = text_file) -> Any:
+        own = {} if model is None else {"model": model}
+        return run(out=out, method=method, text=text, **own)
+
+    return name, start
+
+
+def test_a_users_directory_is_kept(job: Any, tmp_path: Path) -> None:
+    name, start = job
+    mine = tmp_path / "out" / name / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    words = f"--out {tmp_path / 'out'}", f"{name} is there, and no run has written it"
+    check_error(start(tmp_path / "out"), *words)
+    assert mine.exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    mine.unlink()
+    assert start(tmp_path / "out").exit_code == 0, "an empty one holds nothing"
+
+
+def test_a_file_in_its_place_is_kept(job: Any, tmp_path: Path) -> None:
+    name, start = job
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    check_error(start(tmp_path / "out"), f"{name} is there, and no run has written it")
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_an_earlier_run_is_replaced(job: Any, tmp_path: Path) -> None:
+    name, start = job
+    assert start(tmp_path / "out").exit_code == 0
+    (tmp_path / "out" / name / "stale").touch()
+    assert start(tmp_path / "out").exit_code == 0
+    assert not (tmp_path / "out" / name / "stale").exists()
+
+
+def test_a_run_does_not_replace_its_input(
+    job: Any, tiny_model: Path, recursive_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Neither directly, nor through a link, nor a text that lies within."""
+    name, start = job
+    out = tmp_path / "out"
+    assert start(out).exit_code == 0
+    result = out / name
+    shutil.rmtree(result)
+    shutil.copytree(recursive_model if name == "model" else tiny_model, result)
+    shutil.copy(text_file, result / "text.txt")
+    (tmp_path / "link").symlink_to(result)
+    before = sorted(path.name for path in result.iterdir())
+    for inputs in (
+        {"model": result},
+        {"model": tmp_path / "link"},
+        {"text": result / "text.txt"},
+    ):
+        check_error(start(out, **inputs), f"--out {out}: the run would replace its own input")
+        assert sorted(path.name for path in result.iterdir()) == before
