@@ -305,7 +305,8 @@ def test_a_text_that_failed_is_an_error(
     assert "no whole text for prompt 1, 2" in result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert all("asked too much" in record["error"] for record in records)
-    check_error(generate(recursive_model, prompt="hi", exit="fixed:0"), "asked too much")
+    result = generate(recursive_model, prompt="hi", exit="fixed:0", max_new_tokens=3)
+    check_error(result, "asked too much")
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-7])
@@ -321,17 +322,12 @@ def test_an_option_that_does_nothing_is_refused(recursive_model: Path, text_file
     check_error(result, "--target is of no use without --calibrate")
 
 
-@pytest.mark.parametrize("words", [["doctor", "--json"], ["recursive", "generate", "x"]])
+@pytest.mark.parametrize(
+    "words", [["doctor", "--json"], ["recursive", "generate", "x", "--prompt", "a"]]
+)
 def test_closed_standard_output_is_bad_input(words: list[str]) -> None:
     """As by the shell's >&-; nothing that is printed would go anywhere."""
-    main = [
-        sys.executable,
-        "-m",
-        "lowrank_ext.cli.main",
-        *words,
-        *(["--prompt", "a"] * (words[-1] == "x")),
-    ]
-    command_line = " ".join(map(shlex.quote, main)) + " >&-"
-    done = subprocess.run(["sh", "-c", command_line], capture_output=True, text=True)
+    main = shlex.join([sys.executable, "-m", "lowrank_ext.cli.main", *words])
+    done = subprocess.run(["sh", "-c", f"{main} >&-"], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr == "error: standard output is closed, where the result would go\n"
