@@ -38,7 +38,7 @@ from lowrank_ext.methods.recursive.engine.rows import Rows, Run
 from lowrank_ext.methods.recursive.exits import ExitRows, confidence, oracle_loops
 
 SKIPPED = ("share-first", "copy", "backfill")
-PROMPT, NEW = (8, 96), (8, 128)  # lengths of prompts and of what is generated
+PROMPT, NEW = (8, 32), (4, 64)  # lengths of prompts and of what is generated
 CACHED = 64  # tokens before each row of a timed pass
 
 

@@ -89,6 +89,7 @@ def pytest_collection_finish() -> None:
     """Thousands of tests are a million objects, which every collection of garbage would walk."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def runs_on_simt(item: pytest.Item) -> bool:

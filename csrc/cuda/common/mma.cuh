@@ -274,12 +274,16 @@ inline float mma_b(const MmaOperands (&all)[32], int k, int n) {
 template <class Compute>
 inline void mma_all_lanes(const MmaOperands (&all)[32], MmaResult (&out)[32]) {
   constexpr int kDepth = 32 / sizeof(typename Compute::scalar_t);
+  double a[16][kDepth], b[8][kDepth];
+  for (int k = 0; k < kDepth; ++k) {
+    for (int m = 0; m < 16; ++m) a[m][k] = mma_a<Compute>(all, m, k);
+    for (int n = 0; n < 8; ++n) b[n][k] = mma_b<Compute>(all, k, n);
+  }
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const int m = lane / 4 + 8 * (i / 2), n = 2 * (lane % 4) + i % 2;
       double sum = all[lane].c[i];
-      for (int k = 0; k < kDepth; ++k)
-        sum += double{mma_a<Compute>(all, m, k)} * double{mma_b<Compute>(all, k, n)};
+      for (int k = 0; k < kDepth; ++k) sum += a[m][k] * b[n][k];
       out[lane].d[i] = static_cast<float>(sum);
     }
   }

@@ -44,8 +44,7 @@ def convert(model: Model, config: RecursiveConfig, *, on_layer: OnLayer | None =
     W_l diag(g_l) - W'_k diag(g'_k), where g is the gain of the norm that the linear reads, 1 if it
     reads none. Full rank is therefore the source model where those norms have no bias or equal
     gains, and all other gains and biases are equal in tied layers. Where that difference is exactly
-    zero, and with lora_init="zero",
-    lora_a is Gaussian (torch's default generator) and lora_b zero.
+    zero, and with lora_init="zero", lora_a is Gaussian (torch's default generator) and lora_b zero.
 
     The model is changed in place. It keeps its class (a subclass of it is set), so that
     ``generate``, Trainer and ``save_pretrained`` work; ``lowrank_ext.recursive.load`` reads what
