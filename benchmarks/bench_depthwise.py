@@ -1,6 +1,6 @@
 """Continuous depth-wise batching: the engine's policies side by side on the same requests.
 
-    python benchmarks/bench_depthwise.py                    # half an hour on 2 cores
+    python benchmarks/bench_depthwise.py                    # an hour on 2 cores
     python benchmarks/bench_depthwise.py --quick
     python benchmarks/bench_depthwise.py --case 2,64,16,64,0.3,bfloat16
     python benchmarks/bench_depthwise.py --model build/examples/recursive/exits-pure
@@ -14,7 +14,7 @@ is not looked at. confidence: the head runs after every loop, and thresholds let
 on: exits of a model that is not trained for them. With --model, a folder of a recursive model whose
 exits are trained, confidence has calibrated thresholds (90 % agreement), and there is the oracle:
 each token leaves after the first loop whose most likely token is that of full depth, recorded
-before. predicted: by lr.recursive.predict_throughput from pass times measured before.
+before. predicted: by lr.recursive.predict_throughput from pass times measured in each round.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 def grid(ranks: Sequence[int] = (0, 64), num_loops: int = 2) -> Iterator[Case]:
     for rank in ranks:
         for max_rows in (8, 16, 64):
-            yield Case(num_loops, rank, max_rows, 64, 0.3, "bfloat16")
+            yield Case(num_loops, rank, max_rows, max(64, 4 * max_rows), 0.3, "bfloat16")
 
 
 def quick() -> Iterator[Case]:
@@ -274,15 +274,17 @@ def run_case(case: Case, budget: float, folder: Path | None = None) -> list[Row]
     model = trained_model(folder) if folder else recursive_model(*untrained)
     requests = make_requests(case)
     rules = make_rules(case, model, requests, folder is not None)
-    costs = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
     ratio = pass_ratio(case, model, budget / 4) if case.rank else {}
     engines = make_engines(case, model, requests, rules)
     rounds: dict[str, list[Any]] = {name: [] for name in engines}
+    expected: dict[str, list[float | None]] = {name: [] for name in engines}
     start = time.perf_counter()
     while len(rounds["static"]) < 1 or time.perf_counter() - start < budget:
+        costs = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
         for name in random.sample(list(engines), len(engines)):
             rounds[name].append(serve(engines[name], requests))
-    expected = {name: predicted(case, requests, name, costs, rules) for name in engines}
+        for name in engines:
+            expected[name].append(predicted(case, requests, name, costs, rules))
     return [row_of(case, name, rounds, expected[name], ratio) for name in engines]
 
 
@@ -290,13 +292,15 @@ def row_of(
     case: Case,
     name: str,
     rounds: dict[str, list[Any]],
-    expected: float | None,
+    expected: list[float | None],
     ratio: dict[str, float],
 ) -> Row:
     def over(base: str) -> float:
         pairs = zip(rounds[name], rounds[base], strict=True)
         return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
 
+    pairs = zip(expected, rounds[name], strict=True)
+    errors = [found / each.tokens_per_second for found, each in pairs if found is not None]
     speed = statistics.median(metrics.tokens_per_second for metrics in rounds[name])
     last = rounds[name][-1]
     return {
@@ -305,7 +309,7 @@ def row_of(
         "tokens_per_second": speed,
         "over_static": over("static"),
         "over_continuous": over("continuous"),
-        "predicted_over_measured": None if expected is None else expected / speed,
+        "predicted_over_measured": statistics.median(errors) if errors else None,
         "mean_loops": last.mean_loops,
         "rows_per_pass": last.rows_per_pass,
         "head_calls_per_pass": last.head_calls / last.passes,

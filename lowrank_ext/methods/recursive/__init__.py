@@ -5,6 +5,7 @@ from lowrank_ext.methods.recursive.calibration import Agreed, Calibration, calib
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.conversion import convert
 from lowrank_ext.methods.recursive.engine import (
+    AttentionWork,
     DepthwiseEngine,
     Metrics,
     Result,
@@ -39,6 +40,7 @@ from lowrank_ext.methods.recursive.uptraining import RecursiveTrainerMixin, uptr
 __all__ = [
     "Agreed",
     "Agreement",
+    "AttentionWork",
     "BlockSizes",
     "Calibration",
     "Confidence",

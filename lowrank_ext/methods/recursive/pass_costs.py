@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_ext.checks import check_count
 from lowrank_ext.methods.recursive.engine.block import BlockRunner
 from lowrank_ext.methods.recursive.engine.pass_times import PassTimes
-from lowrank_ext.methods.recursive.engine.rows import Rows, Run
+from lowrank_ext.methods.recursive.engine.rows import AttentionWork, Rows, Run
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class PassCosts:
     Attributes:
         block: of a pass over n rows of one loop, with short caches.
         mixed: the same for rows of all loops.
-        attention: of a pass over all layers of the block: given how many pairs of a row and a token
-            that it sees there are, and how many cached tokens are read; the rows of one request
-            read them together.
+        attention: of a pass, over all layers of the block, given its ``AttentionWork``: how many
+            pairs of a row and a token that it sees there are, how many cached tokens are read, and
+            how many pairs are computed, padding included.
         head: of n rows.
         embedding: of n rows.
         copy: keys and values of the deeper loops for n entries (``skipped="copy"``).
@@ -33,7 +33,7 @@ class PassCosts:
 
     block: Callable[[int], float]
     mixed: Callable[[int], float]
-    attention: Callable[[int, int], float]
+    attention: Callable[[AttentionWork], float]
     head: Callable[[int], float]
     embedding: Callable[[int], float]
     copy: Callable[[int], float]
@@ -118,19 +118,18 @@ def measure_pass_costs(
         deep = Rows([Run(slot, slot % loops, cached_tokens) for slot in range(count)], cache)
         mixed = timed(runner.run, every, states)
         beyond = timed(runner.run, deep, states) - mixed
-        attention.append(beyond / (count * cached_tokens))
+        attention.append(beyond / (deep.attention_work.computed - every.attention_work.computed))
         times["mixed"].add(count, mixed)
         times["block"].add(count, timed(runner.run, one, states))
         times["head"].add(count, timed(runner.logits, states))
         times["embedding"].add(count, timed(runner.embed, tokens, tokens))
         times["copy"].add(count, timed(runner.write_keys, every, states))
     where = torch.arange(most, device=device)
-    # Measured on rows of one token each, which see what they read.
     of_a_pair = max(0.0, statistics.median(attention))
     return PassCosts(
         block=times["block"].seconds,
         mixed=times["mixed"].seconds,
-        attention=lambda pairs, reads: of_a_pair * pairs,
+        attention=lambda work: of_a_pair * work.computed,
         head=times["head"].seconds,
         embedding=times["embedding"].seconds,
         copy=times["copy"].seconds,
@@ -165,9 +164,10 @@ def roofline_costs(sizes: BlockSizes, hardware: HardwareRoofline) -> PassCosts:
     def mixed(rows: int) -> float:
         return product(rows, own, own + (sizes.num_loops - 1) * sizes.adapter_parameters)
 
-    def attention(pairs: int, reads: int) -> float:
-        flops = 4 * pairs * sizes.query_values / hardware.flops
-        return max(flops, reads * sizes.cache_values * sizes.value_bytes / hardware.bandwidth)
+    def attention(work: AttentionWork) -> float:
+        flops = 4 * work.pairs * sizes.query_values / hardware.flops
+        read = work.reads * sizes.cache_values * sizes.value_bytes / hardware.bandwidth
+        return max(flops, read)
 
     return PassCosts(
         block=block,

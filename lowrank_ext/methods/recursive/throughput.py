@@ -171,8 +171,7 @@ class _CostRunner:
     def run(self, rows: Rows, hidden_states: Tensor) -> Tensor:
         kinds = rows.loops.unique().numel()
         block = self._costs.block if kinds == 1 else self._costs.mixed
-        pairs = int(rows.position_ids.sum()) + rows.count
-        self._spend(block(rows.count) + self._costs.attention(pairs, rows.num_reads))
+        self._spend(block(rows.count) + self._costs.attention(rows.attention_work))
         return hidden_states
 
     def write_keys(self, rows: Rows, hidden_states: Tensor) -> None:

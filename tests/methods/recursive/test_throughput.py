@@ -6,6 +6,7 @@ from recursive_models import prompts, tiny_recursive
 
 import lowrank_ext as lr
 from lowrank_ext.methods.recursive import (
+    AttentionWork,
     BlockSizes,
     DepthwiseEngine,
     ForcedExits,
@@ -23,7 +24,7 @@ EXITS = [[2, 0, 1], [0], [2, 1, 0, 0], [1], [0, 2], [1, 1, 0], [2]]
 
 def costs(**given) -> PassCosts:
     nothing = {name: lambda rows: 0.0 for name in ("block", "mixed", "head", "embedding", "copy")}
-    return PassCosts(**{**nothing, "attention": lambda pairs, reads: 0.0, **given})
+    return PassCosts(**{**nothing, "attention": lambda work: 0.0, **given})
 
 
 def planned() -> list[PlannedRequest]:
@@ -70,7 +71,7 @@ def test_the_time_is_that_of_the_calls():
     assert predicted.seconds == pytest.approx(expected)
     longer = predict_throughput(
         [PlannedRequest(5, 1, [1])],
-        costs(attention=lambda pairs, reads: attention * pairs + 10 * attention * reads),
+        costs(attention=lambda work: attention * work.pairs + 10 * attention * work.reads),
         num_loops=2,
         max_rows=1,
         with_scheduling=False,
@@ -101,8 +102,9 @@ def test_roofline_by_hand():
     assert found.mixed(1) == pytest.approx(2 * 1.2e9 / 1e12)
     assert found.block(1000) == pytest.approx(2 * 1000 * 1.1e9 / 1e14)
     assert found.head(1) == pytest.approx(2e8 / 1e12)
-    assert found.attention(5, 5) == pytest.approx(5 * 2000 / 1e12)  # bytes
-    assert found.attention(10**6, 5) == pytest.approx(4 * 10**6 * 2000 / 1e14)  # FLOPs
+    assert found.attention(AttentionWork(5, 5, 9)) == pytest.approx(5 * 2000 / 1e12)  # bytes
+    of_flops = found.attention(AttentionWork(10**6, 5, 10**6))
+    assert of_flops == pytest.approx(4 * 10**6 * 2000 / 1e14)
     assert found.copy(1) == pytest.approx(2 * 10**7 / 1e12)
 
 

@@ -16,5 +16,6 @@ metrics.py     tokens, passes, exits, time
 from lowrank_ext.methods.recursive.engine.engine import DepthwiseEngine
 from lowrank_ext.methods.recursive.engine.metrics import Metrics
 from lowrank_ext.methods.recursive.engine.requests import Result, Sampling, Token
+from lowrank_ext.methods.recursive.engine.rows import AttentionWork
 
-__all__ = ["DepthwiseEngine", "Metrics", "Result", "Sampling", "Token"]
+__all__ = ["AttentionWork", "DepthwiseEngine", "Metrics", "Result", "Sampling", "Token"]

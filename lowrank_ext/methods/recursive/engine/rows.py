@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class Batch:
         slots: theirs [R].
         all_slots: whether the call reads the cache of all slots where it lies, the rows of absent
             slots being zero; else the cache of theirs is copied.
+        num_sequences: that the call is about, absent ones included.
     """
 
     def __init__(self, runs: Sequence[tuple[int, Run]], cache: SlotCache) -> None:
@@ -64,6 +65,7 @@ class Batch:
         # A copy is written and read again.
         self.all_slots = 3 * len(runs) >= cache.num_slots
         self._num_slots = cache.num_slots
+        self.num_sequences = cache.num_slots if self.all_slots else len(runs)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     @staticmethod
@@ -103,6 +105,20 @@ class Batch:
         return out.index_select(0, self.slots) if self.all_slots else out
 
 
+class AttentionWork(NamedTuple):
+    """What the attention of a pass is about, at one position of the block.
+
+    Attributes:
+        pairs: of a row and a cached token that it sees.
+        reads: cached tokens; the rows of a run read them together.
+        computed: pairs that the calls compute, padding included.
+    """
+
+    pairs: int
+    reads: int
+    computed: int
+
+
 class Rows:
     """All rows of a pass, in the order of ``runs``.
 
@@ -110,7 +126,6 @@ class Rows:
         count: number of rows.
         loops, position_ids: int64 [1, N].
         where: int64 [N], the rows' entries in the cache.
-        num_reads: cached tokens that attention reads, those of a run once.
     """
 
     def __init__(self, runs: Sequence[Run], cache: SlotCache) -> None:
@@ -128,7 +143,6 @@ class Rows:
             base = cache.index(run.loop, run.slot, 0)
             where += [base + position for position in span]
         self.count = len(loops)
-        self.num_reads = sum(run.start + run.count for run in runs)
         self.loops = torch.tensor([loops], device=device)
         self.position_ids = torch.tensor([positions], device=device)
         self.where = torch.tensor(where, device=device)
@@ -146,6 +160,16 @@ class Rows:
             else:
                 self._alone += group
         self._alone.sort(key=lambda entry: entry[0])
+        self._num_reads = sum(run.start + run.count for run in runs)
+
+    @property
+    def attention_work(self) -> AttentionWork:
+        return AttentionWork(
+            pairs=int(self.position_ids.sum()) + self.count,
+            reads=self._num_reads,
+            computed=sum(batch.num_sequences * batch.end for batch in self._batches)
+            + sum(run.count * (run.start + run.count) for _, run in self._alone),
+        )
 
     def attend(self, k: int, query: Tensor, window: int | None, scale: float | None) -> Tensor:
         """Attention of all rows at position ``k`` of the block.
