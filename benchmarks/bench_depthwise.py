@@ -6,15 +6,17 @@
     python benchmarks/bench_depthwise.py --model build/examples/recursive/exits-pure
 
 A case folds SmolLM2-135M into num_loops loops with adapters of a rank (0: a pure recursion) and
-serves requests of mixed lengths, beginnings of real text, with max_rows slots. One round runs every
-candidate once, in a new order; figures are medians of ratios within rounds, every cost inside.
+serves requests of mixed lengths, beginnings of real text, with max_rows slots. In a round all
+candidates take turns, in a new order each time, of a twentieth of the tokens: what else the machine
+does slows all alike. Figures are medians of ratios within rounds, every cost inside.
 
 forced exits: tokens leave where a table says, such that deep_share of them run all loops; the text
 is not looked at. confidence: the head runs after every loop, and thresholds let the same share go
 on: exits of a model that is not trained for them. With --model, a folder of a recursive model whose
 exits are trained, confidence has calibrated thresholds (90 % agreement), and there is the oracle:
 each token leaves after the first loop whose most likely token is that of full depth, recorded
-before. predicted: by lr.recursive.predict_throughput from pass times measured in each round.
+before. predicted: by lr.recursive.predict_throughput from pass times measured before and after each
+round, the mean of both.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from lowrank_ext.methods.recursive.exits import ExitRows, confidence, oracle_loo
 SKIPPED = ("share-first", "copy", "backfill")
 PROMPT, NEW = (8, 32), (4, 64)  # lengths of prompts and of what is generated
 CACHED = 64  # tokens before each row of a timed pass
+TURNS = 20  # of each candidate in a round
 
 
 class Case(NamedTuple):
@@ -60,7 +63,7 @@ class Case(NamedTuple):
 def grid(ranks: Sequence[int] = (0, 64), num_loops: int = 2) -> Iterator[Case]:
     for rank in ranks:
         for max_rows in (8, 16, 64):
-            yield Case(num_loops, rank, max_rows, max(64, 4 * max_rows), 0.3, "bfloat16")
+            yield Case(num_loops, rank, max_rows, max(64, 2 * max_rows), 0.3, "bfloat16")
 
 
 def quick() -> Iterator[Case]:
@@ -137,7 +140,8 @@ def oracle_exits(case: Case, model: nn.Module, requests: Requests) -> list[list[
     """The exit loops of greedy decoding at full depth, whose tokens are recorded first."""
     engine = make_engine(case, model, requests)
     tables = []
-    results = answers(engine, requests)
+    add_all(engine, requests)
+    results = answers(engine)
     for i, prompt in enumerate(requests.prompts):
         inputs = torch.tensor([[*prompt, *results[i].tokens[:-1]]])
         loops = oracle_loops(lr.recursive.loop_logits(model, input_ids=inputs))
@@ -175,10 +179,13 @@ def make_engines(
     return engines
 
 
-def answers(engine: Any, requests: Requests) -> dict[int, Any]:
-    """What the engine generates for all requests, by their numbers."""
+def add_all(engine: Any, requests: Requests) -> None:
     for i, (prompt, count) in enumerate(zip(*requests[:2], strict=True)):
         engine.add(prompt, max_new_tokens=count, stop=[], id=i)
+
+
+def answers(engine: Any) -> dict[int, Any]:
+    """What the engine generates for all requests, by their numbers."""
     results: dict[int, Any] = engine.run()
     for i, result in results.items():
         if result.finish_reason != "length":
@@ -187,17 +194,26 @@ def answers(engine: Any, requests: Requests) -> dict[int, Any]:
     return results
 
 
-def serve(engine: Any, requests: Requests) -> Any:
-    """The engine's metrics for all requests."""
-    engine.reset_metrics()
-    answers(engine, requests)
-    return engine.metrics()
+def serve(engines: dict[str, Any], requests: Requests) -> dict[str, Any]:
+    """The engines' metrics for all requests."""
+    for engine in engines.values():
+        engine.reset_metrics()
+        add_all(engine, requests)
+    done = dict.fromkeys(engines, 0)
+    for turn in range(1, TURNS):
+        for name in random.sample(list(engines), len(engines)):
+            while done[name] < sum(requests.new_tokens) * turn / TURNS:
+                done[name] += len(engines[name].step())
+    for name in random.sample(list(engines), len(engines)):
+        answers(engines[name])
+    return {name: engine.metrics() for name, engine in engines.items()}
 
 
 def predicted(
-    case: Case, requests: Requests, name: str, costs: Any, rules: dict[str, Any]
+    case: Case, requests: Requests, name: str, costs: Sequence[Any], rules: dict[str, Any]
 ) -> float | None:
-    """Tokens per second by the predictor; None where the exits depend on logits."""
+    """Tokens per second by the predictor, the mean over costs; None where the exits depend on
+    logits."""
     kind, _, skipped = name.partition(", ")
     rule = rules.get(kind)
     if rule is not None and rule.needs_logits:
@@ -207,15 +223,18 @@ def predicted(
         lr.recursive.PlannedRequest(len(prompt), count, rule.loops[i] if rule else full)
         for i, (prompt, count) in enumerate(zip(*requests[:2], strict=True))
     ]
-    metrics = lr.recursive.predict_throughput(
-        planned,
-        costs,
-        num_loops=case.num_loops,
-        max_rows=case.max_rows,
-        policy="depth-wise" if skipped else kind,
-        skipped=skipped or "backfill",
-    )
-    return metrics.tokens_per_second
+    found = [
+        lr.recursive.predict_throughput(
+            planned,
+            each,
+            num_loops=case.num_loops,
+            max_rows=case.max_rows,
+            policy="depth-wise" if skipped else kind,
+            skipped=skipped or "backfill",
+        )
+        for each in costs
+    ]
+    return statistics.mean(metrics.tokens_per_second for metrics in found)
 
 
 def pass_ratio(case: Case, model: nn.Module, budget: float) -> dict[str, float]:
@@ -262,7 +281,6 @@ COLUMNS = (
     ("loops", 6),
     ("rows/pass", 9),
     ("head", 5),
-    ("ttft s", 7),
     ("pass", 6),
     ("limit", 6),
 )
@@ -280,11 +298,12 @@ def run_case(case: Case, budget: float, folder: Path | None = None) -> list[Row]
     expected: dict[str, list[float | None]] = {name: [] for name in engines}
     start = time.perf_counter()
     while len(rounds["static"]) < 1 or time.perf_counter() - start < budget:
-        costs = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
-        for name in random.sample(list(engines), len(engines)):
-            rounds[name].append(serve(engines[name], requests))
+        before = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
+        for name, metrics in serve(engines, requests).items():
+            rounds[name].append(metrics)
+        after = lr.recursive.measure_pass_costs(model, cached_tokens=CACHED)
         for name in engines:
-            expected[name].append(predicted(case, requests, name, costs, rules))
+            expected[name].append(predicted(case, requests, name, (before, after), rules))
     return [row_of(case, name, rounds, expected[name], ratio) for name in engines]
 
 
@@ -313,7 +332,6 @@ def row_of(
         "mean_loops": last.mean_loops,
         "rows_per_pass": last.rows_per_pass,
         "head_calls_per_pass": last.head_calls / last.passes,
-        "median_first_token_seconds": last.median_first_token_seconds,
         "shares": last.shares(),
         "rounds": len(rounds[name]),
         **ratio,
@@ -331,7 +349,6 @@ def cells(row: Row) -> tuple[object, ...]:
         f"{row['mean_loops']:.2f}",
         f"{row['rows_per_pass']:.1f}",
         f"{row['head_calls_per_pass']:.2f}",
-        f"{row['median_first_token_seconds']:.2f}",
         "" if mixed is None else f"{mixed:.2f}",
         "" if mixed is None else f"{1.05 + row['flop_share']:.2f}",
     )
