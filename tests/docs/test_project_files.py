@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,19 +42,29 @@ def test_a_bug_report_asks_for_the_doctor() -> None:
     assert field["validations"]["required"]
 
 
-def test_picture_of_the_gain_shows_the_committed_results(tmp_path: Path) -> None:
+def sizes_of_gain(drawn: dict) -> list[int]:
+    return [len(drawn["step"]), len(drawn["saved"]), sum(map(len, drawn["layers"].values()))]
+
+
+def sizes_of_depthwise(drawn: dict) -> list[int]:
+    return [len(by_candidate) for by_slots in drawn.values() for by_candidate in by_slots.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [("gain", sizes_of_gain, [4, 3, 320]), ("depthwise", sizes_of_depthwise, [8] * 6)],
+)
+def test_a_picture_shows_the_committed_results(
+    tmp_path: Path, name: str, sizes: Callable[[dict], list[int]], expected: list[int]
+) -> None:
     """What is drawn stands in the picture's metadata."""
-    drawn = tmp_path / "gain.png"
-    script = ROOT / "benchmarks" / "plot_gain.py"
+    drawn = tmp_path / "drawn.png"
+    script = ROOT / "benchmarks" / f"plot_{name}.py"
     subprocess.run([sys.executable, script, "--out", drawn], check=True, timeout=120)
-    committed = ROOT / "docs" / "pictures" / "gain.png"
+    committed = ROOT / "docs" / "pictures" / f"{name}.png"
     now, then = (json.loads(Image.open(p).text["Description"]) for p in (drawn, committed))
     assert now == then
-    assert [len(now["step"]), len(now["saved"]), sum(map(len, now["layers"].values()))] == [
-        4,
-        3,
-        320,
-    ]
+    assert sizes(now) == expected
 
 
 # ------------------------------------------------------------------------------------------- links
