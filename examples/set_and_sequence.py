@@ -380,7 +380,7 @@ def check_motion_zero(model: nn.Module, prompts: Prompts, stage1: Tensor) -> Non
 def check_export(model: nn.Module, base: nn.Module, prompts: Prompts, out: Path) -> None:
     """Loads the exported LoRA with diffusers on the base model, and compares."""
     directory = out / "set_and_sequence_lora"
-    lr.motion.export_lora(model, directory, format="diffusers")
+    lr.export_lora(model, directory, format="diffusers")
     inputs = (
         torch.randn(1, 3, FRAMES, SIZE, SIZE),
         torch.tensor([0.5]),

@@ -10,7 +10,8 @@ from lowrank_ext import methods, nn, ops
 from lowrank_ext.activation_checkpointing import prepare_for_checkpointing
 from lowrank_ext.adapt import adapt
 from lowrank_ext.adapter_bank import AdapterBank
-from lowrank_ext.checkpoint import load_adapter, save_adapter
+from lowrank_ext.checkpoint import export_lora, load_adapter, save_adapter
+from lowrank_ext.disabling import disable_adapter
 from lowrank_ext.integrations.peft import accelerate, decelerate
 from lowrank_ext.merging import merge, unload, unmerge
 from lowrank_ext.methods import *
@@ -28,6 +29,8 @@ __all__ = [
     "accelerate",
     "adapt",
     "decelerate",
+    "disable_adapter",
+    "export_lora",
     "load_adapter",
     "merge",
     "nn",

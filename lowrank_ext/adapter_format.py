@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lowrank_ext.adapter_files import AdapterFiles
@@ -99,6 +100,18 @@ class AdapterFormat:
         shapes = self.shapes(config, module.r, module.in_features, module.out_features)
         return {kind: getattr(module, self.attribute_of(kind)) for kind in shapes}
 
+    def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
+        """lora_a [R, K] and lora_b [N, R] of an ordinary LoRA: ``module``, in evaluation mode, adds
+        its scaling times lora_b lora_a to the original weight.
+
+        The module's own tensors; where products are taken, in fp64, both in fp32 (fp64 for fp64
+        adapters).
+        """
+        lora_a, lora_b = module.branch_factors(training=False)
+        if module.core is None and module.rank_scale is None and module.out_scale is None:
+            return lora_a, lora_b
+        return rounded(lora_a, lora_a), rounded(module.with_scales(lora_b), lora_b)
+
     def fields(
         self, config: AdapterConfig, numbers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -128,3 +141,8 @@ class AdapterFormat:
         """Arguments for the method's config class."""
         own = stored.config_class.own_fields
         return {**stored.shared, **{key: stored.fields[key] for key in own if key in stored.fields}}
+
+
+def rounded(product: Tensor, like: Tensor) -> Tensor:
+    """``product`` in fp32, or in fp64 if ``like`` has that dtype."""
+    return product.to(torch.promote_types(like.dtype, torch.float32))

@@ -5,8 +5,9 @@ two files with their own ``peft_type``, most with more tensors per module (``lay
 ``files.py`` in the method's folder). Saving is atomic (``lowrank_ext.adapter_files``).
 """
 
+from lowrank_ext.checkpoint.export import export_lora
 from lowrank_ext.checkpoint.load import load_adapter
 from lowrank_ext.checkpoint.lora_files import LoRATensors
-from lowrank_ext.checkpoint.save import save_adapter, save_as_lora
+from lowrank_ext.checkpoint.save import save_adapter
 
-__all__ = ["LoRATensors", "load_adapter", "save_adapter", "save_as_lora"]
+__all__ = ["LoRATensors", "export_lora", "load_adapter", "save_adapter"]

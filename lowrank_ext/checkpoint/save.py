@@ -1,6 +1,5 @@
 """Writes the adapter of a model."""
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,12 +13,8 @@ from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.adapter_files import check_can_hold_adapter, write_adapter_files
 from lowrank_ext.adapter_format import Adapters
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
-from lowrank_ext.checkpoint.layout import (
-    LORA_A,
-    LORA_B,
-    PREFIX,
-)
-from lowrank_ext.checkpoint.peft_config import config_fields
+from lowrank_ext.checkpoint.layout import PREFIX
+from lowrank_ext.checkpoint.peft_config import ModuleNumbers, config_fields
 from lowrank_ext.checkpoint.save_warnings import NOT_FINITE, save_warnings, some
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
@@ -62,31 +57,13 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             module.check_saveable(config, list(modules.values()))
         except ValueError as error:
             raise ValueError(f"save_adapter: {name} {error}") from None
-    _check_valued(model, modules, config, "save_adapter")
+    check_valued(model, modules, config, "save_adapter")
     saved = outermost_modules(model, config.modules_to_save).values()
     for text in save_warnings(model, modules, config, saved):
         warnings.warn(f"save_adapter: {text}", stacklevel=3)
     file_format = registry.method_for(config, "save_adapter").file_format
     stored = {name: file_format.tensors(module, config) for name, module in modules.items()}
-    _write(model, path, config, modules, stored, "save_adapter")
-
-
-def save_as_lora(model: nn.Module, path: str | os.PathLike[str], caller: str) -> None:
-    """Write the branches of ``model`` in evaluation mode as an ordinary LoRA.
-
-    For methods whose branch is a product of two factors; otherwise as ``save_adapter``.
-    """
-    check_can_hold_adapter(Path(path), caller)
-    modules = lowrank_modules(model, caller)
-    config = config_of(model, caller)
-    _check_valued(model, modules, config, caller)
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(AdapterConfig)}
-    stored = {
-        name: dict(zip((LORA_A, LORA_B), module.branch_factors(training=False), strict=True))
-        for name, module in modules.items()
-    }
-    lora = registry.METHODS["LORA"].config_class(**{**shared, "init": "kaiming"})
-    _write(model, path, lora, modules, stored, caller)
+    write_adapter(model, path, config, modules, stored, "save_adapter")
 
 
 def config_of(model: nn.Module, caller: str) -> AdapterConfig:
@@ -96,7 +73,7 @@ def config_of(model: nn.Module, caller: str) -> AdapterConfig:
     return config
 
 
-def _check_valued(
+def check_valued(
     model: nn.Module, modules: Mapping[str, LowRankLinear], config: AdapterConfig, caller: str
 ) -> None:
     """Raise ValueError where a tensor to be saved is on the meta device or tied to an unsaved one,
@@ -118,11 +95,11 @@ def _check_valued(
     check_ties(model, saved, caller)
 
 
-def _write(
+def write_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
     config: AdapterConfig,
-    modules: Mapping[str, LowRankLinear],
+    modules: Mapping[str, LowRankLinear | ModuleNumbers],
     stored: Adapters,
     caller: str,
 ) -> None:

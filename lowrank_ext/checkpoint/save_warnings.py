@@ -27,6 +27,21 @@ def save_warnings(
     Args:
         saved: the modules of modules_to_save.
     """
+    yield from lost_parameters(model, modules, saved)
+    own = {path: config.scaling_for(path, m.in_features) for path, m in modules.items()}
+    changed = [p for p, m in modules.items() if not math.isclose(m.scaling, own[p], rel_tol=1e-9)]
+    if changed:
+        path = changed[0]
+        yield (
+            f"the scaling of {some(changed)} was changed, from {own[path]:g} to "
+            f"{modules[path].scaling:g}: the files hold the former, that of the config"
+        )
+
+
+def lost_parameters(
+    model: nn.Module, modules: Mapping[str, LowRankLinear], saved: Collection[nn.Module]
+) -> Iterator[str]:
+    """Of these, what concerns parameters that are in no file."""
     if lost := _trained_without_a_place(model, modules, saved):
         yield (
             f"{some(lost)} require a gradient and belong to no adapter and no module of "
@@ -38,14 +53,6 @@ def save_warnings(
             f"the vocabulary has been resized, from {new[0]} to {new[1]}: the files do not hold "
             "the embeddings, whose new rows every resize draws anew; name them in modules_to_save "
             "of adapt, or save the resized base by save_pretrained before adapt and load that"
-        )
-    own = {path: config.scaling_for(path, m.in_features) for path, m in modules.items()}
-    changed = [p for p, m in modules.items() if not math.isclose(m.scaling, own[p], rel_tol=1e-9)]
-    if changed:
-        path = changed[0]
-        yield (
-            f"the scaling of {some(changed)} was changed, from {own[path]:g} to "
-            f"{modules[path].scaling:g}: the files hold the former, that of the config"
         )
 
 

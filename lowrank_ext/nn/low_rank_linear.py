@@ -20,7 +20,6 @@ from lowrank_ext import ops
 from lowrank_ext.checks import check_rank, check_scaling
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import (
-    Adapter,
     adapter_dtype_for,
     computes_its_weight,
     dense_weight,
@@ -32,9 +31,10 @@ from lowrank_ext.nn.base_layer import (
 )
 from lowrank_ext.nn.call_arguments import input_name, split_call
 from lowrank_ext.nn.merged_weight import merged_weight, without_gradient
+from lowrank_ext.nn.residual_base import ResidualBase
 
 
-class LowRankLinear(Adapter):
+class LowRankLinear(ResidualBase):
     """Base class of all methods' modules: owns the base, forward, merging, state dict.
 
     Args:
@@ -54,6 +54,7 @@ class LowRankLinear(Adapter):
         lora_b: [N, r].
         merged: whether the branch is inside the base weight right now.
         residual_taken: whether the initial branch has been subtracted from the base weight.
+        enabled: False inside of ``lowrank_ext.disable_adapter``.
 
     State dict. Unmerged: the base's keys, the branch's tensors and the buffers of a residual init.
     Merged: exactly the base's keys, holding the merged weight, as the plain module would have them;
@@ -121,6 +122,7 @@ class LowRankLinear(Adapter):
         self.fan_in_fan_out = base is not None and is_conv1d(base)
         self.merged = False
         self.residual_taken = False
+        self.enabled = True
         if base is None:
             self._make_base(bias, device, dtype)
         else:
@@ -288,44 +290,10 @@ class LowRankLinear(Adapter):
     def _init_adapter(self) -> None:
         raise NotImplementedError
 
-    def _initial_delta(self) -> Tensor:
-        """The initial branch that the base weight lacks, fp64 [N, K]. Residual inits only."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def take_residual(self) -> None:
-        """Subtract the initial branch from the base weight: W ← round(fp64(W) - initial branch).
-
-        Part of ``reset_adapter``; a loader calls it after filling the buffers of a residual init.
-        """
-        if not self.residual_taken:
-            self._add_to_weight(self._require_weight("take_residual"), -self._initial_delta())
-            self.residual_taken = True
-
-    @torch.no_grad()
-    def restore_base(self) -> None:
-        """Undo ``take_residual``: restore the base weight, to one rounding of its dtype."""
-        if self.residual_taken:
-            self._add_to_weight(self._require_weight("restore_base"), self._initial_delta())
-            self.residual_taken = False
-
-    def _add_to_weight(self, weight: Tensor, delta: Tensor) -> None:
-        weight.copy_(weight.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta))
-
     def base_weight(self) -> Tensor:
         """View of the stored base weight, [N, K]: merged or residual, if that is its state."""
         weight = self._require_weight("base_weight")
         return weight.t() if self.fan_in_fan_out else weight
-
-    @torch.no_grad()
-    def original_weight(self) -> Tensor:
-        """Copy of the weight before adaptation, [N, K]; with a residual init to one rounding."""
-        stored = self._require_weight("original_weight")
-        unmerged = stored if self.unmerged_weight is None else self.unmerged_weight
-        weight = unmerged.t() if self.fan_in_fan_out else unmerged
-        if not self.residual_taken:
-            return weight.clone()
-        return (weight.double() + self._initial_delta()).to(weight.dtype)
 
     @classmethod
     def connect(cls, model: nn.Module) -> None:
@@ -348,15 +316,16 @@ class LowRankLinear(Adapter):
         The product is taken in fp64 and rounded once to fp32 (fp64 adapters: not at all), whatever
         torch's matmul precision is set to.
         """
-        lora_a, lora_b = (factor.double() for factor in self.branch_factors(training=False))
-        if self.core is not None:
-            lora_b = lora_b @ self.core.double()
-        if self.rank_scale is not None:
-            lora_b = lora_b * self.rank_scale.double()
-        if self.out_scale is not None:
-            lora_b = lora_b * self.out_scale.double().unsqueeze(1)
-        delta = self.scaling * (lora_b @ lora_a)
+        lora_a, lora_b = self.branch_factors(training=False)
+        delta = self.scaling * (self.with_scales(lora_b) @ lora_a.double())
         return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
+
+    def with_scales(self, lora_b: Tensor) -> Tensor:
+        """diag(out_scale) lora_b core diag(rank_scale) in fp64, [N, r]."""
+        product = lora_b.double() if self.core is None else lora_b.double() @ self.core.double()
+        if self.rank_scale is not None:
+            product = product * self.rank_scale.double()
+        return product if self.out_scale is None else product * self.out_scale.double().view(-1, 1)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -420,10 +389,19 @@ class LowRankLinear(Adapter):
         Further arguments go to the base."""
         if x is None or args or kwargs:
             x, args, kwargs = split_call(self, args if x is None else (x, *args), kwargs)
+        if not self.enabled:
+            return self.disabled_output(x, *args, **kwargs)
         if self.merged:
             y = self.base_output(x, *args, **kwargs)
             return without_gradient(self, y) if self.training else y
         return self.unmerged_output(x, *args, **kwargs)
+
+    def disabled_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output as before the adapter, for a module that is not merged."""
+        if not self.residual_taken:
+            return self.base_output(x, *args, **kwargs)
+        start = self.start_branch()
+        return self._with_branch(x, start.pop("lora_a"), start.pop("lora_b"), start, args, kwargs)
 
     def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output for these arguments plus the branch; a method may have its own."""
@@ -441,6 +419,17 @@ class LowRankLinear(Adapter):
             "scaling": scaling,
             "dropout_p": self.dropout if self.training else 0.0,
         }
+        return self._with_branch(x, lora_a, lora_b, options, args, kwargs)
+
+    def _with_branch(
+        self,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        options: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         if self.base_layer is not None:
             base_out = self.base_output(x, *args, **kwargs)
             return ops.lowrank_add(base_out, x, lora_a, lora_b, **options)
@@ -466,6 +455,10 @@ class LowRankLinear(Adapter):
         named = {**self._parameters, **self._buffers}
         base = {"weight", "bias", *self._non_persistent_buffers_set}
         return {name: t for name, t in named.items() if t is not None and name not in base}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.enabled = True  # a copy is not in the block of disable_adapter that it was made in
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -104,11 +104,12 @@ class GOATLinear(LowRankLinear):
         firsts = start + segment * torch.arange(self.num_experts)
         return firsts.unsqueeze(1) + torch.arange(self.expert_rank)
 
-    def _initial_delta(self) -> Tensor:
+    def start_branch(self) -> dict[str, Any]:
         # Σ Bᵢ Aᵢ as one product of [N, r] and [r, K]
-        stacked_b = self.lora_b_init.double().transpose(0, 1).flatten(1)
-        stacked_a = self.lora_a_init.double().flatten(0, 1)
-        return self.residual_factor * self.scaling * (stacked_b @ stacked_a)
+        lora_a = self.lora_a_init.flatten(0, 1)
+        lora_b = self.lora_b_init.transpose(0, 1).flatten(1)
+        scaling = self.residual_factor * self.scaling
+        return {"lora_a": lora_a, "lora_b": lora_b, "scaling": scaling}
 
     def delta_weight(self) -> Tensor:
         """Raises TypeError: the branch is no single matrix."""

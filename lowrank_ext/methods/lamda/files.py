@@ -6,7 +6,10 @@ These rebuild the residual base weight, together with lora_a, which never change
 import re
 from typing import Any
 
-from lowrank_ext.adapter_format import AdapterFormat, StoredConfig
+from torch import Tensor
+
+from lowrank_ext.adapter_format import AdapterFormat, StoredConfig, rounded
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 
 class LaMDAFormat(AdapterFormat):
@@ -20,6 +23,13 @@ class LaMDAFormat(AdapterFormat):
                 "core_init": "lora_core_init.weight",
             }
         )
+
+    def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
+        lora_a, lora_b = super().lora_factors(module)
+        if not module.residual_taken:
+            return lora_a, lora_b
+        start = module.get_buffer("lora_b_init").double() * module.get_buffer("core_init").double()
+        return lora_a, rounded(module.with_scales(module.lora_b) - start, lora_b)
 
     def options(self, stored: StoredConfig) -> dict[str, Any]:
         options = super().options(stored)

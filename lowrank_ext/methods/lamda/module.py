@@ -1,6 +1,7 @@
 """LaMDALinear: a trainable core between frozen projections."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,6 @@ class LaMDALinear(ScheduledLinear):
             self.lora_b_init.copy_(self.lora_b)
             self.core.copy_(self.core_init.diag())
 
-    def _initial_delta(self) -> Tensor:
-        scaled = self.lora_b_init.double() * self.core_init.double()
-        return self.scaling * (scaled @ self.lora_a.double())
+    def start_branch(self) -> dict[str, Any]:
+        start = {"lora_a": self.lora_a, "lora_b": self.lora_b_init, "core": self.core_init.diag()}
+        return {**start, "scaling": self.scaling}

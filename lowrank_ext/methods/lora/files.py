@@ -46,9 +46,15 @@ class LoRAFormat(AdapterFormat):
     def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
         if config.init != "pissa":
             return super().tensors(module, config)
+        lora_a, lora_b = self.lora_factors(module)
+        return {LORA_A: lora_a, LORA_B: lora_b}
+
+    def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
+        if not module.residual_taken:
+            return super().lora_factors(module)
         a, a_init = gathered(module.lora_a), gathered(module.get_buffer("lora_a_init"))
         b, b_init = gathered(module.lora_b), gathered(module.get_buffer("lora_b_init"))
-        return {LORA_A: torch.cat([a, a_init]), LORA_B: torch.cat([b, -b_init], dim=1)}
+        return torch.cat([a, a_init]), torch.cat([b, -b_init], dim=1)
 
     def fields(
         self, config: AdapterConfig, numbers: Mapping[str, Any]

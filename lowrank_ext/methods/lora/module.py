@@ -1,5 +1,7 @@
 """LoRALinear: both projections train; with init="pissa" from the principal part of the weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,5 +64,6 @@ class LoRALinear(LowRankLinear):
         self.lora_a_init.copy_(self.lora_a)
         self.lora_b_init.copy_(self.lora_b)
 
-    def _initial_delta(self) -> Tensor:
-        return self.scaling * (self.lora_b_init.double() @ self.lora_a_init.double())
+    def start_branch(self) -> dict[str, Any]:
+        start = {"lora_a": self.lora_a_init, "lora_b": self.lora_b_init}
+        return {**start, "scaling": self.scaling}

@@ -297,29 +297,35 @@ class ResLoRALinear(LowRankLinear):
             block   Σ_j s_{n-j} B_{n-j} A_{n-j}, exact
             middle  s B_n (A_n + Σ_j ratio_j A_{n-j})
         """
+        lora_a, lora_b = self.merged_factors()
+        delta = self.scaling * (lora_b @ lora_a)
+        return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
+
+    def merged_factors(self) -> tuple[Tensor, Tensor]:
+        """lora_a [R, K] and lora_b [N, R] in fp64: delta_weight is scaling · lora_b lora_a.
+
+        R is r, with shortcut="block" the sum of the ranks of this module and those it reaches.
+        """
         self.check_mergeable()
-        norms = self._norms_before() if self._estimates_from_weights() else []
-        return self._delta(norms).to(torch.promote_types(self.lora_a.dtype, torch.float32))
+        return self._factors(self._norms_before() if self._estimates_from_weights() else [])
 
     def _estimates_from_weights(self) -> bool:
         return self.shortcut != "block" and self.merge_estimate == "weight"
 
-    def _delta(self, norms: list[Tensor]) -> Tensor:
-        """delta_weight in fp64, from the norms of the merged weights of modules 0 … n-1."""
+    def _factors(self, norms: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """merged_factors, from the norms of the merged weights of modules 0 … n-1."""
         lora_a, lora_b = self.lora_a.double(), self.lora_b.double()
         reached = self.reached()
         if self.shortcut == "block":
-            delta = self.scaling * (lora_b @ lora_a)
-            for module in reached:
-                product = module.lora_b.double() @ module.lora_a.double()
-                delta = delta + module.scaling * product.to(delta)
-            return delta
+            others = [(m.scaling / self.scaling) * m.lora_b.double() for m in reached]
+            downs = [lora_a, *(m.lora_a.double().to(lora_a) for m in reached)]
+            return torch.cat(downs), torch.cat([lora_b, *(b.to(lora_b) for b in others)], dim=1)
         ratios = self._ratios(reached, norms)
         if self.shortcut == "input":
-            return (1 + (ratios[0] if ratios else 1)) * self.scaling * (lora_b @ lora_a)
+            return lora_a, (1 + (ratios[0] if ratios else 1)) * lora_b
         for module, ratio in zip(reached, ratios, strict=True):
             lora_a = lora_a + ratio * module.lora_a.double().to(lora_a)
-        return self.scaling * (lora_b @ lora_a)
+        return lora_a, lora_b
 
     def _ratios(self, reached: list["ResLoRALinear"], norms: list[Tensor]) -> list[Tensor]:
         """The estimates of |x_{n-j}| / |x_n| for j = 1, 2, …, scalars in fp64."""
@@ -344,7 +350,9 @@ class ResLoRALinear(LowRankLinear):
     def _norm_of_merged(self, norms: list[Tensor]) -> Tensor:
         if self._merged_norm is not None:
             return self._merged_norm
-        return torch.linalg.matrix_norm(self.original_weight().double() + self._delta(norms))
+        lora_a, lora_b = self._factors(norms)
+        merged = self.original_weight().double() + self.scaling * (lora_b @ lora_a)
+        return torch.linalg.matrix_norm(merged)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,0 +1,162 @@
+"""Writes the adapter of a model as an ordinary LoRA, which other libraries read."""
+
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext import registry
+from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.adapter_files import check_can_hold_adapter, write_tensor_file
+from lowrank_ext.checkpoint.layout import LORA_A, LORA_B
+from lowrank_ext.checkpoint.lora_files import LoRATensors
+from lowrank_ext.checkpoint.peft_config import ModuleNumbers
+from lowrank_ext.checkpoint.save import check_valued, config_of, write_adapter
+from lowrank_ext.checkpoint.save_warnings import lost_parameters
+from lowrank_ext.checks import check_choice
+from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.sharding import is_sharded
+from lowrank_ext.targets import outermost_modules
+from lowrank_ext.wrappers import whole_parameters
+
+# The name that diffusers looks for in a directory.
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+
+
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "peft",
+    component: str = "transformer",
+) -> None:
+    """Write the adapter of ``model`` into ``path`` as an ordinary LoRA over the original base.
+
+    Exactly what the model computes in evaluation mode, up to rounding, for LoRA and PiSSA, LaMDA,
+    AFLoRA, Set-and-Sequence (at the present scales) and ResLoRA with shortcut="block"; for its
+    other shortcuts, the estimate that ``merge`` makes. A residual start (PiSSA, LaMDA) is part of
+    the LoRA, so that it fits the base that was adapted. A scaling that was set after ``adapt``
+    counts. The model is not changed, and may be merged. Warns as ``save_adapter`` of parameters
+    that train and that the files do not hold.
+
+    The rank is the adapter's; twice that for PiSSA, and the sum over the chain for ResLoRA's block.
+    Factors keep their dtype where no product is taken, else they are float32.
+
+    Args:
+        path: a directory, created if missing.
+        format: ``"peft"``: adapter_config.json and adapter_model.safetensors, for
+            ``PeftModel.from_pretrained``, ``lr.load_adapter``, AdapterBank and servers that read
+            PEFT's files. ``"diffusers"``: pytorch_lora_weights.safetensors, for
+            ``load_lora_weights`` of a pipeline and ``load_lora_adapter`` of a model; the scaling is
+            multiplied into lora_B, because not every version of diffusers reads it from that file.
+        component: name of the model in its pipeline, the prefix of the keys for diffusers.
+
+    Raises:
+        ValueError: the model carries no adapter of ``adapt`` or ``load_adapter``, format is neither
+            of the two, a parameter is sharded, or the file cannot hold the adapter (modules_to_save
+            in diffusers' format); or as ``merge`` for an estimate of ResLoRA.
+        TypeError: an adapter is no single matrix (GOAT: its experts depend on the input).
+        OSError: the files cannot be written. The directory holds what it held before.
+
+    Examples:
+        >>> lr.export_lora(model, "out/lora")
+        >>> peft.PeftModel.from_pretrained(base, "out/lora")
+    """
+    caller = "export_lora"
+    check_choice(format, ("peft", "diffusers"), caller, "format")
+    check_can_hold_adapter(Path(path), caller)
+    with whole_parameters(model):
+        modules = lowrank_modules(model, caller)
+        config = config_of(model, caller)
+        if format == "diffusers" and config.modules_to_save:
+            raise ValueError(
+                f"{caller}: modules_to_save must be empty for format='diffusers', got "
+                f"{list(config.modules_to_save)}"
+            )
+        _check_exportable(modules, caller)
+        check_valued(model, modules, config, caller)
+        saved = outermost_modules(model, config.modules_to_save).values()
+        for text in lost_parameters(model, modules, saved):
+            warnings.warn(f"{caller}: {text}", stacklevel=2)
+        loras = _loras(modules, config, caller)
+        if format == "peft":
+            _write_for_peft(model, path, config, modules, loras)
+        else:
+            write_tensor_file(Path(path) / DIFFUSERS_NAME, _for_diffusers(loras, component))
+
+
+def _check_exportable(modules: Mapping[str, LowRankLinear], caller: str) -> None:
+    for path, module in modules.items():
+        if module.unmergeable_because:
+            raise TypeError(
+                f"{caller}: {path or 'the model'} must have a branch that is one matrix, got a "
+                f"{type(module).__name__}: {module.unmergeable_because}"
+            )
+        if any(is_sharded(tensor) for tensor in module.adapter_tensors().values()):
+            raise ValueError(f"{caller}: {path or 'the model'} must not be sharded")
+
+
+@torch.no_grad()
+def _loras(
+    modules: Mapping[str, LowRankLinear], config: AdapterConfig, caller: str
+) -> dict[str, LoRATensors]:
+    file_format = registry.method_for(config, caller).file_format
+    found = {}
+    for path, module in modules.items():
+        try:
+            found[path] = LoRATensors(*file_format.lora_factors(module), module.scaling)
+        except ValueError as error:
+            raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
+    return found
+
+
+def _write_for_peft(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    config: AdapterConfig,
+    modules: Mapping[str, LowRankLinear],
+    loras: Mapping[str, LoRATensors],
+) -> None:
+    numbers = {
+        name: ModuleNumbers(
+            len(lora.lora_a), _alpha(module, lora, config.rslora), module.fan_in_fan_out
+        )
+        for (name, module), lora in zip(modules.items(), loras.values(), strict=True)
+    }
+    # The commonest rank and alpha are those of the file; patterns name the other modules.
+    (r, alpha), _ = Counter((each.r, each.alpha) for each in numbers.values()).most_common(1)[0]
+    lora_config = registry.METHODS["LORA"].config_class(
+        r=r,
+        alpha=alpha,
+        rslora=config.rslora,
+        dropout=config.dropout,
+        modules_to_save=config.modules_to_save,
+        init="kaiming",
+    )
+    stored = {
+        name: {LORA_A: lora.lora_a, LORA_B: lora.lora_b.contiguous()}
+        for name, lora in loras.items()
+    }
+    write_adapter(model, path, lora_config, numbers, stored, "export_lora")
+
+
+def _alpha(module: LowRankLinear, lora: LoRATensors, rslora: bool) -> float:
+    """lora_alpha with which a LoRA of these factors has the module's scaling."""
+    r = len(lora.lora_a)
+    divisor = math.sqrt(r) if rslora else r
+    return module.alpha if module.alpha / divisor == lora.scaling else lora.scaling * divisor
+
+
+def _for_diffusers(loras: Mapping[str, LoRATensors], component: str) -> dict[str, Tensor]:
+    tensors = {}
+    for path, (lora_a, lora_b, scaling) in loras.items():
+        scaled = lora_b if scaling == 1 else scaling * lora_b
+        for kind, tensor in ((LORA_A, lora_a), (LORA_B, scaled)):
+            tensors[f"{component}.{path}.{kind}"] = tensor.detach().cpu().clone().contiguous()
+    return tensors

@@ -1,0 +1,67 @@
+"""ResidualBase: a base weight that lacks the branch from which the adapter starts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext.nn.base_layer import Adapter
+
+
+class ResidualBase(Adapter):
+    """Takes the initial branch out of the base weight, and puts it back.
+
+    Attributes:
+        residual_taken: whether it has been taken out.
+    """
+
+    residual_taken: bool
+    fan_in_fan_out: bool
+    unmerged_weight: Tensor | None
+
+    def _require_weight(self, action: str) -> nn.Parameter:
+        raise NotImplementedError
+
+    def start_branch(self) -> dict[str, Any]:
+        """lora_a [R, K], lora_b [N, R], scaling and perhaps core [R, R] of the initial branch, which
+        the base weight lacks. Residual inits only."""
+        raise NotImplementedError
+
+    def _initial_delta(self) -> Tensor:
+        """scaling · lora_b core lora_a of ``start_branch``, fp64 [N, K]."""
+        start = self.start_branch()
+        lora_a, lora_b = start["lora_a"].double(), start["lora_b"].double()
+        if "core" in start:
+            lora_b = lora_b @ start["core"].double()
+        delta: Tensor = start["scaling"] * (lora_b @ lora_a)
+        return delta
+
+    @torch.no_grad()
+    def take_residual(self) -> None:
+        """Subtract the initial branch from the base weight: W ← round(fp64(W) - initial branch).
+
+        Part of ``reset_adapter``; a loader calls it after filling the buffers of a residual init.
+        """
+        if not self.residual_taken:
+            self._add_to_weight(self._require_weight("take_residual"), -self._initial_delta())
+            self.residual_taken = True
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Undo ``take_residual``: restore the base weight, to one rounding of its dtype."""
+        if self.residual_taken:
+            self._add_to_weight(self._require_weight("restore_base"), self._initial_delta())
+            self.residual_taken = False
+
+    def _add_to_weight(self, weight: Tensor, delta: Tensor) -> None:
+        weight.copy_(weight.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta))
+
+    @torch.no_grad()
+    def original_weight(self) -> Tensor:
+        """Copy of the weight before adaptation, [N, K]; with a residual init to one rounding."""
+        stored = self._require_weight("original_weight")
+        unmerged = stored if self.unmerged_weight is None else self.unmerged_weight
+        weight = unmerged.t() if self.fan_in_fan_out else unmerged
+        if not self.residual_taken:
+            return weight.clone()
+        return (weight.double() + self._initial_delta()).to(weight.dtype)

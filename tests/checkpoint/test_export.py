@@ -1,0 +1,145 @@
+"""export_lora: the LoRA that PEFT and this library read computes what the exported model does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from module_cases import BLOCK, EXPERTS, INPUT, METHODS, MIDDLE, Method
+from peft_models import gpt2, llama
+from torch import Tensor, nn
+
+import lowrank_ext as lr
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.tensor([[3, 17, 5, 9, 11], [60, 2, 44, 1, 7]])
+RANK = 4
+
+
+def adapted(method: Method, model: nn.Module, **options: Any) -> nn.Module:
+    """In evaluation mode, every tensor of its adapters away from its start."""
+    own = method.options(RANK)
+    config = method.config(r=RANK, init=method.init, **{**own, **options})
+    lr.adapt(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def same_values(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
+
+
+def check_readers(path: Path, make: Any, expected: Tensor) -> None:
+    """PEFT, load_adapter and AdapterBank, each over a base as it was before adapt."""
+    assert not torch.allclose(logits(make().eval()), expected, atol=1e-2)
+    theirs = peft.PeftModel.from_pretrained(make(), str(path)).eval()
+    same_values(logits(theirs), expected)
+    ours = lr.load_adapter(make(), path).eval()
+    assert type(ours.lowrank_config) is lr.LoRAConfig
+    same_values(logits(ours), expected)
+    bank = lr.AdapterBank(make().eval())
+    bank.load("it", path)
+    with bank.rows(["it", "it"]):
+        same_values(logits(bank.model), expected)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_readers_of_the_export(method: Method, make: Any, tmp_path: Path) -> None:
+    names = {"target_modules": ["q_proj", "down_proj"] if make is llama else ["c_attn", "c_fc"]}
+    model = adapted(method, make(), alpha=6, **names)
+    expected = logits(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lr.export_lora(model, tmp_path)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    check_readers(tmp_path, make, expected)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True, "alpha": 3},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.down_proj": 3}, "alpha": 5},
+    "alphas": {"alpha_pattern": {"q_proj": 7}, "rslora": True},
+    "base": {"adapter_dtype": "base", "dropout": 0.2},
+}
+SOME = [m for m in METHODS if m.init in ("pissa", "svd_residual", "lora")] + [BLOCK]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("method", SOME, ids=str)
+def test_ranks_and_scalings(method: Method, options: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(method, llama(), target_modules=["q_proj", "down_proj"], **options)
+    lr.export_lora(model, tmp_path)
+    check_readers(tmp_path, llama, logits(model))
+
+
+def test_a_lora_is_exported_as_it_is(tmp_path: Path) -> None:
+    """Bit for bit the file that save_adapter writes, in any dtype."""
+    plain = next(m for m in METHODS if str(m) == "lora-kaiming")
+    model = adapted(plain, llama(torch.bfloat16), adapter_dtype="base", alpha=3, rslora=True)
+    lr.save_adapter(model, tmp_path / "saved")
+    lr.export_lora(model, tmp_path / "exported")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        exported = (tmp_path / "exported" / file).read_bytes()
+        assert exported == (tmp_path / "saved" / file).read_bytes()
+
+
+@pytest.mark.parametrize("method", [INPUT, MIDDLE], ids=str)
+def test_an_estimate_is_that_of_merge(method: Method, tmp_path: Path) -> None:
+    model = adapted(method, llama(), target_modules=["q_proj"])
+    lr.export_lora(model, tmp_path)
+    check_readers(tmp_path, llama, logits(lr.merge(model)))
+
+
+@pytest.mark.parametrize("method", SOME, ids=str)
+def test_a_merged_model_and_a_changed_scaling(method: Method, tmp_path: Path) -> None:
+    model = adapted(method, llama(), target_modules=["q_proj", "down_proj"])
+    if method.init not in method.module.residual_inits:  # whose start has the scaling, too
+        for module in model.modules():
+            if isinstance(module, method.module):
+                module.scaling *= 0.3
+    expected = logits(model)
+    lr.export_lora(lr.merge(model), tmp_path)
+    check_readers(tmp_path, llama, expected)
+
+
+def test_whole_modules_go_along(tmp_path: Path) -> None:
+    plain = next(m for m in METHODS if str(m) == "lora-kaiming")
+    model = adapted(plain, llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lr.export_lora(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    same_values(logits(theirs), logits(model))
+    with pytest.raises(ValueError, match=r"modules_to_save must be empty .*\['lm_head'\]"):
+        lr.export_lora(model, tmp_path / "no", format="diffusers")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("method", EXPERTS, ids=str)
+def test_experts_are_no_lora(method: Method, tmp_path: Path) -> None:
+    model = adapted(method, llama(), target_modules=["q_proj"])
+    message = "export_lora: model.layers.0.self_attn.q_proj must have a branch that is one matrix"
+    with pytest.raises(TypeError, match=message):
+        lr.export_lora(model, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    path = tmp_path / "no"
+    with pytest.raises(ValueError, match="export_lora"):
+        lr.export_lora(llama(), path)
+    plain = next(m for m in METHODS if str(m) == "lora-kaiming")
+    with pytest.raises(ValueError, match=r"format must be one of .*got 'kohya'"):
+        lr.export_lora(adapted(plain, llama()), path, format="kohya")
+    unmeasured = adapted(INPUT, llama(), target_modules=["q_proj"], merge="input")
+    with pytest.raises(ValueError, match=r"export_lora: .*q_proj: .*lr.reslora_statistics"):
+        lr.export_lora(unmeasured, path)
+    assert not path.exists()
