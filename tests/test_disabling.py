@@ -1,4 +1,4 @@
-"""disable_adapter: inside of the block a model is what it was before adapt, outside it is adapted."""
+"""disable_adapter: inside of the block a model is what it was before adapt, outside adapted."""
 
 import copy
 from collections.abc import Callable

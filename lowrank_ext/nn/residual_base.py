@@ -23,8 +23,8 @@ class ResidualBase(Adapter):
         raise NotImplementedError
 
     def start_branch(self) -> dict[str, Any]:
-        """lora_a [R, K], lora_b [N, R], scaling and perhaps core [R, R] of the initial branch, which
-        the base weight lacks. Residual inits only."""
+        """lora_a [R, K], lora_b [N, R], scaling and perhaps core [R, R] of the initial branch,
+        which the base weight lacks. Residual inits only."""
         raise NotImplementedError
 
     def _initial_delta(self) -> Tensor:

@@ -25,7 +25,7 @@ def adapted(method: Method, model: nn.Module, **options: Any) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
 
@@ -40,7 +40,7 @@ def same_values(actual: Tensor, expected: Tensor) -> None:
 
 def check_readers(path: Path, make: Any, expected: Tensor) -> None:
     """PEFT, load_adapter and AdapterBank, each over a base as it was before adapt."""
-    assert not torch.allclose(logits(make().eval()), expected, atol=1e-2)
+    assert not torch.allclose(logits(make().eval()), expected, atol=1e-3)
     theirs = peft.PeftModel.from_pretrained(make(), str(path)).eval()
     same_values(logits(theirs), expected)
     ours = lr.load_adapter(make(), path).eval()
@@ -67,7 +67,7 @@ def test_readers_of_the_export(method: Method, make: Any, tmp_path: Path) -> Non
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True, "alpha": 3},
-    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.down_proj": 3}, "alpha": 5},
+    "patterns": {"rank_pattern": {"q_proj": 2, r"model\.layers\.1\.mlp\.down_proj": 3}, "alpha": 5},
     "alphas": {"alpha_pattern": {"q_proj": 7}, "rslora": True},
     "base": {"adapter_dtype": "base", "dropout": 0.2},
 }
