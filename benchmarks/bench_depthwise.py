@@ -4,6 +4,7 @@
     python benchmarks/bench_depthwise.py --quick
     python benchmarks/bench_depthwise.py --case 2,64,16,64,0.3,bfloat16
     python benchmarks/bench_depthwise.py --model build/examples/recursive/exits-pure
+    python benchmarks/bench_depthwise.py --passes           # minutes
 
 A case folds SmolLM2-135M into num_loops loops with adapters of a rank (0: a pure recursion) and
 serves requests of mixed lengths, beginnings of real text, with max_rows slots. In a round all
@@ -43,6 +44,7 @@ SKIPPED = ("share-first", "copy", "backfill")
 PROMPT, NEW = (8, 32), (4, 64)  # lengths of prompts and of what is generated
 CACHED = 64  # tokens before each row of a timed pass
 TURNS = 20  # of each candidate in a round
+PASS_ROWS = (8, 16, 32, 64, 128, 256, 512)
 
 
 class Case(NamedTuple):
@@ -364,9 +366,14 @@ HEAD = (
 )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="a recursive model whose exits are trained"
+    )
+    parser.add_argument(
+        "--passes",
+        action="store_true",
+        help="the time of a pass of mixed depth alone, by its rows, at r = 64 or that of --model",
     )
 
 
@@ -387,12 +394,37 @@ def parsed() -> argparse.Namespace:
         quick="one case of eight requests",
         devices=("cpu",),
         seconds=120.0,
-        more=add_model,
+        more=add_options,
     )
+
+
+PASS_COLUMNS = (("B", 2), ("r", 4), ("rows", 5), ("pass", 6), ("FLOPs", 6), ("bytes", 6))
+
+
+@torch.inference_mode()
+def run_pass(case: Case, budget: float, folder: Path | None = None) -> list[Row]:
+    untrained = (case.num_loops, case.rank, DTYPES[case.dtype])
+    model = trained_model(folder) if folder else recursive_model(*untrained)
+    return [{**case._asdict(), **pass_ratio(case, model, budget)}]
+
+
+def pass_cells(row: Row) -> tuple[object, ...]:
+    shares = (row["flop_share"], row["num_loops"] * row["flop_share"])
+    figures = (row["mixed_pass"], *(1 + share for share in shares))
+    sizes = (row["num_loops"], row["rank"], row["max_rows"])
+    return (*sizes, *(f"{figure:.2f}" for figure in figures))
 
 
 def main() -> None:
     options = parsed()
+    if options.passes:
+        config = options.model and trained_model(options.model).recursive_config
+        sizes = (config.num_loops, config.rank) if config else (2, 64)
+        cases = [Case(*sizes, rows, 1, 0.0, "bfloat16") for rows in PASS_ROWS]
+        seconds = options.seconds / len(PASS_ROWS)
+        measure = partial(run_pass, budget=seconds, folder=options.model)
+        run(options, cases, HEAD[2:], PASS_COLUMNS, measure, pass_cells)
+        return
     cases = cases_of(options)
     measure = partial(run_case, budget=options.seconds, folder=options.model)
     run(options, cases, HEAD, COLUMNS, measure, cells)

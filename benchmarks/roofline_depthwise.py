@@ -1,6 +1,6 @@
 """Predicts depth-wise batching of Gemma 2B on GPUs from their rooflines, beside the paper's table.
 
-    python benchmarks/roofline_depthwise.py                 # half an hour; needs no GPU
+    python benchmarks/roofline_depthwise.py                 # ten minutes; needs no GPU
 
 No measurement: every pass takes the least time that the device's peak rates allow, max(FLOPs / peak
 FLOP/s, bytes / bandwidth) of its block, attention and head; kernel launches, scheduling and the

@@ -73,6 +73,17 @@ def test_a_trained_model_has_an_oracle(bench, tmp_path: Path, monkeypatch) -> No
         bench.cases_of(bench.parsed())
 
 
+def test_passes_alone(bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench, "PASS_ROWS", (1, 3))
+    monkeypatch.setattr(sys, "argv", ["bench", "--passes", "--seconds", "0"])
+    bench.main()
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "/2 " in line]
+    assert [row[3] for row in table] == ["1", "3"]
+    for row in table:
+        time, flops, bytes_read = map(float, row[4:])
+        assert time > 0 and 1 < flops < bytes_read
+
+
 def test_a_pure_recursion_is_a_case(bench) -> None:
     from command import parse_case
 
