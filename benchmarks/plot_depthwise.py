@@ -7,14 +7,12 @@ over those of static batching in the same round, by the number of slots. The fig
 stored in the picture's metadata, where a test compares them with the file.
 """
 
-import argparse
-import json
 import re
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from pictures import write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 [RESULTS] = (ROOT / "benchmarks" / "results").glob("depthwise-cpu-*.txt")
@@ -75,15 +73,5 @@ def draw(figures: Figures) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=PICTURE, help="the PNG to write")
-    out = parser.parse_args().out
-    figures = read_figures()
-    FigureCanvasAgg(draw(figures)).print_png(
-        out, metadata={"Description": json.dumps(figures), "Software": None}
-    )
-
-
 if __name__ == "__main__":
-    main()
+    write_picture(__doc__ or "", PICTURE, read_figures(), draw)

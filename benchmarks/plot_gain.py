@@ -7,15 +7,13 @@ every row of the one-layer grid (lowrank_linear-*.txt), rows that PEFT wins incl
 drawn are stored in the picture's metadata, where a test compares them with the files.
 """
 
-import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from pictures import write_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -114,15 +112,5 @@ def draw(figures: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=PICTURE, help="the PNG to write")
-    out = parser.parse_args().out
-    figures = read_figures()
-    FigureCanvasAgg(draw(figures)).print_png(
-        out, metadata={"Description": json.dumps(figures), "Software": None}
-    )
-
-
 if __name__ == "__main__":
-    main()
+    write_picture(__doc__ or "", PICTURE, read_figures(), draw)
