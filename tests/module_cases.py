@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import reference
+from lowrank_ext.adapt import adapt
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.aflora.config import AFLoRAConfig
 from lowrank_ext.methods.goat.config import GOATConfig
@@ -267,3 +268,13 @@ class TinyLM(nn.Module):
 
 
 IDS = torch.tensor([[0, 3, 1, 7], [5, 2, 10, 4]])
+
+
+def adapted_away_from_start(method: Method, model: nn.Module, **options: Any) -> nn.Module:
+    """``model`` adapted with rank 4, in evaluation mode, every trained tensor moved."""
+    adapt(model, method.config(r=4, init=method.init, **{**method.options(4), **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()

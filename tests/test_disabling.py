@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from module_cases import (
     RESIDUAL,
     RESIDUAL_EXPERTS,
     Method,
+    adapted_away_from_start,
     plain_linear,
 )
 from peft_models import gpt2, llama
@@ -37,17 +37,6 @@ def random_module(method: Method, base: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def adapted(method: Method, model: nn.Module, **options: Any) -> nn.Module:
-    """In evaluation mode, every tensor of its adapters away from its start."""
-    own = {**method.options(4), "target_modules": "all-linear", **options}
-    lr.adapt(model, method.config(r=4, init=method.init, **own))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -65,7 +54,7 @@ def assert_base(method: Method, actual: Tensor, expected: Tensor) -> None:
 @by_any_method
 def test_the_base_inside_and_the_adapter_outside(method: Method, make: Callable) -> None:
     base = logits(make().requires_grad_(False))
-    model = adapted(method, make(), dropout=0.2)
+    model = adapted_away_from_start(method, make(), dropout=0.2)
     expected = logits(model)
     assert not torch.allclose(base, expected, atol=1e-2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -82,7 +71,7 @@ def test_the_base_inside_and_the_adapter_outside(method: Method, make: Callable)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_merged_models(method: Method) -> None:
     base = logits(llama())
-    model = lr.merge(adapted(method, llama()))
+    model = lr.merge(adapted_away_from_start(method, llama()))
     expected, before = logits(model), {n: v.clone() for n, v in model.state_dict().items()}
     with lr.disable_adapter(model):
         assert_base(method, logits(model), base)
@@ -105,7 +94,7 @@ def test_any_base(method: Method, base: str) -> None:
 
 
 def test_blocks_nest_and_end_by_exceptions() -> None:
-    model = adapted(LORA, llama())
+    model = adapted_away_from_start(LORA, llama())
     base, expected = logits(llama()), logits(model)
     with pytest.raises(KeyError), lr.disable_adapter(model):
         with lr.disable_adapter(model):
@@ -116,15 +105,15 @@ def test_blocks_nest_and_end_by_exceptions() -> None:
 
 
 def test_a_part_of_a_model() -> None:
-    model = adapted(LORA, llama())
+    model = adapted_away_from_start(LORA, llama())
     with lr.disable_adapter(model.model.layers[0]):
         partly = logits(model)
     assert not torch.equal(partly, logits(model))
     assert not torch.equal(partly, logits(llama()))
 
 
-def test_copies_of_the_block_are_adapted() -> None:
-    model = adapted(LORA, llama())
+def test_copies_of_the_block_are_adapted_away_from_start() -> None:
+    model = adapted_away_from_start(LORA, llama())
     with lr.disable_adapter(model):
         twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), logits(model))
@@ -156,7 +145,7 @@ def test_compiled_models_notice(method: Method) -> None:
 
 def test_recomputation_outside_of_the_block_is_an_error() -> None:
     """Activation checkpointing would run the adapted module for a forward that was not."""
-    model = adapted(LORA, llama()).train()
+    model = adapted_away_from_start(LORA, llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     with lr.disable_adapter(model):
@@ -168,7 +157,9 @@ def test_recomputation_outside_of_the_block_is_an_error() -> None:
 def test_what_cannot_be_disabled() -> None:
     with pytest.raises(ValueError, match="disable_adapter"), lr.disable_adapter(llama()):
         pass
-    model = adapted(LORA, llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = adapted_away_from_start(
+        LORA, llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
     message = r"disable_adapter: modules_to_save must be empty.*\['lm_head'\]"
     with pytest.raises(ValueError, match=message), lr.disable_adapter(model):
         pass

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from module_cases import BLOCK, EXPERTS, INPUT, METHODS, MIDDLE, Method
+from module_cases import BLOCK, EXPERTS, INPUT, METHODS, MIDDLE, Method, adapted_away_from_start
 from peft_models import gpt2, llama
 from torch import Tensor, nn
 
@@ -14,19 +14,6 @@ import lowrank_ext as lr
 peft = pytest.importorskip("peft")
 
 IDS = torch.tensor([[3, 17, 5, 9, 11], [60, 2, 44, 1, 7]])
-RANK = 4
-
-
-def adapted(method: Method, model: nn.Module, **options: Any) -> nn.Module:
-    """In evaluation mode, every tensor of its adapters away from its start."""
-    own = method.options(RANK)
-    config = method.config(r=RANK, init=method.init, **{**own, **options})
-    lr.adapt(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -56,7 +43,7 @@ def check_readers(path: Path, make: Any, expected: Tensor) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_readers_of_the_export(method: Method, make: Any, tmp_path: Path) -> None:
     names = {"target_modules": ["q_proj", "down_proj"] if make is llama else ["c_attn", "c_fc"]}
-    model = adapted(method, make(), alpha=6, **names)
+    model = adapted_away_from_start(method, make(), alpha=6, **names)
     expected = logits(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     lr.export_lora(model, tmp_path)
@@ -77,7 +64,9 @@ SOME = [m for m in METHODS if m.init in ("pissa", "svd_residual", "lora")] + [BL
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("method", SOME, ids=str)
 def test_ranks_and_scalings(method: Method, options: dict[str, Any], tmp_path: Path) -> None:
-    model = adapted(method, llama(), target_modules=["q_proj", "down_proj"], **options)
+    model = adapted_away_from_start(
+        method, llama(), target_modules=["q_proj", "down_proj"], **options
+    )
     lr.export_lora(model, tmp_path)
     check_readers(tmp_path, llama, logits(model))
 
@@ -85,7 +74,9 @@ def test_ranks_and_scalings(method: Method, options: dict[str, Any], tmp_path: P
 def test_a_lora_is_exported_as_it_is(tmp_path: Path) -> None:
     """Bit for bit the file that save_adapter writes, in any dtype."""
     plain = next(m for m in METHODS if str(m) == "lora-kaiming")
-    model = adapted(plain, llama(torch.bfloat16), adapter_dtype="base", alpha=3, rslora=True)
+    model = adapted_away_from_start(
+        plain, llama(torch.bfloat16), adapter_dtype="base", alpha=3, rslora=True
+    )
     lr.save_adapter(model, tmp_path / "saved")
     lr.export_lora(model, tmp_path / "exported")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -95,14 +86,14 @@ def test_a_lora_is_exported_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [INPUT, MIDDLE], ids=str)
 def test_an_estimate_is_that_of_merge(method: Method, tmp_path: Path) -> None:
-    model = adapted(method, llama(), target_modules=["q_proj"])
+    model = adapted_away_from_start(method, llama(), target_modules=["q_proj"])
     lr.export_lora(model, tmp_path)
     check_readers(tmp_path, llama, logits(lr.merge(model)))
 
 
 @pytest.mark.parametrize("method", SOME, ids=str)
 def test_a_merged_model_and_a_changed_scaling(method: Method, tmp_path: Path) -> None:
-    model = adapted(method, llama(), target_modules=["q_proj", "down_proj"])
+    model = adapted_away_from_start(method, llama(), target_modules=["q_proj", "down_proj"])
     if method.init not in method.module.residual_inits:  # whose start has the scaling, too
         for module in model.modules():
             if isinstance(module, method.module):
@@ -114,7 +105,9 @@ def test_a_merged_model_and_a_changed_scaling(method: Method, tmp_path: Path) ->
 
 def test_whole_modules_go_along(tmp_path: Path) -> None:
     plain = next(m for m in METHODS if str(m) == "lora-kaiming")
-    model = adapted(plain, llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = adapted_away_from_start(
+        plain, llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
     lr.export_lora(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
     same_values(logits(theirs), logits(model))
@@ -125,7 +118,7 @@ def test_whole_modules_go_along(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", EXPERTS, ids=str)
 def test_experts_are_no_lora(method: Method, tmp_path: Path) -> None:
-    model = adapted(method, llama(), target_modules=["q_proj"])
+    model = adapted_away_from_start(method, llama(), target_modules=["q_proj"])
     message = "export_lora: model.layers.0.self_attn.q_proj must have a branch that is one matrix"
     with pytest.raises(TypeError, match=message):
         lr.export_lora(model, tmp_path / "no")
@@ -138,8 +131,8 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         lr.export_lora(llama(), path)
     plain = next(m for m in METHODS if str(m) == "lora-kaiming")
     with pytest.raises(ValueError, match=r"format must be one of .*got 'kohya'"):
-        lr.export_lora(adapted(plain, llama()), path, format="kohya")
-    unmeasured = adapted(INPUT, llama(), target_modules=["q_proj"], merge="input")
+        lr.export_lora(adapted_away_from_start(plain, llama()), path, format="kohya")
+    unmeasured = adapted_away_from_start(INPUT, llama(), target_modules=["q_proj"], merge="input")
     with pytest.raises(ValueError, match=r"export_lora: .*q_proj: .*lr.reslora_statistics"):
         lr.export_lora(unmeasured, path)
     assert not path.exists()
