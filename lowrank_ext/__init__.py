@@ -1,5 +1,6 @@
 """Low-rank fine-tuning on fused torch ops: LoRA, LaMDA, AFLoRA and their relatives."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowrank_ext._load import load_library
@@ -18,11 +19,13 @@ from lowrank_ext.methods import *
 from lowrank_ext.summary import summary, trainable_parameters
 
 if TYPE_CHECKING:
+    from lowrank_ext.integrations.peft_tuner import peft_config as peft_config
+    from lowrank_ext.integrations.peft_tuner import register_with_peft as register_with_peft
     from lowrank_ext.integrations.transformers import FreezeCallback as FreezeCallback
 
 __version__ = "0.1.0"
 
-# Without FreezeCallback: `from lowrank_ext import *` works without transformers.
+# Without what needs transformers or PEFT: `from lowrank_ext import *` works without them.
 __all__ = [
     "AdapterBank",
     "__version__",
@@ -45,10 +48,15 @@ __all__ = [
 __all__ += methods.__all__
 
 
-def __getattr__(name: str) -> Any:
-    # Imported on first use: it needs transformers, which nothing else here does.
-    if name == "FreezeCallback":
-        from lowrank_ext.integrations import transformers
+# Imported on first use: they need transformers or PEFT, which nothing else here does.
+_ON_FIRST_USE = {
+    "FreezeCallback": "transformers",
+    "peft_config": "peft_tuner",
+    "register_with_peft": "peft_tuner",
+}
 
-        return transformers.FreezeCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lowrank_ext.integrations.{_ON_FIRST_USE[name]}"), name)

@@ -88,10 +88,10 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     missing = left_out(model) if initialize and config.target_modules == ALL_LINEAR else []
     if initialize:
         targets = _called(targets, missing)
-        _check_ranks(config, targets)
+        check_ranks(config, targets)
     config = method.complete_config(model, config, targets)
-    _check_options(model, config, module_class, targets)
-    _check_values(model, config, module_class, targets)
+    check_options(model, config, module_class, targets)
+    check_values(model, config, module_class, targets)
     if initialize:
         check_ties(model, outermost_modules(model, config.modules_to_save), "adapt")
         for text in list(adapt_warnings(model, config, targets, missing)):
@@ -188,7 +188,7 @@ def _called(targets: Mapping[str, nn.Module], missing: Sequence[LeftOut]) -> dic
     return called
 
 
-def _check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None:
+def check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None:
     """Raise where an adapter would be larger than any use of it."""
     for path, module in targets.items():
         limit = max(*(linear_features(module) or ()), _ANY_RANK)
@@ -199,7 +199,7 @@ def _check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> Non
             )
 
 
-def _check_options(
+def check_options(
     model: nn.Module,
     config: AdapterConfig,
     module_class: type[LowRankLinear],
@@ -240,7 +240,7 @@ def _check_options(
             )
 
 
-def _check_values(
+def check_values(
     model: nn.Module,
     config: AdapterConfig,
     module_class: type[LowRankLinear],

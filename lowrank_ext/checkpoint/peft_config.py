@@ -108,8 +108,8 @@ def config_fields(
     numbers: dict[str, Any] = {
         "r": config.r,
         "lora_alpha": whole(alpha),
-        "rank_pattern": _pattern(config.rank_pattern, config.r, ranks),
-        "alpha_pattern": _pattern(config.alpha_pattern, alpha, alphas),
+        "rank_pattern": pattern_of(config.rank_pattern, config.r, ranks),
+        "alpha_pattern": pattern_of(config.alpha_pattern, alpha, alphas),
     }
     fields = {
         "peft_type": config.peft_type,
@@ -136,7 +136,7 @@ def config_fields(
     return {**fields, **own}, metadata
 
 
-def _pattern(
+def pattern_of(
     own: Mapping[str, float], default: float, values: Mapping[str, float]
 ) -> dict[str, int | float]:
     """A pattern that gives every path its value by PEFT's rule: the user's, if it does so."""

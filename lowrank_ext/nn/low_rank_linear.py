@@ -13,7 +13,6 @@ import math
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
@@ -21,15 +20,11 @@ from lowrank_ext.checks import check_rank, check_scaling
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
-    computes_its_weight,
-    dense_weight,
-    execution_device,
     is_conv1d,
-    is_plain,
     linear_features,
     plain_module,
 )
-from lowrank_ext.nn.call_arguments import input_name, split_call
+from lowrank_ext.nn.call_arguments import split_call
 from lowrank_ext.nn.merged_weight import merged_weight, without_gradient
 from lowrank_ext.nn.residual_base import ResidualBase
 
@@ -196,28 +191,6 @@ class LowRankLinear(ResidualBase):
             module.reset_adapter()
         return module.train(linear.training)
 
-    def _make_base(
-        self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        n, k = self.out_features, self.in_features
-        self.weight = nn.Parameter(torch.empty(n, k, device=device, dtype=dtype), False)
-        empty = torch.empty(n, device=device, dtype=dtype) if bias else None
-        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, False))
-        self.base_layer = None
-        self.input_name = "input"
-
-    def _take_base(self, base: nn.Module) -> None:
-        plain = is_plain(base)
-        if self.init in self.svd_inits and not computes_its_weight(base):
-            raise ValueError(
-                f"{type(self).__name__}: init must be one without an SVD of the base weight for a "
-                f"{type(base).__name__} that is not x weightᵀ + bias, got {self.init!r}"
-            )
-        self.register_parameter("weight", base._parameters["weight"] if plain else None)
-        self.register_parameter("bias", base._parameters.get("bias") if plain else None)
-        self.base_layer = None if plain else base
-        self.input_name = input_name(base)
-
     def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
         """Register the adapter's tensors, zero."""
         self.lora_a = nn.Parameter(
@@ -228,32 +201,6 @@ class LowRankLinear(ResidualBase):
         )
         for name in ("core", "rank_scale", "out_scale"):
             self.register_parameter(name, None)
-
-    def _base_dtype_and_device(self) -> tuple[torch.dtype | None, torch.device]:
-        weight = self.base_parameter
-        dtype = None if weight is None else weight.dtype
-        return dtype, execution_device(self if self.base_layer is None else self.base_layer)
-
-    @property
-    def base_parameter(self) -> nn.Parameter | None:
-        """The Parameter that holds the base weight; None when the base has no dense one."""
-        return self.weight if self.base_layer is None else dense_weight(self.base_layer)
-
-    @property
-    def mergeable_parameter(self) -> nn.Parameter | None:
-        """``base_parameter`` if the output is x weightᵀ + bias with what is written to it."""
-        if self.base_layer is None:
-            return self._parameters.get("weight")  # none if parametrized, pruned: writes are lost
-        return self.base_parameter if computes_its_weight(self.base_layer) else None
-
-    def _require_weight(self, action: str) -> nn.Parameter:
-        weight = self.base_parameter
-        if weight is None:
-            raise TypeError(
-                f"{type(self).__name__}.{action}: the base must have a floating-point weight "
-                f"[out_features, in_features], got {type(self.base_layer).__name__}"
-            )
-        return weight
 
     def reset_parameters(self) -> None:
         """Initialize everything that the module owns: the base as its class does, then the branch.
@@ -289,11 +236,6 @@ class LowRankLinear(ResidualBase):
 
     def _init_adapter(self) -> None:
         raise NotImplementedError
-
-    def base_weight(self) -> Tensor:
-        """View of the stored base weight, [N, K]: merged or residual, if that is its state."""
-        weight = self._require_weight("base_weight")
-        return weight.t() if self.fan_in_fan_out else weight
 
     @classmethod
     def connect(cls, model: nn.Module) -> None:
@@ -376,14 +318,6 @@ class LowRankLinear(ResidualBase):
         plain = plain_module(features, self.weight, self.bias, self.fan_in_fan_out)
         return plain.train(self.training)
 
-    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output for x, and what else it takes, with its present weight."""
-        if self.base_layer is not None:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            return y
-        assert self.weight is not None
-        return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
-
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K], also named as by the base (``input`` of nn.Linear), to [..., N] in x's dtype.
         Further arguments go to the base."""
@@ -430,12 +364,11 @@ class LowRankLinear(ResidualBase):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        if self.base_layer is not None:
+        weight, bias = (None, None) if args or kwargs else self.fusible_base()
+        if weight is None:
             base_out = self.base_output(x, *args, **kwargs)
             return ops.lowrank_add(base_out, x, lora_a, lora_b, **options)
-        assert self.weight is not None
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return ops.lowrank_linear(x, weight, self.bias, lora_a, lora_b, **options)
+        return ops.lowrank_linear(x, weight, bias, lora_a, lora_b, **options)
 
     def extra_repr(self) -> str:
         base = "" if self.base_layer is not None else f", bias={self.bias is not None}"

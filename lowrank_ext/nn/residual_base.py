@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowrank_ext.nn.base_layer import Adapter
+from lowrank_ext.nn.wrapped_base import WrappedBase
 
 
-class ResidualBase(Adapter):
+class ResidualBase(WrappedBase):
     """Takes the initial branch out of the base weight, and puts it back.
 
     Attributes:
@@ -16,15 +16,15 @@ class ResidualBase(Adapter):
     """
 
     residual_taken: bool
-    fan_in_fan_out: bool
     unmerged_weight: Tensor | None
-
-    def _require_weight(self, action: str) -> nn.Parameter:
-        raise NotImplementedError
 
     def start_branch(self) -> dict[str, Any]:
         """lora_a [R, K], lora_b [N, R], scaling and perhaps core [R, R] of the initial branch,
         which the base weight lacks. Residual inits only."""
+        raise NotImplementedError
+
+    def begin_at_start(self) -> None:
+        """Make the branch the one from which the buffers of a residual init say it starts."""
         raise NotImplementedError
 
     def _initial_delta(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ext as lr
-from lowrank_ext.checkpoint.peft_config import _pattern
+from lowrank_ext.checkpoint.peft_config import pattern_of
 from lowrank_ext.checks import matching_pattern
 
 
@@ -71,7 +71,7 @@ def test_ranks_survive(case: str, tmp_path: Path) -> None:
 )
 def test_a_pattern_made_for_paths_gives_every_path_its_value(values: dict[str, float]) -> None:
     """Anchored and escaped, in both libraries' rule."""
-    pattern = _pattern({"no such module": 7}, 2, values)
+    pattern = pattern_of({"no such module": 7}, 2, values)
     for path, value in values.items():
         key = matching_pattern(pattern, path)
         assert (2 if key is None else pattern[key]) == value, pattern

@@ -78,8 +78,8 @@ class GOATLinear(LowRankLinear):
             self.register_buffer("lora_b_init", torch.zeros_like(self.lora_b))
 
     def _init_adapter(self) -> None:
-        self.router_weight.copy_(self._uniform(self.router_weight))
         if self.init == "zero":
+            self.router_weight.copy_(self._uniform(self.router_weight))
             self.lora_a.copy_(self._uniform(self.lora_a))
             self.lora_b.zero_()
             return
@@ -88,10 +88,14 @@ class GOATLinear(LowRankLinear):
         chosen = self._chosen_triples().to(weight.device)  # [E, R]
         root = (sig[chosen] / (self.scaling * self.config.rho)).sqrt()
         # Rounded as by the op, so that the residual lacks exactly what the experts compute.
-        self.lora_a.copy_((root.unsqueeze(-1) * v_t[chosen]).to(weight.dtype))
-        self.lora_b.copy_((u.t()[chosen] * root.unsqueeze(-1)).mT.to(weight.dtype))
-        self.lora_a_init.copy_(self.lora_a)
-        self.lora_b_init.copy_(self.lora_b)
+        self.lora_a_init.copy_((root.unsqueeze(-1) * v_t[chosen]).to(weight.dtype))
+        self.lora_b_init.copy_((u.t()[chosen] * root.unsqueeze(-1)).mT.to(weight.dtype))
+        self.begin_at_start()
+
+    def begin_at_start(self) -> None:
+        self.router_weight.copy_(self._uniform(self.router_weight))
+        self.lora_a.copy_(self.lora_a_init)
+        self.lora_b.copy_(self.lora_b_init)
 
     def _uniform(self, like: Tensor) -> Tensor:
         bound = 1 / math.sqrt(self.in_features)

@@ -65,7 +65,11 @@ class LaMDALinear(ScheduledLinear):
         if self.init == "svd_residual":
             self.core_init.copy_((sig / self.scaling).to(weight.dtype))
             self.lora_b_init.copy_(self.lora_b)
-            self.core.copy_(self.core_init.diag())
+            self.begin_at_start()
+
+    def begin_at_start(self) -> None:
+        self.lora_b.copy_(self.lora_b_init)
+        self.core.copy_(self.core_init.diag())
 
     def start_branch(self) -> dict[str, Any]:
         start = {"lora_a": self.lora_a, "lora_b": self.lora_b_init, "core": self.core_init.diag()}

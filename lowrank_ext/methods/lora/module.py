@@ -59,10 +59,13 @@ class LoRALinear(LowRankLinear):
         u, sig, v_t = top_singular_triples(self.base_weight(), self.r)
         root = (sig / self.scaling).sqrt()
         # Rounded as by the ops, so that the residual lacks exactly what the branch computes.
-        self.lora_a.copy_((root.unsqueeze(1) * v_t).to(dtype))
-        self.lora_b.copy_((u * root).to(dtype))
-        self.lora_a_init.copy_(self.lora_a)
-        self.lora_b_init.copy_(self.lora_b)
+        self.lora_a_init.copy_((root.unsqueeze(1) * v_t).to(dtype))
+        self.lora_b_init.copy_((u * root).to(dtype))
+        self.begin_at_start()
+
+    def begin_at_start(self) -> None:
+        self.lora_a.copy_(self.lora_a_init)
+        self.lora_b.copy_(self.lora_b_init)
 
     def start_branch(self) -> dict[str, Any]:
         start = {"lora_a": self.lora_a_init, "lora_b": self.lora_b_init}

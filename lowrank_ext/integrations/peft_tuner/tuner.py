@@ -1,0 +1,237 @@
+"""A BaseTuner for each method: puts adapters on a model, and names their tensors in files."""
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from lowrank_ext.adapt import check_options, check_ranks, check_values, set_fused_encoders
+from lowrank_ext.adapt_warnings import adapt_warnings
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig
+from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
+from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, layer_class_for
+from lowrank_ext.left_out import left_out
+from lowrank_ext.registry import Method
+from lowrank_ext.targets import check_adaptable
+
+
+class LowRankTuner(BaseTuner):
+    """Adapters of one method, under PEFT's rules for names, activity, saving and loading.
+
+    What the method needs of the whole model is done around PEFT's own injection: ranks that depend
+    on all weights, chains of modules, checks before the first change.
+    """
+
+    method: ClassVar[Method]
+    tuner_layer_cls: type[LowRankTunerLayer]
+    target_module_mapping = {}  # noqa: RUF012  # as in PEFT's tuners
+
+    _config: AdapterConfig  # of the adapter that is being injected
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        config: LowRankPeftConfig = self.peft_config[adapter_name]
+        self._prepare(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._replace_everywhere(model)
+        self.method.module_class.connect(model)
+        set_fused_encoders(model, on=False)
+
+    def _prepare(self, model: nn.Module, config: LowRankPeftConfig) -> None:
+        """Check all modules, and complete the config by what depends on them."""
+        missing = left_out(model) if config.target_modules == ALL_LINEAR else []
+        targets = self._targets(model, config)
+        own = config.adapter_config(list(targets) if config.is_complete else ())
+        own = self.method.complete_config(model, own, targets)
+        check_ranks(own, targets)
+        check_options(model, own, self.method.module_class, targets)
+        check_values(model, own, self.method.module_class, targets)
+        if not config.awaits_values:
+            for text in list(adapt_warnings(model, own, targets, missing)):
+                warnings.warn(f"{type(self).__name__}: {text}", stacklevel=2)
+        for path, module in model.named_modules():
+            if path in targets and isinstance(module, self.tuner_layer_cls):
+                try:
+                    module.check_beside(own.for_module(path))
+                except ValueError as error:
+                    raise ValueError(f"{type(self).__name__}: {path}: {error}") from None
+        config.set_numbers(own, targets)
+        self._config = own
+
+    def _targets(self, model: nn.Module, config: LowRankPeftConfig) -> dict[str, nn.Module]:
+        """The linear modules that the config selects by PEFT's rules, by path."""
+        config = _maybe_include_all_linear_layers(config, model)
+        inside = tuple(
+            f"{path}."
+            for path, module in model.named_modules()
+            if isinstance(module, self.tuner_layer_cls)
+        )
+        found = {}
+        for path, module in model.named_modules():
+            if not path or path.startswith(inside):
+                continue
+            if self._check_target_module_exists(config, path):
+                ours = isinstance(module, self.tuner_layer_cls)
+                found[path] = module.base_layer if ours else module
+                check_adaptable(path, found[path], type(self).__name__)
+        return found
+
+    def _create_and_replace(
+        self,
+        peft_config: LowRankPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        ours = isinstance(target, self.tuner_layer_cls)
+        layer = target if ours else self.tuner_layer_cls(target)
+        assert isinstance(layer, LowRankTunerLayer)
+        parent._modules[target_name] = layer
+        config = self._config.for_module(current_key)
+        layer.add(adapter_name, config, initialize=not peft_config.awaits_values)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    def _replace_everywhere(self, model: nn.Module) -> None:
+        """Put each layer wherever its base module is registered besides: PEFT finds it once."""
+        found = [m for m in model.modules() if isinstance(m, self.tuner_layer_cls)]
+        layers: dict[nn.Module | None, nn.Module] = {m.base_layer: m for m in found}
+        for parent in list(model.modules()):
+            if not isinstance(parent, self.tuner_layer_cls):
+                for name, child in parent._modules.items():
+                    if child in layers:
+                        parent._modules[name] = layers[child]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"{type(self).__name__}: adapter_names must be None, an adapter for each sample is "
+                "what lr.AdapterBank computes"
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float32 adapters, or with ``autocast_adapter_dtype=False`` of the base's dtype."""
+        for _, layer in _layers(self.model):
+            if adapter_name in layer.adapters:
+                adapter = layer.adapter(adapter_name)
+                base = adapter.base_parameter
+                if not autocast_adapter_dtype and base is not None:
+                    adapter.to(base.dtype)
+
+    # ---- files
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LowRankPeftConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found = {}
+        for path, layer in _layers(model):
+            if adapter_name in layer.adapters:
+                prefix = f"{path}.{layer.adapters_name}.{adapter_name}."
+                for attribute in _stored(layer, adapter_name):
+                    found[prefix + attribute] = state_dict[prefix + attribute]
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        path, marker, attribute = key.rpartition(f".{cls.tuner_layer_cls.adapters_name}.")
+        own = f"{adapter_name}."
+        if not marker or not attribute.startswith(own):
+            return str(super()._remove_adapter_name_from_key(key, adapter_name))
+        return f"{path}.{cls.method.file_format.kind_of(attribute.removeprefix(own))}"
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: LowRankPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Gives adapters and residual base weights their values; returns all by the model's keys,
+        so that PEFT misses none."""
+        file_format = cls.method.file_format
+        mapped = dict(state_dict)
+        values: dict[LowRankTunerLayer, dict[str, Tensor]] = {}
+        for path, layer in _layers(model):
+            if adapter_name not in layer.adapters:
+                continue
+            values[layer] = {}
+            place = f"base_model.model.{path.removeprefix('base_model.model.')}"
+            for attribute in _stored(layer, adapter_name):
+                key = f"{place}.{file_format.kind_of(attribute)}"
+                values[layer][attribute] = _taken(mapped, key, layer, adapter_name, attribute)
+        odd = [key for key in mapped if file_format.kind_in(key) is not None]
+        if odd:
+            raise ValueError(
+                f"{cls.__name__}: the file must hold tensors of the model's adapters alone, got "
+                f"{odd[0]}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"
+            )
+        for path, layer in _layers(model):
+            if layer in values:
+                layer.fill(adapter_name, values[layer])
+                prefix = f"{path}.{layer.adapters_name}.{adapter_name}."
+                mapped |= {prefix + name: tensor for name, tensor in values[layer].items()}
+        config.awaits_values = False
+        return mapped
+
+
+def _stored(layer: LowRankTunerLayer, name: str) -> list[str]:
+    """Attributes of an adapter that files hold."""
+    adapter = layer.adapter(name)
+    shapes = adapter.config.adapter_shapes(adapter.r, adapter.in_features, adapter.out_features)
+    return list(shapes)
+
+
+def _taken(
+    tensors: dict[str, Tensor], key: str, layer: LowRankTunerLayer, name: str, attribute: str
+) -> Tensor:
+    """The tensor of a file, removed from ``tensors``."""
+    if key not in tensors:
+        raise ValueError(f"{type(layer).__name__}: the file must hold {key}, which is missing")
+    tensor, expected = tensors.pop(key), layer.adapter(name).adapter_tensors()[attribute].shape
+    if tensor.shape != expected:
+        raise ValueError(
+            f"{type(layer).__name__}: {key} must be {list(expected)}, got {list(tensor.shape)}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{type(layer).__name__}: {key} must be finite, got inf or nan")
+    return tensor
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LowRankTunerLayer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LowRankTunerLayer):
+            yield path, module
+
+
+@functools.cache
+def tuner_class_for(method: Method) -> type[LowRankTuner]:
+    """The tuner of ``method``."""
+    layer_class = layer_class_for(method)
+    name = f"{method.module_class.__name__.removesuffix('Linear')}Model"
+    members = {
+        "method": method,
+        "prefix": layer_class.adapters_name.removesuffix("adapters"),
+        "tuner_layer_cls": layer_class,
+        "__module__": __name__,
+    }
+    made = type(name, (LowRankTuner,), members)
+    globals()[name] = made  # where pickle looks
+    return made
