@@ -6,8 +6,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules
-from lowrank_ext.targets import outermost_modules
-from lowrank_ext.wrappers import unwrapped
+from lowrank_ext.merging import merge_all
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.targets import is_from_peft, outermost_modules
+from lowrank_ext.wrappers import named_modules, unwrapped
+
+_CALLER = "disable_adapter"
 
 
 @contextmanager
@@ -18,36 +22,72 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     base's bits. With a residual start (PiSSA, LaMDA, GOAT) the branch of the start is added to the
     residual weight, so that the output is the base's up to the rounding of that subtraction.
 
-    Modules that are merged are unmerged for the block, and merged again. Blocks may be nested. The
-    whole model is switched: one thread may use it at a time.
+    Modules that are merged are unmerged for the block, and merged again after it. Blocks may be
+    nested and may overlap. The whole model is switched: one thread may use it at a time. What
+    backward computes again (activation checkpointing) belongs into the block too: call backward
+    inside of it, or run the reference under ``torch.no_grad``. A copy made in the block has its
+    adapters on.
 
     Raises:
-        ValueError: the model carries no adapters, or has modules_to_save, which train in place and
-            whose earlier values nobody keeps.
+        TypeError: model is no nn.Module.
+        ValueError: the model carries no adapters, is a PEFT model, which has a ``disable_adapter``
+            of its own, or has modules_to_save, which train in place and whose earlier values nobody
+            keeps; on leaving, if adapters that were merged cannot be merged again: then none is
+            (an exception of the block's own gets a note that says so).
 
     Examples:
         >>> with lr.disable_adapter(model), torch.no_grad():
         ...     reference = model(**batch).logits
     """
-    caller = "disable_adapter"
-    modules = lowrank_modules(model, caller)
+    modules = _switchable(model)
+    entered: list[LowRankLinear] = []
+    try:
+        for module in modules.values():
+            module.merges_after_blocks |= module.merged
+            module.unmerge()
+            module.blocks += 1
+            entered.append(module)
+        yield
+    except BaseException as error:
+        _leave(entered)
+        try:
+            _merge_again(model, modules)
+        except ValueError as failed:
+            error.add_note(f"{failed}; the adapters are left unmerged")
+        raise
+    else:
+        _leave(entered)
+        _merge_again(model, modules)
+
+
+def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(is_from_peft(module) for _, module in named_modules(model)):
+        raise ValueError(
+            f"{_CALLER}: model must carry adapters of lr.adapt, got one of PEFT; use its own "
+            "`with model.disable_adapter():`"
+        )
+    modules = lowrank_modules(model, _CALLER)
     config = getattr(unwrapped(model), "lowrank_config", None)
     names = () if config is None else config.modules_to_save
     if names and outermost_modules(model, names):
         raise ValueError(
-            f"{caller}: modules_to_save must be empty, they train in place and their earlier "
+            f"{_CALLER}: modules_to_save must be empty, they train in place and their earlier "
             f"values are not kept, got {list(names)}"
         )
-    before = [(module, module.enabled) for module in modules.values()]
-    merged = [module for module in modules.values() if module.merged]
-    try:
-        for module in merged:
-            module.unmerge()
-        for module in modules.values():
-            module.enabled = False
-        yield
-    finally:
-        for module, was_enabled in before:
-            module.enabled = was_enabled
-        for module in merged:
-            module.merge()
+    return modules
+
+
+def _leave(entered: list[LowRankLinear]) -> None:
+    for module in entered:
+        module.blocks -= 1
+
+
+def _merge_again(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+    """Merge what was merged before the first of the blocks, once the last one has ended."""
+    waiting = {p: m for p, m in modules.items() if m.merges_after_blocks and not m.blocks}
+    for module in waiting.values():
+        module.merges_after_blocks = False
+    if waiting:
+        merge_all(model, waiting, _CALLER)

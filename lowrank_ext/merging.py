@@ -20,13 +20,14 @@ def merge(model: Model) -> Model:
     Raises:
         ValueError: the model carries no adapters, a weight shares memory with a tensor of another
             module, which would change with it, has no values (on the meta device, or offloaded by
-            accelerate), or a merged weight would hold inf or nan (a branch too large for float16).
+            accelerate), a merged weight would hold inf or nan (a branch too large for float16), or
+            the model is inside of a block of ``disable_adapter``.
         TypeError: a base does not compute x weightᵀ + bias with a floating-point weight, or a
             module's branch is no single matrix (GOAT: its experts are chosen by the input).
 
     Where one module raises, all weights have the bits that they had before.
     """
-    _merge_all(model, lowrank_modules(model, "merge"))
+    merge_all(model, lowrank_modules(model, "merge"), "merge")
     return model
 
 
@@ -54,13 +55,19 @@ def unload(model: Model, merge: bool | None = None) -> Model:
     them. A single adapted module yields its plain module.
 
     Raises:
-        ValueError: ``merge`` is None and only some of the modules are merged.
+        ValueError: ``merge`` is None and only some of the modules are merged, or the model is
+            inside of a block of ``disable_adapter``.
         ValueError, TypeError: as ``merge``.
     """
     modules = lowrank_modules(model, "unload")
+    if any(module.blocks for module in modules.values()):
+        raise ValueError(
+            "unload: model must have its adapters switched on, got one inside of a block of "
+            "lr.disable_adapter; unload after it"
+        )
     keep = _all_merged(modules) if merge is None else merge
     if keep:
-        _merge_all(model, modules)
+        merge_all(model, modules, "merge")
     plain: dict[nn.Module, nn.Module] = {
         module: module.to_linear(keep) for module in modules.values()
     }
@@ -87,52 +94,52 @@ def _all_merged(modules: dict[str, LowRankLinear]) -> bool:
     return bool(merged)
 
 
-def _merge_all(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+def merge_all(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
     """Merge what is not merged yet: all of it, or on any error nothing."""
-    _check_mergeable(model, modules)
+    _check_mergeable(model, modules, caller)
     new = {path: module for path, module in modules.items() if not module.merged}
     try:
         for path, module in new.items():
-            _merge_one(path, module)
+            _merge_one(path, module, caller)
     except BaseException:
         for module in reversed(new.values()):
             module.unmerge()
         raise
 
 
-def _merge_one(path: str, module: LowRankLinear) -> None:
+def _merge_one(path: str, module: LowRankLinear, caller: str) -> None:
     try:
         module.merge()
     except ValueError as error:
-        raise ValueError(f"merge: {path or 'the model'}: {error}") from None
+        raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
 
 
-def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
     """Raise where a module that is not merged yet cannot be."""
     modules = {path: module for path, module in modules.items() if not module.merged}
     for path, module in modules.items():
         if module.unmergeable_because:
             raise TypeError(
-                f"merge: {path or 'the model'} must have a branch that is one matrix, got a "
+                f"{caller}: {path or 'the model'} must have a branch that is one matrix, got a "
                 f"{type(module).__name__}: {module.unmergeable_because}"
             )
         try:
             module.check_mergeable()
         except ValueError as error:
-            raise ValueError(f"merge: {path or 'the model'}: {error}") from None
+            raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
     owners = {m if m.base_layer is None else m.base_layer: p for p, m in modules.items()}
     weights = {}
     for owner, path in owners.items():
         weight = modules[path].mergeable_parameter
         if weight is None:
             raise TypeError(
-                f"merge: the base of {path} must compute x weightᵀ + bias with a floating-point "
+                f"{caller}: the base of {path} must compute x weightᵀ + bias with a floating-point "
                 f"weight, got {type(owner).__name__}"
             )
         weights[owner] = weight
     for owner, names in shared_tensors(model, weights).items():
         if names:
             raise ValueError(
-                f"merge: the weight of {owners[owner] or 'the model'} must be its own, got one "
+                f"{caller}: the weight of {owners[owner] or 'the model'} must be its own, got one "
                 f"tied to {', '.join(names)}, which would change with it; clone one of them"
             )

@@ -1,7 +1,8 @@
 """disable_adapter: inside of the block a model is what it was before adapt, outside adapted."""
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from peft_models import gpt2, llama
 from torch import Tensor, nn
 
 import lowrank_ext as lr
+
+peft = pytest.importorskip("peft")
 
 IDS = torch.tensor([[3, 17, 5, 9, 11], [60, 2, 44, 1, 7]])
 by_any_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
@@ -163,4 +166,80 @@ def test_what_cannot_be_disabled() -> None:
     message = r"disable_adapter: modules_to_save must be empty.*\['lm_head'\]"
     with pytest.raises(ValueError, match=message), lr.disable_adapter(model):
         pass
-    assert all(module.enabled for module in model.modules() if hasattr(module, "enabled"))
+    assert not any(module.blocks for module in model.modules() if hasattr(module, "blocks"))
+    message = r"model must be a torch\.nn\.Module, got None"
+    with pytest.raises(TypeError, match=message), lr.disable_adapter(None):  # type: ignore[arg-type]
+        pass
+    other = peft.get_peft_model(llama(), peft.LoraConfig(r=2))
+    with pytest.raises(ValueError, match=r"with model\.disable_adapter"), lr.disable_adapter(other):
+        pass
+
+
+@pytest.mark.parametrize("method", [LORA, *RESIDUAL, *RESIDUAL_EXPERTS], ids=str)
+def test_a_scaling_set_afterwards_belongs_to_the_branch_alone(method: Method) -> None:
+    base = logits(llama().requires_grad_(False))
+    model = adapted_away_from_start(method, llama())
+    for module in model.modules():
+        if isinstance(module, method.module):
+            module.scaling *= 0.5
+    with lr.disable_adapter(model):
+        assert_base(method, logits(model), base)
+    assert_base(method, logits(lr.unload(model, merge=False)), base)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_that_overlap(first: int, merged: bool) -> None:
+    """As of two generators: whichever ends first, the adapter is off until both have."""
+
+    def outputs(model: nn.Module) -> Iterator[Tensor]:
+        with lr.disable_adapter(model):
+            while True:
+                yield logits(model)
+
+    base = logits(llama().requires_grad_(False))
+    model = adapted_away_from_start(LORA, llama())
+    if merged:
+        lr.merge(model)
+    expected = logits(model)
+    runs = [outputs(model), outputs(model)]
+    assert all(torch.equal(next(run), base) for run in runs)
+    runs[first].close()
+    assert torch.equal(next(runs[1 - first]), base)
+    runs[1 - first].close()
+    assert torch.equal(logits(model), expected)
+    assert {m.merged for m in model.modules() if isinstance(m, LORA.module)} == {merged}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("action", [lr.merge, lr.unload])
+def test_no_merging_inside_of_a_block(action: Callable, merged: bool) -> None:
+    base = logits(llama().requires_grad_(False))
+    model = adapted_away_from_start(LORA, llama())
+    if merged:
+        lr.merge(model)
+    expected = logits(model)
+    with lr.disable_adapter(model):
+        with pytest.raises(ValueError, match=r"lr\.disable_adapter"):
+            action(model)
+        with pytest.raises(ValueError, match="the adapter must act"):
+            next(m for m in model.modules() if isinstance(m, LORA.module)).merge()
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_merge_on_leaving_is_done_whole_or_not_at_all(raises: bool) -> None:
+    model = lr.merge(adapted_away_from_start(LORA, llama()))
+    modules = [m for m in model.modules() if isinstance(m, LORA.module)]
+    plain = [m.unmerged_weight.clone() for m in modules]
+    message = r"disable_adapter: model\.layers\.1\..*must be finite"
+    with pytest.raises(KeyError if raises else ValueError) as caught, lr.disable_adapter(model):
+        with torch.no_grad():
+            modules[-1].lora_b.fill_(torch.inf)
+        if raises:
+            raise KeyError("the caller's own")
+    said = caught.value.__notes__[0] if raises else str(caught.value)
+    assert re.search(message, said)
+    assert not any(m.merged or m.blocks for m in modules)
+    assert all(torch.equal(m.weight, w) for m, w in zip(modules, plain, strict=True))

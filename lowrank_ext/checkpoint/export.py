@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.adapter_files import check_can_hold_adapter, write_tensor_file
+from lowrank_ext.adapter_format import rounded
 from lowrank_ext.checkpoint.layout import LORA_A, LORA_B
 from lowrank_ext.checkpoint.lora_files import LoRATensors
 from lowrank_ext.checkpoint.peft_config import ModuleNumbers
 from lowrank_ext.checkpoint.save import check_valued, config_of, write_adapter
-from lowrank_ext.checkpoint.save_warnings import lost_parameters
-from lowrank_ext.checks import check_choice
+from lowrank_ext.checkpoint.save_warnings import NOT_FINITE, lost_parameters, some
+from lowrank_ext.checks import check_choice, check_scaling
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import is_sharded
@@ -40,9 +41,9 @@ def export_lora(
 
     Exactly what the model computes in evaluation mode, up to rounding, for LoRA and PiSSA, LaMDA,
     AFLoRA, Set-and-Sequence (at the present scales) and ResLoRA with shortcut="block"; for its
-    other shortcuts, the estimate that ``merge`` makes. A residual start (PiSSA, LaMDA) is part of
-    the LoRA, so that it fits the base that was adapted. A scaling that was set after ``adapt``
-    counts. The model is not changed, and may be merged. Warns as ``save_adapter`` of parameters
+    other shortcuts, with a warning, the estimate that ``merge`` makes. A residual start (PiSSA,
+    LaMDA) is part of the LoRA, so that it fits the base that was adapted. A scaling that was set
+    after ``adapt`` counts. The model is not changed, and may be merged. Warns as ``save_adapter`` of parameters
     that train and that the files do not hold.
 
     The rank is the adapter's; twice that for PiSSA, and the sum over the chain for ResLoRA's block.
@@ -80,6 +81,8 @@ def export_lora(
                 f"{list(config.modules_to_save)}"
             )
         _check_exportable(modules, caller)
+        for text in _estimates(modules):
+            warnings.warn(f"{caller}: {text}", stacklevel=2)
         check_valued(model, modules, config, caller)
         saved = outermost_modules(model, config.modules_to_save).values()
         for text in lost_parameters(model, modules, saved):
@@ -88,7 +91,10 @@ def export_lora(
         if format == "peft":
             _write_for_peft(model, path, config, modules, loras)
         else:
-            write_tensor_file(Path(path) / DIFFUSERS_NAME, _for_diffusers(loras, component))
+            tensors = _for_diffusers(loras, component)
+            if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
+                warnings.warn(f"{caller}: {some(bad)} {NOT_FINITE}", stacklevel=2)
+            write_tensor_file(Path(path) / DIFFUSERS_NAME, tensors)
 
 
 def _check_exportable(modules: Mapping[str, LowRankLinear], caller: str) -> None:
@@ -100,6 +106,13 @@ def _check_exportable(modules: Mapping[str, LowRankLinear], caller: str) -> None
             )
         if any(is_sharded(tensor) for tensor in module.adapter_tensors().values()):
             raise ValueError(f"{caller}: {path or 'the model'} must not be sharded")
+        check_scaling(module.scaling, f"{caller}: {path or 'the model'}")
+
+
+def _estimates(modules: Mapping[str, LowRankLinear]) -> list[str]:
+    """That the LoRA is not what the model computes, where it is not."""
+    found = [(path, why) for path, m in modules.items() if (why := m.merge_is_estimate)]
+    return [f"{some([p for p, _ in found])} can only be estimated: {found[0][1]}"] if found else []
 
 
 @torch.no_grad()
@@ -156,7 +169,7 @@ def _alpha(module: LowRankLinear, lora: LoRATensors, rslora: bool) -> float:
 def _for_diffusers(loras: Mapping[str, LoRATensors], component: str) -> dict[str, Tensor]:
     tensors = {}
     for path, (lora_a, lora_b, scaling) in loras.items():
-        scaled = lora_b if scaling == 1 else scaling * lora_b
+        scaled = lora_b if scaling == 1 else rounded(scaling * lora_b.double(), lora_b)
         for kind, tensor in ((LORA_A, lora_a), (LORA_B, scaled)):
             tensors[f"{component}.{path}.{kind}"] = tensor.detach().cpu().clone().contiguous()
     return tensors

@@ -9,7 +9,9 @@ _KEPT = "base_layer."
 
 class BaseKeys(nn.Module):
     """State dict of a module that keeps its base, where that is more than a plain linear, in
-    ``base_layer``: the base's tensors have the keys that they have in the base itself.
+    ``base_layer``: the base's tensors have the keys that they have in the base itself, and
+    ``base_layer.`` before them only where the module has a tensor of that name (the base has
+    adapters of its own, as in a recursive model).
 
     A state dict with ``base_layer.`` in its keys loads, too.
     """
@@ -21,7 +23,9 @@ class BaseKeys(nn.Module):
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for key in [key for key in state if key.startswith(prefix + _KEPT)]:
-            state[prefix + key.removeprefix(prefix + _KEPT)] = state.pop(key)
+            short = prefix + key.removeprefix(prefix + _KEPT)
+            if short not in state:
+                state[short] = state.pop(key)
         return state
 
     def _load_from_state_dict(

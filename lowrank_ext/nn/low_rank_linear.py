@@ -49,7 +49,7 @@ class LowRankLinear(ResidualBase):
         lora_b: [N, r].
         merged: whether the branch is inside the base weight right now.
         residual_taken: whether the initial branch has been subtracted from the base weight.
-        enabled: False inside of ``lowrank_ext.disable_adapter``.
+        blocks: the number of ``lowrank_ext.disable_adapter`` blocks that the module is in.
 
     State dict. Unmerged: the base's keys, the branch's tensors and the buffers of a residual init.
     Merged: exactly the base's keys, holding the merged weight, as the plain module would have them;
@@ -70,6 +70,8 @@ class LowRankLinear(ResidualBase):
     residual_constants: ClassVar[tuple[str, ...]] = ()
     # Why the branch of this method cannot be put into a weight; "" where it can.
     unmergeable_because: ClassVar[str] = ""
+    # How far a merge is from the branch, where it is only an estimate of it.
+    merge_is_estimate = ""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -111,13 +113,14 @@ class LowRankLinear(ResidualBase):
         self.out_features = out_features
         self.r = config.r
         self.alpha = config.alpha_for("")
-        self.scaling = config.scaling_for("", in_features)
+        self.scaling = self.start_scaling = config.scaling_for("", in_features)
         self.dropout = float(config.dropout)
         self.init = config.init
         self.fan_in_fan_out = base is not None and is_conv1d(base)
         self.merged = False
         self.residual_taken = False
-        self.enabled = True
+        self.blocks = 0
+        self.merges_after_blocks = False
         if base is None:
             self._make_base(bias, device, dtype)
         else:
@@ -279,8 +282,9 @@ class LowRankLinear(ResidualBase):
         Raises:
             TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or
                 the branch is no single matrix.
-            ValueError: the weight has no values (meta, offloaded), or the merged one has inf or
-                nan. In all cases nothing has changed.
+            ValueError: the weight has no values (meta, offloaded), the merged one has inf or nan,
+                or the adapter is switched off by ``disable_adapter``. In all cases nothing has
+                changed.
         """
         if self.merged:
             return
@@ -323,7 +327,7 @@ class LowRankLinear(ResidualBase):
         Further arguments go to the base."""
         if x is None or args or kwargs:
             x, args, kwargs = split_call(self, args if x is None else (x, *args), kwargs)
-        if not self.enabled:
+        if self.blocks:
             return self.disabled_output(x, *args, **kwargs)
         if self.merged:
             y = self.base_output(x, *args, **kwargs)
@@ -391,7 +395,8 @@ class LowRankLinear(ResidualBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.enabled = True  # a copy is not in the block of disable_adapter that it was made in
+        # A copy is not in the block of disable_adapter that it was made in.
+        self.blocks, self.merges_after_blocks = 0, False
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -15,11 +15,17 @@ def merged_weight(module: "LowRankLinear") -> Tensor:
     Raises:
         TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or the
             branch is no single matrix.
-        ValueError: the weight has no values, or the sum is not finite in its dtype.
+        ValueError: the weight has no values, the sum is not finite in its dtype, or the adapter is
+            switched off.
     """
     owner = f"{type(module).__name__}.merge"
     if module.unmergeable_because:
         raise TypeError(f"{owner}: the branch must be one matrix, {module.unmergeable_because}")
+    if module.blocks:
+        raise ValueError(
+            f"{owner}: the adapter must act, got one that lr.disable_adapter has switched off; "
+            "merge after its block"
+        )
     weight = module.mergeable_parameter
     if weight is None:
         base = module if module.base_layer is None else module.base_layer

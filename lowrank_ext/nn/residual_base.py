@@ -13,9 +13,12 @@ class ResidualBase(WrappedBase):
 
     Attributes:
         residual_taken: whether it has been taken out.
+        start_scaling: the scaling that it had then; ``scaling`` may be set to another afterwards.
     """
 
     residual_taken: bool
+    scaling: float
+    start_scaling: float
     unmerged_weight: Tensor | None
 
     def start_branch(self) -> dict[str, Any]:
@@ -43,6 +46,7 @@ class ResidualBase(WrappedBase):
         Part of ``reset_adapter``; a loader calls it after filling the buffers of a residual init.
         """
         if not self.residual_taken:
+            self.start_scaling = self.scaling
             self._add_to_weight(self._require_weight("take_residual"), -self._initial_delta())
             self.residual_taken = True
 

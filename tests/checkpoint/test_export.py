@@ -87,17 +87,17 @@ def test_a_lora_is_exported_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [INPUT, MIDDLE], ids=str)
 def test_an_estimate_is_that_of_merge(method: Method, tmp_path: Path) -> None:
     model = adapted_away_from_start(method, llama(), target_modules=["q_proj"])
-    lr.export_lora(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"can only be estimated.*reslora_merge_error"):
+        lr.export_lora(model, tmp_path)
     check_readers(tmp_path, llama, logits(lr.merge(model)))
 
 
 @pytest.mark.parametrize("method", SOME, ids=str)
 def test_a_merged_model_and_a_changed_scaling(method: Method, tmp_path: Path) -> None:
     model = adapted_away_from_start(method, llama(), target_modules=["q_proj", "down_proj"])
-    if method.init not in method.module.residual_inits:  # whose start has the scaling, too
-        for module in model.modules():
-            if isinstance(module, method.module):
-                module.scaling *= 0.3
+    for module in model.modules():
+        if isinstance(module, method.module):
+            module.scaling *= 0.3
     expected = logits(model)
     lr.export_lora(lr.merge(model), tmp_path)
     check_readers(tmp_path, llama, expected)
@@ -136,3 +136,45 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"export_lora: .*q_proj: .*lr.reslora_statistics"):
         lr.export_lora(unmeasured, path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers"])
+def test_what_is_not_finite_is_said(format: str, tmp_path: Path) -> None:
+    plain = next(m for m in METHODS if str(m) == "lora-kaiming")
+    model = adapted_away_from_start(plain, llama(), target_modules=["q_proj"])
+    module = next(m for m in model.modules() if isinstance(m, plain.module))
+    with torch.no_grad():
+        module.lora_b[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="export_lora: .* hold inf or nan"):
+        lr.export_lora(model, tmp_path, format=format)
+
+
+def test_a_scaling_is_multiplied_in_without_rounding_or_overflow(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    plain = next(m for m in METHODS if str(m) == "lora-kaiming")
+    model = adapted_away_from_start(
+        plain, llama(torch.float16), target_modules=["q_proj"], alpha=100, adapter_dtype="base"
+    )
+    module = next(m for m in model.modules() if isinstance(m, plain.module))
+    with torch.no_grad():
+        module.lora_b.fill_(3000.0)
+    lr.export_lora(model, tmp_path, format="diffusers")
+    written = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    lora_b = next(tensor for key, tensor in written.items() if key.endswith("lora_B.weight"))
+    assert lora_b.dtype == torch.float32
+    torch.testing.assert_close(
+        lora_b, torch.full_like(lora_b, 3000.0 * module.scaling), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.0])
+def test_a_scaling_that_no_file_can_hold(scaling: float, tmp_path: Path) -> None:
+    plain = next(m for m in METHODS if str(m) == "lora-pissa")
+    model = adapted_away_from_start(plain, llama(), target_modules=["q_proj"])
+    next(m for m in model.modules() if isinstance(m, plain.module)).scaling = scaling
+    with pytest.raises(
+        ValueError, match=r"export_lora: model\.layers\.0\.self_attn\.q_proj: scaling"
+    ):
+        lr.export_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -137,3 +137,30 @@ def test_save_pretrained_of_a_merged_model_with_hooks(tmp_path: Path) -> None:
         again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
         assert torch.equal(again(input_ids=ids).logits, expected)
     assert model.model.layers[0].self_attn.q_proj.base_layer.calls
+
+
+class OwnAdapter(nn.Linear):
+    """A base with a tensor that is named as one of the adapter, as a RelaxedLinear has."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.lora_a = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.lora_a.mT
+
+
+def test_tensors_of_one_name_both_have_a_key() -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(2)
+        return lr.adapt(nn.Sequential(OwnAdapter()), lr.LoRAConfig(r=2, target_modules=["0"]))
+
+    trained = model()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    state = trained.state_dict()
+    assert set(state) == {"0.lora_a", "0.lora_b", "0.base_layer.lora_a", "0.weight", "0.bias"}
+    other, x = model(), torch.randn(6, 4)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), trained(x))

@@ -65,7 +65,7 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         module_class = self.method.module_class
         for name, other in self.named_adapters().items():
             same = (config.init, config.r) == (other.init, other.r)
-            same = same and config.scaling_for("", self.in_features) == other.scaling
+            same = same and config.scaling_for("", self.in_features) == other.start_scaling
             starts = config.init in module_class.residual_inits or other.residual_taken
             if starts and not same:
                 raise ValueError(
@@ -232,7 +232,7 @@ def _share_start(adapter: LowRankLinear, other: LowRankLinear) -> None:
     for name in (*other.residual_starts, *other.residual_constants):
         adapter.adapter_tensors()[name].copy_(held[name])
     adapter.begin_at_start()
-    adapter.residual_taken = True
+    adapter.residual_taken, adapter.start_scaling = True, other.start_scaling
 
 
 def _assign(adapter: LowRankLinear, name: str, tensor: Tensor) -> None:

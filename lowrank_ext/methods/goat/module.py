@@ -112,7 +112,7 @@ class GOATLinear(LowRankLinear):
         # Σ Bᵢ Aᵢ as one product of [N, r] and [r, K]
         lora_a = self.lora_a_init.flatten(0, 1)
         lora_b = self.lora_b_init.transpose(0, 1).flatten(1)
-        scaling = self.residual_factor * self.scaling
+        scaling = self.residual_factor * self.start_scaling
         return {"lora_a": lora_a, "lora_b": lora_b, "scaling": scaling}
 
     def delta_weight(self) -> Tensor:

@@ -29,6 +29,7 @@ class LaMDAFormat(AdapterFormat):
         if not module.residual_taken:
             return lora_a, lora_b
         start = module.get_buffer("lora_b_init").double() * module.get_buffer("core_init").double()
+        start = (module.start_scaling / module.scaling) * start
         return lora_a, rounded(module.with_scales(module.lora_b) - start, lora_b)
 
     def options(self, stored: StoredConfig) -> dict[str, Any]:

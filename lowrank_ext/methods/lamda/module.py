@@ -73,4 +73,4 @@ class LaMDALinear(ScheduledLinear):
 
     def start_branch(self) -> dict[str, Any]:
         start = {"lora_a": self.lora_a, "lora_b": self.lora_b_init, "core": self.core_init.diag()}
-        return {**start, "scaling": self.scaling}
+        return {**start, "scaling": self.start_scaling}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ext.adapter_files import AdapterFiles
-from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig
+from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig, rounded
 from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, whole
 from lowrank_ext.checks import check_alpha, check_rank
 from lowrank_ext.config import AdapterConfig
@@ -46,15 +46,18 @@ class LoRAFormat(AdapterFormat):
     def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
         if config.init != "pissa":
             return super().tensors(module, config)
-        lora_a, lora_b = self.lora_factors(module)
+        lora_a, lora_b = _with_start(module)  # of one scaling: a file has no other
         return {LORA_A: lora_a, LORA_B: lora_b}
 
     def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
         if not module.residual_taken:
             return super().lora_factors(module)
-        a, a_init = gathered(module.lora_a), gathered(module.get_buffer("lora_a_init"))
-        b, b_init = gathered(module.lora_b), gathered(module.get_buffer("lora_b_init"))
-        return torch.cat([a, a_init]), torch.cat([b, -b_init], dim=1)
+        lora_a, lora_b = _with_start(module)
+        if module.scaling == module.start_scaling:
+            return lora_a, lora_b
+        start = torch.ones(2 * module.r, dtype=torch.float64, device=lora_b.device)
+        start[module.r :] = module.start_scaling / module.scaling
+        return lora_a, rounded(lora_b.double() * start, lora_b)
 
     def fields(
         self, config: AdapterConfig, numbers: Mapping[str, Any]
@@ -102,6 +105,13 @@ class LoRAFormat(AdapterFormat):
                 "path_initial_model_for_weight_conversion"
             )
         return {**stored.shared, "init": _PEFT_INITS[init]}
+
+
+def _with_start(module: LowRankLinear) -> tuple[Tensor, Tensor]:
+    """[A; A_init] and [B, -B_init] of a module with a residual base."""
+    a, a_init = gathered(module.lora_a), gathered(module.get_buffer("lora_a_init"))
+    b, b_init = gathered(module.lora_b), gathered(module.get_buffer("lora_b_init"))
+    return torch.cat([a, a_init]), torch.cat([b, -b_init], dim=1)
 
 
 def _doubled(numbers: Mapping[str, Any], rslora: bool) -> dict[str, Any]:

@@ -69,4 +69,4 @@ class LoRALinear(LowRankLinear):
 
     def start_branch(self) -> dict[str, Any]:
         start = {"lora_a": self.lora_a_init, "lora_b": self.lora_b_init}
-        return {**start, "scaling": self.scaling}
+        return {**start, "scaling": self.start_scaling}

@@ -301,6 +301,15 @@ class ResLoRALinear(LowRankLinear):
         delta = self.scaling * (lora_b @ lora_a)
         return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
 
+    @property
+    def merge_is_estimate(self) -> str:  # type: ignore[override]
+        if self.shortcut == "block" or self.chain is None:
+            return ""
+        return (
+            f"shortcut={self.shortcut!r} lets a branch see inputs of other layers; "
+            "lr.reslora_merge_error measures what is lost"
+        )
+
     def merged_factors(self) -> tuple[Tensor, Tensor]:
         """lora_a [R, K] and lora_b [N, R] in fp64: delta_weight is scaling · lora_b lora_a.
 
