@@ -96,7 +96,7 @@ def _all_merged(modules: dict[str, LowRankLinear]) -> bool:
 
 def merge_all(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
     """Merge what is not merged yet: all of it, or on any error nothing."""
-    _check_mergeable(model, modules, caller)
+    check_mergeable(model, modules, caller)
     new = {path: module for path, module in modules.items() if not module.merged}
     try:
         for path, module in new.items():
@@ -114,7 +114,7 @@ def _merge_one(path: str, module: LowRankLinear, caller: str) -> None:
         raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
 
 
-def _check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
+def check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
     """Raise where a module that is not merged yet cannot be."""
     modules = {path: module for path, module in modules.items() if not module.merged}
     for path, module in modules.items():

@@ -43,8 +43,8 @@ def export_lora(
     AFLoRA, Set-and-Sequence (at the present scales) and ResLoRA with shortcut="block"; for its
     other shortcuts, with a warning, the estimate that ``merge`` makes. A residual start (PiSSA,
     LaMDA) is part of the LoRA, so that it fits the base that was adapted. A scaling that was set
-    after ``adapt`` counts. The model is not changed, and may be merged. Warns as ``save_adapter`` of parameters
-    that train and that the files do not hold.
+    after ``adapt`` counts. The model is not changed, and may be merged. Warns as ``save_adapter``
+    of parameters that train and that the files do not hold.
 
     The rank is the adapter's; twice that for PiSSA, and the sum over the chain for ResLoRA's block.
     Factors keep their dtype where no product is taken, else they are float32.

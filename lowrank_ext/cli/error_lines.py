@@ -33,7 +33,7 @@ def errors_as_lines(prints_result: bool = False) -> Iterator[None]:
         typer.echo(one_line(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt as stopped:
-        typer.echo("stopped at once; the last checkpoint, if any, is kept", err=True)
+        typer.echo("stopped at once; what was complete before is kept", err=True)
         code = stopped.exit_code if isinstance(stopped, StoppedAtOnce) else EXIT_INTERRUPTED
         raise typer.Exit(code) from None
     except Exception as error:

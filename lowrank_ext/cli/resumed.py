@@ -18,13 +18,14 @@ def check_same_settings(
         stored: those of the run.
         names: of the settings whose option has another name.
     """
+    arguments = {p.name for p in context.command.params if p.param_type_name == "argument"}
     for option in context.params:
         if option in ("out", "resume") or not is_given(context, option):
             continue
         name = names.get(option, option)
         was, now = stored[name], asked[name]
         if was != now and not (name == "steps" and now > was):
-            flag = "--" + option.replace("_", "-")
+            flag = option.upper() if option in arguments else "--" + option.replace("_", "-")
             raise UserError(
                 f"--resume: {flag} was {_shown(was)}, got {_shown(now)}; leave it out or start anew"
             )

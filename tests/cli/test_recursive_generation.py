@@ -98,7 +98,10 @@ def test_calibration_gives_a_rule_that_can_be_typed(recursive_model: Path, text_
         ({"calibrate": "magin"}, ("--calibrate must be one of", "did you mean margin?")),
         ({"target": 1.1}, ("--target must be between 0 and 1, got 1.1",)),
         ({"seq_len": 65}, ("--seq-len must be at most 64",)),
-        ({"calibrate": "margin", "eval_batches": 1}, ("at least 4 sequences, got 2",)),
+        (
+            {"calibrate": "margin", "eval_batches": 1},
+            ("--calibrate needs 4 sequences", "got 2", "raise --batch"),
+        ),
         ({"text": "/no/text"}, ("--text /no/text: no such file",)),
     ],
 )
@@ -112,8 +115,8 @@ def test_wrong_options_of_evaluate(
     ("text", "words"),
     [
         ("top_probabilty:0.9", ("--exit must be one of", "did you mean top_probability?")),
-        ("margin", ("--exit margin", "thresholds must have at least one entry")),
-        ("margin:x", ("--exit margin: could not convert string to float: 'x'",)),
+        ("margin", ("--exit margin must have a threshold, margin:0.9",)),
+        ("margin:x", ("--exit margin: thresholds must be numbers", "got 'x'")),
         ("margin:nan", ("--exit margin", "thresholds must be finite")),
         ("margin:0.1,0.2", ("a model of 2 loops takes one threshold or 1, got 2",)),
         ("agreement:1", ("--exit agreement takes no value",)),
@@ -132,6 +135,13 @@ def test_rules() -> None:
 
 
 # -------------------------------------------------------------------------------- generate
+
+
+def test_the_output_of_uptrain_names_its_model(recursive_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model").symlink_to(recursive_model)
+    message = f"whose model is {tmp_path / 'out' / 'model'}"
+    check_error(generate(tmp_path / "out", prompt="a"), message)
 
 
 def generate(directory: Path, *flags: str, **options: Any) -> Any:

@@ -200,7 +200,7 @@ def test_more_steps_extend_a_run(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     check_error(resume(out, steps=STEPS - 1), "--resume: --steps was 4, got 3")
     check_error(resume(out, lr=0.1), "--resume: --lr was 0.002, got 0.1")
-    check_error(resume(out, str(tmp_path)), "--resume: --directory was")
+    check_error(resume(out, str(tmp_path)), "--resume: DIRECTORY was")
     result = resume(out, steps=STEPS + 1)
     assert result.exit_code == 0, result.output
     assert "5 steps instead of 4" in result.stdout

@@ -1,6 +1,7 @@
 """The methods as methods of PEFT: get_peft_model, named adapters, files, merging."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -235,8 +236,26 @@ def test_unload_gives_the_base(name: str) -> None:
 
 
 def test_goat_refuses_to_merge() -> None:
-    with pytest.raises(TypeError, match="the branch must be one matrix"):
+    with pytest.raises(TypeError, match="a branch that is one matrix"):
         peft_model("goat").merge_and_unload()
+
+
+@by_own
+def test_a_tied_weight_is_not_merged(name: str) -> None:
+    """Two modules share it: each would add its branch to the weight of both."""
+    base = llama()
+    layers = base.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    config = dataclasses.replace(CONFIGS[name], target_modules=["mlp.up_proj"], rank_pattern={})
+    if config.init in ("svd_residual", "goat"):
+        with pytest.raises(ValueError, match="tied to"):
+            peft.get_peft_model(base, lr.peft_config(config))
+        return
+    model = trained(peft.get_peft_model(base, lr.peft_config(config)))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="must be its own, got one tied to"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), expected)
 
 
 @by_own

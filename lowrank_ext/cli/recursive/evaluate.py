@@ -24,6 +24,7 @@ from lowrank_ext.cli.recursive.models import (
     shown_rule,
 )
 from lowrank_ext.cli.settings import check_at_least, check_choice
+from lowrank_ext.methods.recursive.calibration import LEAST_SEQUENCES
 from lowrank_ext.methods.recursive.exits import MEASURES
 
 DEFAULT_TARGET = 0.95
@@ -101,6 +102,11 @@ def run(options: Options, console: Console) -> None:
 def _calibrated(model: Any, corpus: Corpus, options: Options) -> Any:
     """On text that training may have seen, never on the held-out part."""
     rows = corpus.train[: options.batch * options.eval_batches]
+    if len(rows) < LEAST_SEQUENCES:
+        raise UserError(
+            f"--calibrate needs {LEAST_SEQUENCES} sequences of the training part, got {len(rows)}; "
+            "raise --batch or --eval-batches, or give a longer --text"
+        )
     target = DEFAULT_TARGET if options.target is None else options.target
     return lr.recursive.calibrate(
         model, rows.split(options.batch), measure=options.calibrate or "", target=target

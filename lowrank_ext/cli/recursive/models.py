@@ -30,6 +30,10 @@ def load_recursive(directory: Path, dtype: str) -> LoadedModel:
     """The model that `convert` or `uptrain` wrote, in evaluation mode, with its tokenizer. Raises
     UserError for a directory that holds no such model."""
     require_directory(str(directory), directory)
+    if not (directory / "config.json").exists() and (directory / "model" / "config.json").exists():
+        raise UserError(
+            f"{directory} is the --out of uptrain, whose model is {directory / 'model'}"
+        )
     prepare_transformers()
     with as_user_error(f"cannot load {directory}", OSError, ValueError, TypeError):
         model = lr.recursive.load(directory, dtype=resolve_dtype(dtype))
@@ -68,8 +72,10 @@ def parse_rule(text: str, num_loops: int | None = None) -> lr.recursive.ExitRule
     values = [part.strip() for part in rest.split(",")] if rest else []
     if name == FIXED:
         return _fixed(values, num_loops)
+    thresholds = [None if value == NEVER else _threshold(name, value) for value in values]
+    if not thresholds:
+        raise UserError(f"--exit {name} must have a threshold, {name}:0.9, got none")
     with as_user_error(f"--exit {name}", ValueError):
-        thresholds = [None if value == NEVER else float(value) for value in values]
         rule = lr.recursive.Confidence(name, thresholds)
     if num_loops is not None and len(thresholds) not in (1, num_loops - 1):
         raise UserError(
@@ -77,6 +83,15 @@ def parse_rule(text: str, num_loops: int | None = None) -> lr.recursive.ExitRule
             f"got {len(thresholds)}"
         )
     return rule
+
+
+def _threshold(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(
+            f"--exit {name}: thresholds must be numbers or {NEVER!r}, as {name}:0.9, got {value!r}"
+        ) from None
 
 
 def _fixed(values: Sequence[str], num_loops: int | None) -> lr.recursive.ExitRule:

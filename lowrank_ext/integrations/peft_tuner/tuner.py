@@ -16,6 +16,7 @@ from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
 from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, layer_class_for
 from lowrank_ext.left_out import left_out
+from lowrank_ext.merging import check_mergeable
 from lowrank_ext.registry import Method
 from lowrank_ext.targets import check_adaptable
 
@@ -128,6 +129,17 @@ class LowRankTuner(BaseTuner):
                 base = adapter.base_parameter
                 if not autocast_adapter_dtype and base is not None:
                     adapter.to(base.dtype)
+
+    def _check_merge_allowed(self) -> None:
+        """Raise before the first weight is written, as ``lr.merge``."""
+        super()._check_merge_allowed()
+        active = {
+            path: layer.adapter(name)
+            for path, layer in _layers(self.model)
+            for name in layer.active_adapters
+            if name in layer.adapters
+        }
+        check_mergeable(self.model, active, "merge_adapter")
 
     # ---- files
 

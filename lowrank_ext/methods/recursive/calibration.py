@@ -13,6 +13,7 @@ from lowrank_ext.methods.recursive.exits import MEASURES, Confidence, confidence
 from lowrank_ext.methods.recursive.model import Loops
 
 _HELD_OUT = 4  # every fourth sequence
+LEAST_SEQUENCES = _HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def calibrate(
     held_out = sequences % _HELD_OUT == _HELD_OUT - 1
     if not held_out.any():
         raise ValueError(
-            f"{owner}: batches must hold at least {_HELD_OUT} sequences, got "
+            f"{owner}: batches must hold at least {LEAST_SEQUENCES} sequences, got "
             f"{int(sequences.max()) + 1}"
         )
     sign = -1.0 if measure == "entropy" else 1.0  # then a high score is a sure one

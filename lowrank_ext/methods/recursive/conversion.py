@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapt_warnings import has_optimizer
 from lowrank_ext.checks import matches_names, matching_pattern
+from lowrank_ext.config import ALL_LINEAR
 from lowrank_ext.left_out import readers
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.model import is_recursive, make_recursive
@@ -123,7 +124,12 @@ def check_targets(decoder: Decoder, config: RecursiveConfig, caller: str) -> Non
     if not config.is_relaxed:
         return
     linears = {path: m for layer in decoder.layers for path, m in linears_of(layer).items()}
-    shown = f"linears of a layer: {', '.join(linears) or 'none'}"
+    if not linears:
+        raise ValueError(
+            f"{caller}: rank must be 0 for a model whose layers have no nn.Linear (transformers' "
+            f"Conv1D gets no adapters of loops), got {config.rank!r}"
+        )
+    shown = f"linears of a layer: {', '.join(linears)}"
     targets = () if isinstance(config.targets, str) else config.targets
     ranks = config.rank if isinstance(config.rank, Mapping) else ()
     unused = {
@@ -136,7 +142,8 @@ def check_targets(decoder: Decoder, config: RecursiveConfig, caller: str) -> Non
     if not any(config.rank_for(path, m.in_features, m.out_features) for path, m in linears.items()):
         raise ValueError(
             f"{caller}: targets and rank must select a linear, got targets={config.targets!r} and "
-            f"rank={config.rank!r}; {shown}"
+            f"rank={config.rank!r}; a string is {ALL_LINEAR!r} or one regular expression for the "
+            f"whole path, names go into a list; {shown}"
         )
 
 

@@ -21,6 +21,7 @@ from lowrank_ext.methods.recursive.exits import (
     ExitRows,
     ExitRule,
     check_rule,
+    exit_decisions,
     oracle_loops,
 )
 from lowrank_ext.methods.recursive.loop_outputs import collected_loops, exit_logits
@@ -242,15 +243,16 @@ def _exits(
     if not asked.any():
         return leaves
     own = asked.to(logits.device)
-    leaves[asked] = rule.exits(
+    leaves[asked] = exit_decisions(
+        rule,
         ExitRows(
             loop,
             where.sequences[rows][asked].tolist(),
             where.indices[rows][asked].tolist(),
             logits[own],
             None if earlier is None else earlier[own],
-        )
-    ).cpu()
+        ),
+    )
     return leaves
 
 

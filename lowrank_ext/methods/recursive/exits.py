@@ -76,12 +76,26 @@ class ForcedExits:
     loops: Mapping[object, Sequence[int]]
     needs_logits = False
 
+    def __post_init__(self) -> None:
+        for request, loops in self.loops.items():
+            if not isinstance(loops, list | tuple) or not loops:
+                raise ValueError(
+                    f"ForcedExits: loops must hold at least one loop for request {request!r}, got "
+                    f"{loops!r}"
+                )
+            for loop in loops:
+                check_count(loop, 0, "ForcedExits", f"loops[{request!r}]")
+
     def exits(self, rows: ExitRows) -> Tensor:
         return torch.tensor(
             [self._at(*row) <= rows.loop for row in zip(rows.requests, rows.indices, strict=True)]
         )
 
     def _at(self, request: object, index: int) -> int:
+        if request not in self.loops:
+            raise ValueError(
+                f"ForcedExits: loops must hold every request, got none for {request!r}"
+            )
         loops = self.loops[request]
         return loops[min(index, len(loops) - 1)]
 
@@ -115,8 +129,15 @@ class Confidence:
         if not self.thresholds:
             raise ValueError("Confidence: thresholds must have at least one entry, got none")
         for value in self.thresholds:
-            if value is not None:
-                check_finite(value, "Confidence", "thresholds")
+            if value is None:
+                continue
+            check_finite(value, "Confidence", "thresholds")
+            if value < 0 or (value > 1 and self.measure != "entropy"):
+                limits = "at least 0" if self.measure == "entropy" else "from 0 to 1"
+                raise ValueError(
+                    f"Confidence: thresholds of {self.measure} must be {limits}, got {value}; None "
+                    "for a loop after which no token exits"
+                )
         object.__setattr__(self, "thresholds", tuple(self.thresholds))
 
     def exits(self, rows: ExitRows) -> Tensor:
@@ -153,11 +174,38 @@ def check_rule(rule: object, num_loops: int, owner: str) -> None:
         raise ValueError(
             f"{owner}: loop must be at most {num_loops - 1}, the last one, got {rule.loop}"
         )
+    if isinstance(rule, ForcedExits):
+        last = max((max(loops) for loops in rule.loops.values()), default=0)
+        if last >= num_loops:
+            raise ValueError(
+                f"{owner}: loops must be at most {num_loops - 1}, the last one, got {last}"
+            )
     if isinstance(rule, Confidence) and len(rule.thresholds) not in (1, num_loops - 1):
         raise ValueError(
             f"{owner}: thresholds must be one, or {num_loops - 1} for a model of {num_loops} "
             f"loops, got {len(rule.thresholds)}"
         )
+
+
+def exit_decisions(rule: ExitRule, rows: ExitRows) -> Tensor:
+    """bool [R] on the CPU: which of the rows exit.
+
+    Raises:
+        TypeError: the rule gives anything but a bool for each row.
+    """
+    found = rule.exits(rows)
+    count = len(rows.requests)
+    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != (count,):
+        got = (
+            f"{found.dtype} {list(found.shape)}"
+            if isinstance(found, Tensor)
+            else type(found).__name__
+        )
+        raise TypeError(
+            f"{type(rule).__name__}.exits must give a bool tensor [{count}], one for each row, "
+            f"got {got}"
+        )
+    return found.cpu()
 
 
 def confidence(logits: Tensor, measure: str) -> Tensor:

@@ -71,6 +71,7 @@ def uptrain_loss(
     check_choice(loss, LOSSES, owner, "loss")
     check_choice(exit_loss, LOSSES, owner, "exit_loss")
     _check_teacher(teacher, loss, owner)
+    _check_vocabulary(model, teacher, owner)
     _check_own_loss(model, owner)
     if not isinstance(inputs.get("labels"), Tensor):
         raise ValueError(f"{owner}: inputs must hold labels, got {', '.join(inputs) or 'nothing'}")
@@ -150,6 +151,23 @@ def _check_teacher(teacher: nn.Module | None, loss: str, owner: str) -> None:
             f"{owner}: teacher must be given for all losses but 'ce', got loss={loss!r} "
             f"{'without' if teacher is None else 'with'} one"
         )
+
+
+def _check_vocabulary(model: nn.Module, teacher: nn.Module | None, owner: str) -> None:
+    """Raise before a token is looked up in a table that does not have it."""
+    if teacher is None:
+        return
+    own, other = (_vocabulary(unwrapped(each)) for each in (model, teacher))
+    if own is not None and other is not None and own != other:
+        raise ValueError(
+            f"{owner}: the teacher must have the model's vocabulary of {own} tokens, got {other}"
+        )
+
+
+def _vocabulary(model: Any) -> int | None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embeddings, "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def _check_own_loss(model: nn.Module, owner: str) -> None:

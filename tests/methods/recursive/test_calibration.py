@@ -165,7 +165,7 @@ def test_loops_are_measured(monkeypatch: Any) -> None:
 
 def test_without_an_exit_every_treatment_is_full_depth() -> None:
     model, data = recursive(), batches()
-    found = lr.recursive.evaluate(model, data, rule=lr.recursive.Confidence("margin", [2.0]))
+    found = lr.recursive.evaluate(model, data, rule=lr.recursive.Confidence("margin", [None]))
     assert list(found.outcomes) == list(SKIPPED)
     for outcome in found.outcomes.values():
         assert outcome.loss == pytest.approx(found.losses[-1], rel=1e-6)

@@ -503,7 +503,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any] | None, Any, ty
         None,
         RELAXED,
         ValueError,
-        "targets and rank must select a linear, .*linears of a layer: none",
+        "rank must be 0 for a model whose layers have no nn.Linear",
     ),
     "target": (
         decoder,

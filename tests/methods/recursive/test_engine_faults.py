@@ -342,3 +342,154 @@ def test_what_is_written_in_place_is_seen(expected) -> None:
         results = each.run()
         answers.append([results[i].tokens for i in range(COUNT)])
     assert answers[0] == answers[1] != expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("part", ["embed", "run", "logits", "on_token"])
+def test_an_engine_whose_step_was_interrupted_goes_no_further(
+    model, expected, monkeypatch, part, error
+) -> None:
+    """Some rows may have been done: to go on would repeat or skip a token."""
+    if part == "on_token" and error is ValueError:
+        pytest.skip("a callback's exceptions end its request alone")
+    engine = DepthwiseEngine(model, max_rows=3)
+    calls = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(part)
+        if len(calls) == 3:
+            raise error("in the middle")
+
+    add_all(engine, **({f"of_{i}": interrupt for i in range(3)} if part == "on_token" else {}))
+    if part != "on_token":
+        plain = getattr(engine._runner, part)
+
+        def wrapped(*args: object) -> object:
+            interrupt()
+            return plain(*args)
+
+        monkeypatch.setattr(engine._runner, part, wrapped)
+    with pytest.raises(error, match="in the middle"):
+        engine.run()
+    for again in (engine.step, engine.run, lambda: list(engine.stream())):
+        with pytest.raises(RuntimeError, match="a step before was interrupted"):
+            again()
+    for i in range(COUNT):
+        tokens_so_far = engine.result(i).tokens
+        assert tokens_so_far == expected[i][: len(tokens_so_far)]
+        engine.cancel(i)
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize("path", ["0.mlp", "2", "3.self_attn.q_proj"])
+def test_hooks_inside_of_layers_are_refused(kind, path) -> None:
+    """A module there runs the rows of all loops: a hook would act on those of others."""
+    model = tiny_recursive()
+    engine = DepthwiseEngine(model)
+    module = model.get_submodule(f"model.layers.{path}")
+    handle = getattr(module, f"register_{kind}")(lambda *_: None)
+    with pytest.raises(ValueError, match="must have no hooks"):
+        DepthwiseEngine(model)
+    if path != "2" and not path.startswith("3"):
+        with pytest.raises(RuntimeError, match="make a new engine"):
+            engine.add([1, 2])
+    handle.remove()
+    engine.add([1, 2])
+    model.model.embed_tokens.register_forward_hook(lambda *_: None)
+    DepthwiseEngine(model).add([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"), [("0.self_attn", "scaling", 3.0), ("1.input_layernorm", "eps", 0.5)]
+)
+def test_settings_that_change_are_noticed(path, name, value) -> None:
+    model = tiny_recursive()
+    engine = DepthwiseEngine(model)
+    module = model.get_submodule(f"model.layers.{path}")
+    name = name if hasattr(module, name) else "variance_epsilon"
+    setattr(module, name, value)
+    with pytest.raises(RuntimeError, match=rf"model\.layers\.{path}.*make a new engine"):
+        engine.add([1, 2])
+
+
+def test_attention_that_looks_ahead_is_refused() -> None:
+    model = tiny_recursive()
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="attention must look back only, got is_causal=False"):
+        DepthwiseEngine(model)
+    model = tiny_recursive()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="attention must look back only"):
+        DepthwiseEngine(model)
+
+
+def test_autocast_is_refused(model) -> None:
+    engine = DepthwiseEngine(model)
+    engine.add([1, 2], max_new_tokens=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        for action in (engine.step, lambda: DepthwiseEngine(model)):
+            with pytest.raises(RuntimeError, match="autocast must be off"):
+                action()
+    assert engine.run()[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[3]]}]
+)
+def test_what_generate_would_apply_is_said(options, recwarn) -> None:
+    model = tiny_recursive()
+    DepthwiseEngine(model)
+    assert not recwarn.list
+    model.generation_config.update(**options)
+    with pytest.warns(UserWarning, match=rf"{next(iter(options))}=.*the engine does not"):
+        DepthwiseEngine(model)
+
+
+class Answering:
+    """A rule that gives whatever it is told to."""
+
+    needs_logits = True
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+
+    def exits(self, rows) -> object:
+        return self.answer(len(rows.requests))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda n: torch.zeros(n, 1, dtype=torch.bool),
+        lambda n: torch.zeros(n),
+        lambda n: torch.zeros(n + 1, dtype=torch.bool),
+        lambda n: [False] * n,
+    ],
+)
+def test_a_rule_must_answer_with_a_bool_for_each_row(model, answer) -> None:
+    engine = DepthwiseEngine(model, max_rows=2, exit_rule=Answering(answer))
+    engine.add([1, 2, 3], max_new_tokens=4)
+    result = engine.run()[0]
+    assert result.finish_reason == "error"
+    assert "must give a bool tensor [1]" in (result.error or "")
+    with pytest.raises(TypeError, match="must give a bool tensor"):
+        evaluate(model, [torch.tensor([[1, 2, 3, 4]])], rule=Answering(answer))
+
+
+def test_tables_and_thresholds_that_cannot_be(model) -> None:
+    for loops in ({0: []}, {0: "01"}):
+        with pytest.raises(ValueError, match="must hold at least one loop for request 0"):
+            ForcedExits(loops)
+    with pytest.raises(ValueError, match="loops must be at most 2, the last one, got 7"):
+        DepthwiseEngine(model, exit_rule=ForcedExits({0: [7]}))
+    engine = DepthwiseEngine(model, exit_rule=ForcedExits({}))
+    engine.add([1, 2], max_new_tokens=3)
+    assert "must hold every request, got none for 0" in (engine.run()[0].error or "")
+    with pytest.raises(ValueError, match="must hold every request, got none for 0"):
+        evaluate(model, [torch.tensor([[1, 2, 3, 4]])], rule=ForcedExits({}))
+    for measure, bad in (("top_probability", 1.5), ("margin", -0.1), ("entropy", -1.0)):
+        with pytest.raises(ValueError, match=f"thresholds of {measure} must be"):
+            Confidence(measure, [bad])
+    with pytest.raises(TypeError, match=r"id must be hashable, got \[1\]"):
+        DepthwiseEngine(model).add([1], id=[1])

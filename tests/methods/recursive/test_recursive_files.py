@@ -379,3 +379,20 @@ def test_saving_changes_no_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert (snapshot(model), model.config.to_dict()) == before
     assert lr.recursive.is_recursive(model)
+
+
+@pytest.mark.parametrize("r", [2, 4])
+def test_adapters_over_the_loops_are_in_the_state_dict(r: int, tmp_path: Path) -> None:
+    """Both have tensors of one name: of equal shapes with r = 4, where a mix-up would not raise."""
+    model = recursive(rank=4)
+    adapted = lr.adapt(copy.deepcopy(model), lr.LoRAConfig(r=r))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    other = lr.adapt(copy.deepcopy(model), lr.LoRAConfig(r=r))
+    other.load_state_dict(adapted.state_dict())
+    assert torch.equal(other(tokens()).logits, adapted(tokens()).logits)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold tensors of the model only"):
+        lr.recursive.load(tmp_path)

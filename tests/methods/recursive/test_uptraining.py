@@ -189,9 +189,10 @@ def test_wrong_arguments(options: Any, error: type[Exception], message: str) -> 
 
 def test_what_does_not_fit_the_model() -> None:
     model, other = recursive(), copy.deepcopy(small_llama())
-    other.resize_token_embeddings(VOCABULARY + 1)
-    with pytest.raises(ValueError, match="both need one vocabulary"):
-        uptrain_loss(model, other, batch())
+    for size in (VOCABULARY + 1, 3):  # of the smaller one no token may be looked up
+        other.resize_token_embeddings(size)
+        with pytest.raises(ValueError, match=f"vocabulary of {VOCABULARY} tokens, got {size}"):
+            uptrain_loss(model, other, batch())
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="no loss of its own beside"):
         uptrain_loss(model, small_llama(), batch())

@@ -15,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ext.methods.recursive.engine.cache import SlotCache
+from lowrank_ext.methods.recursive.engine.model_checks import (
+    check_config,
+    check_like,
+    check_no_hooks,
+    parts_of,
+)
 from lowrank_ext.methods.recursive.engine.rows import (
     ATTENTION,
     KeysWritten,
@@ -50,7 +56,7 @@ class BlockRunner:
         self.model: Any = loops.decoder.model
         check_no_adapters(self.model, caller)  # of loop 0, they would serve all loops
         config: Any = self.model.config
-        _check_config(config.get_text_config(decoder=True), loops, caller)
+        check_config(config.get_text_config(decoder=True), loops, caller)
         own = copy.deepcopy(config)
         own._attn_implementation = ATTENTION
         _register_attention()
@@ -71,19 +77,24 @@ class BlockRunner:
 
         for part in (self._block, self._embedding, self._tail):
             _without_dropout(part)
-        self._built_on = _parts_of(self.model)
+        self._layer_paths = loops.decoder.path
+        self._built_on = self._parts()
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError unless the model has the modules and the memory of parameters that it
         had: values that are written in place are seen, others would not be."""
-        before, now = self._built_on, _parts_of(self.model)
+        before, now = self._built_on, self._parts()
         for path in [*before, *now]:
             if before.get(path) != now.get(path):
                 raise RuntimeError(
                     f"DepthwiseEngine: {path or 'the model'} must be what it was when the engine "
-                    "was made; after moving, casting, adapting or replacing parts of a model, or "
-                    "load_state_dict(assign=True), make a new engine"
+                    "was made; after moving, casting, adapting, hooking or replacing parts of a "
+                    "model, setting their options, or load_state_dict(assign=True), make a new "
+                    "engine"
                 )
+
+    def _parts(self) -> dict[str, tuple[object, ...]]:
+        return parts_of(self.model, self._layer_paths)
 
     @property
     def device(self) -> torch.device:
@@ -203,14 +214,6 @@ class BlockRunner:
         )
 
 
-def _parts_of(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, int]]]:
-    """Each module with the addresses of its own parameters, by path."""
-    return {
-        path: (module, {k: p.data_ptr() for k, p in module._parameters.items() if p is not None})
-        for path, module in model.named_modules()
-    }
-
-
 def _no_mask(count: int, device: torch.device) -> Tensor:
     """A mask of four dimensions, which models pass on as it is."""
     return torch.empty((1, 1, count, 0), device=device)
@@ -227,38 +230,14 @@ def _register_attention() -> None:
     AttentionInterface.register(ATTENTION, attention)
 
 
-def _check_config(config: Any, loops: Loops, caller: str) -> None:
-    """Raise ValueError for what the engine cannot do with any rows side by side."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        first = list(types[: loops.length])
-        for loop in range(loops.num_loops):
-            own = list(types[loop * loops.length : (loop + 1) * loops.length])
-            if own != first:
-                raise ValueError(
-                    f"{caller}: layers of one position must have one kind of attention, got "
-                    f"{first} in loop 0 and {own} in loop {loop}; choose a num_loops whose block "
-                    "holds whole periods"
-                )
-        for kind in set(types):
-            if kind not in ("full_attention", "sliding_attention"):
-                raise ValueError(f"{caller}: layers must have attention over a cache, got {kind!r}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if each.get("rope_type", "default") in ("dynamic", "longrope"):
-            raise ValueError(
-                f"{caller}: rotary angles must not depend on the length of other rows, got "
-                f"rope_type={each['rope_type']!r}"
-            )
-
-
 def _engine_copy(modules: list[nn.Module], k: int, config: Any) -> nn.Module:
     """The layer at position ``k``, or a part of it, for rows of any loop, from each loop's own."""
     modules = [unwrapped(module) for module in modules]
     first: Any = modules[0]
+    check_no_hooks(modules)
     if isinstance(first, RelaxedLinear):
         return _RowsLinear([m for m in modules if isinstance(m, RelaxedLinear)])
-    _check_like(modules)
+    check_like(modules)
     made: nn.Module = first.__class__.__new__(first.__class__)
     made.__dict__.update(vars(first))
     # Those of accelerate and of module.compile() would run as the module itself.
@@ -277,22 +256,6 @@ def _engine_copy(modules: list[nn.Module], k: int, config: Any) -> nn.Module:
         for name, child in first._modules.items()
     }
     return made
-
-
-def _check_like(modules: list[Any]) -> None:
-    """Raise ValueError where modules of one position have settings of their own: one of them runs
-    the rows of all loops."""
-    first = modules[0]
-    for other in modules[1:]:
-        for name, value in vars(first).items():
-            is_setting = isinstance(value, bool | int | float | str | None)
-            if name in ("layer_idx", "training", "loop") or not is_setting:
-                continue
-            if vars(other).get(name) != value:
-                raise ValueError(
-                    f"DepthwiseEngine: {type(first).__name__}.{name} must be the same in all "
-                    f"loops, got {value!r} and {vars(other).get(name)!r}"
-                )
 
 
 def _without_dropout(module: Any) -> None:

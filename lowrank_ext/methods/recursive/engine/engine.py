@@ -1,6 +1,7 @@
 """DepthwiseEngine: continuous batching of requests whose rows may be in any loop of the block."""
 
 import itertools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from lowrank_ext.checks import check_choice, check_count
 from lowrank_ext.methods.recursive.engine.block import BlockRunner
 from lowrank_ext.methods.recursive.engine.intake import Intake
 from lowrank_ext.methods.recursive.engine.metrics import Metrics
+from lowrank_ext.methods.recursive.engine.model_checks import check_no_autocast, unused_settings
 from lowrank_ext.methods.recursive.engine.requests import (
     GREEDY,
     Request,
@@ -51,7 +53,12 @@ class DepthwiseEngine:
         prompt_rows: prompts are read in parts of at most this many tokens.
 
     Raises:
-        TypeError, ValueError: an argument is out of range, or the model cannot be run so.
+        TypeError, ValueError: an argument is out of range, or the model cannot be run so: layers
+            that look ahead, have hooks, or differ between loops in more than their adapters.
+        RuntimeError: autocast is on.
+
+    Warns of fields of the model's generation_config that ``generate`` would apply and the engine
+    does not (``repetition_penalty``, …).
 
     Examples:
         >>> engine = lr.recursive.DepthwiseEngine(model, max_rows=16)
@@ -86,6 +93,9 @@ class DepthwiseEngine:
         if exit_rule is not None and draft_tokens:
             raise ValueError(f"{owner}: give exit_rule or draft_tokens, got both")
         runner = BlockRunner(model, owner)
+        check_no_autocast(runner.device, owner)
+        for text in unused_settings(runner.model):
+            warnings.warn(f"{owner}: {text}", stacklevel=2)
         self.num_loops = runner.num_loops
         check_rule(exit_rule, self.num_loops, owner)
         if draft_tokens and self.num_loops == 1:
@@ -107,7 +117,8 @@ class DepthwiseEngine:
         self._requests: dict[object, Request] = {}
         self._names = itertools.count()
         self._draft_tokens = draft_tokens
-        self._runner, self._is_stepping = runner, False
+        self._runner = runner
+        self._is_stepping = self._was_interrupted = False
         self._scheduler = Scheduler(
             runner,
             self._intake,
@@ -154,6 +165,10 @@ class DepthwiseEngine:
         self._runner.check_unchanged()
         if self._draft_tokens and isinstance(sampling, Sampling) and not sampling.is_greedy:
             raise ValueError("add: sampling must be greedy in an engine with draft_tokens")
+        try:
+            hash(id)
+        except TypeError:
+            raise TypeError(f"add: id must be hashable, got {id!r}") from None
         if id is not None and id in self._requests:
             raise ValueError(f"add: id must be new, got {id!r} again")
         request = self._intake.request(prompt, max_new_tokens, sampling, stop, on_token)
@@ -240,19 +255,29 @@ class DepthwiseEngine:
         """One block pass, or one call of the head; the tokens that it gave.
 
         Raises:
-            RuntimeError: a callback or an exit rule calls it within a step of the same engine; or
-                the model's modules or parameters are others than when the engine was made, which
-                is looked at whenever a request begins.
+            RuntimeError: a callback or an exit rule calls it within a step of the same engine; a
+                step before was interrupted (Ctrl-C, an error of the model's own), so that some rows
+                may have been done and others not: ``result`` still has what there was; autocast is
+                on; or the model's modules, settings or parameters are others than when the engine
+                was made, which is looked at whenever a request begins.
         """
         if self._is_stepping:
             raise RuntimeError("step: it must not be called within a step of the same engine")
+        if self._was_interrupted:
+            raise RuntimeError(
+                "step: a step before was interrupted, so the engine's rows may be in part done; "
+                "make a new engine (result has the tokens so far)"
+            )
+        check_no_autocast(self._runner.device, "step")
         if self._queue:
             self._runner.check_unchanged()
-        self._is_stepping = True
+        self._is_stepping = self._was_interrupted = True
         try:
-            return self._scheduler.step()
+            events = self._scheduler.step()
         finally:
             self._is_stepping = False
+        self._was_interrupted = False
+        return events
 
     def _known(self, id: object) -> Request:
         if id not in self._requests:

@@ -13,7 +13,7 @@ from lowrank_ext.methods.recursive.engine.pass_times import PassTimes
 from lowrank_ext.methods.recursive.engine.requests import Request, Token
 from lowrank_ext.methods.recursive.engine.rows import Rows, Run
 from lowrank_ext.methods.recursive.engine.slots import HEAD, RUN, Slot
-from lowrank_ext.methods.recursive.exits import ExitRows, ExitRule
+from lowrank_ext.methods.recursive.exits import ExitRows, ExitRule, exit_decisions
 
 
 class Scheduler:
@@ -307,7 +307,7 @@ class Scheduler:
                 else torch.tensor(earlier, device=logits.device),
             )
             try:
-                found = self.exit_rule.exits(asked).tolist()
+                found = exit_decisions(self.exit_rule, asked).tolist()
                 decisions = list(zip(rows, found, strict=True))
             except Exception as error:  # perhaps the caller's own code
                 for i in rows:
