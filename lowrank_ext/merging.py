@@ -1,11 +1,13 @@
 """Merge the adapters of a model into its weights, take them out again, or remove them."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.quantized import is_quantized, way_out
 from lowrank_ext.targets import shared_tensors
 from lowrank_ext.wrappers import unwrapped
 
@@ -51,6 +53,9 @@ def unload(model: Model, merge: bool | None = None) -> Model:
             one rounding of their dtype. None, the default, keeps the model's outputs where it is
             merged (``merge(model); unload(model)``) and drops adapters that are not merged.
 
+    With ``merge=True`` a base that bitsandbytes or torchao has quantized becomes a dense nn.Linear,
+    of the dtype of the model's embeddings: its weight is taken dense, and the branch added.
+
     Modules of modules_to_save keep what they have learned. Parameters stay frozen as ``adapt`` left
     them. A single adapted module yields its plain module.
 
@@ -66,20 +71,49 @@ def unload(model: Model, merge: bool | None = None) -> Model:
             "lr.disable_adapter; unload after it"
         )
     keep = _all_merged(modules) if merge is None else merge
-    if keep:
-        merge_all(model, modules, "merge")
+    quantized = {p: m for p, m in modules.items() if keep and _is_quantized(m)}
     plain: dict[nn.Module, nn.Module] = {
-        module: module.to_linear(keep) for module in modules.values()
+        m: m.to_linear(True, dense_dtype(model)) for m in quantized.values()
     }
+    if keep:
+        merge_all(model, {p: m for p, m in modules.items() if p not in quantized}, "merge")
+    plain |= {m: m.to_linear(keep) for p, m in modules.items() if p not in quantized}
     if model in plain:
         return plain[model]  # type: ignore[return-value]  # the caller passed a LowRankLinear
     for module_class in {type(module) for module in modules.values()}:
         module_class.disconnect(model)
     replace_modules(model, plain)
     set_fused_encoders(model, on=True)
+    if quantized:
+        forget_quantization(model)
     for name in ("lowrank_config", "lowrank_embeddings"):
         vars(unwrapped(model)).pop(name, None)
     return model
+
+
+def _is_quantized(module: LowRankLinear) -> bool:
+    return module.base_layer is not None and is_quantized(module.base_layer)
+
+
+def dense_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which the model's quantized linears get their inputs: that of its embeddings, or
+    of its first parameter that is a plain floating-point one."""
+    inner: Any = unwrapped(model)
+    found = [p for p in inner.parameters() if type(p) is nn.Parameter and p.is_floating_point()]
+    get = getattr(inner, "get_input_embeddings", None)
+    embeddings = get() if callable(get) else None
+    weight = getattr(embeddings, "weight", None)
+    if weight is not None and weight.is_floating_point():
+        found = [weight, *found]
+    return found[0].dtype if found else torch.get_default_dtype()
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Have transformers take for dense a model in which nothing is quantized any more."""
+    inner: Any = unwrapped(model)
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is not None and not any(is_quantized(module) for module in inner.modules()):
+        quantizer.remove_quantization_config(inner)
 
 
 def _all_merged(modules: dict[str, LowRankLinear]) -> bool:
@@ -134,7 +168,7 @@ def check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller:
         if weight is None:
             raise TypeError(
                 f"{caller}: the base of {path} must compute x weightᵀ + bias with a floating-point "
-                f"weight, got {type(owner).__name__}"
+                f"weight, got {type(owner).__name__}{way_out(owner)}"
             )
         weights[owner] = weight
     for owner, names in shared_tensors(model, weights).items():

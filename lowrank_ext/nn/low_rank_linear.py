@@ -305,12 +305,15 @@ class LowRankLinear(ResidualBase):
         self.merged = False
 
     @torch.no_grad()
-    def to_linear(self, merge: bool) -> nn.Module:
+    def to_linear(self, merge: bool, dense_dtype: torch.dtype | None = None) -> nn.Module:
         """The plain base module again, the branch merged in or dropped; same Parameters and mode.
 
         ``merge=False`` after a residual init gives the original weight to one rounding of its
+        dtype. With ``merge=True`` and ``dense_dtype`` a quantized base becomes an nn.Linear of that
         dtype. The adapter hands its Parameters over and must not be used afterwards.
         """
+        if merge and dense_dtype is not None and self.mergeable_parameter is None:
+            return self._dense(dense_dtype)
         if merge:
             self.merge()
         else:
@@ -320,6 +323,16 @@ class LowRankLinear(ResidualBase):
             return self.base_layer.train(self.training)
         features = self.in_features, self.out_features
         plain = plain_module(features, self.weight, self.bias, self.fan_in_fan_out)
+        return plain.train(self.training)
+
+    def _dense(self, dtype: torch.dtype) -> nn.Module:
+        """A linear with the quantized base's weight, made dense, and the branch."""
+        weight = nn.Parameter(merged_weight(self, dtype), requires_grad=False)
+        assert self.base_layer is not None
+        bias = self.base_layer._parameters.get("bias")
+        if bias is not None:
+            bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        plain = plain_module((self.in_features, self.out_features), weight, bias, conv1d=False)
         return plain.train(self.training)
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:

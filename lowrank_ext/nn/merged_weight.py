@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowrank_ext.nn.quantized import dequantized_weight, way_out
+
 if TYPE_CHECKING:
     from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 
-def merged_weight(module: "LowRankLinear") -> Tensor:
+def merged_weight(module: "LowRankLinear", dense_dtype: torch.dtype | None = None) -> Tensor:
     """round(fp32(W) + delta_weight()) in the layout of the base's weight, a new tensor.
+
+    Args:
+        dense_dtype: of the result for a quantized base, whose W is taken dense; None refuses one.
 
     Raises:
         TypeError: the base does not compute x weightᵀ + bias with a floating-point weight, or the
@@ -26,12 +31,14 @@ def merged_weight(module: "LowRankLinear") -> Tensor:
             f"{owner}: the adapter must act, got one that lr.disable_adapter has switched off; "
             "merge after its block"
         )
-    weight = module.mergeable_parameter
+    weight: Tensor | None = module.mergeable_parameter
+    if weight is None and dense_dtype is not None and module.base_layer is not None:
+        weight = dequantized_weight(module.base_layer)
     if weight is None:
         base = module if module.base_layer is None else module.base_layer
         raise TypeError(
             f"{owner}: the base must compute x weightᵀ + bias with a floating-point weight, got "
-            f"{type(base).__name__}"
+            f"{type(base).__name__}{way_out(base)}"
         )
     if weight.is_meta:
         raise ValueError(
@@ -41,10 +48,10 @@ def merged_weight(module: "LowRankLinear") -> Tensor:
     delta = module.delta_weight()
     wide = torch.promote_types(weight.dtype, delta.dtype)
     delta = (delta.t() if module.fan_in_fan_out else delta).to(wide)
-    merged = (weight.to(wide) + delta).to(weight.dtype)
+    merged = (weight.to(wide) + delta).to(dense_dtype or weight.dtype)
     if not torch.isfinite(merged).all():
         raise ValueError(
-            f"{owner}: the merged weight must be finite in {str(weight.dtype)[6:]}, got inf or "
+            f"{owner}: the merged weight must be finite in {str(merged.dtype)[6:]}, got inf or "
             "nan; keep the adapter unmerged, or load the base in a dtype of wider range"
         )
     return merged

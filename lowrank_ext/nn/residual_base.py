@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_ext.nn.quantized import dequantized_weight, is_quantized
 from lowrank_ext.nn.wrapped_base import WrappedBase
 
 
@@ -63,6 +64,10 @@ class ResidualBase(WrappedBase):
     @torch.no_grad()
     def original_weight(self) -> Tensor:
         """Copy of the weight before adaptation, [N, K]; with a residual init to one rounding."""
+        if self.base_layer is not None and is_quantized(self.base_layer):
+            dense = dequantized_weight(self.base_layer)
+            assert dense is not None
+            return dense
         stored = self._require_weight("original_weight")
         unmerged = stored if self.unmerged_weight is None else self.unmerged_weight
         weight = unmerged.t() if self.fan_in_fan_out else unmerged

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import execution_device, linear_features
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.quantized import is_quantized
 from lowrank_ext.registry import Method
 
 
@@ -36,6 +37,7 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.register_module(self.adapters_name, nn.ModuleDict())
         self.merged_adapters: list[str] = []
+        self.dense_dtype = torch.get_default_dtype()  # of a quantized base that is made dense
         # Of adapters that do not train now: the parameters that did. Methods freeze some.
         self._trained: dict[str, list[str]] = {}
         self._awaiting: set[str] = set()
@@ -183,7 +185,17 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base module, with adapters merged in or as it was before the first adapter."""
+        """The base module, with adapters merged in or as it was before the first adapter; a
+        quantized one becomes dense where an adapter is merged."""
+        if merge and is_quantized(self.base_layer):
+            names = self.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if name in self.adapters]
+            if len(names) > 1:
+                raise ValueError(f"one adapter must be merged into a quantized base, got {names}")
+            if names:
+                self._check_valued(names[0])
+                return self.adapter(names[0]).to_linear(True, self.dense_dtype)
+            merge = False
         if merge:
             self.merge(safe_merge, adapter_names)
         else:

@@ -16,7 +16,8 @@ from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
 from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, layer_class_for
 from lowrank_ext.left_out import left_out
-from lowrank_ext.merging import check_mergeable
+from lowrank_ext.merging import check_mergeable, dense_dtype, forget_quantization
+from lowrank_ext.nn.quantized import is_quantized
 from lowrank_ext.registry import Method
 from lowrank_ext.targets import check_adaptable
 
@@ -33,6 +34,7 @@ class LowRankTuner(BaseTuner):
     target_module_mapping = {}  # noqa: RUF012  # as in PEFT's tuners
 
     _config: AdapterConfig  # of the adapter that is being injected
+    _unloads = False
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -137,9 +139,34 @@ class LowRankTuner(BaseTuner):
             path: layer.adapter(name)
             for path, layer in _layers(self.model)
             for name in layer.active_adapters
-            if name in layer.adapters
+            if name in layer.adapters and not (self._unloads and is_quantized(layer.base_layer))
         }
         check_mergeable(self.model, active, "merge_adapter")
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        parent._modules[child_name] = new_module  # it has its own weight, PEFT would set child's
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:  # PEFT says None, and gives the model
+        dtype = dense_dtype(self.model)
+        had_quantized = any(is_quantized(layer.base_layer) for _, layer in _layers(self.model))
+        for _, layer in _layers(self.model):
+            layer.dense_dtype = dtype
+        self._unloads = True
+        try:
+            super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        finally:
+            self._unloads = False
+        if had_quantized:
+            forget_quantization(self.model)
+        return self.model
 
     # ---- files
 

@@ -1,0 +1,89 @@
+"""Weights of quantized linears as dense tensors: bitsandbytes' 4 and 8 bit, torchao's."""
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ext.nn.base_layer import is_hooked
+
+
+def is_4bit(base: nn.Module) -> bool:
+    """Whether bitsandbytes holds the base in 4 bits."""
+    return type(base._parameters.get("weight")).__name__ == "Params4bit"
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """Whether ``dequantized_weight`` knows the base's kind, and nothing changes its output."""
+    weight = base._parameters.get("weight")
+    known = type(weight).__name__ in ("Params4bit", "Int8Params")
+    of_torchao = type(weight).__module__.startswith("torchao.")
+    return (known or of_torchao) and not is_hooked(base)
+
+
+def way_out(base: nn.Module) -> str:
+    """What to do instead of a merge in place, for messages."""
+    if not is_quantized(base):
+        return ""
+    return "; lr.unload(model, merge=True), or merge_and_unload of PEFT, gives dense modules"
+
+
+@torch.no_grad()
+def dequantized_weight(base: nn.Module) -> Tensor | None:
+    """The weight [N, K] that a quantized linear multiplies with, a new dense tensor; None for a
+    base that is none, of another library, or hooked."""
+    if not is_quantized(base):
+        return None
+    weight: Any = base._parameters["weight"]
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        return _of_4bit(weight)
+    if kind == "Int8Params":
+        return _of_8bit(weight, getattr(base, "state", None))
+    dense: Tensor = weight.dequantize()
+    return dense
+
+
+def _of_4bit(weight: Any) -> Tensor | None:
+    if weight.quant_state is None:  # not on a device yet: it is still dense
+        return None
+    functional = importlib.import_module("bitsandbytes.functional")
+    dense: Tensor = functional.dequantize_4bit(*_unpacked(weight))
+    return dense
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether bitsandbytes has rearranged a 4-bit weight for its kernel for CPUs, as its first
+    forward in evaluation mode does: the kernel computes no gradients, dequantizing gives noise."""
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+    """Data and state of a 4-bit weight in the usual layout."""
+    if not _is_packed(weight):
+        return weight.data, weight.quant_state
+    functional = importlib.import_module("bitsandbytes.functional")
+    state = copy.copy(weight.quant_state)  # it is changed in place
+    data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    return data, state
+
+
+@torch.no_grad()
+def prepare_for_gradients(base: nn.Module, x: Tensor) -> None:
+    """Undo the packing of a 4-bit base on a CPU where a gradient has to go through it: it would be
+    lost without a word."""
+    weight: Any = base._parameters.get("weight")
+    if x.requires_grad and _is_packed(weight):
+        weight.data, weight.quant_state = _unpacked(weight)
+
+
+def _of_8bit(weight: Any, state: Any) -> Tensor | None:
+    # The first forward moves the scales from the weight to the module's state.
+    scales = next((s for s in (getattr(state, "SCB", None), weight.SCB) if s is not None), None)
+    if scales is None:
+        return None
+    functional = importlib.import_module("bitsandbytes.functional")
+    dense: Tensor = functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    return dense

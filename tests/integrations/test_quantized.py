@@ -1,0 +1,232 @@
+"""4-bit and 8-bit bases: adapters train, save, load, switch off and merge into dense weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
+
+import peft
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import lowrank_ext as lr
+
+CONFIGS = {
+    "lora": lr.LoRAConfig(r=4),
+    "lamda": lr.LaMDAConfig(r=4, init="lora"),
+    "aflora": lr.AFLoRAConfig(r=4),
+    "goat": lr.GOATConfig(r=4, num_experts=4, top_k=2, init="zero"),
+    "reslora": lr.ResLoRAConfig(r=4, shortcut="block"),
+    "basis": lr.BasisLoRAConfig(r=4, coef_dropout=0.0),
+}
+OWN = [name for name in CONFIGS if name != "lora"]
+BNB = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*trains without:UserWarning",
+    "ignore:.*checkpointing.*:FutureWarning",
+    "ignore:.*MatMul8bitLt.*:UserWarning",
+    "ignore:.*can only be estimated.*:UserWarning",
+)
+by_name = pytest.mark.parametrize("name", CONFIGS)
+by_own = pytest.mark.parametrize("name", OWN)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(params=["nf4", "int8", "torchao"])
+def make(request: pytest.FixtureRequest, saved: Path) -> Callable[[], Any]:
+    def base() -> Any:
+        options: dict[str, Any] = {"dtype": torch.bfloat16}
+        if request.param in BNB:
+            quantization = BitsAndBytesConfig(**BNB[request.param])
+            options |= {"quantization_config": quantization, "device_map": "cpu"}
+        model = AutoModelForCausalLM.from_pretrained(saved, **options).eval()
+        if request.param == "torchao":
+            quantize_(model.model.layers, Int8WeightOnlyConfig())
+        return model
+
+    return base
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    out: Tensor = model.eval()(ids()).logits
+    return out.float()
+
+
+def trained(model: Any) -> Any:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(3):
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def is_near(actual: Tensor, expected: Tensor, base: Tensor) -> None:
+    """Closer than a tenth of what the adapter does: bf16, and 8-bit activations of the base."""
+    assert (actual - expected).norm() < 0.1 * (expected - base).norm()
+
+
+@by_name
+def test_adapt(name: str, make: Callable[[], Any], tmp_path: Path) -> None:
+    base = logits(make())
+    model = trained(lr.adapt(make(), CONFIGS[name]))
+    expected = logits(model)
+    with lr.disable_adapter(model):
+        assert torch.equal(logits(model), base)
+    lr.save_adapter(model, tmp_path)
+    assert torch.equal(logits(lr.load_adapter(make(), tmp_path)), expected)
+    if name == "goat":
+        with pytest.raises(TypeError, match="the branch must be one matrix"):
+            lr.unload(model, merge=True)
+        return
+    with pytest.raises(TypeError, match=r"lr\.unload\(model, merge=True\)"):
+        lr.merge(model)
+    assert torch.equal(logits(model), expected)
+    dense = lr.unload(model, merge=True)
+    kinds = {type(m) for m in dense.modules() if isinstance(m, nn.Linear)}
+    assert kinds == {nn.Linear} and type(dense.model.layers[0].mlp.up_proj.weight) is nn.Parameter
+    is_near(logits(dense), expected, base)
+    dense.save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    assert torch.equal(logits(again), logits(dense))
+
+
+@by_own
+def test_by_peft(name: str, make: Callable[[], Any], tmp_path: Path) -> None:
+    base = logits(make())
+    config = lr.peft_config(CONFIGS[name], task_type="CAUSAL_LM")
+    model = trained(peft.get_peft_model(make(), config))
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(logits(again), expected)
+    if name == "goat":
+        return
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        model.merge_adapter()
+    dense = model.merge_and_unload()
+    assert {type(m) for m in dense.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    is_near(logits(dense), expected, base)
+
+
+@pytest.mark.parametrize("kind", BNB)
+@by_name
+def test_trainer(name: str, kind: str, saved: Path, tmp_path: Path) -> None:
+    """transformers refuses quantized models that are no PeftModel."""
+
+    def model() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(
+            saved,
+            dtype=torch.bfloat16,
+            quantization_config=BitsAndBytesConfig(**BNB[kind]),
+            device_map="cpu",
+        )
+        torch.manual_seed(3)
+        base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        return peft.get_peft_model(base, lr.peft_config(CONFIGS[name], task_type="CAUSAL_LM"))
+
+    def trainer(of: Any) -> Trainer:
+        options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+        quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": True}
+        rows = [{"input_ids": row, "labels": row} for row in ids().repeat(4, 1)]
+        return Trainer(of, TrainingArguments(str(tmp_path), **options, **quiet), train_dataset=rows)
+
+    whole = model()
+    trainer(whole).train()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    resumed = model()
+    trainer(resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(resumed), logits(whole))
+
+
+@pytest.mark.parametrize("config", [lr.LaMDAConfig(r=4), lr.GOATConfig(r=4, num_experts=4)])
+def test_svd_starts_need_a_dense_weight(config: Any, make: Callable[[], Any]) -> None:
+    for adapted in (lr.adapt, lambda m, c: peft.get_peft_model(m, lr.peft_config(c))):
+        model = make()
+        before = logits(model)
+        with pytest.raises(ValueError, match="init must be one without an SVD"):
+            adapted(model, config)
+        assert torch.equal(logits(model), before)
+
+
+def test_a_hooked_base_is_not_taken_for_its_weight(make: Callable[[], Any]) -> None:
+    model = make()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    model = trained(lr.adapt(model, lr.LoRAConfig(r=4)))
+    with pytest.raises(TypeError, match="floating-point weight"):
+        lr.unload(model, merge=True)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "accelerated"])
+def test_gradients_after_an_evaluation(name: str, make: Callable[[], Any]) -> None:
+    """bitsandbytes repacks 4-bit weights in evaluation on a CPU, for a kernel without gradients."""
+
+    def adapted(base: Any) -> Any:
+        if name != "accelerated":
+            return lr.adapt(base, CONFIGS[name])
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
+        lr.accelerate(model)
+        return model
+
+    def gradients(evaluate_first: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        model = adapted(make())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        if evaluate_first:
+            logits(model)
+        model.train()(input_ids=ids(), labels=ids()).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for own, expected in zip(gradients(True), gradients(False), strict=True):
+        assert (own - expected).norm() <= 0.05 * expected.norm() + 1e-6
