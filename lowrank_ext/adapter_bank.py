@@ -16,7 +16,7 @@ from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_
 from lowrank_ext.checks import did_you_mean, normalized_adapter_dtype
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
-from lowrank_ext.nn.rows import ROWS_NUMBERS, check_names, rows_block
+from lowrank_ext.nn.rows import DEFAULT_NAMES, ROWS_NUMBERS, check_names, rows_block
 from lowrank_ext.targets import is_from_peft
 from lowrank_ext.wrappers import named_modules, submodule
 
@@ -48,7 +48,8 @@ class AdapterBank:
     The first adapter that targets a linear module replaces it by a
     ``lowrank_ext.nn.MultiLoRALinear``; unloading the last one puts the original module back.
     Inside a ``rows`` block each sequence of a batch runs with its own adapter, or with none.
-    Sequences without one have the bits that the plain model computes for the same batch. Modules
+    Outside of one they run with the ``default`` adapter, at first none. Sequences without an
+    adapter have the bits that the plain model computes for the same batch. Modules
     that an adapter does not target compute the base's output for its sequences.
 
     Weights are kept once, in the base's dtype, in stacks padded to a module's largest rank. Loading
@@ -84,6 +85,7 @@ class AdapterBank:
         self._number = next(ROWS_NUMBERS)
         self._adapters: dict[str, dict[MultiLoRALinear, int]] = {}  # rank in each
         self._originals: dict[MultiLoRALinear, nn.Module] = {}
+        self._default: str | None = None
         self._blocks = 0
         self._lock = threading.Lock()
 
@@ -92,13 +94,39 @@ class AdapterBank:
         """The loaded adapters, in the order of loading."""
         return tuple(self._adapters)
 
-    def load(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Load the LoRA checkpoint in the directory ``path`` (PEFT's format) as ``name``.
+    @property
+    def default(self) -> str | None:
+        """The adapter of all sequences outside of ``rows`` blocks; None: the base alone."""
+        return self._default
 
+    def set_default(self, name: str | None) -> None:
+        """Choose the adapter of all sequences outside of ``rows`` blocks, or None for the base.
+
+        Raises:
+            ValueError: no adapter has this name.
+            RuntimeError: a ``rows`` block is active.
+        """
+        if name is not None:
+            self._check_known("set_default", name)
+        with self._between_blocks("set_default"):
+            self._default = name
+            self._register_default()
+
+    def _register_default(self) -> None:
+        if self._default is None:
+            DEFAULT_NAMES.pop(self._number, None)
+        else:
+            DEFAULT_NAMES[self._number] = self._default
+
+    def load(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Load the adapter in the directory ``path`` as ``name``.
+
+        LoRA in PEFT's format, and of this library's methods those that are a LoRA at inference:
+        PiSSA, LaMDA, AFLoRA, Set-and-Sequence (ResLoRA: write it by ``lr.export_lora``).
         use_rslora, rank_pattern and alpha_pattern are honored; ranks and targets may differ from
         those of the other adapters. Dropout is not applied. A checkpoint is refused if it is more
         than a low-rank branch of linear modules: modules_to_save, DoRA, trained biases, an initial
-        residual (PiSSA that was not converted), LaMDA.
+        residual that the file does not hold (PEFT's PiSSA that was not converted), GOAT.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
@@ -130,11 +158,16 @@ class AdapterBank:
         """Remove an adapter and free its memory.
 
         Raises:
-            ValueError: no adapter has this name.
+            ValueError: no adapter has this name, or it is the default.
             RuntimeError: a ``rows`` block is active.
         """
         self._check_known("unload", name)
         with self._between_blocks("unload"):
+            if name == self._default:
+                raise ValueError(
+                    f"AdapterBank.unload: name must not be the default, got {name!r}; call "
+                    "set_default first"
+                )
             modules = self._adapters.pop(name)
             for module in modules:
                 module.remove(name)
@@ -148,6 +181,8 @@ class AdapterBank:
         """
         with self._between_blocks("close"):
             self._adapters.clear()
+            self._default = None
+            self._register_default()
             self._restore(list(self._originals))
 
     def memory(self) -> BankMemory:
@@ -203,6 +238,7 @@ class AdapterBank:
         vars(self).update(state, _lock=threading.Lock(), _number=next(ROWS_NUMBERS))
         for module in self._originals:
             module.bank = self._number
+        self._register_default()
 
     def __repr__(self) -> str:
         return f"AdapterBank({type(self.model).__name__}, names={list(self.names)})"

@@ -49,6 +49,9 @@ class AdapterFormat:
             ``<attribute>.weight``.
     """
 
+    # Whether ``lora_factors`` of a module needs other modules of the model.
+    needs_other_modules = False
+
     def __init__(
         self, tensor_names: Mapping[str, str] | None = None, more_names: str | None = None
     ) -> None:

@@ -441,7 +441,7 @@ def edited(source: Path, target: Path, **fields: Any) -> Path:
     [
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"init_lora_weights": "pissa"}, "must be a plain LoRA, got a residual base weight"),
+        ({"init_lora_weights": "pissa"}, "must be a LoRA at inference, got a residual base weight"),
         ({"peft_type": "LOHA"}, r"peft_type must be one of 'LORA', .*, got 'LOHA'"),
         ({"r": 5}, r"lora_A.weight must be \[5, 32\], got \[4, 32\]"),
     ],
@@ -507,12 +507,72 @@ def test_own_checkpoints(tmp_path: Path, init: str) -> None:
     assert torch.equal(logits[1], llama()(ids).logits[1])
 
 
-@pytest.mark.parametrize("config", [lr.LaMDAConfig(r=3), lr.GOATConfig(r=8)])
-def test_other_methods_are_refused(
-    bank: lr.AdapterBank, tmp_path: Path, config: lr.LaMDAConfig | lr.GOATConfig
-) -> None:
+OTHERS = {
+    "lamda": lr.LaMDAConfig(r=3, alpha=5),
+    "lamda-lora": lr.LaMDAConfig(r=3, init="lora", rslora=True),
+    "lamda-ranks": lr.LaMDAConfig(r=4, rank_pattern={"q_proj": 2}, rank_budget="rank"),
+    "aflora": lr.AFLoRAConfig(r=4, alpha=6),
+    "basis-down": lr.BasisLoRAConfig(r=4),
+    "basis-up": lr.BasisLoRAConfig(r=4, basis="up"),
+}
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_methods_that_are_loras(tmp_path: Path, config: Any, bank: lr.AdapterBank) -> None:
+    """Beside PEFT's own, over the base as it was before adapt."""
+    model = lr.adapt(llama(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    lr.save_adapter(model, tmp_path)
+    ids = tokens(3)
+    with bank.rows(["attention", None, None]):
+        alone = bank.model(ids).logits
+    bank.load("own", tmp_path)
+    with bank.rows(["attention", None, "own"]):
+        logits = bank.model(ids).logits
+    torch.testing.assert_close(logits[2], model.eval()(ids).logits[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[0], alone[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits[1], alone[1])
+
+
+@pytest.mark.parametrize("config", [lr.GOATConfig(r=8), lr.ResLoRAConfig(r=2)])
+def test_other_methods_are_refused(bank: lr.AdapterBank, tmp_path: Path, config: Any) -> None:
     lr.save_adapter(lr.adapt(llama(), config), tmp_path)
-    assert_refused(bank, tmp_path, f"must be a plain LoRA, got {config.peft_type}")
+    assert_refused(bank, tmp_path, f"must be a LoRA at inference, got {config.peft_type}")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_default_outside_of_blocks(bank: lr.AdapterBank, compiled: bool) -> None:
+    ids = tokens(2)
+    run = torch.compile(bank.model, backend="eager") if compiled else bank.model
+    plain = run(ids).logits
+    with bank.rows(["attention"] * 2):
+        expected = run(ids).logits
+    assert bank.default is None
+    bank.set_default("attention")
+    assert torch.equal(run(ids).logits, expected) and bank.default == "attention"
+    with bank.rows([None, "attention"]):  # a block says all, None is the base
+        mixed = run(ids).logits
+    torch.testing.assert_close(mixed[0], plain[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1], expected[1], rtol=1e-5, atol=1e-5)
+    for other in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
+        torch.testing.assert_close(other.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        other.set_default(None)
+        torch.testing.assert_close(other.model(ids).logits, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(run(ids).logits, expected)
+    with pytest.raises(ValueError, match="name must not be the default, got 'attention'"):
+        bank.unload("attention")
+    with pytest.raises(ValueError, match="set_default: name must be one of"):
+        bank.set_default("nobody")
+    with bank.rows([None] * 2), pytest.raises(RuntimeError, match="no rows block may be active"):
+        bank.set_default(None)
+    bank.set_default(None)
+    torch.testing.assert_close(run(ids).logits, plain, rtol=1e-5, atol=1e-5)
+    bank.set_default("everything")
+    bank.close()
+    assert bank.default is None
+    torch.testing.assert_close(bank.model(ids).logits, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_given_as_tensors(bank: lr.AdapterBank) -> None:

@@ -4,8 +4,9 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_ext import registry
@@ -39,6 +40,7 @@ from lowrank_ext.checkpoint.selection import selected_adapters
 from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
+from lowrank_ext.registry import Method
 from lowrank_ext.sharding import gathered, is_sharded
 from lowrank_ext.targets import check_adaptable
 from lowrank_ext.wrappers import named_modules, submodule
@@ -62,9 +64,9 @@ class LoRAFile(NamedTuple):
 def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
     """The LoRA in ``files`` by module path of ``model``, which is not changed.
 
-    Refused, beside what ``load_adapter`` refuses: everything that is more than a branch on the
-    output of linear modules. A pissa file that ``save_adapter`` wrote is read as the LoRA of
-    rank 2r that it holds.
+    Adapters of other methods that are a LoRA at inference are read as that one. Refused, beside
+    what ``load_adapter`` refuses: everything that is more than a branch on the output of linear
+    modules. A pissa file that ``save_adapter`` wrote is read as the LoRA of rank 2r that it holds.
 
     Raises:
         ValueError: a file is damaged, does not fit the model or uses an unsupported option; the
@@ -77,10 +79,7 @@ def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
     adapters = selected_adapters(model, files, adapters)
     modules = modules_for(model, files, adapters)
     config = parsed_config(files, method, adapters)
-    residual = config.init in method.module_class.residual_inits
-    if method is not registry.METHODS["LORA"] or residual:
-        what = "a residual base weight (PiSSA)" if config.peft_type == "LORA" else config.peft_type
-        raise ValueError(f"{caller}: {files.config_path} must be a plain LoRA, got {what}")
+    _check_is_lora(method, config, f"{caller}: {files.config_path}")
     for name, module in modules.items():
         check_adaptable(name, module, caller)
     check_loadable(model, modules, caller)
@@ -101,14 +100,43 @@ def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
     return LoRAFile(
         dataclasses.replace(config, target_modules=target_names(model, adapters)),
         {
-            name: LoRATensors(
-                tensors[LORA_A],
-                tensors[LORA_B],
-                config.scaling_for(name, in_features=tensors[LORA_A].shape[1]),
-            )
+            name: _as_lora(method, config.for_module(name), modules[name], tensors)
             for name, tensors in adapters.items()
         },
     )
+
+
+def _check_is_lora(method: Method, config: AdapterConfig, where: str) -> None:
+    """Raise ValueError where the file alone does not tell a LoRA over the original base."""
+    module_class, what = method.module_class, ""
+    if method is registry.METHODS["LORA"] and config.init in module_class.residual_inits:
+        what = "a residual base weight (PiSSA)"
+    elif module_class.unmergeable_because:
+        what = f"{config.peft_type}: {module_class.unmergeable_because}"
+    elif method.file_format.needs_other_modules:
+        what = f"{config.peft_type}, whose branches see other modules; write it by lr.export_lora"
+    if what:
+        raise ValueError(f"{where} must be a LoRA at inference, got {what}")
+
+
+@torch.no_grad()
+def _as_lora(
+    method: Method, config: AdapterConfig, base: nn.Module, tensors: Mapping[str, Tensor]
+) -> LoRATensors:
+    """The LoRA that an adapter of ``method`` with the file's ``tensors`` is in evaluation mode."""
+    if method is registry.METHODS["LORA"]:
+        lora_a, lora_b = tensors[LORA_A], tensors[LORA_B]
+        return LoRATensors(lora_a, lora_b, config.scaling_for("", lora_a.shape[1]))
+    sizes: tuple[Any, Any] = linear_features(base) or (base.in_features, base.out_features)
+    module = method.module_class(sizes[0], sizes[1], config, bias=False, device="meta").eval()
+    for name in module.adapter_tensors():
+        tensor = tensors[method.file_format.kind_of(name)]
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[name] = tensor
+    module.residual_taken = config.init in module.residual_inits
+    return LoRATensors(*method.file_format.lora_factors(module), module.scaling)
 
 
 def write_lora(

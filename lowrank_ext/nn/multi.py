@@ -242,9 +242,9 @@ class MultiLoRALinear(FixedSize, BaseKeys):
                 prepare_for_gradients(self.base_layer, x)
             base_out = self.base_layer(x, *args, **kwargs)
         if adapter_ids is None:
+            self._check_no_recomputation()
             adapter_ids = ids_of_block(x, self.bank, self.names)
         if adapter_ids is None:
-            self._check_no_recomputation()
             return base_out
         return ops.multi_lowrank_add(
             base_out,

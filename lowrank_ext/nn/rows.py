@@ -77,6 +77,10 @@ class RowsBlock:
 ACTIVE_ROWS: ContextVar[Mapping[int, RowsBlock]] = ContextVar("active_rows", default={})  # noqa: B039
 
 
+# The adapter of all rows outside of an owner's blocks, by owner number.
+DEFAULT_NAMES: dict[int, str] = {}
+
+
 def ids_of_names(
     names: Sequence[str | None], layout: Sequence[str], device: torch.device
 ) -> Tensor:
@@ -131,8 +135,8 @@ def in_block(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
 def ids_of_block(x: Tensor, owner: int, layout: tuple[str, ...]) -> Tensor | None:
     """The id of each row of x: the index of its name in ``layout``, or -1.
 
-    None outside of the owner's blocks and where no row has a name of ``layout``; in compiled code
-    the ids are then all -1.
+    Outside of the owner's blocks the id of its default, if it has one. None where no row has a
+    name of ``layout``; in compiled code the ids are then all -1.
     """
     if torch.compiler.is_compiling():
         # The op reads the block when it runs: one graph serves every block.
@@ -142,7 +146,13 @@ def ids_of_block(x: Tensor, owner: int, layout: tuple[str, ...]) -> Tensor | Non
 
 def _ids_now(x: Tensor, owner: int, layout: tuple[str, ...]) -> Tensor | None:
     block = ACTIVE_ROWS.get().get(owner)
-    return None if block is None else block.ids_of_rows(layout, x)
+    if block is not None:
+        return block.ids_of_rows(layout, x)
+    default = DEFAULT_NAMES.get(owner)
+    if default not in layout:
+        return None
+    ids = torch.full((), layout.index(default), dtype=torch.int64, device=x.device)
+    return ids.expand(x.shape[:-1])
 
 
 def _active_adapter_ids(x: Tensor, owner: int, layout: Sequence[str]) -> Tensor:

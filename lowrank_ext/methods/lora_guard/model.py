@@ -371,6 +371,10 @@ class GuardModel(nn.Module):
         _check_base(base_lm, caller)
         with open_adapter_files(Path(path), caller, HEAD_NAME) as files:
             config, adapters = read_lora(base_lm, files)
+            if not isinstance(config, LoRAConfig):
+                raise ValueError(
+                    f"{caller}: {files.config_path} must be a LoRA, got {config.peft_type}"
+                )
             options, head = read_head(files, _hidden_size(base_lm))
             config = dataclasses.replace(config, adapter_dtype=adapter_dtype)
             model = cls.__new__(cls)

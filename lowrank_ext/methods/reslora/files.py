@@ -10,6 +10,8 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 class ResLoRAFormat(AdapterFormat):
     """The format as it is; shortcuts are in the config."""
 
+    needs_other_modules = True
+
     def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
         assert isinstance(module, ResLoRALinear)
         lora_a, lora_b = module.merged_factors()
