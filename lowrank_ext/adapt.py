@@ -20,6 +20,7 @@ from lowrank_ext.nn.base_layer import (
 )
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.quantized import keep_unpacked
 from lowrank_ext.registry import Method, method_of
 from lowrank_ext.targets import (
     find_targets,
@@ -97,6 +98,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         for text in list(adapt_warnings(model, config, targets, missing)):
             warnings.warn(f"adapt: {text}", stacklevel=2)
     model.requires_grad_(False)
+    keep_unpacked(model)
     replace_modules(
         model,
         {
@@ -117,6 +119,12 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
     Raises:
         ValueError: the model has no adapter.
     """
+    if any(is_from_peft(module) for _, module in named_modules(model)):
+        raise ValueError(
+            f"{caller}: model must carry adapters of lr.adapt, got a {type(model).__name__} with "
+            "some of PEFT; use PEFT's own functions (merge_adapter, unmerge_adapter, "
+            "merge_and_unload, unload, disable_adapter, save_pretrained)"
+        )
     modules = {path: m for path, m in named_modules(model) if isinstance(m, LowRankLinear)}
     if not modules:
         for path, module in named_modules(model):

@@ -16,6 +16,7 @@ from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_
 from lowrank_ext.checks import did_you_mean, normalized_adapter_dtype
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.quantized import keep_unpacked
 from lowrank_ext.nn.rows import DEFAULT_NAMES, ROWS_NUMBERS, check_names, rows_block
 from lowrank_ext.targets import is_from_peft
 from lowrank_ext.wrappers import named_modules, submodule
@@ -80,6 +81,7 @@ class AdapterBank:
         if not isinstance(model, nn.Module):
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         check_no_adapters(model, "AdapterBank: model")
+        keep_unpacked(model)
         self.model = model
         self.adapter_dtype = normalized_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(ROWS_NUMBERS)

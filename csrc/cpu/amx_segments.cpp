@@ -35,7 +35,7 @@ static_assert(sizeof(Tile) == kTile * kTileStride);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// out[m][j] = factor · Σ_c rows[m][c] weights[j, c], added to what out holds where `add`.
+// out[m][j] = base[m][j] + factor · Σ_c rows[m][c] weights[j, c]; without base where that is null.
 struct Product {
   const uint16_t* weights;  // [num_out, num_cols], row stride `stride`
   int64_t stride, num_out, num_cols;
@@ -43,7 +43,7 @@ struct Product {
   uint16_t* const* out;
   int64_t num_rows;
   float factor;
-  bool add;
+  const uint16_t* const* base;
   Tile* packed;  // [row tiles, column tiles]
 
   int64_t row_tiles() const { return ceil_div(num_rows, kTile); }
@@ -245,9 +245,9 @@ LOWRANK_EXT_AVX512_BF16 void store_sums(const Product& product, int64_t first, i
   for (int64_t m = 0; m < count; ++m) {
     const __m512 sum = _mm512_castsi512_ps(by_rows[m]);
     __m512 base = _mm512_setzero_ps();
-    if (product.add) {
+    if (product.base != nullptr) {
       const __m512i wide =
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, product.out[row + m] + first));
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, product.base[row + m] + first));
       base = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
     by_rows[m] = _mm512_castps_si512(_mm512_fmadd_ps(factor, sum, base));
@@ -331,7 +331,7 @@ void shrink_amx_segments(const std::vector<SmallSegment>& segments, int64_t in_f
   for (const SmallSegment& segment : segments)
     products.push_back({segment.lora_a, segment.a_stride, segment.rank, in_features,
                         segment.x.data(), segment.h.data(), static_cast<int64_t>(segment.x.size()),
-                        x_scale, /*add=*/false, nullptr});
+                        x_scale, /*base=*/nullptr, nullptr});
   run(products);
 }
 
@@ -340,7 +340,7 @@ void expand_amx_segments(const std::vector<SmallSegment>& segments, int64_t out_
   for (const SmallSegment& segment : segments)
     products.push_back({segment.lora_b, segment.b_stride, out_features, segment.rank,
                         segment.h.data(), segment.y.data(), static_cast<int64_t>(segment.y.size()),
-                        segment.scaling, /*add=*/true, nullptr});
+                        segment.scaling, segment.base.data(), nullptr});
   run(products);
 }
 

@@ -14,7 +14,7 @@ namespace lowrank_ext::cpu {
 void shrink_amx_segments(const std::vector<SmallSegment>& segments, int64_t in_features,
                          float x_scale);
 
-// y[m, n] += scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
+// y[m, n] = base[m, n] + scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
 void expand_amx_segments(const std::vector<SmallSegment>& segments, int64_t out_features);
 
 }  // namespace lowrank_ext::cpu

@@ -4,6 +4,7 @@
 // through shrink and expand. Ranks beyond an adapter's own are padding, which is never read.
 #include "ops/multi_lowrank_add.h"
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -59,19 +60,22 @@ Tensor first_columns(const Tensor& matrix, int64_t num_cols) {
   return strided_view(matrix, 0, matrix.size(0), num_cols, matrix.stride(0), 1);
 }
 
-// to = from, bit for bit: a conversion would change the payload of a NaN.
-void copy(const Tensor& to, const Tensor& from) {
+// The rows of ``to`` become those of ``from``, bit for bit: a conversion would change the payload of a
+// NaN.
+void copy(const Tensor& to, const Tensor& from, const RowList& rows) {
   const Rows target = rows_of(to), source = rows_of(from);
   const int64_t row_bytes = to.size(1) * size_of(target.dtype);
-  torch::stable::parallel_for(0, to.size(0), kCopyGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m)
-      std::memcpy(row_at(target, m).data, row_at(source, m).data, row_bytes);
-  });
+  for (const Run& run : rows.runs) {
+    torch::stable::parallel_for(0, run.count, kCopyGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t m = run.first + begin; m < run.first + end; ++m)
+        std::memcpy(row_at(target, m).data, row_at(source, m).data, row_bytes);
+    });
+  }
 }
 
 // ---- forward
 
-// y [M, N] holds base_out in the segment's rows, h [M, r] zeros.
+// y [M, N] holds base_out in the segment's rows.
 void segment_forward(const MultiBranchArgs& args, const Segment& segment, const Dropout& dropout,
                      const Tensor& x, const Tensor& y, const Tensor& h) {
   const Dtypes dtypes = dtypes_for(x.scalar_type());
@@ -111,9 +115,9 @@ Kernel kernel_for(const Segment& segment, ScalarType input, bool one_adapter) {
 // The forward of all small segments at once.
 class SmallSegmentsForward {
  public:
-  SmallSegmentsForward(const MultiBranchArgs& args, const Dropout& dropout, const Tensor& x,
-                       const Tensor& y, const Tensor& h)
-      : args_(args), dropout_(dropout), x_(x), y_(y), h_(h) {}
+  SmallSegmentsForward(const MultiBranchArgs& args, const Dropout& dropout, const Tensor& base_out,
+                       const Tensor& x, const Tensor& y, const Tensor& h)
+      : args_(args), dropout_(dropout), base_out_(base_out), x_(x), y_(y), h_(h) {}
 
   void append(const Segment& segment, Kernel kernel) {
     const Dtypes dtypes{x_.scalar_type(), x_.scalar_type(), ScalarType::Float};
@@ -127,6 +131,7 @@ class SmallSegmentsForward {
                        static_cast<float>(segment.scaling),
                        {},
                        {},
+                       {},
                        {}};
     SegmentBlocks blocks(segment, dtypes, dropout_, x_.size(1), y_.size(1));
     blocks.for_each([&](int64_t, int64_t) {
@@ -136,6 +141,7 @@ class SmallSegmentsForward {
         for (int64_t i = 0; i < run.count; ++i) {
           small.x.push_back(dropped ? row(*dropped, position + i) : row(x_, run.first + i));
           small.h.push_back(row(h_, run.first + i));
+          small.base.push_back(row(base_out_, run.first + i));
           small.y.push_back(row(y_, run.first + i));
         }
       });
@@ -173,30 +179,39 @@ class SmallSegmentsForward {
 
   const MultiBranchArgs& args_;
   const Dropout& dropout_;
-  const Tensor &x_, &y_, &h_;
+  const Tensor &base_out_, &x_, &y_, &h_;
   std::vector<SmallSegment> dots_, tiles_;  // by their kernels
   std::deque<Tensor> kept_;                 // a deque: references to its entries stay valid
 };
+
+// Whether some rows of h, or columns of some, belong to no adapter.
+bool leaves_part_of_h(const Segments& segments, int64_t rank) {
+  const auto is_padded = [&](const Segment& segment) { return segment.rank < rank; };
+  return segments.base.num_rows > 0 ||
+         std::any_of(segments.adapted.begin(), segments.adapted.end(), is_padded);
+}
 
 void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x,
                            const Tensor& y, const Tensor& h) {
   const Segments segments = segments_of("multi_lowrank_add", args);
   if (x.size(0) == 0) return;
-  copy(y, base_out);
   const bool one_adapter = segments.is_one_adapter();
-  if (!one_adapter || segments.adapted[0].rank < args.rank()) zero(h);
+  if (leaves_part_of_h(segments, args.rank())) zero(h);
   const auto kernel_of = [&](const Segment& segment) {
     return kernel_for(segment, x.scalar_type(), one_adapter);
   };
   if (one_adapter && kernel_of(segments.adapted[0]) == Kernel::kBlocks) {
     const Segment& segment = segments.adapted[0];
+    copy(y, base_out, segment.rows);
     return branch_forward(branch_of(args, segment), x, y, first_columns(h, segment.rank));
   }
   const Dropout dropout = dropout_of(args.dropout_p, args.seed);
-  SmallSegmentsForward small_segments(args, dropout, x, y, h);
+  SmallSegmentsForward small_segments(args, dropout, base_out, x, y, h);
+  copy(y, base_out, segments.base);
   for (const Segment& segment : segments.adapted) {
     const Kernel kernel = kernel_of(segment);
     if (kernel == Kernel::kBlocks) {
+      copy(y, base_out, segment.rows);
       segment_forward(args, segment, dropout, x, y, h);
     } else {
       small_segments.append(segment, kernel);

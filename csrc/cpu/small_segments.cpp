@@ -114,7 +114,7 @@ LOWRANK_EXT_AVX512_BF16 void expand_columns(const SmallSegment& segment, const u
     // All loads before the stores, which would delay them where row strides are powers of two.
     for (int64_t m = 0; m < count; ++m) {
       const __m512i wide =
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, segment.y[row + m] + n));
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, segment.base[row + m] + n));
       const __m512 base = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
       sums[m] = _mm512_fmadd_ps(factor, sums[m], base);
     }

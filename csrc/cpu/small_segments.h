@@ -18,9 +18,10 @@ struct SmallSegment {
   int64_t b_stride;
   int64_t rank;
   float scaling;
-  std::vector<const uint16_t*> x;  // [K]
-  std::vector<uint16_t*> h;        // [rank], written by shrink
-  std::vector<uint16_t*> y;        // [N], added to by expand
+  std::vector<const uint16_t*> x;     // [K]
+  std::vector<uint16_t*> h;           // [rank], written by shrink
+  std::vector<const uint16_t*> base;  // [N], what expand adds to
+  std::vector<uint16_t*> y;           // [N], written by expand
 };
 
 // h[m, j] = x_scale · Σ_k x[m, k] lora_a[j, k] for all segments, rounded once; fp32 sums in a
@@ -28,7 +29,7 @@ struct SmallSegment {
 void shrink_small_segments(const std::vector<SmallSegment>& segments, int64_t in_features,
                            float x_scale);
 
-// y[m, n] += scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
+// y[m, n] = base[m, n] + scaling · Σ_j h[m, j] lora_b[n, j], rounded once.
 void expand_small_segments(const std::vector<SmallSegment>& segments, int64_t out_features);
 
 }  // namespace lowrank_ext::cpu

@@ -16,6 +16,7 @@ from lowrank_ext.integrations.peft_layer import (
     accelerated_class,
     adapter_not_covered,
 )
+from lowrank_ext.nn.quantized import keep_unpacked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,6 +143,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     left_alone = {path: why for path, layer in layers.items() if (why := _not_covered(layer))}
     covered = {path: layer for path, layer in layers.items() if path not in left_alone}
     partly = {path: why for path, layer in covered.items() if (why := _partly_covered(layer))}
+    keep_unpacked(model)
     for path, layer in layers.items():
         if path in left_alone:
             _give_back(layer)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.nn.base_layer import is_hooked, is_plain
-from lowrank_ext.nn.quantized import is_4bit, prepare_for_gradients
 from lowrank_ext.nn.rows import ids_of_names, ids_per_row
 from lowrank_ext.ops._registration import HALF_DTYPES
 
@@ -87,11 +86,7 @@ class AcceleratedLoRA(nn.Module):
         return y
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self._modules["base_layer"]
-        assert base is not None
-        if is_4bit(base):
-            prepare_for_gradients(base, x)
-        y: Tensor = base(x, *args, **kwargs)
+        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
         return y
 
     def _adapters(self, x: Tensor, names: Sequence[str], mixed: bool) -> tuple[list[Adapter], str]:

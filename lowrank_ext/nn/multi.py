@@ -25,7 +25,6 @@ from lowrank_ext.nn.base_layer import (
 )
 from lowrank_ext.nn.call_arguments import input_name, split_call
 from lowrank_ext.nn.fixed_size import FixedSize
-from lowrank_ext.nn.quantized import is_4bit, prepare_for_gradients
 from lowrank_ext.nn.rows import ACTIVE_ROWS, ids_of_block
 
 
@@ -238,8 +237,6 @@ class MultiLoRALinear(FixedSize, BaseKeys):
             assert self.weight is not None
             base_out = F.linear(x, self.weight, self.bias)
         else:
-            if is_4bit(self.base_layer):
-                prepare_for_gradients(self.base_layer, x)
             base_out = self.base_layer(x, *args, **kwargs)
         if adapter_ids is None:
             self._check_no_recomputation()

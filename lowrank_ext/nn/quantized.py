@@ -54,29 +54,31 @@ def _of_4bit(weight: Any) -> Tensor | None:
     return dense
 
 
-def _is_packed(weight: Any) -> bool:
-    """Whether bitsandbytes has rearranged a 4-bit weight for its kernel for CPUs, as its first
-    forward in evaluation mode does: the kernel computes no gradients, dequantizing gives noise."""
-    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights for its kernel for CPUs, as a forward in
+    evaluation mode does, and undo it where it has been done: the kernel computes no gradients, and
+    says nothing where one is asked for."""
+    for module in model.modules():
+        if is_4bit(module) and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            weight: Any = module._parameters["weight"]
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                with torch.no_grad():
+                    weight.data, weight.quant_state = _unpacked(weight)
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:
-    """Data and state of a 4-bit weight in the usual layout."""
-    if not _is_packed(weight):
+    """Data and state of a 4-bit weight in the usual layout; its scales have been rounded to
+    bfloat16 by the packing."""
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
         return weight.data, weight.quant_state
     functional = importlib.import_module("bitsandbytes.functional")
     state = copy.copy(weight.quant_state)  # it is changed in place
+    nested = state.original_nested
     data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    if not nested and state.absmax.dim() == 2:  # bitsandbytes leaves them transposed
+        state.absmax = state.absmax.T.reshape(-1).float()
     return data, state
-
-
-@torch.no_grad()
-def prepare_for_gradients(base: nn.Module, x: Tensor) -> None:
-    """Undo the packing of a 4-bit base on a CPU where a gradient has to go through it: it would be
-    lost without a word."""
-    weight: Any = base._parameters.get("weight")
-    if x.requires_grad and _is_packed(weight):
-        weight.data, weight.quant_state = _unpacked(weight)
 
 
 def _of_8bit(weight: Any, state: Any) -> Tensor | None:

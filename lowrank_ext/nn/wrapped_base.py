@@ -14,7 +14,6 @@ from lowrank_ext.nn.base_layer import (
     is_plain,
 )
 from lowrank_ext.nn.call_arguments import input_name
-from lowrank_ext.nn.quantized import is_4bit, prepare_for_gradients
 
 
 class WrappedBase(Adapter):
@@ -45,7 +44,7 @@ class WrappedBase(Adapter):
         empty = torch.empty(n, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, False))
         self.base_layer = None
-        self._borrows = self._is_4bit = False
+        self._borrows = False
         self.input_name = "input"
 
     def _take_base(self, base: nn.Module) -> None:
@@ -56,7 +55,6 @@ class WrappedBase(Adapter):
                 f"{type(base).__name__} that is not x weightᵀ + bias, got {self.init!r}"
             )
         self._borrows = False
-        self._is_4bit = is_4bit(base)
         self.register_parameter("weight", base._parameters["weight"] if plain else None)
         self.register_parameter("bias", base._parameters.get("bias") if plain else None)
         self.base_layer = None if plain else base
@@ -107,8 +105,6 @@ class WrappedBase(Adapter):
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output for x, and what else it takes, with its present weight."""
         if self.base_layer is not None:
-            if self._is_4bit:
-                prepare_for_gradients(self.base_layer, x)
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         assert self.weight is not None

@@ -29,6 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import lowrank_ext as lr
 from lowrank_ext.integrations.peft_layer import AcceleratedLoRA
+from lowrank_ext.nn.quantized import keep_unpacked
 
 FP64 = torch.float64
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 6e-2}
@@ -976,6 +977,7 @@ def test_quantized_bases(kind: str, dtype: torch.dtype) -> None:
         model, peft.LoraConfig(r=3, target_modules=["0"], lora_dropout=0.0)
     ).eval()
     randomize(theirs)
+    keep_unpacked(theirs)  # as accelerate does
     layer = theirs.base_model.model[0]
     assert type(layer).__name__ == kind
     ours = copy.deepcopy(theirs)

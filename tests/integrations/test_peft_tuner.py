@@ -16,6 +16,10 @@ pytest.importorskip("transformers")
 
 import peft
 from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -378,7 +382,160 @@ def test_a_module_at_two_paths_is_adapted_at_both() -> None:
     assert isinstance(model.base_model.model.first, LowRankTunerLayer)
 
 
+@by_own
+def test_saves_while_merged(name: str, tmp_path: Path) -> None:
+    if name == "goat":
+        pytest.skip("cannot be merged")
+    model = trained(peft_model(name))
+    expected = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name != "lamda-ranks"])  # from weights
+def test_a_model_built_without_values_takes_a_whole_state(name: str) -> None:
+    """Residual weights come along with what rebuilds the base."""
+    model = trained(peft_model(name))
+    with torch.device("meta"):
+        base = LlamaForCausalLM(sizes())
+    other = peft.get_peft_model(base, lr.peft_config(CONFIGS[name])).to_empty(device="cpu")
+    rotary = base.model.rotary_emb
+    rotary.inv_freq.copy_(llama().model.rotary_emb.inv_freq)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    with other.disable_adapter():
+        close(logits(other), logits(llama()))
+    close(logits(other.unload()), logits(llama()))
+
+
+@by_own
+def test_injected_without_a_peft_model(name: str) -> None:
+    source = trained(peft_model(name))
+    state = peft.get_peft_model_state_dict(source)
+    model = peft.inject_adapter_in_model(lr.peft_config(CONFIGS[name]), llama())
+    own = peft.get_peft_model_state_dict(model)
+    assert {key.removeprefix("base_model.model.") for key in state} == set(own)
+    for given in (state, {key.removeprefix("base_model.model."): t for key, t in state.items()}):
+        peft.set_peft_model_state_dict(model, given)
+        assert torch.equal(logits(model), logits(source))
+
+
+@pytest.mark.parametrize("name", ["lora", "aflora", "lamda-zero-core"])
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS", "SEQ_CLS", None])
+def test_new_heads(name: str, task_type: str | None, tmp_path: Path) -> None:
+    """With "all-linear" heads train whole and are saved, whether the task is told or not."""
+    if name == "lora" and task_type in ("TOKEN_CLS", "QUESTION_ANS", None):
+        pytest.skip("PEFT's own")
+    sized = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    labels = 2 if task_type == "QUESTION_ANS" else 3
+    options = BertConfig(vocab_size=37, num_attention_heads=2, num_labels=labels, **sized)
+    kinds = {
+        "TOKEN_CLS": BertForTokenClassification,
+        "QUESTION_ANS": BertForQuestionAnswering,
+        None: BertForTokenClassification,
+    }
+
+    def base() -> nn.Module:
+        torch.manual_seed(5)
+        made: nn.Module = kinds.get(task_type, BertForSequenceClassification)(options).eval()
+        return made
+
+    model = peft_model(name, base(), task_type=task_type)
+    head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
+    trains = [key for key, p in model.named_parameters() if p.requires_grad]
+    assert any(f"{head}.modules_to_save" in key for key in trains)
+    assert not any(
+        head in path for path, m in model.named_modules() if isinstance(m, LowRankLinear)
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key in trains:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    with torch.no_grad():
+        outputs = [m.eval()(ids()).to_tuple() for m in (model, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_names_that_peft_reads_from_the_config() -> None:
+    model = peft_model("lamda")
+    config = model.peft_config["default"]
+    assert config.peft_type is peft.PeftType.LAMDA
+    assert model.get_model_status().peft_types == {"default": "LAMDA"}
+    with pytest.raises(ValueError, match="LAMDA"):
+        peft.get_peft_model(llama(), lr.peft_config(CONFIGS["lamda"]), mixed=True)
+
+
+def test_patterns_of_ranks_and_alphas_in_pefts_lora() -> None:
+    config = lr.LoRAConfig(
+        r=4,
+        rank_pattern={"q_proj": 8, "mlp.up_proj": 2},
+        alpha_pattern={"q_proj": 7, "layers.0.mlp.up_proj": 3},
+    )
+    ours = lr.adapt(llama(), config)
+    theirs = peft.get_peft_model(llama(), lr.peft_config(config)).base_model.model
+    for path, module in ours.named_modules():
+        if isinstance(module, LowRankLinear):
+            layer = theirs.get_submodule(path)
+            assert (layer.r["default"], layer.scaling["default"]) == (module.r, module.scaling)
+
+
 # ---- refused
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lr.merge,
+        lr.unmerge,
+        lr.unload,
+        lambda model: lr.save_adapter(model, "nowhere"),
+        lambda model: lr.export_lora(model, "nowhere"),
+        lambda model: lr.disable_adapter(model).__enter__(),
+    ],
+)
+def test_functions_for_adapted_models_name_pefts(action: Any) -> None:
+    model = trained(peft_model("aflora"))
+    model.add_adapter("other", lr.peft_config(CONFIGS["aflora"]))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="of PEFT; use"):
+        action(model)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_reslora_merge_error_leaves_a_peft_model_alone() -> None:
+    model = trained(peft_model("reslora"))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="of PEFT; use"):
+        lr.reslora_merge_error(model, lambda: model(ids()).logits)
+    assert torch.equal(logits(model), expected)
+
+
+def test_one_residual_start_is_merged_once() -> None:
+    model = trained(peft_model("lamda"))
+    model.add_adapter("other", model.peft_config["default"])
+    expected = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="one adapter must be merged over a residual"):
+            merge(adapter_names=["default", "other"])
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ".*q_proj"])
+def test_layers_to_transform_needs_names(targets: str) -> None:
+    with pytest.raises(ValueError, match="layers_to_transform must be None where target_modules"):
+        lr.peft_config(lr.AFLoRAConfig(r=4, target_modules=targets), layers_to_transform=[1])
+
+
+def test_names_that_cannot_be_told_apart() -> None:
+    model = peft_model("aflora")
+    with pytest.raises(ValueError, match="must not be called aflora_adapters"):
+        model.add_adapter("aflora_adapters", lr.peft_config(CONFIGS["aflora"]))
+    with pytest.raises(TypeError, match="peft_config: r is config's own"):
+        lr.peft_config(CONFIGS["aflora"], r=3)
 
 
 @by_own

@@ -5,13 +5,15 @@ import functools
 from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
+from torch import nn
 
 from lowrank_ext.adapter_format import StoredConfig
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checkpoint.peft_config import pattern_of
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.registry import Method
+from lowrank_ext.targets import new_heads
 
 
 @dataclasses.dataclass
@@ -43,7 +45,12 @@ class LowRankPeftConfig(PeftConfig):
         # No fields, so that no file holds them: whether values are to come from a file, and whether
         # the patterns hold all that depends on the model.
         self.awaits_values = self.is_complete = False
-        self.peft_type = self.method.peft_type
+        self.peft_type = PeftType(self.method.peft_type)
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"{type(self).__name__}: layers_to_transform must be None where target_modules is "
+                f"a string, got {self.target_modules!r}; give a list of names"
+            )
         if self.bias != "none":
             raise ValueError(f"{type(self).__name__}: bias must be 'none', got {self.bias!r}")
         self.adapter_config(())
@@ -53,6 +60,14 @@ class LowRankPeftConfig(PeftConfig):
         config: Self = super().from_pretrained(*args, **kwargs)
         config.awaits_values = config.is_complete = True
         return config
+
+    def add_heads(self, model: nn.Module) -> None:
+        """Train and save heads that are new for the task, as ``lr.adapt`` does."""
+        named = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        saved = tuple(self.modules_to_save or ())
+        config = dataclasses.replace(self.adapter_config(()), modules_to_save=saved, **named)
+        if heads := new_heads(model, config):
+            self.modules_to_save = [*saved, *heads]
 
     def set_numbers(self, config: AdapterConfig, paths: Collection[str]) -> None:
         """Take over ranks and alphas of the modules ``paths``, which may depend on the model."""

@@ -12,6 +12,7 @@ from lowrank_ext.config import AdapterConfig, config_names
 from lowrank_ext.integrations.peft_layer import accelerated_class
 from lowrank_ext.integrations.peft_tuner.config import config_class_for
 from lowrank_ext.integrations.peft_tuner.registration import register_with_peft
+from lowrank_ext.nn.quantized import keep_unpacked
 from lowrank_ext.registry import method_of
 
 
@@ -48,6 +49,8 @@ def peft_config(config: AdapterConfig, **fields: Any) -> PeftConfig:
             f"{config.adapter_dtype!r}; for the base's dtype give get_peft_model "
             "autocast_adapter_dtype=False"
         )
+    if taken := sorted(fields.keys() & _fields_of(config).keys()):
+        raise TypeError(f"peft_config: {taken[0]} is config's own, got it again")
     register_with_peft()
     if config.peft_type == "LORA":
         return _lora_config(config, fields)
@@ -88,7 +91,8 @@ def _lora_config(config: AdapterConfig, fields: Mapping[str, Any]) -> LoraConfig
     own = _fields_of(config)
     if config.alpha is None:  # alpha is then each module's own rank
         own["lora_alpha"] = config.r
-        own["alpha_pattern"] = {**config.alpha_pattern, **config.rank_pattern}
+        ranks = {k: r for k, r in config.rank_pattern.items() if k not in config.alpha_pattern}
+        own["alpha_pattern"] = {**config.alpha_pattern, **ranks}  # the first match counts
     own["init_lora_weights"] = True if config.init == "kaiming" else config.init
     made = LoraConfig(**own, **fields)
     made._register_custom_module({nn.Linear: _accelerated})  # type: ignore[dict-item]  # calls it
@@ -99,5 +103,6 @@ def _accelerated(target: nn.Module, adapter_name: str, **options: Any) -> nn.Mod
     """PEFT's LoRA layer on the fused ops; None, for PEFT to go on, over any but a plain linear."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if type(base) is not nn.Linear:
+        keep_unpacked(base)
         return None
     return accelerated_class(lora.Linear)(target, adapter_name, **options)

@@ -172,11 +172,18 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base weight; inf and nan are refused, as with ``safe_merge``."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.adapters:
-                self._check_valued(name)
-                self.adapter(name).merge()
-                self.merged_adapters.append(name)
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.adapters]
+        residual = [n for n in (*self.merged_adapters, *names) if self.adapter(n).residual_taken]
+        if len(residual) > 1:
+            raise ValueError(
+                "one adapter must be merged over a residual base weight, which lacks the start of "
+                f"all of them once, got {residual}"
+            )
+        for name in names:
+            self._check_valued(name)
+            self.adapter(name).merge()
+            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         while self.merged_adapters:  # the last one first: each keeps the weight it found
@@ -228,6 +235,18 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
                 "which PeftModel.from_pretrained and load_adapter follow by loading them; for a "
                 "new adapter make the config by lr.peft_config"
             )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}base_layer.weight" not in state_dict:
+            return
+        for name, adapter in self.named_adapters().items():
+            own = f"{prefix}{self.adapters_name}.{name}."
+            if any(own + start in state_dict for start in adapter.residual_starts):
+                adapter.residual_taken = True  # the weight that came along is the residual
+                self._awaiting.discard(name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -17,9 +17,11 @@ from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
 from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, layer_class_for
 from lowrank_ext.left_out import left_out
 from lowrank_ext.merging import check_mergeable, dense_dtype, forget_quantization
-from lowrank_ext.nn.quantized import is_quantized
+from lowrank_ext.nn.quantized import is_quantized, keep_unpacked
 from lowrank_ext.registry import Method
 from lowrank_ext.targets import check_adaptable
+
+_PREFIX = "base_model.model."
 
 
 class LowRankTuner(BaseTuner):
@@ -40,15 +42,24 @@ class LowRankTuner(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         config: LowRankPeftConfig = self.peft_config[adapter_name]
+        self._check_name(adapter_name)
         self._prepare(model, config)
+        keep_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._replace_everywhere(model)
         self.method.module_class.connect(model)
         set_fused_encoders(model, on=False)
 
+    def _check_name(self, adapter_name: str) -> None:
+        """PEFT tells adapters by their name within keys."""
+        if adapter_name == self.tuner_layer_cls.adapters_name:
+            raise ValueError(f"{type(self).__name__}: an adapter must not be called {adapter_name}")
+
     def _prepare(self, model: nn.Module, config: LowRankPeftConfig) -> None:
         """Check all modules, and complete the config by what depends on them."""
         missing = left_out(model) if config.target_modules == ALL_LINEAR else []
+        if not config.is_complete:
+            config.add_heads(model)
         targets = self._targets(model, config)
         own = config.adapter_config(list(targets) if config.is_complete else ())
         own = self.method.complete_config(model, own, targets)
@@ -184,7 +195,10 @@ class LowRankTuner(BaseTuner):
             if adapter_name in layer.adapters:
                 prefix = f"{path}.{layer.adapters_name}.{adapter_name}."
                 for attribute in _stored(layer, adapter_name):
-                    found[prefix + attribute] = state_dict[prefix + attribute]
+                    key = prefix + attribute
+                    # A merged adapter is in no state dict: that is its base's.
+                    kept = layer.adapter(adapter_name).adapter_tensors()[attribute]
+                    found[key] = state_dict[key] if key in state_dict else kept.detach()
         return found
 
     @classmethod
@@ -212,9 +226,10 @@ class LowRankTuner(BaseTuner):
             if adapter_name not in layer.adapters:
                 continue
             values[layer] = {}
-            place = f"base_model.model.{path.removeprefix('base_model.model.')}"
+            place = path.removeprefix(_PREFIX)
             for attribute in _stored(layer, adapter_name):
                 key = f"{place}.{file_format.kind_of(attribute)}"
+                key = key if key in mapped else _PREFIX + key  # bare in a model injected into
                 values[layer][attribute] = _taken(mapped, key, layer, adapter_name, attribute)
         odd = [key for key in mapped if file_format.kind_in(key) is not None]
         if odd:
