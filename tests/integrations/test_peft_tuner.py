@@ -380,6 +380,8 @@ def test_a_module_at_two_paths_is_adapted_at_both() -> None:
     model = peft.get_peft_model(Twice(), lr.peft_config(lr.AFLoRAConfig(r=2)))
     assert model.base_model.model.first is model.base_model.model.second
     assert isinstance(model.base_model.model.first, LowRankTunerLayer)
+    plain = model.merge_and_unload()
+    assert plain.first is plain.second and type(plain.first) is nn.Linear
 
 
 @by_own
@@ -522,6 +524,18 @@ def test_one_residual_start_is_merged_once() -> None:
             merge(adapter_names=["default", "other"])
         model.unmerge_adapter()
         assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["lamda", "aflora"])
+def test_nothing_is_loaded_into_merged_adapters(name: str, tmp_path: Path) -> None:
+    model = trained(peft_model(name))
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapters must be unmerged to load one"):
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ".*q_proj"])

@@ -108,6 +108,8 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
     def fill(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Give the adapter the values of a file, by attribute, and the base their residual."""
         adapter = self.adapter(name)
+        if self.merged_adapters:
+            raise ValueError(f"adapters must be unmerged to load one, got {self.merged_adapters}")
         device = execution_device(self.base_layer)
         own = adapter.adapter_tensors()
         given = {key: tensors[key].to(device, own[key].dtype) for key in own}

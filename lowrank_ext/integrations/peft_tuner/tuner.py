@@ -10,7 +10,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from lowrank_ext.adapt import check_options, check_ranks, check_values, set_fused_encoders
+from lowrank_ext.adapt import (
+    check_options,
+    check_ranks,
+    check_values,
+    replace_modules,
+    set_fused_encoders,
+)
 from lowrank_ext.adapt_warnings import adapt_warnings
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
@@ -37,6 +43,7 @@ class LowRankTuner(BaseTuner):
 
     _config: AdapterConfig  # of the adapter that is being injected
     _unloads = False
+    _plain: dict[nn.Module, nn.Module]  # what has taken the place of unloaded layers
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -158,6 +165,7 @@ class LowRankTuner(BaseTuner):
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         parent._modules[child_name] = new_module  # it has its own weight, PEFT would set child's
+        self._plain[child] = new_module
 
     def _unload_and_optionally_merge(
         self,
@@ -170,11 +178,14 @@ class LowRankTuner(BaseTuner):
         had_quantized = any(is_quantized(layer.base_layer) for _, layer in _layers(self.model))
         for _, layer in _layers(self.model):
             layer.dense_dtype = dtype
-        self._unloads = True
+        self._unloads, self._plain = True, {}
         try:
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         finally:
             self._unloads = False
+        replace_modules(self.model, self._plain)  # where they are registered besides
+        set_fused_encoders(self.model, on=True)
+        self.method.module_class.disconnect(self.model)
         if had_quantized:
             forget_quantization(self.model)
         return self.model
