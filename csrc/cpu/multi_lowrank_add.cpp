@@ -30,6 +30,9 @@ constexpr int64_t max_tile_rows(int64_t rank, bool one_adapter) {
 }
 
 constexpr int64_t kCopyGrain = 64;  // rows per task: a few us at usual widths
+// Up to this many rows small segments read base_out where it lies; of more, y is better copied first,
+// a row after the other, than written for the first time tile by tile.
+constexpr int64_t kMaxDirectRows = 64;
 
 // The segment's part of a stack, lora_a [n, r, K] or its gradient: [rank, K].
 Tensor lora_a_of(const Tensor& a, const Segment& segment) {
@@ -206,12 +209,14 @@ void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, 
     return branch_forward(branch_of(args, segment), x, y, first_columns(h, segment.rank));
   }
   const Dropout dropout = dropout_of(args.dropout_p, args.seed);
-  SmallSegmentsForward small_segments(args, dropout, base_out, x, y, h);
-  copy(y, base_out, segments.base);
+  const bool direct = x.size(0) <= kMaxDirectRows;
+  if (!direct) copy(y, base_out, RowList{{{0, x.size(0)}}, x.size(0)});
+  SmallSegmentsForward small_segments(args, dropout, direct ? base_out : y, x, y, h);
+  if (direct) copy(y, base_out, segments.base);
   for (const Segment& segment : segments.adapted) {
     const Kernel kernel = kernel_of(segment);
     if (kernel == Kernel::kBlocks) {
-      copy(y, base_out, segment.rows);
+      if (direct) copy(y, base_out, segment.rows);
       segment_forward(args, segment, dropout, x, y, h);
     } else {
       small_segments.append(segment, kernel);
