@@ -123,7 +123,7 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
         raise ValueError(
             f"{caller}: model must carry adapters of lr.adapt, got a {type(model).__name__} with "
             "some of PEFT; use PEFT's own functions (merge_adapter, unmerge_adapter, "
-            "merge_and_unload, unload, disable_adapter, save_pretrained)"
+            "merge_and_unload, unload, `with model.disable_adapter():`, save_pretrained)"
         )
     modules = {path: m for path, m in named_modules(model) if isinstance(m, LowRankLinear)}
     if not modules:

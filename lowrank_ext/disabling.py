@@ -8,8 +8,8 @@ from torch import nn
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.merging import merge_all
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
-from lowrank_ext.targets import is_from_peft, outermost_modules
-from lowrank_ext.wrappers import named_modules, unwrapped
+from lowrank_ext.targets import outermost_modules
+from lowrank_ext.wrappers import unwrapped
 
 _CALLER = "disable_adapter"
 
@@ -63,11 +63,6 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(is_from_peft(module) for _, module in named_modules(model)):
-        raise ValueError(
-            f"{_CALLER}: model must carry adapters of lr.adapt, got one of PEFT; use its own "
-            "`with model.disable_adapter():`"
-        )
     modules = lowrank_modules(model, _CALLER)
     config = getattr(unwrapped(model), "lowrank_config", None)
     names = () if config is None else config.modules_to_save

@@ -15,6 +15,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft
+from small_models import llama_sizes as sizes
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -22,7 +23,6 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
@@ -51,20 +51,6 @@ MERGEABLE = [name for name in CONFIGS if name not in ("goat", "reslora")]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*trains without:UserWarning", "ignore:.*checkpointing.*:FutureWarning"
 )
-
-
-def sizes(**options: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -96,6 +82,16 @@ def trained(model: Any, steps: int = 3) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+@torch.no_grad()
+def moved_and_reloaded(model: Any, base: nn.Module, path: Path) -> Any:
+    """The model that its files give over ``base``, once all that trains has been moved."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1)
+    model.save_pretrained(path)
+    return peft.PeftModel.from_pretrained(base, path)
 
 
 def close(actual: Tensor, expected: Tensor, **tolerance: float) -> None:
@@ -296,12 +292,7 @@ def test_heads_train_and_are_saved(name: str, tmp_path: Path) -> None:
     model(input_ids=ids(), labels=torch.tensor([0, 2])).loss.backward()
     trains = {k for k, p in model.named_parameters() if p.grad is not None and p.requires_grad}
     assert any("score" in key for key in trains) and any("_adapters" in key for key in trains)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key in trains:
-                parameter.add_(0.1)
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    again = moved_and_reloaded(model, base(), tmp_path)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -450,12 +441,7 @@ def test_new_heads(name: str, task_type: str | None, tmp_path: Path) -> None:
     assert not any(
         head in path for path, m in model.named_modules() if isinstance(m, LowRankLinear)
     )
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key in trains:
-                parameter.add_(0.1)
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    again = moved_and_reloaded(model, base(), tmp_path)
     with torch.no_grad():
         outputs = [m.eval()(ids()).to_tuple() for m in (model, again)]
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from small_models import llama_sizes
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lowrank_ext as lr
 from lowrank_ext.methods.lamda.freezing import num_frozen_columns
@@ -56,17 +57,7 @@ def lora_modules(model: nn.Module) -> dict[str, LaMDALinear]:
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(llama_sizes())
 
 
 def lamda_model(**options: Any) -> LlamaForCausalLM:

@@ -12,7 +12,8 @@ pytest.importorskip("peft")
 import peft
 import trl
 from datasets import Dataset
-from test_peft_tuner import CONFIGS, OWN, sizes
+from small_models import llama_sizes as sizes
+from test_peft_tuner import CONFIGS, OWN
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaForCausalLM,

@@ -49,12 +49,13 @@ def peft_config(config: AdapterConfig, **fields: Any) -> PeftConfig:
             f"{config.adapter_dtype!r}; for the base's dtype give get_peft_model "
             "autocast_adapter_dtype=False"
         )
-    if taken := sorted(fields.keys() & _fields_of(config).keys()):
+    own = _fields_of(config)
+    if taken := sorted(fields.keys() & own.keys()):
         raise TypeError(f"peft_config: {taken[0]} is config's own, got it again")
     register_with_peft()
     if config.peft_type == "LORA":
-        return _lora_config(config, fields)
-    return config_class_for(method)(**_fields_of(config), **fields)
+        return _lora_config(config, own, fields)
+    return config_class_for(method)(**own, **fields)
 
 
 def _fields_of(config: AdapterConfig) -> dict[str, Any]:
@@ -81,14 +82,15 @@ def _names(names: Any) -> Any:
     return names if names is None or isinstance(names, str) else list(names)
 
 
-def _lora_config(config: AdapterConfig, fields: Mapping[str, Any]) -> LoraConfig:
+def _lora_config(
+    config: AdapterConfig, own: dict[str, Any], fields: Mapping[str, Any]
+) -> LoraConfig:
     if config.init == "pissa":
         raise ValueError(
             "peft_config: init must be 'kaiming' or 'gaussian' for LoRA, which PEFT trains, got "
             "'pissa': PEFT's disable_adapter leaves its residual weight as it is, so references of "
             "DPO would be another model; use lr.adapt, or LaMDAConfig"
         )
-    own = _fields_of(config)
     if config.alpha is None:  # alpha is then each module's own rank
         own["lora_alpha"] = config.r
         ranks = {k: r for k, r in config.rank_pattern.items() if k not in config.alpha_pattern}
