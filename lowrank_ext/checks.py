@@ -76,6 +76,35 @@ def matches_names(path: str, names: str | Sequence[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def in_layers(
+    path: str,
+    names: str | Sequence[str],
+    layers: int | Sequence[int] | None,
+    patterns: str | Sequence[str] | None,
+) -> bool:
+    """Whether PEFT's layers_to_transform and layers_pattern leave ``path`` among the modules that
+    target_modules ``names`` match."""
+    if isinstance(names, str) or path in names or layers is None or layers == []:
+        return True
+    index = layer_index(path, patterns)
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def layer_index(path: str, patterns: str | Sequence[str] | None) -> int | None:
+    """Number of the layer that ``path`` lies in: the first that follows a name among ``patterns``.
+
+    A path may hold more numbers behind it: T5's ``decoder.block.1.layer.0.SelfAttention.q``.
+    """
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        return None if found is None else int(found.group(1))
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
+        if found is not None:
+            return int(found["index"])
+    return None
+
+
 def check_rank(rank: object, owner: str, name: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{owner}: {name} must be an int, got {rank!r}")
@@ -169,6 +198,26 @@ def normalized_names(
     for name in ordered:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{owner}: {argument} must hold non-empty strings, got {name!r}")
+    return ordered
+
+
+def normalized_layers(layers: int | Iterable[int] | None, owner: str) -> tuple[int, ...] | None:
+    """layers_to_transform as a tuple, in ascending order where it is a set."""
+    if layers is None:
+        return None
+    if not isinstance(layers, int | Iterable) or isinstance(layers, str | bytes | Mapping):
+        raise TypeError(
+            f"{owner}: layers_to_transform must be a layer's number, or several, got {layers!r}"
+        )
+    several = [layers] if isinstance(layers, int) else layers
+    ordered = tuple(sorted(several) if isinstance(several, set | frozenset) else several)
+    for index in ordered:
+        check_count(index, 0, owner, "layers_to_transform")
+    if not ordered:
+        raise ValueError(
+            f"{owner}: layers_to_transform must name at least one layer, got none; None stands for "
+            "all"
+        )
     return ordered
 
 

@@ -21,6 +21,7 @@ from lowrank_ext.checks import (
     did_you_mean,
     matching_pattern,
     normalized_adapter_dtype,
+    normalized_layers,
     normalized_names,
 )
 from lowrank_ext.option_names import check_options
@@ -41,6 +42,12 @@ class AdapterConfig:
         target_modules: names, where a module matches when its path equals a name or ends with
             ``"." + name``; or one regular expression for the whole path; or ``"all-linear"``.
         exclude_modules: modules that are not adapted, matched as target_modules are.
+        layers_to_transform: numbers of the layers that are adapted, one or several; None stands for
+            all. Of target_modules, a list of names, only modules inside of these layers are then
+            selected; a name that is a module's whole path selects it in any layer. As in PEFT the
+            layer's number is the first in the path with two names before it.
+        layers_pattern: names or regular expressions of what holds the layers ("layers", "h"), one
+            or several: the number is then the first behind such a name.
         rank_pattern, alpha_pattern: values for single modules. A key is a name suffix or a regular
             expression; the first key with ``re.match(rf"(.*\\.)?({key})$", path)`` applies, as in
             PEFT.
@@ -68,6 +75,8 @@ class AdapterConfig:
     dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
@@ -116,12 +125,32 @@ class AdapterConfig:
             self._set(
                 "exclude_modules", normalized_names(self.exclude_modules, owner, "exclude_modules")
             )
+        self._check_layers(owner)
         self._set(
             "modules_to_save", normalized_names(self.modules_to_save, owner, "modules_to_save")
         )
         self._set("rank_pattern", dict(self.rank_pattern))
         self._set("alpha_pattern", dict(self.alpha_pattern))
         self._set("adapter_dtype", normalized_adapter_dtype(self.adapter_dtype, owner))
+
+    def _check_layers(self, owner: str) -> None:
+        layers = normalized_layers(self.layers_to_transform, owner)
+        patterns = normalized_names(self.layers_pattern or (), owner, "layers_pattern")
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            check_regex(pattern, owner, "layers_pattern")
+        for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+            if value and isinstance(self.target_modules, str):
+                raise ValueError(
+                    f"{owner}: {name} must be None where target_modules is a string, got "
+                    f"{self.target_modules!r}; give target_modules as a list of names"
+                )
+        if patterns and layers is None:
+            raise ValueError(
+                f"{owner}: layers_pattern must be None without layers_to_transform, got "
+                f"{self.layers_pattern!r}"
+            )
+        self._set("layers_to_transform", layers)
+        self._set("layers_pattern", patterns or None)
 
     @classmethod
     def of(cls, owner: str, **options: Any) -> Self:

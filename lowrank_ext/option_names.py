@@ -12,7 +12,6 @@ _RENAMED = {
     "init_lora_weights": "init",
 }
 _BY_PEFT = "leave it out, or use PEFT and lr.accelerate(peft_model)"
-_BY_TARGETS = "name the layers in target_modules, by their paths or a regular expression"
 _FILE_ENTRY = "an entry of PEFT's files; leave it out"
 # PEFT's options that have no counterpart, and what to do.
 _ABSENT = {
@@ -21,8 +20,6 @@ _ABSENT = {
     "inference_mode": "use lr.load_adapter(model, path, trainable=False)",
     "fan_in_fan_out": "found from each module; leave it out",
     "bias": f"biases stay frozen; {_BY_PEFT}",
-    "layers_to_transform": _BY_TARGETS,
-    "layers_pattern": _BY_TARGETS,
     "auto_mapping": _FILE_ENTRY,
     "base_model_name_or_path": _FILE_ENTRY,
     "peft_version": _FILE_ENTRY,

@@ -9,7 +9,14 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lowrank_ext.checks import did_you_mean, matches_names, matching_pattern, with_article
+from lowrank_ext.checks import (
+    did_you_mean,
+    in_layers,
+    layer_index,
+    matches_names,
+    matching_pattern,
+    with_article,
+)
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
 from lowrank_ext.nn.base_layer import is_conv1d, linear_features
 from lowrank_ext.wrappers import named_modules, unwrapped
@@ -51,11 +58,7 @@ def find_targets(
         left_alone |= _output_head(model, paths)
         wanted = {m for m in paths if _is_linear(m)}
     else:
-        wanted = {
-            m
-            for m, own in paths.items()
-            if any(matches_names(p, config.target_modules) for p in own)
-        }
+        wanted = {m for m, own in paths.items() if any(_selects(config, path) for path in own)}
     targets = {own[0]: m for m, own in paths.items() if m in wanted and m not in left_alone}
     if isinstance(config.target_modules, str):
         targets = {path: m for path, m in targets.items() if linear_features(m) is not None}
@@ -65,8 +68,9 @@ def find_targets(
         raise ValueError(
             f"{caller}: target_modules must leave a linear module of {type(model).__name__}, "
             f"got {config.target_modules!r} without exclude_modules={config.exclude_modules!r} and "
-            f"modules_to_save={list(config.modules_to_save)!r}"
+            f"modules_to_save={list(config.modules_to_save)!r}{_of_layers(config)}"
         )
+    _check_layers([path for m in targets.values() for path in paths[m]], config, caller)
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument):
             if not any(matching_pattern([key], path) for path in targets):
@@ -180,6 +184,40 @@ def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, ca
                 known = every if argument == "modules_to_save" else linear
                 whole = isinstance(names, str) and any(matches_names(p, [name]) for p in every)
                 raise _no_match(caller, argument, name, "a module", known, whole)
+
+
+def _of_layers(config: AdapterConfig) -> str:
+    if config.layers_to_transform is None:
+        return ""
+    return (
+        f", in layers_to_transform={config.layers_to_transform!r} with "
+        f"layers_pattern={config.layers_pattern!r}"
+    )
+
+
+def _selects(config: AdapterConfig, path: str) -> bool:
+    names = config.target_modules
+    return matches_names(path, names) and in_layers(
+        path, names, config.layers_to_transform, config.layers_pattern
+    )
+
+
+def _check_layers(paths: Sequence[str], config: AdapterConfig, caller: str) -> None:
+    """Raise where a layer, or what holds the layers, has none of the selected ``paths``."""
+    if config.layers_to_transform is None:
+        return
+    patterns, layers = config.layers_pattern, config.layers_to_transform
+    assert not isinstance(layers, int)  # normalized
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        if all(layer_index(path, pattern) is None for path in paths):
+            raise _no_match(caller, "layers_pattern", pattern, "an adapted module", paths)
+    adapted = {layer_index(path, patterns) for path in paths if path not in config.target_modules}
+    for layer in layers:
+        if layer not in adapted:
+            raise ValueError(
+                f"{caller}: layers_to_transform must name layers with modules of target_modules="
+                f"{list(config.target_modules)!r}, got {layer}, which has none"
+            )
 
 
 def _no_match(

@@ -4,7 +4,6 @@ PEFT puts adapters where the config says and drops tensors for other modules; so
 with a warning where file and config differ.
 """
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
-from lowrank_ext.checks import matches_names
+from lowrank_ext.checks import in_layers, matches_names
 from lowrank_ext.config import ALL_LINEAR
 from lowrank_ext.files import check_pattern, printable, quoted
 from lowrank_ext.nn.base_layer import linear_features
@@ -71,30 +70,12 @@ def selects(fields: Mapping[str, Any], path: str) -> bool:
     if not matches_names(path, names):
         return False
     layers = fields.get("layers_to_transform")
-    if isinstance(names, str) or path in names or layers is None or layers == []:
-        return True
-    index = _layer_index(path, fields.get("layers_pattern"))
-    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+    return in_layers(path, names, layers, fields.get("layers_pattern"))
 
 
 def _is_inside(parts: list[str], name: list[str]) -> bool:
     """Whether the module ``name`` of modules_to_save is at or above the path of ``parts``."""
     return any(parts[i : i + len(name)] == name for i in range(len(parts)))
-
-
-def _layer_index(path: str, patterns: Any) -> int | None:
-    """Number of the layer that ``path`` lies in: the first that follows a name among ``patterns``.
-
-    A path may hold more numbers behind it: T5's ``decoder.block.1.layer.0.SelfAttention.q``.
-    """
-    if not patterns:
-        found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-        return None if found is None else int(found.group(1))
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
-        if found is not None:
-            return int(found["index"])
-    return None
 
 
 def _is_linear(module: nn.Module) -> bool:

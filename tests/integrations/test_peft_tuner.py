@@ -349,8 +349,9 @@ def test_chains_of_named_adapters_are_their_own() -> None:
 
 
 def test_layers_to_transform(tmp_path: Path) -> None:
-    config = lr.LaMDAConfig(r=4, target_modules=["q_proj", "down_proj"])
-    model = peft.get_peft_model(llama(), lr.peft_config(config, layers_to_transform=[1]))
+    names = ["q_proj", "down_proj"]
+    config = lr.LaMDAConfig(r=4, target_modules=names, layers_to_transform=[1])
+    model = peft.get_peft_model(llama(), lr.peft_config(config))
     paths = [path for path, m in model.named_modules() if isinstance(m, LaMDALinear)]
     assert len(paths) == 2 and all(".layers.1." in path for path in paths)
     model.save_pretrained(tmp_path)
@@ -524,10 +525,14 @@ def test_nothing_is_loaded_into_merged_adapters(name: str, tmp_path: Path) -> No
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ".*q_proj"])
-def test_layers_to_transform_needs_names(targets: str) -> None:
+def test_layers_to_transform_needs_names(tmp_path: Path) -> None:
+    """In a file: a config of lr checks it itself."""
+    peft_model("aflora").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    fields |= {"target_modules": ".*q_proj", "layers_to_transform": [1]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="layers_to_transform must be None where target_modules"):
-        lr.peft_config(lr.AFLoRAConfig(r=4, target_modules=targets), layers_to_transform=[1])
+        peft.PeftModel.from_pretrained(llama(), tmp_path)
 
 
 def test_names_that_cannot_be_told_apart() -> None:

@@ -25,8 +25,7 @@ def peft_config(config: AdapterConfig, **fields: Any) -> PeftConfig:
 
     Args:
         config: the method's, such as ``LaMDAConfig``.
-        fields: further fields of PEFT's: task_type, layers_to_transform, layers_pattern,
-            base_model_name_or_path, revision.
+        fields: further fields of PEFT's: task_type, base_model_name_or_path, revision.
 
     Raises:
         ImportError: PEFT is not installed, or older than 0.21.
@@ -73,6 +72,8 @@ def _fields_of(config: AdapterConfig) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "target_modules": _names(config.target_modules),
         "exclude_modules": _names(config.exclude_modules),
+        "layers_to_transform": _names(config.layers_to_transform),
+        "layers_pattern": _names(config.layers_pattern),
         "modules_to_save": list(config.modules_to_save) or None,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in own.items()},
     }
