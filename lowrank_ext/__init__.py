@@ -21,6 +21,7 @@ from lowrank_ext.summary import summary, trainable_parameters
 if TYPE_CHECKING:
     from lowrank_ext.integrations.peft_tuner import peft_config as peft_config
     from lowrank_ext.integrations.peft_tuner import register_with_peft as register_with_peft
+    from lowrank_ext.integrations.transformers import AdapterTrainer as AdapterTrainer
     from lowrank_ext.integrations.transformers import FreezeCallback as FreezeCallback
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ += methods.__all__
 
 # Imported on first use: they need transformers or PEFT, which nothing else here does.
 _ON_FIRST_USE = {
+    "AdapterTrainer": "transformers",
     "FreezeCallback": "transformers",
     "peft_config": "peft_tuner",
     "register_with_peft": "peft_tuner",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_ext.adapt_warnings import adapt_warnings
+from lowrank_ext.adapter_protocol import follow_protocol
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig, config_names
 from lowrank_ext.left_out import LeftOut, left_out
 from lowrank_ext.nn.base_layer import (
@@ -110,6 +111,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     _unfreeze(model, config)
     set_fused_encoders(model, on=False)
     unwrapped(model).lowrank_config = config  # type: ignore[assignment]
+    follow_protocol(model)
     return model
 
 

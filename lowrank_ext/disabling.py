@@ -39,25 +39,40 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         >>> with lr.disable_adapter(model), torch.no_grad():
         ...     reference = model(**batch).logits
     """
-    modules = _switchable(model)
-    entered: list[LowRankLinear] = []
+    modules = switch_off(model)
     try:
-        for module in modules.values():
-            module.merges_after_blocks |= module.merged
-            module.unmerge()
-            module.blocks += 1
-            entered.append(module)
         yield
     except BaseException as error:
-        _leave(entered)
         try:
-            _merge_again(model, modules)
+            switch_on(model, modules)
         except ValueError as failed:
             error.add_note(f"{failed}; the adapters are left unmerged")
         raise
     else:
-        _leave(entered)
-        _merge_again(model, modules)
+        switch_on(model, modules)
+
+
+def switch_off(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Begin a block: returns its modules, by path."""
+    modules = _switchable(model)
+    entered: dict[str, LowRankLinear] = {}
+    try:
+        for path, module in modules.items():
+            module.merges_after_blocks |= module.merged
+            module.unmerge()
+            module.blocks += 1
+            entered[path] = module
+    except BaseException:
+        switch_on(model, entered)
+        raise
+    return modules
+
+
+def switch_on(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+    """End a block of ``modules``."""
+    for module in modules.values():
+        module.blocks -= 1
+    _merge_again(model, modules)
 
 
 def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -72,11 +87,6 @@ def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
             f"values are not kept, got {list(names)}"
         )
     return modules
-
-
-def _leave(entered: list[LowRankLinear]) -> None:
-    for module in entered:
-        module.blocks -= 1
 
 
 def _merge_again(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
+from lowrank_ext.adapter_protocol import leave_protocol
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.quantized import is_quantized, way_out
 from lowrank_ext.targets import shared_tensors
@@ -88,6 +89,7 @@ def unload(model: Model, merge: bool | None = None) -> Model:
         forget_quantization(model)
     for name in ("lowrank_config", "lowrank_embeddings"):
         vars(unwrapped(model)).pop(name, None)
+    leave_protocol(model)
     return model
 
 

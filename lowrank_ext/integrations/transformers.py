@@ -1,4 +1,4 @@
-"""FreezeCallback: the freezing schedules in transformers' Trainer."""
+"""transformers' Trainer for models of ``adapt``: AdapterTrainer, and FreezeCallback."""
 
 import io
 from pathlib import Path
@@ -6,19 +6,68 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
+from lowrank_ext.adapter_files import WEIGHTS_NAME
+from lowrank_ext.adapter_protocol import RESUMES
+from lowrank_ext.checkpoint import load_adapter
 from lowrank_ext.checks import with_article
 from lowrank_ext.files import read_torch_file, write_file
 from lowrank_ext.freezing import FreezingSchedule
 from lowrank_ext.registry import METHODS
+from lowrank_ext.wrappers import unwrapped
 
-__all__ = ["FreezeCallback"]
+__all__ = ["AdapterTrainer", "FreezeCallback"]
 
 # File in the Trainer's checkpoint with the state of a schedule that has statistics (torch.save).
 _STATISTICS = "freeze_schedule.pt"
 _OPTIONS = ("eta", "bucket", "start", "decay", "window")
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]  # untyped base
+    """transformers' Trainer that resumes from adapter files and reloads the best of them.
+
+    For models of ``lr.adapt``, whose ``save_pretrained`` writes the adapter: checkpoints hold
+    nothing else of the model. What transformers' own Trainer does for a PeftModel alone. Other
+    models, sharded ones and checkpoints with whole models are left to it. Mixes into any of its
+    subclasses, those of TRL too.
+
+    Examples:
+        >>> trainer = lr.AdapterTrainer(lr.adapt(model, config), arguments, train_dataset=data)
+        >>> class AdapterSFTTrainer(lr.AdapterTrainer, trl.SFTTrainer): ...
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        model = unwrapped(self.model)
+        if hasattr(model, "lowrank_config"):
+            vars(model)[RESUMES] = True
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self._reads_adapter(resume_from_checkpoint):
+            load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._reads_adapter(self.state.best_model_checkpoint):
+            load_adapter(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _reads_adapter(self, directory: str) -> bool:
+        whole = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        adapted = hasattr(unwrapped(self.model), "lowrank_config")
+        return adapted and not whole and (Path(directory) / WEIGHTS_NAME).is_file()
 
 
 class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # untyped bases

@@ -163,10 +163,11 @@ def test_by_peft(name: str, make: Callable[[], Any], tmp_path: Path) -> None:
     is_near(logits(dense), expected, base)
 
 
+@pytest.mark.parametrize("way", ["peft_config", "adapt"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @by_name
-def test_trainer(name: str, kind: str, saved: Path, tmp_path: Path) -> None:
-    """transformers refuses quantized models that are no PeftModel."""
+def test_trainer(name: str, kind: str, way: str, saved: Path, tmp_path: Path) -> None:
+    """transformers trains quantized models where it sees that they carry adapters."""
 
     def model() -> Any:
         base = AutoModelForCausalLM.from_pretrained(
@@ -176,6 +177,8 @@ def test_trainer(name: str, kind: str, saved: Path, tmp_path: Path) -> None:
             device_map="cpu",
         )
         torch.manual_seed(3)
+        if way == "adapt":
+            return lr.adapt(base, CONFIGS[name])
         base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         return peft.get_peft_model(base, lr.peft_config(CONFIGS[name], task_type="CAUSAL_LM"))
 
@@ -183,7 +186,8 @@ def test_trainer(name: str, kind: str, saved: Path, tmp_path: Path) -> None:
         options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
         quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": True}
         rows = [{"input_ids": row, "labels": row} for row in ids().repeat(4, 1)]
-        return Trainer(of, TrainingArguments(str(tmp_path), **options, **quiet), train_dataset=rows)
+        arguments = TrainingArguments(str(tmp_path), **options, **quiet)
+        return lr.AdapterTrainer(of, arguments, train_dataset=rows)
 
     whole = model()
     trainer(whole).train()

@@ -84,7 +84,9 @@ def trainer(model: nn.Module, out: Path, *callbacks: TrainerCallback, **options:
             **options,
         }
     )
-    return Trainer(model=model, args=arguments, train_dataset=Tokens(), callbacks=[*callbacks])
+    return lr.AdapterTrainer(
+        model=model, args=arguments, train_dataset=Tokens(), callbacks=[*callbacks]
+    )
 
 
 def assert_same_state(a: nn.Module, b: nn.Module) -> None:

@@ -43,8 +43,9 @@ class LowRankPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         # No fields, so that no file holds them: whether values are to come from a file, and whether
-        # the patterns hold all that depends on the model.
-        self.awaits_values = self.is_complete = False
+        # the patterns hold all that depends on the model. PEFT writes inference_mode into files;
+        # transformers makes configs of them without from_pretrained of this class.
+        self.awaits_values = self.is_complete = self.inference_mode
         self.peft_type = PeftType(self.method.peft_type)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(

@@ -233,9 +233,10 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
     def _check_valued(self, name: str) -> None:
         if name in self._awaiting:
             raise RuntimeError(
-                f"the adapter {name!r} has no values: its config was read by from_pretrained, "
-                "which PeftModel.from_pretrained and load_adapter follow by loading them; for a "
-                "new adapter make the config by lr.peft_config"
+                f"the adapter {name!r} has no values: its config is from a file, whose values "
+                "peft.PeftModel.from_pretrained(base, directory) or lr.load_adapter loads, and "
+                "from_pretrained of transformers only for LoRA; for a new adapter make the config "
+                "by lr.peft_config"
             )
 
     def _load_from_state_dict(
