@@ -17,10 +17,10 @@ LOCK   := build/uv/bin/uv pip compile --quiet --universal --python-version 3.11.
 STAMPS := .venv/stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help setup lock build simt demo examples test mutants lint docs bench traffic gpu-check clean
+.PHONY: help setup lock build simt demo examples test test-peers mutants lint docs bench traffic gpu-check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMPS)/installed ## .venv with every dependency at its pinned version and hash, lowrank_ext editable
 
@@ -65,6 +65,11 @@ examples: build ## run every example on the CPU; its pictures go to build/exampl
 # The workers share the cores: with more threads than one each they would only wait for each other.
 test: build simt ## the whole test suite, in parallel and in random order
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+# The part of `test` that runs what others have built on: their models, trainers and quantized bases.
+test-peers: build ## adapters beside PEFT's, in transformers, TRL, bitsandbytes, torchao, torchrun
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  tests/peers tests/integrations/test_trl.py tests/integrations/test_quantized.py $(TEST_ARGS)
 
 # Hours on two cores. A run goes on where the one before was interrupted; MUTANTS_ARGS="--only NAME --jobs N".
 mutants: setup ## plant the faults of tests/mutants one by one, in a copy of the tree, and count those that tests notice
