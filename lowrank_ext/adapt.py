@@ -1,4 +1,4 @@
-"""Model surgery: replaces linear modules of a model by low-rank modules."""
+"""Model surgery: replaces modules of a model by low-rank modules."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
     dense_weight,
-    linear_features,
+    features_of,
     offload_device,
 )
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
@@ -66,7 +66,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
             fills them.
 
     Raises:
-        TypeError: model or config has the wrong type, or the model is itself a linear module.
+        TypeError: model or config has the wrong type, or the model is itself a module to adapt.
         ValueError: a name matches nothing, a module cannot be adapted with these options, a weight
             that an init would change is tied to another module, a weight that an init or
             modules_to_save needs is offloaded, a weight of modules_to_save is tied to one that is
@@ -82,32 +82,32 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         >>> model = adapt(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     """
     method = _checked_method(model, config)
-    module_class = method.module_class
     if initialize:
         saved = (*config.modules_to_save, *new_heads(model, config))
         config = replace(config, modules_to_save=saved)
-    targets = find_targets(model, config)
+    targets = find_targets(model, config, families=method.classes)
     missing = left_out(model) if initialize and config.target_modules == ALL_LINEAR else []
     if initialize:
         targets = _called(targets, missing)
         check_ranks(config, targets)
     config = method.complete_config(model, config, targets)
-    check_options(model, config, module_class, targets)
-    check_values(model, config, module_class, targets)
+    check_options(model, config, method, targets)
+    check_values(model, config, method, targets)
     if initialize:
         check_ties(model, outermost_modules(model, config.modules_to_save), "adapt")
         for text in list(adapt_warnings(model, config, targets, missing)):
             warnings.warn(f"adapt: {text}", stacklevel=2)
     model.requires_grad_(False)
     keep_unpacked(model)
+    made = {path: (method.class_for(module), module) for path, module in targets.items()}
     replace_modules(
         model,
         {
-            module: module_class.from_linear(module, config.for_module(path), initialize=initialize)
-            for path, module in targets.items()
+            module: cls.from_linear(module, config.for_module(path), initialize=initialize)
+            for path, (cls, module) in made.items()
         },
     )
-    module_class.connect(model)
+    method.module_class.connect(model)
     _unfreeze(model, config)
     set_fused_encoders(model, on=False)
     unwrapped(model).lowrank_config = config  # type: ignore[assignment]
@@ -201,7 +201,7 @@ def _called(targets: Mapping[str, nn.Module], missing: Sequence[LeftOut]) -> dic
 def check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None:
     """Raise where an adapter would be larger than any use of it."""
     for path, module in targets.items():
-        limit = max(*(linear_features(module) or ()), _ANY_RANK)
+        limit = max(*(features_of(module) or ()), _ANY_RANK)
         if config.rank_for(path) > limit:
             raise ValueError(
                 f"adapt: {path}: r must be at most {limit}, the larger of its features and "
@@ -212,19 +212,21 @@ def check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None
 def check_options(
     model: nn.Module,
     config: AdapterConfig,
-    module_class: type[LowRankLinear],
+    method: Method,
     targets: Mapping[str, nn.Module],
 ) -> None:
     """Raise where a module could not be built, or where its init would change a tied weight."""
-    by_svd = config.init in module_class.svd_inits
-    residual = config.init in module_class.residual_inits
+    by_svd = config.init in method.module_class.svd_inits
+    residual = config.init in method.module_class.residual_inits
     weights = {m: w for m in targets.values() if (w := dense_weight(m)) is not None}
     shared = shared_tensors(model, weights) if residual else {}
     for path, module in targets.items():
-        features = linear_features(module)
+        features = features_of(module)
         assert features is not None  # find_targets returns only modules with features
         weight = weights.get(module)
+        module_class = method.class_for(module)
         try:
+            module_class.check_base(module)
             module_class.check_fits(*features, config.for_module(path))
             adapter_dtype_for(
                 None if weight is None else weight.dtype,
@@ -253,7 +255,7 @@ def check_options(
 def check_values(
     model: nn.Module,
     config: AdapterConfig,
-    module_class: type[LowRankLinear],
+    method: Method,
     targets: Mapping[str, nn.Module],
 ) -> None:
     """Raise where a weight without values, offloaded by accelerate, would be read or trained.
@@ -272,7 +274,7 @@ def check_values(
                 "them, got a meta tensor; load the whole model, or offload it with "
                 "accelerate.cpu_offload(model)"
             )
-        if config.init in module_class.svd_inits:
+        if config.init in method.module_class.svd_inits:
             raise ValueError(
                 f"adapt: {path}: init must be one without an SVD of the base weight where that is "
                 f"offloaded, got {config.init!r}; adapt the model before it is offloaded"

@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.left_out import LeftOut, readers
-from lowrank_ext.nn.base_layer import linear_features
+from lowrank_ext.nn.base_layer import features_of
 from lowrank_ext.targets import modules_named
 
 
@@ -65,7 +65,7 @@ def _large_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> Ite
     large = [
         f"{path} (r={config.rank_for(path)}, {features[0]} to {features[1]} features)"
         for path, module in targets.items()
-        if (features := linear_features(module)) and config.rank_for(path) > min(features)
+        if (features := features_of(module)) and config.rank_for(path) > min(features)
     ]
     if large:
         more = f" and {len(large) - 1} more" if len(large) > 1 else ""

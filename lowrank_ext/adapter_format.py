@@ -10,16 +10,19 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.nn.base_layer import EMBEDDING, family_of, features_of, kernel_shape
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 # Module path -> {kind: tensor}. A kind is the part of a tensor's key after the module's path.
 Adapters = dict[str, dict[str, Tensor]]
 
+# The kinds of the projections, for the modules of most families and for embeddings.
 _PROJECTIONS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_OF_EMBEDDINGS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 
 
 class StoredConfig(NamedTuple):
@@ -57,6 +60,7 @@ class AdapterFormat:
     ) -> None:
         self.kinds = {**_PROJECTIONS, **(tensor_names or {})}
         self._attributes = {kind: attribute for attribute, kind in self.kinds.items()}
+        self._attributes |= {kind: attribute for attribute, kind in _OF_EMBEDDINGS.items()}
         self._more_names = None if more_names is None else re.compile(more_names)
 
     def check_beside(self, other: "AdapterFormat") -> None:
@@ -74,8 +78,10 @@ class AdapterFormat:
                     f"got {attribute}"
                 )
 
-    def kind_of(self, attribute: str) -> str:
-        """The kind under which a file holds ``attribute`` of a module."""
+    def kind_of(self, attribute: str, module: nn.Module | None = None) -> str:
+        """The kind under which a file holds ``attribute`` of a module, a linear one by default."""
+        if attribute in _OF_EMBEDDINGS and module is not None and _family(module) == EMBEDDING:
+            return _OF_EMBEDDINGS[attribute]
         return self.kinds.get(attribute, f"{attribute}.weight")
 
     def attribute_of(self, kind: str) -> str:
@@ -91,17 +97,29 @@ class AdapterFormat:
                 return f"{last}.weight"
         return named
 
-    def shapes(
-        self, config: AdapterConfig, r: int, in_features: int, out_features: int
-    ) -> dict[str, list[int]]:
-        """Shape of every tensor of a module in memory, by kind."""
-        shapes = config.adapter_shapes(r, in_features, out_features)
-        return {self.kind_of(attribute): shape for attribute, shape in shapes.items()}
+    def shapes(self, config: AdapterConfig, r: int, module: nn.Module) -> dict[str, list[int]]:
+        """Shape of every tensor of ``module``, an adapter or its base, in the file, by kind."""
+        features = features_of(module)
+        assert features is not None  # the caller has looked
+        shapes = config.adapter_shapes(r, *features)
+        return {
+            self.kind_of(attribute, module): _shape_in_file(module, attribute, shape)
+            for attribute, shape in shapes.items()
+        }
 
     def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
         """The tensors of ``module`` that the file holds, by kind."""
-        shapes = self.shapes(config, module.r, module.in_features, module.out_features)
-        return {kind: getattr(module, self.attribute_of(kind)) for kind in shapes}
+        shapes = config.adapter_shapes(module.r, module.in_features, module.out_features)
+        return self.stored(module, {attribute: getattr(module, attribute) for attribute in shapes})
+
+    def stored(self, module: LowRankLinear, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of ``module``, by attribute, as the file holds them, by kind."""
+        found = {}
+        for attribute, tensor in tensors.items():
+            shape = _shape_in_file(module, attribute, list(tensor.shape))
+            same = list(tensor.shape) == shape
+            found[self.kind_of(attribute, module)] = tensor if same else tensor.reshape(shape)
+        return found
 
     def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
         """lora_a [R, K] and lora_b [N, R] of an ordinary LoRA: ``module``, in evaluation mode, adds
@@ -144,6 +162,18 @@ class AdapterFormat:
         """Arguments for the method's config class."""
         own = stored.config_class.own_fields
         return {**stored.shared, **{key: stored.fields[key] for key in own if key in stored.fields}}
+
+
+def _family(module: nn.Module) -> str | None:
+    return module.family if isinstance(module, LowRankLinear) else family_of(module)
+
+
+def _shape_in_file(module: nn.Module, attribute: str, shape: list[int]) -> list[int]:
+    """PEFT's shapes: the projections of a convolution are kernels, the second one of size 1."""
+    kernel = kernel_shape(module)
+    if kernel and attribute.startswith("lora_a"):
+        return [shape[0], *kernel]
+    return [*shape, *(1 for _ in kernel[1:])] if attribute.startswith("lora_b") else shape
 
 
 def rounded(product: Tensor, like: Tensor) -> Tensor:

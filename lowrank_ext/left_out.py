@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lowrank_ext.nn.base_layer import Adapter, linear_features
+from lowrank_ext.nn.base_layer import Adapter, family_of, linear_features
 from lowrank_ext.wrappers import named_modules
 
 _FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -88,21 +88,22 @@ def _fused(model: nn.Module) -> Iterator[LeftOut]:
 def _never_called(model: nn.Module) -> Iterator[LeftOut]:
     found = readers(model)
     for path, module in named_modules(model):
-        if module in found and not found[module].calls_too:
+        never = module in found and not found[module].calls_too
+        if never and linear_features(module) is not None:
             weights: list[Tensor] = list(module.parameters(recurse=False))
             because = f"weights that {found[module].function} reads itself"
             yield LeftOut(path, module, because, weights)
 
 
 def readers(model: nn.Module) -> dict[nn.Module, Reader]:
-    """The linear modules whose weight is read in place of a call, and by whom."""
+    """The modules, of any family, whose weight is read in place of a call, and by whom."""
     found: dict[nn.Module, Reader] = {}
     for owner in model.modules():
         # adapt switches torch's own fused path off; nn.MultiheadAttention is one of _FUSED.
         if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
             continue
         for name, child in owner._modules.items():
-            if child is not None and linear_features(child) is not None:
+            if child is not None and family_of(child) is not None:
                 owner_class: Any = type(owner)
                 if (reader := _readers_in(owner_class).get(name)) is not None:
                     found[child] = reader

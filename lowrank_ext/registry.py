@@ -13,6 +13,7 @@ import lowrank_ext.nn
 from lowrank_ext.adapter_format import AdapterFormat
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.freezing import FreezingSchedule
+from lowrank_ext.nn.base_layer import LINEAR, family_of
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.recipe import Recipe
 
@@ -33,6 +34,8 @@ class Method:
         config_class: the class of its options; ``peft_type`` names the method in files.
         module_class: the class of the modules that replace linear ones; public in
             ``lowrank_ext.nn``.
+        other_classes: those that replace modules of other families, each of its ``family``; public
+            there too.
         file_format: content of an adapter's two files.
         complete_config: takes the model, the config and the targets by path; returns the config
             with what depends on the model (LaMDA++: ranks). ``adapt`` calls it before any change.
@@ -42,6 +45,7 @@ class Method:
 
     config_class: type[AdapterConfig]
     module_class: type[LowRankLinear]
+    other_classes: tuple[type[LowRankLinear], ...] = ()
     file_format: AdapterFormat = field(default_factory=AdapterFormat)
     complete_config: Callable[
         [nn.Module, AdapterConfig, Mapping[str, nn.Module]], AdapterConfig
@@ -53,6 +57,15 @@ class Method:
     def peft_type(self) -> str:
         """Name of the method in adapter_config.json."""
         return self.config_class.peft_type
+
+    @property
+    def classes(self) -> dict[str, type[LowRankLinear]]:
+        """The class of the modules that replace those of a family, for all that can be adapted."""
+        return {each.family: each for each in (self.module_class, *self.other_classes)}
+
+    def class_for(self, base: nn.Module) -> type[LowRankLinear]:
+        """The class of the module that replaces ``base``, which is of one of these families."""
+        return self.classes[family_of(base) or LINEAR]
 
 
 METHODS: dict[str, Method] = {}  # by peft_type
@@ -66,15 +79,16 @@ def register(method: Method) -> Method:
             file is taken, it has no peft_type, or an option differs from one of the same name.
         TypeError: the module class is not made from the config class.
     """
-    module_name = method.module_class.__name__
     if not method.peft_type or method.peft_type in METHODS:
         raise ValueError(f"register: peft_type must be new, got {method.peft_type!r} again")
-    if getattr(method.module_class, "config_class", None) is not method.config_class:
-        raise TypeError(
-            f"register: {module_name}.config_class must be {method.config_class.__name__}"
-        )
-    if hasattr(lowrank_ext.nn, module_name):
-        raise ValueError(f"register: the module's name must be new, got {module_name!r} again")
+    for module_class in method.classes.values():
+        module_name = module_class.__name__
+        if getattr(module_class, "config_class", None) is not method.config_class:
+            raise TypeError(
+                f"register: {module_name}.config_class must be {method.config_class.__name__}"
+            )
+        if hasattr(lowrank_ext.nn, module_name):
+            raise ValueError(f"register: the module's name must be new, got {module_name!r} again")
     taken = {recipe.name for recipe in recipes()}
     for recipe in method.recipes:
         if recipe.name in taken:
@@ -84,7 +98,8 @@ def register(method: Method) -> Method:
         method.file_format.check_beside(other.file_format)
     METHODS[method.peft_type] = method
     AdapterConfig.registered[method.peft_type] = method.config_class
-    setattr(lowrank_ext.nn, module_name, method.module_class)
+    for module_class in method.classes.values():
+        setattr(lowrank_ext.nn, module_class.__name__, module_class)
     return method
 
 
@@ -105,7 +120,8 @@ def _check_options(method: Method) -> None:
 def unregister(method: Method) -> None:
     """Undo ``register``."""
     del METHODS[method.peft_type], AdapterConfig.registered[method.peft_type]
-    delattr(lowrank_ext.nn, method.module_class.__name__)
+    for module_class in method.classes.values():
+        delattr(lowrank_ext.nn, module_class.__name__)
 
 
 def method_of(config: AdapterConfig) -> Method | None:

@@ -18,7 +18,7 @@ from lowrank_ext.checks import (
     with_article,
 )
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
-from lowrank_ext.nn.base_layer import is_conv1d, linear_features
+from lowrank_ext.nn.base_layer import LINEAR, family_of, is_conv1d
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -29,28 +29,31 @@ _NEW_HEADS = ("classifier", "score", "qa_outputs")
 
 
 def find_targets(
-    model: nn.Module, config: AdapterConfig, caller: str = "adapt"
+    model: nn.Module,
+    config: AdapterConfig,
+    caller: str = "adapt",
+    families: Collection[str] = (LINEAR,),
 ) -> dict[str, nn.Module]:
     """Path and module of everything ``config`` selects, in the order of the model.
 
     A module that is registered at several paths appears once, under its first path, and is selected
     when any of its paths matches. ``"all-linear"`` stands for every nn.Linear and Conv1D but the
-    output head. A regular expression selects among the modules with in and out features; a name in
-    a list must match such modules only. Excluding a module or naming it in modules_to_save covers
-    all modules inside it.
+    output head. A regular expression selects among the modules of ``families``; a name in a list
+    must match such modules only. Excluding a module or naming it in modules_to_save covers all
+    modules inside it.
 
     Raises:
-        TypeError: the model itself is a linear module.
+        TypeError: the model itself is a module that adapters replace.
         ValueError: a name or pattern matches nothing (near matches are named), a named module
             cannot be adapted, or nothing is left to adapt.
     """
-    if linear_features(model) is not None:
+    if family_of(model) is not None:
         raise TypeError(
             f"{caller}: model must contain modules to replace, got a {type(model).__name__}; "
             "use from_linear of a module, such as lowrank_ext.nn.LoRALinear.from_linear"
         )
     paths = _module_paths(model)
-    _check_names(paths, config, caller)
+    _check_names(paths, config, caller, families)
     left_alone = modules_named(model, config.modules_to_save)
     if config.exclude_modules is not None:
         left_alone |= modules_named(model, config.exclude_modules)
@@ -61,9 +64,9 @@ def find_targets(
         wanted = {m for m, own in paths.items() if any(_selects(config, path) for path in own)}
     targets = {own[0]: m for m, own in paths.items() if m in wanted and m not in left_alone}
     if isinstance(config.target_modules, str):
-        targets = {path: m for path, m in targets.items() if linear_features(m) is not None}
+        targets = {path: m for path, m in targets.items() if family_of(m) in families}
     for path, module in targets.items():
-        check_adaptable(path, module, caller)
+        check_adaptable(path, module, caller, families)
     if not targets:
         raise ValueError(
             f"{caller}: target_modules must leave a linear module of {type(model).__name__}, "
@@ -171,9 +174,14 @@ def _module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     return paths
 
 
-def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, caller: str) -> None:
+def _check_names(
+    paths: Mapping[nn.Module, list[str]],
+    config: AdapterConfig,
+    caller: str,
+    families: Collection[str],
+) -> None:
     every = [path for own in paths.values() for path in own]
-    linear = [own[0] for module, own in paths.items() if linear_features(module) is not None]
+    possible = [own[0] for module, own in paths.items() if family_of(module) in families]
     for argument in ("target_modules", "exclude_modules", "modules_to_save"):
         names = getattr(config, argument)
         if names is None or (argument == "target_modules" and names == ALL_LINEAR):
@@ -181,7 +189,7 @@ def _check_names(paths: Mapping[nn.Module, list[str]], config: AdapterConfig, ca
         for name in [names] if isinstance(names, str) else names:
             pattern = name if isinstance(names, str) else [name]
             if not any(matches_names(path, pattern) for path in every):
-                known = every if argument == "modules_to_save" else linear
+                known = every if argument == "modules_to_save" else possible
                 whole = isinstance(names, str) and any(matches_names(p, [name]) for p in every)
                 raise _no_match(caller, argument, name, "a module", known, whole)
 
@@ -268,17 +276,22 @@ def is_from_peft(module: nn.Module) -> bool:
     return any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
-def check_adaptable(path: str, module: nn.Module, caller: str) -> None:
-    """Raise ValueError where the module at ``path`` cannot carry an adapter."""
+def check_adaptable(
+    path: str, module: nn.Module, caller: str, families: Collection[str] = (LINEAR,)
+) -> None:
+    """Raise ValueError where the module at ``path`` cannot carry an adapter, which modules of
+    ``families`` can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(
             f"{caller}: target_modules must name modules that are called, got {path}, whose weight "
             "nn.MultiheadAttention reads without calling it; put it into exclude_modules"
         )
-    if linear_features(module) is None:
+    if family_of(module) not in families:
+        others = "".join(f" or {family}" for family in families if family != LINEAR)
         raise ValueError(
-            f"{caller}: target_modules must name linear modules, got {path}, a "
-            f"{type(module).__name__}; name the linear modules inside it, or exclude it"
+            f"{caller}: target_modules must name linear{others} modules, got {path}, "
+            f"{with_article(type(module).__name__)}; name the linear modules inside it, or exclude "
+            "it"
         )
 
 

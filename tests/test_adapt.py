@@ -267,7 +267,7 @@ def test_modules_that_cannot_be_adapted() -> None:
     config = LoRAConfig(r=2, target_modules=["layers.0"])
     with pytest.raises(ValueError, match=r"must name linear modules, got layers\.0, a Block"):
         adapt(TinyLM(), config)
-    with pytest.raises(ValueError, match=r"must name linear modules, got embed, a Embedding"):
+    with pytest.raises(ValueError, match=r"must name linear modules, got embed, an Embedding"):
         adapt(TinyLM(), LoRAConfig(r=2, target_modules=["embed", "q_proj"]))
     assert adapted_paths(adapt(AttentionModel(), LoRAConfig(r=2))) == ["proj"]
     with pytest.raises(

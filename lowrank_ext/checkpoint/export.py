@@ -14,7 +14,6 @@ from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.adapter_files import check_can_hold_adapter, write_tensor_file
 from lowrank_ext.adapter_format import rounded
-from lowrank_ext.checkpoint.layout import LORA_A, LORA_B
 from lowrank_ext.checkpoint.lora_files import LoRATensors
 from lowrank_ext.checkpoint.peft_config import ModuleNumbers
 from lowrank_ext.checkpoint.save import check_valued, config_of, write_adapter
@@ -91,7 +90,7 @@ def export_lora(
         if format == "peft":
             _write_for_peft(model, path, config, modules, loras)
         else:
-            tensors = _for_diffusers(loras, component)
+            tensors = _for_diffusers(modules, loras, component)
             if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
                 warnings.warn(f"{caller}: {some(bad)} {NOT_FINITE}", stacklevel=2)
             write_tensor_file(Path(path) / DIFFUSERS_NAME, tensors)
@@ -152,9 +151,10 @@ def _write_for_peft(
         modules_to_save=config.modules_to_save,
         init="kaiming",
     )
+    file_format = registry.METHODS["LORA"].file_format
     stored = {
-        name: {LORA_A: lora.lora_a, LORA_B: lora.lora_b.contiguous()}
-        for name, lora in loras.items()
+        name: file_format.stored(module, {"lora_a": lora.lora_a, "lora_b": lora.lora_b})
+        for (name, module), lora in zip(modules.items(), loras.values(), strict=True)
     }
     write_adapter(model, path, lora_config, numbers, stored, "export_lora")
 
@@ -166,10 +166,14 @@ def _alpha(module: LowRankLinear, lora: LoRATensors, rslora: bool) -> float:
     return module.alpha if module.alpha / divisor == lora.scaling else lora.scaling * divisor
 
 
-def _for_diffusers(loras: Mapping[str, LoRATensors], component: str) -> dict[str, Tensor]:
+def _for_diffusers(
+    modules: Mapping[str, LowRankLinear], loras: Mapping[str, LoRATensors], component: str
+) -> dict[str, Tensor]:
+    file_format = registry.METHODS["LORA"].file_format
     tensors = {}
     for path, (lora_a, lora_b, scaling) in loras.items():
         scaled = lora_b if scaling == 1 else rounded(scaling * lora_b.double(), lora_b)
-        for kind, tensor in ((LORA_A, lora_a), (LORA_B, scaled)):
+        factors = {"lora_a": lora_a, "lora_b": scaled}
+        for kind, tensor in file_format.stored(modules[path], factors).items():
             tensors[f"{component}.{path}.{kind}"] = tensor.detach().cpu().clone().contiguous()
     return tensors

@@ -20,7 +20,6 @@ from lowrank_ext.checkpoint.embeddings import (
     say_replaced,
 )
 from lowrank_ext.checkpoint.layout import (
-    LORA_A,
     PREFIX,
     bad_key,
     split_keys,
@@ -35,7 +34,7 @@ from lowrank_ext.checkpoint.selection import selected_adapters
 from lowrank_ext.checks import check_scaling, did_you_mean
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files.tensor_file import is_finite
-from lowrank_ext.nn.base_layer import dense_weight, linear_features, offload_device
+from lowrank_ext.nn.base_layer import LINEAR, dense_weight, family_of, features_of, offload_device
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
 from lowrank_ext.sharding import is_sharded
@@ -101,7 +100,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     # Over a base without a residual a packed file is read as the plain adapter it also is.
     packed = own is None or own.init in method_for(own, files.caller).module_class.residual_inits
     contents = _contents(model, files, method, packed)
-    modules = modules_for(model, files, contents.adapters)
+    modules = modules_for(model, files, contents.adapters, method.classes)
     adapters = selected_adapters(model, files, contents.adapters)
     modules = {path: modules[path] for path in adapters}
     config = parsed_config(contents.files, method, adapters)
@@ -159,22 +158,25 @@ def _contents(model: nn.Module, files: AdapterFiles, method: Method, packed: boo
 
 
 def modules_for(
-    model: nn.Module, files: AdapterFiles, adapters: Collection[str]
+    model: nn.Module,
+    files: AdapterFiles,
+    adapters: Adapters,
+    families: Collection[str] = (LINEAR,),
 ) -> dict[str, nn.Module]:
-    """The model's module for each path in the file."""
+    """The model's module for each path in the file; adapters of ``families`` are read."""
     present = dict(named_modules(model))
     possible = [
         path
         for path, module in present.items()
-        if isinstance(module, LowRankLinear) or linear_features(module) is not None
+        if isinstance(module, LowRankLinear) or family_of(module) in families
     ]
-    for name in adapters:
+    for name, tensors in adapters.items():
         if name not in possible:
             what = type(present[name]).__name__ if name in present else "no such module"
             raise bad_key(
                 files,
-                f"{PREFIX}{name}.{LORA_A}",
-                f"must belong to a linear module, the model has {what} at {name}"
+                f"{PREFIX}{name}.{min(tensors)}",
+                f"must belong to a {' or '.join(families)} module, the model has {what} at {name}"
                 f"{did_you_mean(name, possible)}{_way_out(name, present)}",
             )
     return {name: present[name] for name in adapters}
@@ -200,13 +202,7 @@ def check_tensors(
     """Raise ValueError unless the file has exactly the method's tensors, with shapes that fit."""
     for name, tensors in adapters.items():
         module = modules[name]
-        features = (
-            (module.in_features, module.out_features)
-            if isinstance(module, LowRankLinear)
-            else linear_features(module)
-        )
-        assert features is not None
-        shapes = method.file_format.shapes(config, config.rank_for(name), *features)
+        shapes = method.file_format.shapes(config, config.rank_for(name), module)
         optional = method.file_format.optional(config, shapes)
         if any(not optional.keys().isdisjoint(tensors) for tensors in adapters.values()):
             shapes |= optional
@@ -221,6 +217,8 @@ def check_tensors(
                 raise bad_key(files, key, f"must be {shapes[kind]}, got {list(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise bad_key(files, key, f"must be floating-point, got {tensor.dtype}")
+        features = features_of(module)
+        assert features is not None  # modules_for
         scaling = config.scaling_for(name, features[0])
         check_scaling(scaling, f"{files.caller}: {files.config_path}: {name}")
 
@@ -357,7 +355,7 @@ def _fill(module: LowRankLinear, method: Method, tensors: Mapping[str, Tensor]) 
     """Copy a file's tensors into an adapter, and subtract the initial branch they define."""
     attributes = {method.file_format.attribute_of(kind): t for kind, t in tensors.items()}
     own = {name: getattr(module, name) for name in attributes}
-    given = {name: tensor.to(own[name]) for name, tensor in attributes.items()}
+    given = {name: t.to(own[name]).view_as(own[name]) for name, t in attributes.items()}
     # Training never changes the initial factors, so equal factors mean an equal residual base.
     factors = [name for name in module.residual_starts if name in given]
     defining = [*factors, *(module.residual_constants if factors else ())]

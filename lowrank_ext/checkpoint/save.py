@@ -81,7 +81,7 @@ def check_valued(
     for name, module in modules.items():
         weight = module.weight
         shape = [module.out_features, module.in_features]
-        if weight is not None and sorted(weight.shape) != sorted(shape):
+        if weight is not None and list(module.as_matrix(weight).shape) != shape:
             raise ValueError(
                 f"{caller}: the weight of {name} must be {shape}, for which its adapter was made, "
                 f"got {list(weight.shape)}; call resize_token_embeddings before adapt"

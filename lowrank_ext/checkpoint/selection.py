@@ -15,7 +15,7 @@ from lowrank_ext.adapter_format import Adapters
 from lowrank_ext.checks import in_layers, matches_names
 from lowrank_ext.config import ALL_LINEAR
 from lowrank_ext.files import check_pattern, printable, quoted
-from lowrank_ext.nn.base_layer import linear_features
+from lowrank_ext.nn.base_layer import family_of
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.wrappers import named_modules
 
@@ -46,8 +46,8 @@ def selected_adapters(model: nn.Module, files: AdapterFiles, adapters: Adapters)
             "in the file are left out, as by PEFT"
         )
     inside = tuple(f"{path}." for path in adapters)
-    linear = [path for path, module in named_modules(model) if path and _is_linear(module)]
-    free = [path for path in linear if path not in adapters and not path.startswith(inside)]
+    possible = [path for path, module in named_modules(model) if path and _is_possible(module)]
+    free = [path for path in possible if path not in adapters and not path.startswith(inside)]
     lacking = [path for path in free if selects(fields, path)]
     if lacking:
         _warn(
@@ -58,7 +58,7 @@ def selected_adapters(model: nn.Module, files: AdapterFiles, adapters: Adapters)
 
 
 def selects(fields: Mapping[str, Any], path: str) -> bool:
-    """Whether PEFT adapts the linear module at ``path``."""
+    """Whether PEFT adapts the module at ``path``."""
     excluded = fields.get("exclude_modules")
     if excluded and matches_names(path, excluded):
         return False
@@ -78,8 +78,8 @@ def _is_inside(parts: list[str], name: list[str]) -> bool:
     return any(parts[i : i + len(name)] == name for i in range(len(parts)))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, LowRankLinear) or linear_features(module) is not None
+def _is_possible(module: nn.Module) -> bool:
+    return isinstance(module, LowRankLinear) or family_of(module) is not None
 
 
 def _some(paths: Iterable[str]) -> str:

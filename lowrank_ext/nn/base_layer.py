@@ -1,22 +1,28 @@
-"""Properties of the linear module that an adapter wraps: features, dense weight, hooks."""
+"""Properties of the module that an adapter wraps: family, features, dense weight, hooks."""
 
 import importlib
+import math
 import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_ext.checks import normalized_adapter_dtype
 from lowrank_ext.nn.base_keys import BaseKeys
 from lowrank_ext.nn.fixed_size import FixedSize
 
+# Families of modules, each a linear map of its input: of vectors, of one-hot rows, of patches.
+LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Adapter(FixedSize, BaseKeys):
-    """A module that wraps a linear one; it is not wrapped again."""
+    """A module that wraps one of a family; it is not wrapped again."""
+
+    in_features: int
 
 
 def adapter_dtype_for(
@@ -54,7 +60,7 @@ def _conv1d_class() -> type[nn.Module] | None:
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a module that can be adapted, else None."""
+    """(in_features, out_features) of a linear module, else None."""
     if is_conv1d(module):
         weight: Any = module.weight  # a plain Tensor under FSDP1 and functional_call
         return weight.shape[0], weight.shape[1]
@@ -64,38 +70,100 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return (num_in, num_out) if isinstance(num_out, int) else None
 
 
+def family_of(module: nn.Module) -> str | None:
+    """The family of a module that can be adapted, else None."""
+    if linear_features(module) is not None:
+        return LINEAR
+    if isinstance(module, Adapter):
+        return None
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    return CONVOLUTION if isinstance(module, _CONVOLUTIONS) else None
+
+
+def features_of(module: Any) -> tuple[int, int] | None:
+    """(K, N) of the linear map of a module that can be adapted, or of an adapter's, else None: of
+    an embedding (num_embeddings, embedding_dim), of a convolution (elements of a patch,
+    out_channels)."""
+    if isinstance(module, Adapter):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, _CONVOLUTIONS):
+        return math.prod(kernel_shape(module)), module.out_channels
+    return linear_features(module)
+
+
+def kernel_shape(module: nn.Module) -> tuple[int, ...]:
+    """(channels, kernel sizes) of the patches that a convolution, or an adapter over one,
+    multiplies; () of any other module."""
+    settings: Any = module
+    sizes: tuple[int, ...] = getattr(module, "kernel_size", ())
+    known = isinstance(module, (*_CONVOLUTIONS, Adapter)) and sizes
+    return (settings.in_channels // settings.groups, *sizes) if known else ()
+
+
 def dense_weight(base: nn.Module) -> nn.Parameter | None:
     """The base's weight if it is an ordinary floating Parameter of the right shape, or None."""
     weight = base._parameters.get("weight")
-    features = linear_features(base)
+    features = None if isinstance(base, Adapter) else features_of(base)
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOAT_DTYPES or features is None:
         return None
-    shape = features if is_conv1d(base) else features[::-1]
+    num_in, num_out = features
+    if kernel := kernel_shape(base):
+        shape = (num_out, *kernel)
+    else:
+        rows_first = is_conv1d(base) or isinstance(base, nn.Embedding)
+        shape = (num_in, num_out) if rows_first else (num_out, num_in)
     return weight if weight.shape == shape else None
 
 
 @torch.no_grad()
 def computes_its_weight(base: nn.Module) -> bool:
-    """Whether the base's output is x weightᵀ + bias.
+    """Whether the base's output is x weightᵀ + bias; of an embedding with an ``embed_scale``, that
+    times x weightᵀ.
 
-    A base with hooks or an overridden forward is tested with one call on two random rows. On the
-    meta device the answer is True without a test.
+    A base with hooks or an overridden forward is tested with one call on a small random input. On
+    the meta device the answer is True without a test.
     """
     weight = dense_weight(base)
     if weight is None or weight.is_meta or is_plain(base):
         return weight is not None
-    wide = weight.t() if is_conv1d(base) else weight
-    own_draws = torch.Generator().manual_seed(0)
-    x = torch.randn(2, wide.shape[1], generator=own_draws).to(weight)
     tolerance = torch.finfo(weight.dtype).eps ** 0.5
     with torch.autocast(weight.device.type, enabled=False):
-        expected = F.linear(x, wide, base._parameters.get("bias"))
+        x, expected = _small_call(base, weight)
         return torch.allclose(base(x), expected, rtol=tolerance, atol=tolerance)
 
 
+def _small_call(base: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An input of ``base``, and the output that its weight and bias give."""
+    own_draws = torch.Generator().manual_seed(0)
+    bias = base._parameters.get("bias")
+    if isinstance(base, nn.Embedding):
+        ids = torch.randint(base.num_embeddings, (8,), generator=own_draws).to(weight.device)
+        return ids, weight[ids] * getattr(base, "embed_scale", 1.0)
+    if kernel_shape(base):
+        padding = (0,) * (weight.dim() - 2) if isinstance(base.padding, str) else base.padding
+        sizes = zip(base.dilation, base.kernel_size, padding, strict=True)
+        sides = [d * (k - 1) + 1 + p for d, k, p in sizes]
+        x = torch.randn(1, base.in_channels, *sides, generator=own_draws).to(weight)
+        return x, convolved(base, x, weight, bias)
+    wide = weight.t() if is_conv1d(base) else weight
+    x = torch.randn(2, wide.shape[1], generator=own_draws).to(weight)
+    return x, F.linear(x, wide, bias)
+
+
+def convolved(settings: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of x, as torch's own module with the ``settings`` (stride, padding,
+    padding_mode, dilation, groups) of one computes it."""
+    y: Tensor = _CONVOLUTIONS[weight.dim() - 3]._conv_forward(settings, x, weight, bias)
+    return y
+
+
 def is_plain(base: nn.Module) -> bool:
-    """Whether the base is an nn.Linear or Conv1D with a dense weight and no hooks."""
-    known = type(base) in (nn.Linear, _conv1d_class())
+    """Whether the base is one of torch's own classes, or Conv1D, with a dense weight and no
+    hooks."""
+    known = type(base) in (nn.Linear, nn.Embedding, *_CONVOLUTIONS, _conv1d_class())
     return known and not is_hooked(base) and dense_weight(base) is not None
 
 

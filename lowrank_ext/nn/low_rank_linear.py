@@ -20,8 +20,9 @@ from lowrank_ext.checks import check_rank, check_scaling
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
+    family_of,
+    features_of,
     is_conv1d,
-    linear_features,
     plain_module,
 )
 from lowrank_ext.nn.call_arguments import split_call
@@ -62,6 +63,8 @@ class LowRankLinear(ResidualBase):
     """
 
     config_class: ClassVar[type[AdapterConfig]]
+    # The bases of the class's family, for messages.
+    bases: ClassVar[str] = "nn.Linear, Conv1D or a module with in_features and out_features"
     inits: ClassVar[tuple[str, ...]] = ()
     svd_inits: ClassVar[tuple[str, ...]] = ()
     residual_inits: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +75,8 @@ class LowRankLinear(ResidualBase):
     unmergeable_because: ClassVar[str] = ""
     # How far a merge is from the branch, where it is only an estimate of it.
     merge_is_estimate = ""
+    # What PEFT's branch of the same tensors does otherwise.
+    differs_in_peft = ""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -103,11 +108,13 @@ class LowRankLinear(ResidualBase):
         super().__init__()
         config = self._config(config, options)
         self.check_fits(in_features, out_features, config)
-        if base is not None and linear_features(base) != (in_features, out_features):
+        if base is not None and features_of(base) != (in_features, out_features):
             raise ValueError(
                 f"{type(self).__name__}: base must have in_features={in_features} and "
-                f"out_features={out_features}, got {linear_features(base)}"
+                f"out_features={out_features}, got {features_of(base)}"
             )
+        if base is not None:
+            self.check_base(base)
         self.config = config
         self.in_features = in_features
         self.out_features = out_features
@@ -158,6 +165,11 @@ class LowRankLinear(ResidualBase):
             )
 
     @classmethod
+    def check_base(cls, base: nn.Module) -> None:
+        """Raise ValueError, naming the setting, where a base of the family has one that the branch
+        cannot follow."""
+
+    @classmethod
     def from_linear(
         cls,
         linear: nn.Module,
@@ -181,11 +193,11 @@ class LowRankLinear(ResidualBase):
         Examples:
             >>> layer = LoRALinear.from_linear(nn.Linear(64, 32), r=8, alpha=16)
         """
-        features = linear_features(linear)
-        if features is None:
+        features = features_of(linear)
+        if features is None or family_of(linear) != cls.family:
             raise TypeError(
-                f"{cls.__name__}.from_linear: linear must be nn.Linear, Conv1D or a module with "
-                f"in_features and out_features, not adapted yet, got {type(linear).__name__}"
+                f"{cls.__name__}.from_linear: linear must be {cls.bases}, not adapted yet, got "
+                f"{type(linear).__name__}"
             )
         for name in options.keys() & {"bias", "base", "device", "dtype"}:
             raise TypeError(f"{cls.__name__}.from_linear: {name} is linear's own, got it again")
@@ -212,14 +224,18 @@ class LowRankLinear(ResidualBase):
         ``reset_adapter``. A ``base_layer`` initializes itself.
         """
         self.merged, self.unmerged_weight, self.residual_taken = False, None, False
-        if self.weight is not None and self.fan_in_fan_out:
-            nn.init.normal_(self.weight, std=0.02)
-        elif self.weight is not None:
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 0.0 if self.fan_in_fan_out else 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
+        if self.weight is not None:
+            self._init_base(self.weight, self.bias)
         self.reset_adapter()
+
+    def _init_base(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        if self.fan_in_fan_out:
+            nn.init.normal_(weight, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if bias is not None:
+            bound = 0.0 if self.fan_in_fan_out else 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(bias, -bound, bound)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -321,9 +337,12 @@ class LowRankLinear(ResidualBase):
             self.restore_base()
         if self.base_layer is not None:
             return self.base_layer.train(self.training)
+        return self._plain_base().train(self.training)
+
+    def _plain_base(self) -> nn.Module:
+        """A module of torch, or Conv1D, that owns the Parameters of this one's base."""
         features = self.in_features, self.out_features
-        plain = plain_module(features, self.weight, self.bias, self.fan_in_fan_out)
-        return plain.train(self.training)
+        return plain_module(features, self.weight, self.bias, self.fan_in_fan_out)
 
     def _dense(self, dtype: torch.dtype) -> nn.Module:
         """A linear with the quantized base's weight, made dense, and the branch."""

@@ -47,7 +47,7 @@ def merged_weight(module: "LowRankLinear", dense_dtype: torch.dtype | None = Non
         )
     delta = module.delta_weight()
     wide = torch.promote_types(weight.dtype, delta.dtype)
-    delta = (delta.t() if module.fan_in_fan_out else delta).to(wide)
+    delta = module.in_layout(delta).to(wide)
     merged = (weight.to(wide) + delta).to(dense_dtype or weight.dtype)
     if not torch.isfinite(merged).all():
         raise ValueError(

@@ -59,7 +59,7 @@ class ResidualBase(WrappedBase):
             self.residual_taken = False
 
     def _add_to_weight(self, weight: Tensor, delta: Tensor) -> None:
-        weight.copy_(weight.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta))
+        weight.copy_(weight.to(delta.dtype) + self.in_layout(delta))
 
     @torch.no_grad()
     def original_weight(self) -> Tensor:
@@ -70,7 +70,7 @@ class ResidualBase(WrappedBase):
             return dense
         stored = self._require_weight("original_weight")
         unmerged = stored if self.unmerged_weight is None else self.unmerged_weight
-        weight = unmerged.t() if self.fan_in_fan_out else unmerged
+        weight = self.as_matrix(unmerged)
         if not self.residual_taken:
             return weight.clone()
         return (weight.double() + self._initial_delta()).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""WrappedBase: the linear module that an adapter wraps, taken over, kept whole or borrowed."""
+"""WrappedBase: the module that an adapter wraps, taken over, kept whole or borrowed."""
 
 from typing import Any, ClassVar
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext.nn.base_layer import (
+    LINEAR,
     Adapter,
     computes_its_weight,
     dense_weight,
@@ -26,9 +27,10 @@ class WrappedBase(Adapter):
         base_layer: a base that is more than a plain dense linear, or one that was borrowed.
     """
 
+    # The family of the bases that the class wraps.
+    family: ClassVar[str] = LINEAR
     svd_inits: ClassVar[tuple[str, ...]] = ()
 
-    in_features: int
     out_features: int
     init: str
     fan_in_fan_out: bool
@@ -99,8 +101,15 @@ class WrappedBase(Adapter):
 
     def base_weight(self) -> Tensor:
         """View of the stored base weight, [N, K]: merged or residual, if that is its state."""
-        weight = self._require_weight("base_weight")
+        return self.as_matrix(self._require_weight("base_weight"))
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """View of a weight in the base's layout as [N, K]."""
         return weight.t() if self.fan_in_fan_out else weight
+
+    def in_layout(self, matrix: Tensor) -> Tensor:
+        """View of a matrix [N, K] in the base's layout."""
+        return matrix.t() if self.fan_in_fan_out else matrix
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output for x, and what else it takes, with its present weight."""
@@ -108,7 +117,7 @@ class WrappedBase(Adapter):
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         assert self.weight is not None
-        return F.linear(x, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+        return F.linear(x, self.as_matrix(self.weight), self.bias)
 
     def fusible_base(self) -> tuple[Tensor | None, nn.Parameter | None]:
         """Weight [N, K] and bias of a base that the op can compute with the branch; else None."""
@@ -120,4 +129,4 @@ class WrappedBase(Adapter):
         else:
             return None, None
         assert weight is not None
-        return (weight.t() if self.fan_in_fan_out else weight), bias
+        return self.as_matrix(weight), bias

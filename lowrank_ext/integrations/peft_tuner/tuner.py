@@ -71,8 +71,8 @@ class LowRankTuner(BaseTuner):
         own = config.adapter_config(list(targets) if config.is_complete else ())
         own = self.method.complete_config(model, own, targets)
         check_ranks(own, targets)
-        check_options(model, own, self.method.module_class, targets)
-        check_values(model, own, self.method.module_class, targets)
+        check_options(model, own, self.method, targets)
+        check_values(model, own, self.method, targets)
         if not config.awaits_values:
             for text in list(adapt_warnings(model, own, targets, missing)):
                 warnings.warn(f"{type(self).__name__}: {text}", stacklevel=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig, rounded
-from lowrank_ext.checkpoint.layout import LORA_A, LORA_B, PREFIX, bad_key, whole
+from lowrank_ext.checkpoint.layout import PREFIX, bad_key, whole
 from lowrank_ext.checks import check_alpha, check_rank
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files import parse_json_object, quoted
@@ -47,7 +47,7 @@ class LoRAFormat(AdapterFormat):
         if config.init != "pissa":
             return super().tensors(module, config)
         lora_a, lora_b = _with_start(module)  # of one scaling: a file has no other
-        return {LORA_A: lora_a, LORA_B: lora_b}
+        return self.stored(module, {"lora_a": lora_a, "lora_b": lora_b})
 
     def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
         if not module.residual_taken:
@@ -76,8 +76,27 @@ class LoRAFormat(AdapterFormat):
         if numbers is None:
             return files, adapters
         config = {**files.config, **numbers, "init_lora_weights": "pissa"}
-        halves = {name: _split(files, name, tensors) for name, tensors in adapters.items()}
+        halves = {name: self._split(files, name, tensors) for name, tensors in adapters.items()}
         return files._replace(config=config), halves
+
+    def _split(
+        self, files: AdapterFiles, name: str, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """[A; A_init] and [B, -B_init] of a module as four tensors."""
+        found = {self.attribute_of(kind): (kind, tensor) for kind, tensor in tensors.items()}
+        for attribute in ("lora_a", "lora_b"):
+            if attribute not in found:
+                raise bad_key(files, f"{PREFIX}{name}.{self.kind_of(attribute)}", "is missing")
+        (kind_a, a), (kind_b, b) = found["lora_a"], found["lora_b"]
+        if a.dim() < 2 or b.dim() < 2 or a.shape[0] % 2 or a.shape[0] != b.shape[1]:
+            raise bad_key(
+                files,
+                f"{PREFIX}{name}.{kind_a}",
+                f"must be [2r, K] beside lora_B [N, 2r], got {list(a.shape)} and {list(b.shape)}",
+            )
+        (a, a_init), (b, minus_b_init) = a.chunk(2), b.chunk(2, dim=1)
+        rest = {kind: tensor for kind, tensor in tensors.items() if kind not in (kind_a, kind_b)}
+        return {kind_a: a, kind_b: b, LORA_A_INIT: a_init, LORA_B_INIT: -minus_b_init, **rest}
 
     def start(self, module: LowRankLinear) -> None:
         assert isinstance(module, LoRALinear)
@@ -88,7 +107,8 @@ class LoRAFormat(AdapterFormat):
     ) -> dict[str, list[int]]:
         if config.init != "pissa":
             return {}
-        return {LORA_A_INIT: shapes[LORA_A], LORA_B_INIT: shapes[LORA_B]}
+        projections = {self.attribute_of(kind): shape for kind, shape in shapes.items()}
+        return {LORA_A_INIT: projections["lora_a"], LORA_B_INIT: projections["lora_b"]}
 
     def options(self, stored: StoredConfig) -> dict[str, Any]:
         init = stored.fields.get("init_lora_weights", True)
@@ -157,19 +177,3 @@ def _check_numbers(numbers: Mapping[str, Any], where: str) -> None:
             check_alpha(alpha, where, "lora_alpha")
     except TypeError as error:
         raise ValueError(str(error)) from None
-
-
-def _split(files: AdapterFiles, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for kind in (LORA_A, LORA_B):
-        if kind not in tensors:
-            raise bad_key(files, f"{PREFIX}{name}.{kind}", "is missing")
-    a, b = tensors[LORA_A], tensors[LORA_B]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] % 2 or a.shape[0] != b.shape[1]:
-        raise bad_key(
-            files,
-            f"{PREFIX}{name}.{LORA_A}",
-            f"must be [2r, K] beside lora_B [N, 2r], got {list(a.shape)} and {list(b.shape)}",
-        )
-    (a, a_init), (b, minus_b_init) = a.chunk(2), b.chunk(2, dim=1)
-    rest = {kind: tensor for kind, tensor in tensors.items() if kind not in (LORA_A, LORA_B)}
-    return {LORA_A: a, LORA_B: b, LORA_A_INIT: a_init, LORA_B_INIT: -minus_b_init, **rest}
