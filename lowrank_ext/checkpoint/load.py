@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -31,8 +32,9 @@ from lowrank_ext.checkpoint.peft_config import (
     target_names,
 )
 from lowrank_ext.checkpoint.selection import selected_adapters
-from lowrank_ext.checks import check_scaling, did_you_mean
+from lowrank_ext.checks import check_scaling, did_you_mean, with_article
 from lowrank_ext.config import AdapterConfig
+from lowrank_ext.files import quoted
 from lowrank_ext.files.tensor_file import is_finite
 from lowrank_ext.nn.base_layer import LINEAR, dense_weight, family_of, features_of, offload_device
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
@@ -108,6 +110,8 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     residual = config.init in method.module_class.residual_inits
     # PEFT's own PiSSA files lack the initial factors: the SVD is repeated, in fp32.
     restart = residual and not _has_starts(method, adapters)
+    if restart:
+        _check_restarts(files, modules)
     saved = saved_modules_for(model, files, contents.others)
     beside = unsaved(contents.others, saved)
     held = held_embeddings(model, files, beside, modules if residual else ())
@@ -140,6 +144,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
         _fill(module, method, tensors)
     _fill_saved(model, saved, others)
     replace_embeddings(model, held, changed)
+    _say_differs(model, files)
 
 
 class _Contents(NamedTuple):
@@ -348,6 +353,31 @@ def _has_starts(method: Method, adapters: Adapters) -> bool:
     """Whether the file has the initial factors, which rebuild a residual base."""
     starts = {method.file_format.kind_of(name) for name in method.module_class.residual_starts}
     return any(not starts.isdisjoint(tensors) for tensors in adapters.values())
+
+
+def _check_restarts(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where a file that PEFT did not convert has an adapter of a module from which
+    PEFT took no initial branch."""
+    for name, module in modules.items():
+        family = module.family if isinstance(module, LowRankLinear) else family_of(module)
+        if family != LINEAR:
+            raise ValueError(
+                f"{files.caller}: {files.config_path}: init_lora_weights="
+                f"{quoted(files.config.get('init_lora_weights'))} is not supported over {name}, "
+                f"{with_article(type(module).__name__)}, which PEFT starts otherwise; {WITH_PEFT}"
+            )
+
+
+def _say_differs(model: nn.Module, files: AdapterFiles) -> None:
+    """Warn of modules whose branch is another one in PEFT, if the file is from there."""
+    modules = lowrank_modules(model, files.caller)
+    if differing := {path: m.differs_in_peft for path, m in modules.items() if m.differs_in_peft}:
+        path, what = next(iter(differing.items()))
+        warnings.warn(
+            f"{files.caller}: PEFT's branch {what}, as of {path}: an adapter that PEFT has trained "
+            "computes something else there",
+            stacklevel=4,  # the caller of load_adapter
+        )
 
 
 @torch.no_grad()

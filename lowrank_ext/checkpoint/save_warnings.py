@@ -36,6 +36,11 @@ def save_warnings(
             f"the scaling of {some(changed)} was changed, from {own[path]:g} to "
             f"{modules[path].scaling:g}: the files hold the former, that of the config"
         )
+    if differing := [path for path, m in modules.items() if m.differs_in_peft]:
+        yield (
+            f"PEFT's branch {modules[differing[0]].differs_in_peft}, as of {some(differing)}: PEFT "
+            "computes something else from the files than load_adapter"
+        )
 
 
 def lost_parameters(

@@ -392,11 +392,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         {"trainable_token_indices": {"embed": [1]}},
         "trainable_token_indices=.* is not supported",
     ),
-    "embedding": (
-        {"target_modules": ["linear", "embed"]},
-        "embed.lora_embedding_. belongs to no adapter .*LoRA on an embedding is not supported",
-    ),
-    "conv": ({"target_modules": ["conv"]}, "must belong to a linear module, the model has Conv2d"),
     "alpha": ({"lora_alpha": -4}, "alpha must be positive"),
     "no_alpha": ({"lora_alpha": 0}, "alpha must be positive"),
 }
@@ -415,6 +410,16 @@ def test_what_is_not_computed_is_refused(case: str, tmp_path: Path) -> None:
     untouched(base, lambda: lr.load_adapter(base, tmp_path), message)
     bank = lr.AdapterBank(base)
     untouched(base, lambda: bank.load("a", tmp_path), message)
+
+
+@pytest.mark.parametrize("name", ["embed", "conv"])
+def test_a_bank_refuses_modules_that_are_not_linear(name: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["linear", name])
+    peft.get_peft_model(Convolutional(), config).save_pretrained(tmp_path)
+    bank = lr.AdapterBank(Convolutional())
+    kind = type(bank.model.get_submodule(name)).__name__
+    message = rf"{name}\.lora_.* must belong to a linear module, the model has {kind} at {name}"
+    untouched(bank.model, lambda: bank.load("a", tmp_path), message)
 
 
 def test_mica(tmp_path: Path) -> None:
