@@ -287,11 +287,11 @@ def check_adaptable(
             "nn.MultiheadAttention reads without calling it; put it into exclude_modules"
         )
     if family_of(module) not in families:
-        others = "".join(f" or {family}" for family in families if family != LINEAR)
+        *others, last = families
+        known = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(
-            f"{caller}: target_modules must name linear{others} modules, got {path}, "
-            f"{with_article(type(module).__name__)}; name the linear modules inside it, or exclude "
-            "it"
+            f"{caller}: target_modules must name {known} modules, got {path}, "
+            f"{with_article(type(module).__name__)}; name such modules inside it, or exclude it"
         )
 
 

@@ -265,10 +265,11 @@ class AttentionModel(nn.Module):
 
 def test_modules_that_cannot_be_adapted() -> None:
     config = LoRAConfig(r=2, target_modules=["layers.0"])
-    with pytest.raises(ValueError, match=r"must name linear modules, got layers\.0, a Block"):
+    known = "linear, embedding or convolution"
+    with pytest.raises(ValueError, match=rf"must name {known} modules, got layers\.0, a Block"):
         adapt(TinyLM(), config)
     with pytest.raises(ValueError, match=r"must name linear modules, got embed, an Embedding"):
-        adapt(TinyLM(), LoRAConfig(r=2, target_modules=["embed", "q_proj"]))
+        adapt(TinyLM(), LaMDAConfig(r=2, target_modules=["embed", "q_proj"]))
     assert adapted_paths(adapt(AttentionModel(), LoRAConfig(r=2))) == ["proj"]
     with pytest.raises(
         ValueError, match=r"attention\.out_proj, whose weight nn\.MultiheadAttention"

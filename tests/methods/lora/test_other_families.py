@@ -555,7 +555,7 @@ def test_methods_without_such_modules_refuse_them_by_name() -> None:
         with pytest.raises(ValueError, match=message):
             lr.adapt(model, lr.LaMDAConfig(r=2, init="lora", target_modules=[name]))
     with pytest.raises(
-        ValueError, match="linear or embedding or convolution modules, got norm, a LayerNorm"
+        ValueError, match="name linear, embedding or convolution modules, got norm, a LayerNorm"
     ):
         lr.adapt(model, LoRAConfig(r=2, target_modules=["norm"]))
     lr.adapt(model, lr.LaMDAConfig(r=2, init="lora", target_modules=".*"))
