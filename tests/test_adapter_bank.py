@@ -575,6 +575,56 @@ def test_a_default_outside_of_blocks(bank: lr.AdapterBank, compiled: bool) -> No
     torch.testing.assert_close(bank.model(ids).logits, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [(0.7, -0.4), (0.5, 0.5)])
+def test_combining_is_exact(dtype: torch.dtype, weights: tuple[float, float]) -> None:
+    """Of adapters over other modules and with other ranks and scalings; then without them."""
+    model = llama().to(dtype)
+    bank = lr.AdapterBank(model)
+    both, alone = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
+    torch.manual_seed(3)
+    loras = {
+        "first": {both: LoRATensors(torch.randn(5, 48), torch.randn(32, 5), 0.5)},
+        "second": {
+            both: LoRATensors(torch.randn(3, 48), torch.randn(32, 3), 0.5),
+            alone: LoRATensors(torch.randn(2, 32), torch.randn(32, 2), 2.0),
+        },
+    }
+    for name, tensors in loras.items():
+        bank.add(name, tensors)
+    bank.combine("mix", dict(zip(loras, weights, strict=True)))
+    for name in loras:
+        bank.unload(name)
+    tolerance = 2 * torch.finfo(dtype).eps
+    for path in (both, alone):
+        lora_a, lora_b, scaling = model.get_submodule(path).adapter("mix")
+        expected = sum(
+            weight
+            * each.scaling
+            * (each.lora_b.to(dtype).double() @ each.lora_a.to(dtype).double())
+            for weight, tensors in zip(weights, loras.values(), strict=True)
+            if (each := tensors.get(path)) is not None
+        )
+        found = scaling * (lora_b.double() @ lora_a.double())
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_what_cannot_be_combined(bank: lr.AdapterBank) -> None:
+    names = bank.names
+    for name, weights, error, message in (
+        ("attention", {"everything": 1.0}, ValueError, "combine: name must be new"),
+        ("mix", {"nobody": 1.0}, ValueError, "combine: name must be one of"),
+        ("mix", {}, ValueError, "weights must name at least one adapter"),
+        ("mix", {"attention": float("inf")}, ValueError, r"weights\['attention'\] must be finite"),
+        ("mix", {"attention": "much"}, TypeError, r"weights\['attention'\] must be a number"),
+    ):
+        with pytest.raises(error, match=message):
+            bank.combine(name, weights)
+    with bank.rows([None] * 2), pytest.raises(RuntimeError, match="no rows block may be active"):
+        bank.combine("mix", {"attention": 1.0})
+    assert bank.names == names
+
+
 def test_adapters_given_as_tensors(bank: lr.AdapterBank) -> None:
     path, ids = "model.layers.0.mlp.down_proj", tokens(3)
     a, b = torch.randn(5, 48), torch.randn(32, 5)

@@ -141,7 +141,8 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
         assert isinstance(module, LowRankLinear)
         if restart:
             method.file_format.start(module)
-        _fill(module, method, tensors)
+        attribute_of = method.file_format.attribute_of
+        module.fill({attribute_of(kind): tensor for kind, tensor in tensors.items()})
     _fill_saved(model, saved, others)
     replace_embeddings(model, held, changed)
     _say_differs(model, files)
@@ -378,24 +379,6 @@ def _say_differs(model: nn.Module, files: AdapterFiles) -> None:
             "computes something else there",
             stacklevel=4,  # the caller of load_adapter
         )
-
-
-@torch.no_grad()
-def _fill(module: LowRankLinear, method: Method, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors into an adapter, and subtract the initial branch they define."""
-    attributes = {method.file_format.attribute_of(kind): t for kind, t in tensors.items()}
-    own = {name: getattr(module, name) for name in attributes}
-    given = {name: t.to(own[name]).view_as(own[name]) for name, t in attributes.items()}
-    # Training never changes the initial factors, so equal factors mean an equal residual base.
-    factors = [name for name in module.residual_starts if name in given]
-    defining = [*factors, *(module.residual_constants if factors else ())]
-    same = module.residual_taken and all(torch.equal(own[n], given[n]) for n in defining)
-    if factors and not same:
-        module.restore_base()
-    for name, tensor in given.items():
-        own[name].copy_(tensor)
-    if factors:
-        module.take_residual()
 
 
 @torch.no_grad()

@@ -68,9 +68,6 @@ class LowRankLinear(ResidualBase):
     inits: ClassVar[tuple[str, ...]] = ()
     svd_inits: ClassVar[tuple[str, ...]] = ()
     residual_inits: ClassVar[tuple[str, ...]] = ()
-    # Tensors that rebuild a residual base: buffers with the branch's start, and constant tensors.
-    residual_starts: ClassVar[tuple[str, ...]] = ()
-    residual_constants: ClassVar[tuple[str, ...]] = ()
     # Why the branch of this method cannot be put into a weight; "" where it can.
     unmergeable_because: ClassVar[str] = ""
     # How far a merge is from the branch, where it is only an estimate of it.

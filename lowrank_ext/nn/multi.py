@@ -188,6 +188,12 @@ class MultiLoRALinear(FixedSize, BaseKeys):
         self.scaling, self.ranks = self.scaling[kept], self.ranks[kept]
         self.names = tuple(self.names[i] for i in kept)
 
+    def adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """lora_a [r, K], lora_b [N, r] and scaling of an adapter, without padding."""
+        slot = self.names.index(name)
+        rank = int(self.ranks[slot])
+        return self.lora_a[slot, :rank], self.lora_b[slot, :, :rank], float(self.scaling[slot])
+
     def _restacked(self, slots: Sequence[int], rank: int, *new: Tensor) -> tuple[Tensor, Tensor]:
         """Stacks of ``rank`` with the adapters ``slots``, where -1 stands for ``new`` (a, b)."""
         a = self.lora_a.new_zeros(len(slots), rank, self.in_features)

@@ -81,9 +81,9 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         """Add an adapter; without ``initialize`` it is zero and waits for its values."""
         adapter = self.method.module_class.from_linear(self.base_layer, config, initialize=False)
         adapter.borrow(self.base_layer)
-        other = self._with_residual()
+        other = self.with_residual()
         if initialize and other is not None:
-            _share_start(adapter, other)
+            share_start(adapter, other)
         elif initialize:
             adapter.reset_adapter()
         else:
@@ -101,7 +101,8 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         self._trained.pop(adapter_name, None)
         self._awaiting.discard(adapter_name)
 
-    def _with_residual(self) -> LowRankLinear | None:
+    def with_residual(self) -> LowRankLinear | None:
+        """An adapter whose start has been taken out of the base weight, if there is one."""
         return next((a for a in self.named_adapters().values() if a.residual_taken), None)
 
     @torch.no_grad()
@@ -113,28 +114,19 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         device = execution_device(self.base_layer)
         own = adapter.adapter_tensors()
         given = {key: tensors[key].to(device, own[key].dtype) for key in own}
-        starts = [key for key in adapter.residual_starts if key in given]
-        defining = [*starts, *(adapter.residual_constants if starts else ())]
-        holder = self._with_residual() if starts else None
-        if holder is not None and not all(
-            torch.equal(holder.adapter_tensors()[key], given[key]) for key in defining
-        ):
+        holder = self.with_residual()
+        if holder is not None and not holder.starts_as(given):
             others = [a for a in self.named_adapters().values() if a is not adapter]
             if any(other.residual_taken for other in others):
                 raise ValueError(
                     f"the adapter {name!r} must have the residual base weight of the other "
                     "adapters, its initial factors are others; use lr.export_lora"
                 )
-            adapter.restore_base()
-            holder = None
-        for key, tensor in given.items():
-            if own[key].is_meta:
-                _assign(adapter, key, tensor)
-            else:
-                own[key].copy_(tensor)
-        if starts and holder is None:
-            adapter.take_residual()
-        adapter.residual_taken = bool(starts)
+        adapter.fill(given, holder)
+        self.has_values(name)
+
+    def has_values(self, name: str) -> None:
+        """The adapter waits for its values no longer."""
         self._awaiting.discard(name)
 
     # ---- which adapter acts and trains
@@ -209,7 +201,7 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
             self.merge(safe_merge, adapter_names)
         else:
             self.unmerge()
-            if (residual := self._with_residual()) is not None:
+            if (residual := self.with_residual()) is not None:
                 residual.restore_base()
         base: nn.Module = self.base_layer
         return base
@@ -221,7 +213,7 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.adapters]
         if self._disable_adapters or not active:
             self.unmerge()
-            residual = self._with_residual()
+            residual = self.with_residual()
             if residual is not None:
                 return residual.disabled_output(x, *args, **kwargs)
             base_out: Tensor = self.base_layer(x, *args, **kwargs)
@@ -249,7 +241,7 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
             own = f"{prefix}{self.adapters_name}.{name}."
             if any(own + start in state_dict for start in adapter.residual_starts):
                 adapter.residual_taken = True  # the weight that came along is the residual
-                self._awaiting.discard(name)
+                self.has_values(name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -260,22 +252,13 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
 
 
 @torch.no_grad()
-def _share_start(adapter: LowRankLinear, other: LowRankLinear) -> None:
+def share_start(adapter: LowRankLinear, other: LowRankLinear) -> None:
     """Start ``adapter`` where ``other`` started: it lacks the same branch in the base weight."""
     held = other.adapter_tensors()
     for name in (*other.residual_starts, *other.residual_constants):
         adapter.adapter_tensors()[name].copy_(held[name])
     adapter.begin_at_start()
     adapter.residual_taken, adapter.start_scaling = True, other.start_scaling
-
-
-def _assign(adapter: LowRankLinear, name: str, tensor: Tensor) -> None:
-    """Put ``tensor`` in place of one on the meta device."""
-    parameter = adapter._parameters.get(name)
-    if parameter is None:
-        adapter._buffers[name] = tensor
-    else:
-        adapter._parameters[name] = nn.Parameter(tensor, parameter.requires_grad)
 
 
 @functools.cache

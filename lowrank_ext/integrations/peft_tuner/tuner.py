@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,6 +19,11 @@ from lowrank_ext.adapt import (
 )
 from lowrank_ext.adapt_warnings import adapt_warnings
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
+from lowrank_ext.integrations.peft_tuner.combining import (
+    checked_weights,
+    fill_with_sum,
+    summed_config,
+)
 from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
 from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, layer_class_for
 from lowrank_ext.left_out import left_out
@@ -69,7 +74,7 @@ class LowRankTuner(BaseTuner):
             config.add_heads(model)
         targets = self._targets(model, config)
         own = config.adapter_config(list(targets) if config.is_complete else ())
-        own = self.method.complete_config(model, own, targets)
+        own = self.method.complete_config(model, own, self._as_before_adapters(model, targets))
         check_ranks(own, targets)
         check_options(model, own, self.method, targets)
         check_values(model, own, self.method, targets)
@@ -103,6 +108,16 @@ class LowRankTuner(BaseTuner):
                 check_adaptable(path, found[path], type(self).__name__)
         return found
 
+    def _as_before_adapters(
+        self, model: nn.Module, targets: Mapping[str, nn.Module]
+    ) -> dict[str, nn.Module]:
+        """The targets; of residual base weights copies as they were before the first adapter."""
+        residuals = {layer.base_layer: layer.with_residual() for _, layer in _layers(model)}
+        return {
+            path: module if (holder := residuals.get(module)) is None else holder.original_linear()
+            for path, module in targets.items()
+        }
+
     def _create_and_replace(
         self,
         peft_config: LowRankPeftConfig,
@@ -131,6 +146,45 @@ class LowRankTuner(BaseTuner):
                 for name, child in parent._modules.items():
                     if child in layers:
                         parent._modules[name] = layers[child]
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add the adapter Σ weight · adapter, of the summed rank: exact, to one rounding of lora_b.
+
+        Over a residual base (LaMDA's SVD start) the adapters share lora_a, and the rank stays. As
+        in PEFT the new adapter is not active; adapters of one module at least are enough.
+
+        Raises:
+            ValueError: combination_type is not "cat", which alone is exact; adapters of the method
+                have no sum (GOAT, ResLoRA), one is unknown, merged or has modules_to_save; or
+                adapter_name is taken. Nothing is added.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                "add_weighted_adapter: combination_type must be 'cat', which is exact, got "
+                f"{combination_type!r}; for others write LoRAs by lr.export_lora"
+            )
+        by_name = checked_weights(self, adapters, weights, adapter_name)
+        layers = {
+            path.removeprefix("model."): layer
+            for path, layer in _layers(self)
+            if by_name.keys() & layer.adapters.keys()
+        }
+        config = summed_config(self.peft_config[next(iter(by_name))], layers, by_name)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in layers.values():
+            fill_with_sum(layer, adapter_name, by_name, self.method.file_format)
+        config.awaits_values = False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -78,7 +78,20 @@ def allocate_ranks(
     check_choice(budget, tuple(_COSTS), "allocate_ranks", "budget")
     check_choice(direction, tuple(_GAINS), "allocate_ranks", "direction")
     ranks = default_candidates(r) if candidates is None else _checked_candidates(candidates, r)
-    weights = _target_weights(model, target_modules)
+    config = LaMDAConfig(target_modules=target_modules)
+    targets = find_targets(model, config, "allocate_ranks")
+    return _allocated(targets, r, ranks, budget, direction, progress)
+
+
+def _allocated(
+    targets: Mapping[str, nn.Module],
+    r: int,
+    ranks: list[int],
+    budget: str,
+    direction: str,
+    progress: bool = False,
+) -> dict[str, int]:
+    weights = _weights_of(targets)
     groups = _shared(weights)
     shown = _with_progress(groups) if progress else groups
     units = [_unit(names, weights[names[0]], ranks, _GAINS[direction]) for names in shown]
@@ -94,13 +107,8 @@ def with_allocated_ranks(
     """LaMDA++: the config with a rank for every target in rank_pattern."""
     if not isinstance(config, LaMDAConfig) or config.rank_budget is None or config.rank_pattern:
         return config
-    ranks = allocate_ranks(
-        model,
-        config.r,
-        "|".join(map(re.escape, targets)),  # matches exactly these paths
-        budget=config.rank_budget,
-        direction=config.direction,
-    )
+    candidates = default_candidates(config.r)
+    ranks = _allocated(targets, config.r, candidates, config.rank_budget, config.direction)
     # Anchored, so that a path does not match as the end of a longer one.
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
     return dataclasses.replace(config, rank_pattern=pattern)
@@ -175,10 +183,9 @@ def _checked_candidates(candidates: Iterable[int], r: int) -> list[int]:
     return ranks
 
 
-def _target_weights(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Tensor]:
-    config = LaMDAConfig(target_modules=target_modules)
+def _weights_of(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    for name, module in find_targets(model, config, "allocate_ranks").items():
+    for name, module in targets.items():
         weight = dense_weight(module)
         if weight is None:
             raise TypeError(
