@@ -63,8 +63,8 @@ class ResidualBase(WrappedBase):
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor], beside: Self | None = None) -> None:
-        """Copy ``values`` into the adapter's tensors, by attribute, in any shape, and take the residual that they
-        define.
+        """Copy ``values`` into the adapter's tensors, by attribute, in any shape, and take the
+        residual that they define.
 
         Args:
             beside: another adapter over the same base weight, which lacks its start already.
