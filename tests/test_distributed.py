@@ -20,9 +20,14 @@ pytest.importorskip("peft")
 
 import peft
 
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.integrations.peft import accelerate
 from lowrank_ext.integrations.peft_layer import AcceleratedLoRA
+from lowrank_ext.integrations.peft_tuner import peft_config
+from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer
+from lowrank_ext.methods.aflora.config import AFLoRAConfig
 from lowrank_ext.methods.goat.balance import balance_loss
+from lowrank_ext.methods.lamda.config import LaMDAConfig
 from lowrank_ext.nn import BasisLoRALinear, GOATLinear, LaMDALinear, LoRALinear, LowRankLinear
 
 Gradients = dict[str, Tensor | None]
@@ -39,6 +44,8 @@ def make_model(dropout: float, dtype: torch.dtype) -> nn.Sequential:
         nn.Linear(17, 9, bias=False, dtype=dtype),
         nn.Linear(9, 11, dtype=dtype),
         nn.Linear(7, 5, dtype=dtype),
+        nn.Linear(5, 6, dtype=dtype),
+        nn.Linear(6, 13, dtype=dtype),
     ]
     model = nn.Sequential(
         LoRALinear.from_linear(linears[0], r=3, alpha=6, dropout=dropout),
@@ -52,6 +59,8 @@ def make_model(dropout: float, dtype: torch.dtype) -> nn.Sequential:
         BasisLoRALinear.from_linear(
             linears[3], r=2, residuals=["motion"], residual_coef_dropout=dropout
         ),
+        tuner_layer(linears[4], LaMDAConfig(r=2, dropout=dropout, target_modules=["0"])),
+        tuner_layer(linears[5], AFLoRAConfig(r=2, dropout=dropout, target_modules=["0"])),
     )
     nn.init.normal_(model[0].lora_b, std=0.3)
     nn.init.normal_(model[5].lora_b, std=0.3)
@@ -64,6 +73,11 @@ def accelerated_peft_layer(linear: nn.Linear, dropout: float) -> nn.Module:
     nn.init.normal_(model[0].lora_B["default"].weight, std=0.3)
     assert accelerate(model).accelerated
     return model[0]
+
+
+def tuner_layer(linear: nn.Module, config: AdapterConfig) -> nn.Module:
+    """PEFT's layer of one of this library's methods."""
+    return peft.inject_adapter_in_model(peft_config(config), nn.Sequential(linear))[0]
 
 
 def batch(rank: int, dtype: torch.dtype) -> Tensor:
@@ -93,7 +107,7 @@ def under_ddp(model: nn.Module) -> nn.Module:
 def under_fsdp(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model:
-        if isinstance(layer, LowRankLinear | AcceleratedLoRA):
+        if isinstance(layer, LowRankLinear | AcceleratedLoRA | LowRankTunerLayer):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -164,4 +178,8 @@ def test_frozen_tensors_have_no_gradient() -> None:
     experts = {"3.lora_a", "3.lora_b", "3.router_weight"}
     pefts = {"4.lora_A.default.weight", "4.lora_B.default.weight"}
     lrs = {"0.lora_a", "0.lora_b", "2.lora_b", "2.core", "5.lora_residual_motion"}
-    assert trained == {*lrs, *experts, *pefts}
+    tuners = {
+        *("6.lamda_adapters.default.lora_b", "6.lamda_adapters.default.core"),
+        "7.aflora_adapters.default.out_scale",
+    }
+    assert trained == {*lrs, *experts, *pefts, *tuners}
