@@ -11,10 +11,10 @@ pytest.importorskip("peft")
 
 import peft
 import trl
+from char_tokenizer import char_tokenizer
 from datasets import Dataset
 from small_models import llama_sizes as sizes
 from test_peft_tuner import CONFIGS, OWN
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore::DeprecationWarning",
 )
-LETTERS = "abcdefghijklmnopqrstuvwxyz ,.!?"
 OPTIONS: dict[str, Any] = {
     "max_steps": 4,
     "save_steps": 4,
@@ -47,12 +46,7 @@ PROMPTS = ["hello", "a fox", "lorem", "abc d"] * 4
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *LETTERS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return char_tokenizer()
 
 
 def causal() -> LlamaForCausalLM:

@@ -23,30 +23,39 @@ _OUR_NAMES = {ours: theirs for theirs, ours in _RENAMED.items()}
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
+_COMMON = {"r": 4, "alpha": 6, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+
+
 class Case(NamedTuple):
     """Options of a LoRA.
 
     Attributes:
-        ours: fields of LoRAConfig; PEFT gets the same by its own names.
+        own: fields of LoRAConfig beside the common ones; PEFT gets the same by its own names.
         theirs: fields of LoraConfig that differ from that.
         family: which of FAMILIES.
         dtype: of the base.
         get: further arguments of get_peft_model.
         by_svd: the start is one of several that the SVD allows, so that bits are not compared; the
             file of save_adapter holds it beside what was trained, at twice the rank.
+        evaluates: compare in evaluation mode: in training the masks are others from one seed.
         ways: those that know the options.
     """
 
-    ours: Mapping[str, Any]
+    own: Mapping[str, Any]
     theirs: Mapping[str, Any] = {}
     family: str = "llama"
     dtype: torch.dtype = torch.float64
     get: Mapping[str, Any] = {}
     by_svd: bool = False
+    evaluates: bool = False
     ways: tuple[str, ...] = ("accelerated", "peft_config", "adapt")
 
     def base(self) -> Any:
         return base(self.family).to(self.dtype)
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        return {**_COMMON, **self.own}
 
     def our_config(self) -> lr.LoRAConfig:
         return lr.LoRAConfig(**self.ours)
@@ -120,7 +129,7 @@ def randomize(model: nn.Module) -> None:
 
 def gradients(model: Any, case: Case, path: Path) -> dict[str, Tensor]:
     """The gradients of the batch's loss, by the keys of adapter files."""
-    loss(model.train(), case.family).backward()
+    loss(model.train(not case.evaluates), case.family).backward()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -1,0 +1,52 @@
+"""Every option of LoRA, a row for each: test_lora_options.py compares all ways to make it."""
+
+from typing import Any
+
+import torch
+from lora_sides import Case
+
+_RANKS = {"layers.0.self_attn.q_proj": 2, "v_proj": 3}
+_ALPHAS = {r".*\.1\..*proj": 5, "o_proj": 7}
+_ONE_LAYER = r"model\.layers\.1\.self_attn\.[qvo]_proj"
+# PEFT starts by an SVD in float32 and below; lr.peft_config refuses such a start.
+_BY_SVD: Any = {"by_svd": True, "dtype": torch.float32, "ways": ("accelerated", "adapt")}
+
+
+CASES = {
+    "plain": Case({}),
+    "rank 1": Case({"r": 1}),
+    "rank above the features": Case({"r": 40}),
+    "alpha none": Case({"alpha": None}, {"lora_alpha": 4}),
+    "alpha fractional": Case({"alpha": 2.5}),
+    "rslora": Case({"rslora": True}),
+    "rank_pattern": Case({"rank_pattern": _RANKS}),
+    "alpha_pattern": Case({"alpha_pattern": _ALPHAS}),
+    "patterns and rslora": Case({"rank_pattern": _RANKS, "alpha_pattern": _ALPHAS, "rslora": True}),
+    "targets: all-linear": Case({"target_modules": "all-linear"}),
+    "targets: a regular expression": Case({"target_modules": _ONE_LAYER}),
+    "targets: paths": Case(
+        {"target_modules": ["layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"]}
+    ),
+    "layers_to_transform": Case({"layers_to_transform": [1]}),
+    "layers_pattern": Case({"layers_to_transform": 0, "layers_pattern": "layers"}),
+    "exclude: names": Case({"exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    "exclude: a regular expression": Case({"exclude_modules": r".*\.0\..*"}),
+    "dropout, off in evaluation": Case({"dropout": 0.3}, evaluates=True),
+    "modules_to_save": Case({"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "gaussian": Case({"init": "gaussian"}),
+    "pissa": Case({"init": "pissa"}, **_BY_SVD),
+    "pissa and rslora": Case(
+        {"init": "pissa", "rslora": True, "rank_pattern": {"v_proj": 3}}, **_BY_SVD
+    ),
+    "Conv1D": Case({"target_modules": ["c_attn", "c_proj"]}, family="gpt2"),
+    "Conv1D, all-linear": Case({"target_modules": "all-linear"}, family="gpt2"),
+    "float32": Case({}, dtype=torch.float32),
+    "bfloat16": Case({}, dtype=torch.bfloat16),
+    "float16": Case({}, dtype=torch.float16),
+    "adapters in bfloat16": Case(
+        {"adapter_dtype": "base"},
+        dtype=torch.bfloat16,
+        get={"autocast_adapter_dtype": False},
+        ways=("accelerated", "adapt"),
+    ),
+}
