@@ -658,3 +658,15 @@ def test_every_method_is_registered() -> None:
     assert set(METHODS) <= set(peft.PeftType)
     assert peft.PeftType("LAMDA") is peft.PeftType.LAMDA
     assert pickle.loads(pickle.dumps(peft.PeftType.LAMDA)) is peft.PeftType.LAMDA
+
+
+def test_a_failing_merge_leaves_no_layer_merged() -> None:
+    model = peft_model("lamda")
+    *_, last = (m for m in model.modules() if isinstance(m, LowRankTunerLayer))
+    with torch.no_grad():
+        last.adapter("default").lora_b.fill_(float("inf"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="inf"):
+        model.merge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m.merged_adapters for m in model.modules() if isinstance(m, LowRankTunerLayer))

@@ -179,8 +179,11 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
             self.adapter(name).merge()
             self.merged_adapters.append(name)
 
-    def unmerge(self) -> None:
-        while self.merged_adapters:  # the last one first: each keeps the weight it found
+    def unmerge(self, keep: int = 0) -> None:
+        """Unmerge all but the first ``keep`` of the merged adapters."""
+        while (
+            len(self.merged_adapters) > keep
+        ):  # the last one first: each keeps the weight it found
             self.adapter(self.merged_adapters.pop()).unmerge()
 
     def unload_and_optionally_merge_module(

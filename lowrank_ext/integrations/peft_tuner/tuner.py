@@ -215,6 +215,18 @@ class LowRankTuner(BaseTuner):
         }
         check_mergeable(self.model, active, "merge_adapter")
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As PEFT's; where a layer raises, all weights have the bits that they had before."""
+        merged = {layer: len(layer.merged_adapters) for _, layer in _layers(self.model)}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, count in merged.items():
+                layer.unmerge(keep=count)
+            raise
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
