@@ -1,7 +1,7 @@
 """Model surgery: replaces modules of a model by low-rank modules."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank_ext.adapt_warnings import adapt_warnings
 from lowrank_ext.adapter_protocol import follow_protocol
+from lowrank_ext.base_biases import base_biases
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig, config_names
 from lowrank_ext.left_out import LeftOut, left_out
 from lowrank_ext.nn.base_layer import (
@@ -49,7 +50,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Model:
     """Replace the modules ``config`` names by adapted ones, in place, and freeze everything else.
 
-    Afterwards only the trainable tensors of the adapters and ``modules_to_save`` require gradients.
+    Afterwards only the trainable tensors of the adapters, ``modules_to_save`` and the biases that
+    the config trains require gradients.
     The heads of transformers' models for classification, question answering and multiple choice are
     added to ``modules_to_save`` unless the config names them: they are new for each task.
     The output is the base model's, bit for bit where the branch starts at zero (with GOAT's SVD
@@ -108,7 +110,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         },
     )
     method.module_class.connect(model)
-    _unfreeze(model, config)
+    _unfreeze(model, config, targets)
     set_fused_encoders(model, on=False)
     unwrapped(model).lowrank_config = config  # type: ignore[assignment]
     follow_protocol(model)
@@ -287,7 +289,9 @@ def check_values(
             )
 
 
-def _unfreeze(model: nn.Module, config: AdapterConfig) -> None:
+def _unfreeze(model: nn.Module, config: AdapterConfig, adapted: Collection[str]) -> None:
+    for bias in base_biases(model, config, adapted).values():
+        bias.requires_grad_()
     if not config.whole_modules_train:
         return
     for module in modules_named(model, config.modules_to_save):

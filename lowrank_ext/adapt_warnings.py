@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from lowrank_ext.base_biases import base_biases
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.left_out import LeftOut, readers
 from lowrank_ext.nn.base_layer import features_of
@@ -30,6 +31,8 @@ def adapt_warnings(
         yield _not_adapted(model, unchosen)
     yield from _read_by_their_owners(model, targets)
     yield from _large_ranks(config, targets)
+    if config.base_biases != "none" and not base_biases(model, config, targets):
+        yield "no bias trains, as bias asks for: none of these modules has one"
     if has_optimizer(model):
         yield (
             "an optimizer holds parameters of the model, which are frozen now, and lacks the "

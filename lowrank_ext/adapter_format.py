@@ -7,7 +7,7 @@ subclasses ``AdapterFormat``. Code for all files: ``lowrank_ext/checkpoint``.
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class AdapterFormat:
             ``<attribute>.weight``.
     """
 
+    # Options of PEFT's LoRA that the method's files may use, beside those of all methods.
+    peft_fields: ClassVar[tuple[str, ...]] = ()
     # Whether ``lora_factors`` of a module needs other modules of the model.
     needs_other_modules = False
 

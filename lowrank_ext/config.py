@@ -216,6 +216,18 @@ class AdapterConfig:
         )
 
     @property
+    def base_biases(self) -> str:
+        """Which biases of the base train and are saved with the adapters: "none", those of
+        "adapted" modules, or "all" of the model."""
+        return "none"
+
+    @property
+    def beyond_lora(self) -> str:
+        """What makes the adapter more than a product of two factors at inference, "" if nothing:
+        for the messages of those who need no more than that."""
+        return ""
+
+    @property
     def whole_modules_train(self) -> bool:
         """Whether modules_to_save train; they are saved in any case."""
         return True

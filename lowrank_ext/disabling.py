@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.base_biases import base_biases
 from lowrank_ext.merging import merge_all
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import outermost_modules
@@ -31,9 +32,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: model is no nn.Module.
         ValueError: the model carries no adapters, is a PEFT model, which has a ``disable_adapter``
-            of its own, or has modules_to_save, which train in place and whose earlier values nobody
-            keeps; on leaving, if adapters that were merged cannot be merged again: then none is
-            (an exception of the block's own gets a note that says so).
+            of its own, or has modules_to_save or trained biases (LoRA's ``bias``), which train in
+            place and whose earlier values nobody keeps; on leaving, if adapters that were merged
+            cannot be merged again: then none is (an exception of the block's own gets a note that
+            says so).
 
     Examples:
         >>> with lr.disable_adapter(model), torch.no_grad():
@@ -85,6 +87,11 @@ def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
         raise ValueError(
             f"{_CALLER}: modules_to_save must be empty, they train in place and their earlier "
             f"values are not kept, got {list(names)}"
+        )
+    if config is not None and base_biases(model, config, modules):
+        raise ValueError(
+            f"{_CALLER}: bias must be 'none', biases of the base train in place and their earlier "
+            f"values are not kept, got {config.bias!r}"
         )
     return modules
 

@@ -57,8 +57,8 @@ def unload(model: Model, merge: bool | None = None) -> Model:
     With ``merge=True`` a base that bitsandbytes or torchao has quantized becomes a dense nn.Linear,
     of the dtype of the model's embeddings: its weight is taken dense, and the branch added.
 
-    Modules of modules_to_save keep what they have learned. Parameters stay frozen as ``adapt`` left
-    them. A single adapted module yields its plain module.
+    Modules of modules_to_save, and biases that trained, keep what they have learned. Parameters
+    stay frozen as ``adapt`` left them. A single adapted module yields its plain module.
 
     Raises:
         ValueError: ``merge`` is None and only some of the modules are merged, or the model is
@@ -164,18 +164,22 @@ def check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller:
         except ValueError as error:
             raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
     owners = {m if m.base_layer is None else m.base_layer: p for p, m in modules.items()}
-    weights = {}
+    weights, biases = {}, {}
     for owner, path in owners.items():
-        weight = modules[path].mergeable_parameter
+        module = modules[path]
+        weight, bias = module.mergeable_parameter, module.base_bias
         if weight is None:
             raise TypeError(
                 f"{caller}: the base of {path} must compute x weightᵀ + bias with a floating-point "
                 f"weight, got {type(owner).__name__}{way_out(owner)}"
             )
         weights[owner] = weight
-    for owner, names in shared_tensors(model, weights).items():
-        if names:
-            raise ValueError(
-                f"{caller}: the weight of {owners[owner] or 'the model'} must be its own, got one "
-                f"tied to {', '.join(names)}, which would change with it; clone one of them"
-            )
+        if module.branch_bias() is not None and bias is not None:
+            biases[owner] = bias
+    for what, changed in (("weight", weights), ("bias", biases)):
+        for owner, names in shared_tensors(model, changed).items():
+            if names:
+                raise ValueError(
+                    f"{caller}: the {what} of {owners[owner] or 'the model'} must be its own, got "
+                    f"one tied to {', '.join(names)}, which would change with it; clone one of them"
+                )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.base_biases import base_biases
 from lowrank_ext.left_out import LeftOut, left_out
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.targets import outermost_modules
@@ -71,6 +72,9 @@ def summary(model: nn.Module) -> "Table":
         name, kind = each[0].path.rpartition(".")[2] or "(model)", type(each[0].module).__name__
         row = name, f"{kind}, not adapted", str(len(each)), "", "", ""
         table.add_row(*row, *_trainable_and_size(tensors))
+    if biases := _trained_biases(model):
+        row = "bias", "of the base", str(len(biases)), "", "", ""
+        table.add_row(*row, *_trainable_and_size(biases))
     for name, saved in _saved_modules(model).items():
         tensors = [*saved.parameters(), *saved.buffers()]
         table.add_row(name, type(saved).__name__, "1", "", "", "", *_trainable_and_size(tensors))
@@ -89,6 +93,14 @@ def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Outermost modules of modules_to_save."""
     config = getattr(unwrapped(model), "lowrank_config", None)
     return outermost_modules(model, () if config is None else config.modules_to_save)
+
+
+def _trained_biases(model: nn.Module) -> list[Tensor]:
+    """Biases of the base that train with the adapters."""
+    config = getattr(unwrapped(model), "lowrank_config", None)
+    if config is None:
+        return []
+    return list(base_biases(model, config, lowrank_modules(model, "summary")).values())
 
 
 def _trainable_and_size(tensors: list[Tensor]) -> tuple[str, str]:

@@ -481,7 +481,7 @@ def test_every_option_of_peft_has_a_message() -> None:
     peft = pytest.importorskip("peft")
     ours = {field.name for field in dataclasses.fields(LoRAConfig)}
     theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)} - ours
-    assert {"lora_alpha", "task_type", "bias"} <= theirs
+    assert {"lora_alpha", "task_type", "use_qalora"} <= theirs
     for name in theirs:
         with pytest.raises(TypeError, match=rf"^LoRAConfig: {name} is (called \w+|no option) here"):
             LoRAConfig(**{name: None})

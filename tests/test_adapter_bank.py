@@ -440,7 +440,7 @@ def edited(source: Path, target: Path, **fields: Any) -> Path:
     ("fields", "message"),
     [
         ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "all"}, "must be a LoRA at inference, got one with trained biases .bias='all'."),
         ({"init_lora_weights": "pissa"}, "must be a LoRA at inference, got a residual base weight"),
         ({"peft_type": "LOHA"}, r"peft_type must be one of 'LORA', .*, got 'LOHA'"),
         ({"r": 5}, r"lora_A.weight must be \[5, 32\], got \[4, 32\]"),

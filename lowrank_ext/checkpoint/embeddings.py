@@ -21,7 +21,6 @@ from lowrank_ext.wrappers import named_modules, unwrapped
 # Part of a key in PEFT's files -> the option that it belongs to.
 _FEATURES = {
     "lora_magnitude_vector": "use_dora",
-    "lora_B.bias": "lora_bias",
     "trainable_tokens": "trainable_token_indices",
 }
 

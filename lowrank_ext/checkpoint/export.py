@@ -58,7 +58,8 @@ def export_lora(
         component: name of the model in its pipeline, the prefix of the keys for diffusers.
 
     Raises:
-        ValueError: the model carries no adapter of ``adapt`` or ``load_adapter``, format is neither
+        ValueError: the model carries no adapter of ``adapt`` or ``load_adapter``, the adapter is
+            more than a product of two factors (lora_bias, trained biases), format is neither
             of the two, a parameter is sharded, or the file cannot hold the adapter (modules_to_save
             in diffusers' format); or as ``merge`` for an estimate of ResLoRA.
         TypeError: an adapter is no single matrix (GOAT: its experts depend on the input).
@@ -79,12 +80,17 @@ def export_lora(
                 f"{caller}: modules_to_save must be empty for format='diffusers', got "
                 f"{list(config.modules_to_save)}"
             )
+        if config.beyond_lora:
+            raise ValueError(
+                f"{caller}: the adapter must be an ordinary LoRA at inference, got one with "
+                f"{config.beyond_lora}; use save_adapter"
+            )
         _check_exportable(modules, caller)
         for text in _estimates(modules):
             warnings.warn(f"{caller}: {text}", stacklevel=2)
         check_valued(model, modules, config, caller)
         saved = outermost_modules(model, config.modules_to_save).values()
-        for text in lost_parameters(model, modules, saved):
+        for text in lost_parameters(model, modules, config, saved):
             warnings.warn(f"{caller}: {text}", stacklevel=2)
         loras = _loras(modules, config, caller)
         if format == "peft":

@@ -26,6 +26,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "layers_to_transform": (int, list, _NONE),
     "layers_pattern": _NAMES,
     "init_lora_weights": (bool, str, _NONE),
+    "bias": (str, _NONE),
+    "lora_bias": (bool, _NONE),
 }
 _PHRASES: dict[tuple[type, ...], str] = {
     (str,): "a string",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_ext.adapt import adapt, lowrank_modules
 from lowrank_ext.adapter_files import AdapterFiles, open_adapter_files
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.base_biases import base_biases, without_peft_copies
 from lowrank_ext.checkpoint.embeddings import (
     changed_embeddings,
     held_embeddings,
@@ -65,7 +66,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
 
     LoRA files may come from PEFT, with use_rslora, rank_pattern, alpha_pattern, modules_to_save and
     init_lora_weights="pissa" (whose SVD is then repeated, as PEFT does). What cannot be computed
-    exactly here (DoRA, trained biases, …) is refused. As in PEFT the config decides: adapters of
+    exactly here (DoRA, …) is refused. As in PEFT the config decides: adapters of
     modules that it does not select are left out, and embeddings in the file (of an extended
     vocabulary, or beside an adapted head) replace the model's where they differ. Both are said by a
     UserWarning, as is a module that the config selects without an adapter in the file. Adapters
@@ -113,22 +114,24 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     if restart:
         _check_restarts(files, modules)
     saved = saved_modules_for(model, files, contents.others)
-    beside = unsaved(contents.others, saved)
-    held = held_embeddings(model, files, beside, modules if residual else ())
-    check_tensors(files, method, config, modules, adapters)
     config = dataclasses.replace(
         config,
         target_modules=target_names(model, adapters),
         modules_to_save=tuple(saved),
         adapter_dtype="float32" if restart else _adapter_dtype(modules, adapters),
     )
+    biases = held_biases(model, files, config, adapters, contents.others)
+    beside = unsaved(contents.others, saved)
+    beside = {key: tensor for key, tensor in beside.items() if key not in biases}
+    held = held_embeddings(model, files, beside, modules if residual else ())
+    check_tensors(files, method, config, modules, adapters)
     if own is not None:
         _check_same(model, files, adapters, config, own)
     _, values, others = _contents(model, files.with_values(), method, packed)
     adapters = {path: values[path] for path in adapters}
     changed = changed_embeddings(files, held, others)
-    embeddings = {key: held[key].tensor for key in changed}
-    check_fit_dtypes(files, modules, saved, embeddings, adapters, others)
+    beside = {**{key: held[key].tensor for key in changed}, **biases}
+    check_fit_dtypes(files, modules, saved, beside, adapters, others)
     say_replaced(files, changed)
     if own is None:
         check_may_change(model, files.caller)
@@ -144,6 +147,9 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
         attribute_of = method.file_format.attribute_of
         module.fill({attribute_of(kind): tensor for kind, tensor in tensors.items()})
     _fill_saved(model, saved, others)
+    with torch.no_grad():
+        for key, bias in biases.items():
+            bias.copy_(others[key])
     replace_embeddings(model, held, changed)
     _say_differs(model, files)
 
@@ -257,14 +263,44 @@ def saved_modules_for(
 def unsaved(others: Mapping[str, Tensor], saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The tensors of a file that belong to no adapter and to no module of modules_to_save."""
     own = {f"{path}.{key}" for path, module in saved.items() for key in state_of(module)}
+    others = without_peft_copies(others, saved)
     return {key: tensor for key, tensor in others.items() if key not in own}
+
+
+def held_biases(
+    model: nn.Module,
+    files: AdapterFiles,
+    config: AdapterConfig,
+    adapted: Collection[str],
+    others: Mapping[str, Tensor],
+) -> dict[str, nn.Parameter]:
+    """The model's biases that the config trains, by key in the file.
+
+    Raises:
+        ValueError: the file lacks one, or holds one of another shape.
+    """
+    biases = base_biases(model, config, adapted)
+    for key, bias in biases.items():
+        if key not in others:
+            raise bad_key(
+                files,
+                PREFIX + key,
+                f"is missing, a bias that {files.config_path} says has been trained; set bias to "
+                "'none' in that file to load the adapter without them",
+            )
+        if others[key].shape != bias.shape or not others[key].is_floating_point():
+            got = f"{list(others[key].shape)} of {others[key].dtype}"
+            raise bad_key(
+                files, PREFIX + key, f"must be floating-point {list(bias.shape)}, got {got}"
+            )
+    return biases
 
 
 def check_fit_dtypes(
     files: AdapterFiles,
     modules: Mapping[str, nn.Module],
     saved: Mapping[str, nn.Module],
-    embeddings: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor],
     adapters: Adapters,
     others: Mapping[str, Tensor],
 ) -> None:
@@ -280,7 +316,7 @@ def check_fit_dtypes(
         for name, module in saved.items()
         for key, tensor in state_of(module).items()
     ]
-    targets += [(key, others[key], tensor.dtype) for key, tensor in embeddings.items()]
+    targets += [(key, others[key], tensor.dtype) for key, tensor in beside.items()]
     for key, tensor, dtype in targets:
         if not is_finite(tensor.to(dtype)):
             raise bad_key(files, PREFIX + key, f"must be finite in {dtype}, as in the model")

@@ -115,6 +115,8 @@ def _check_is_lora(method: Method, config: AdapterConfig, where: str) -> None:
         what = f"{config.peft_type}: {module_class.unmergeable_because}"
     elif method.file_format.needs_other_modules:
         what = f"{config.peft_type}, whose branches see other modules; write it by lr.export_lora"
+    elif config.beyond_lora:
+        what = f"one with {config.beyond_lora}"
     if what:
         raise ValueError(f"{where} must be a LoRA at inference, got {what}")
 

@@ -198,7 +198,7 @@ def method_in(files: AdapterFiles) -> Method:
             f"{where}: peft_type must be one of {known}, got {quoted(peft_type)}{way_out}"
         )
     check_field_types(files.config, method.config_class.selectors, where)
-    _check_supported(files.config, where)
+    _check_supported(files.config, method, where)
     if method is not registry.METHODS["LORA"]:  # whose files PEFT writes, in versions to come too
         own = method.config_class.own_fields
         check_own_fields(files.config, {*_KNOWN, *_UNSUPPORTED, *own}, where)
@@ -225,9 +225,11 @@ def parsed_config(files: AdapterFiles, method: Method, adapters: Adapters) -> Ad
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 
 
-def _check_supported(fields: Mapping[str, Any], where: str) -> None:
-    own = {key for method in registry.METHODS.values() for key in method.config_class.own_fields}
+def _check_supported(fields: Mapping[str, Any], method: Method, where: str) -> None:
+    own = {key for each in registry.METHODS.values() for key in each.config_class.own_fields}
     for key, value in fields.items():
+        if key in method.file_format.peft_fields:
+            continue
         unused = value is None or value is False or value == [] or value == {}
         if key in _UNSUPPORTED and not unused and value not in _UNSUPPORTED[key]:
             allowed = " or ".join(map(repr, _UNSUPPORTED[key] or (None, False)))

@@ -12,6 +12,7 @@ from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.adapter_files import check_can_hold_adapter, write_adapter_files
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.base_biases import base_biases
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.checkpoint.layout import PREFIX
 from lowrank_ext.checkpoint.peft_config import ModuleNumbers, config_fields
@@ -115,6 +116,8 @@ def write_adapter(
     for name, whole in saved.items():
         for key, tensor in state_of(whole).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for key, bias in base_biases(model, config, modules).items():
+        tensors[PREFIX + key] = bias
     for key, tensor in embeddings_to_save(model).items():
         tensors[PREFIX + key] = tensor
     # Copies: two keys may name one tensor (tied modules), which the format does not allow.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lowrank_ext.base_biases import base_biases
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files.json_object import read_json_object
@@ -27,7 +28,7 @@ def save_warnings(
     Args:
         saved: the modules of modules_to_save.
     """
-    yield from lost_parameters(model, modules, saved)
+    yield from lost_parameters(model, modules, config, saved)
     own = {path: config.scaling_for(path, m.in_features) for path, m in modules.items()}
     changed = [p for p, m in modules.items() if not math.isclose(m.scaling, own[p], rel_tol=1e-9)]
     if changed:
@@ -44,10 +45,14 @@ def save_warnings(
 
 
 def lost_parameters(
-    model: nn.Module, modules: Mapping[str, LowRankLinear], saved: Collection[nn.Module]
+    model: nn.Module,
+    modules: Mapping[str, LowRankLinear],
+    config: AdapterConfig,
+    saved: Collection[nn.Module],
 ) -> Iterator[str]:
     """Of these, what concerns parameters that are in no file."""
-    if lost := _trained_without_a_place(model, modules, saved):
+    biases = base_biases(model, config, modules).values()
+    if lost := _trained_without_a_place(model, modules, saved, biases):
         yield (
             f"{some(lost)} require a gradient and belong to no adapter and no module of "
             "modules_to_save: the files do not hold them; name their modules in modules_to_save "
@@ -62,12 +67,16 @@ def lost_parameters(
 
 
 def _trained_without_a_place(
-    model: nn.Module, modules: Mapping[str, LowRankLinear], saved: Collection[nn.Module]
+    model: nn.Module,
+    modules: Mapping[str, LowRankLinear],
+    saved: Collection[nn.Module],
+    biases: Collection[nn.Parameter],
 ) -> list[str]:
     """Names of the parameters that train and are not saved."""
     held = {id(t) for module in modules.values() for t in module.adapter_tensors().values()}
     held |= {id(parameter) for module in saved for parameter in module.parameters()}
     held |= {id(tensor) for tensor in embeddings_to_save(model).values()}
+    held |= {id(bias) for bias in biases}
     return [
         f"{path}.{name}" if path else name
         for path, module in named_modules(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.nn.base_layer import is_hooked, is_plain
+from lowrank_ext.nn.low_rank_linear import sum_of_biases
 from lowrank_ext.nn.rows import ids_of_names, ids_per_row
 from lowrank_ext.ops._registration import HALF_DTYPES
 
@@ -29,6 +30,7 @@ class Adapter(NamedTuple):
 
     lora_a: Tensor  # [r, K]
     lora_b: Tensor  # [N, r]
+    lora_bias: Tensor | None  # [N]
     scaling: float
     dropout_p: float
 
@@ -36,7 +38,7 @@ class Adapter(NamedTuple):
 class AcceleratedLoRA(nn.Module):
     """Mix-in before a PEFT LoRA layer: the branches of the active adapters on the fused ops.
 
-        y = base(x) + Σ scaling · (drop(x) lora_Aᵀ) lora_Bᵀ      over the active adapters
+        y = base(x) + Σ scaling · ((drop(x) lora_Aᵀ) lora_Bᵀ + lora_bias)   over the active adapters
 
     A plain nn.Linear or Conv1D base and the first adapter are one ``lowrank_linear``; on other
     bases, and for further adapters, ``lowrank_add`` adds the branch. With ``adapter_names``, an
@@ -99,10 +101,12 @@ class AcceleratedLoRA(nn.Module):
         return adapters, self._not_covered(x, adapters, mixed)
 
     def _adapter(self, name: str) -> Adapter:
-        lora_a, lora_b = (_children(self, side)[name].weight for side in ("lora_A", "lora_B"))
+        lora_a, lora_b = (_children(self, side)[name] for side in ("lora_A", "lora_B"))
         dropout = _children(self, "lora_dropout")[name]
         drops = type(dropout) is nn.Dropout and dropout.training
-        return Adapter(lora_a, lora_b, self.scaling[name], dropout.p if drops else 0.0)
+        bias = lora_b._parameters["bias"]
+        p = dropout.p if drops else 0.0
+        return Adapter(lora_a.weight, lora_b.weight, bias, self.scaling[name], p)
 
     def _not_covered(self, x: Tensor, adapters: Sequence[Adapter], mixed: bool) -> str:
         """Why PEFT's forward must run for these adapters and this x, or ""."""
@@ -121,6 +125,8 @@ class AcceleratedLoRA(nn.Module):
                     return "the casting of inputs is switched off"
             if mixed and adapter.dropout_p > 0:
                 return "adapter_names together with dropout in training mode"
+            if mixed and adapter.lora_bias is not None:
+                return "adapter_names together with lora_bias=True"
         return ""
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
@@ -191,8 +197,6 @@ def adapter_not_covered(layer: Any, name: str) -> str:
     if name in layer.lora_variant:
         return f"a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
     lora_a, lora_b = _children(layer, "lora_A")[name], _children(layer, "lora_B")[name]
-    if lora_b._parameters.get("bias") is not None:
-        return "lora_bias=True"
     for factor in (lora_a, lora_b):
         if type(factor) is not nn.Linear or is_hooked(factor):
             return "lora_A or lora_B is wrapped, hooked or no nn.Linear"
@@ -216,7 +220,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) ->
     return ops.lowrank_linear(
         x,
         weight,
-        bias,
+        sum_of_biases(bias, _scaled_bias(adapter), weight.dtype),
         adapter.lora_a,
         adapter.lora_b,
         scaling=adapter.scaling,
@@ -232,7 +236,16 @@ def _add(y: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
             scaling=adapter.scaling,
             dropout_p=adapter.dropout_p,
         )
+        if (bias := _scaled_bias(adapter)) is not None:
+            y = y + bias.to(y.dtype)
     return y.to(dtype)
+
+
+def _scaled_bias(adapter: Adapter) -> Tensor | None:
+    if adapter.lora_bias is None:
+        return None
+    wide = torch.promote_types(adapter.lora_bias.dtype, torch.float32)
+    return adapter.scaling * adapter.lora_bias.to(wide)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -15,6 +15,8 @@ def draw_lora_a(module: "LowRankLinear", gaussian: bool = False) -> Tensor:
     # PEFT makes lora_A and lora_B as nn.Linear, whose own init draws these numbers first.
     torch.empty(module.r, module.in_features, device="cpu").uniform_()
     torch.empty(module.out_features, module.r, device="cpu").uniform_()
+    if module.branch_bias() is not None:
+        torch.empty(module.out_features, device="cpu").uniform_()
     lora_a = torch.empty(module.r, module.in_features, dtype=torch.float32, device="cpu")
     if gaussian:
         return nn.init.normal_(lora_a, std=1 / module.r)

@@ -26,8 +26,17 @@ from lowrank_ext.nn.base_layer import (
     plain_module,
 )
 from lowrank_ext.nn.call_arguments import split_call
-from lowrank_ext.nn.merged_weight import merged_weight, without_gradient
+from lowrank_ext.nn.merged_weight import merged_bias, merged_weight, without_gradient
 from lowrank_ext.nn.residual_base import ResidualBase
+
+
+def sum_of_biases(
+    bias: Tensor | None, branch_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The sum of those that are there, with one rounding to ``dtype``."""
+    if branch_bias is None:
+        return bias
+    return (branch_bias if bias is None else bias + branch_bias).to(dtype)
 
 
 class LowRankLinear(ResidualBase):
@@ -84,6 +93,7 @@ class LowRankLinear(ResidualBase):
     out_scale: nn.Parameter | None
     base_layer: nn.Module | None
     unmerged_weight: Tensor | None
+    unmerged_bias: Tensor | None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -133,9 +143,12 @@ class LowRankLinear(ResidualBase):
         adapter_dtype = adapter_dtype_for(base_dtype, config.adapter_dtype, type(self).__name__)
         self._make_adapter(adapter_dtype, base_device)
         self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_buffer("unmerged_bias", None, persistent=False)
         if base is not None:
             base.requires_grad_(False)
-        elif base_device.type != "meta":
+        if config.base_biases != "none" and (base_bias := self.base_bias) is not None:
+            base_bias.requires_grad_()
+        if base is None and base_device.type != "meta":
             self.reset_parameters()
 
     @classmethod
@@ -220,7 +233,8 @@ class LowRankLinear(ResidualBase):
         For a module built on the meta device, after ``to_empty``. To restart only the adapter use
         ``reset_adapter``. A ``base_layer`` initializes itself.
         """
-        self.merged, self.unmerged_weight, self.residual_taken = False, None, False
+        self.merged, self.residual_taken = False, False
+        self.unmerged_weight, self.unmerged_bias = None, None
         if self.weight is not None:
             self._init_base(self.weight, self.bias)
         self.reset_adapter()
@@ -268,6 +282,11 @@ class LowRankLinear(ResidualBase):
         """The down and the up projection of the branch, [r, K] and [N, r], in the given mode."""
         return self.lora_a, self.lora_b
 
+    def branch_bias(self) -> Tensor | None:
+        """What the branch adds to every row beside its product, [N]; None for most methods, and
+        with a residual init."""
+        return None
+
     def delta_weight(self) -> Tensor:
         """scaling · diag(out_scale) lora_b core diag(rank_scale) lora_a, [N, K]; differentiable.
 
@@ -301,10 +320,14 @@ class LowRankLinear(ResidualBase):
         """
         if self.merged:
             return
-        merged = merged_weight(self)
+        merged, merged_base_bias = merged_weight(self), merged_bias(self)
         weight = self._require_weight("merge")
         self.unmerged_weight = weight.detach().clone()
         weight.copy_(merged)
+        if merged_base_bias is not None:
+            assert self.base_bias is not None
+            self.unmerged_bias = self.base_bias.detach().clone()
+            self.base_bias.copy_(merged_base_bias)
         self.merged = True
 
     @torch.no_grad()
@@ -314,7 +337,10 @@ class LowRankLinear(ResidualBase):
             return
         assert self.unmerged_weight is not None
         self._require_weight("unmerge").copy_(self.unmerged_weight)
-        self.unmerged_weight = None
+        if self.unmerged_bias is not None:
+            assert self.base_bias is not None
+            self.base_bias.copy_(self.unmerged_bias)
+        self.unmerged_weight, self.unmerged_bias = None, None
         self.merged = False
 
     @torch.no_grad()
@@ -345,7 +371,8 @@ class LowRankLinear(ResidualBase):
         """A linear with the quantized base's weight, made dense, and the branch."""
         weight = nn.Parameter(merged_weight(self, dtype), requires_grad=False)
         assert self.base_layer is not None
-        bias = self.base_layer._parameters.get("bias")
+        bias = merged_bias(self)
+        bias = self.base_bias if bias is None else bias
         if bias is not None:
             bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         plain = plain_module((self.in_features, self.out_features), weight, bias, conv1d=False)
@@ -397,11 +424,14 @@ class LowRankLinear(ResidualBase):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
+        branch_bias = self.branch_bias()
         weight, bias = (None, None) if args or kwargs else self.fusible_base()
         if weight is None:
             base_out = self.base_output(x, *args, **kwargs)
-            return ops.lowrank_add(base_out, x, lora_a, lora_b, **options)
-        return ops.lowrank_linear(x, weight, bias, lora_a, lora_b, **options)
+            y = ops.lowrank_add(base_out, x, lora_a, lora_b, **options)
+            return y if branch_bias is None else y + branch_bias.to(y.dtype)
+        total = sum_of_biases(bias, branch_bias, weight.dtype)
+        return ops.lowrank_linear(x, weight, total, lora_a, lora_b, **options)
 
     def extra_repr(self) -> str:
         base = "" if self.base_layer is not None else f", bias={self.bias is not None}"

@@ -57,6 +57,30 @@ def merged_weight(module: "LowRankLinear", dense_dtype: torch.dtype | None = Non
     return merged
 
 
+def merged_bias(module: "LowRankLinear") -> Tensor | None:
+    """round(fp32(bias) + branch_bias()), a new tensor; None where the branch has no bias.
+
+    Raises:
+        ValueError: the base has no bias of which the branch's could become a part, or the sum is
+            not finite in its dtype.
+    """
+    branch_bias = module.branch_bias()
+    if branch_bias is None:
+        return None
+    owner, bias = f"{type(module).__name__}.merge", module.base_bias
+    if bias is None:
+        raise ValueError(
+            f"{owner}: the base must have a bias, to which lora_bias would be added, got none; "
+            "keep the adapter unmerged"
+        )
+    merged = (bias + branch_bias).to(bias.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            f"{owner}: the merged bias must be finite in {str(merged.dtype)[6:]}, got inf or nan"
+        )
+    return merged
+
+
 def without_gradient(module: "LowRankLinear", y: Tensor) -> Tensor:
     """y, the output of a merged module in training mode; a backward through it raises, since no
     gradient would reach the adapter."""

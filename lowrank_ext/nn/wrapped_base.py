@@ -84,6 +84,11 @@ class WrappedBase(Adapter):
         return self.weight if self.base_layer is None else dense_weight(self.base_layer)
 
     @property
+    def base_bias(self) -> nn.Parameter | None:
+        """The Parameter that holds the base's bias, if it has one."""
+        return (self if self.base_layer is None else self.base_layer)._parameters.get("bias")
+
+    @property
     def mergeable_parameter(self) -> nn.Parameter | None:
         """``base_parameter`` if the output is x weightᵀ + bias with what is written to it."""
         if self.base_layer is None:

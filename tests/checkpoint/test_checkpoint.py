@@ -646,8 +646,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "type_unknown": (lambda p: edit_config(p, peft_type="IA3"), "peft_type .* got 'IA3'"),
     "other_method": (lambda p: edit_config(p, peft_type="LAMDA"), "lora_core.weight is missing"),
     "dora": (lambda p: edit_config(p, use_dora=True), "use_dora=True is not supported"),
-    "bias": (lambda p: edit_config(p, bias="all"), "bias='all' is not supported"),
-    "lora_bias": (lambda p: edit_config(p, lora_bias=True), "lora_bias=True is not supported"),
+    "bias": (
+        lambda p: edit_config(p, bias="all"),
+        "bias is missing, a bias that .* says has been trained",
+    ),
+    "lora_bias": (lambda p: edit_config(p, lora_bias=True), "lora_B.bias is missing"),
     "replication": (
         lambda p: edit_config(p, layer_replication=[[0, 1]]),
         r"layer_replication=\[\[0, 1\]\] is not supported",

@@ -882,13 +882,12 @@ def test_report_names_every_layer_and_why() -> None:
     ("options", "reason"),
     [
         ({"use_dora": True}, "a variant of LoRA, DoraLinearVariant"),
-        ({"lora_bias": True}, "lora_bias=True"),
         (
             {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
             "a variant of LoRA, ALoraLinearVariant",
         ),
     ],
-    ids=["dora", "lora_bias", "alora"],
+    ids=["dora", "alora"],
 )
 def test_variants_are_left_alone(options: dict[str, Any], reason: str) -> None:
     with warnings.catch_warnings():

@@ -381,9 +381,7 @@ class Convolutional(nn.Module):
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "bias": ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
     "dora": ({"use_dora": True}, "use_dora=True is not supported"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias=True is not supported"),
     "parameters": (
         {"target_modules": ["linear"], "target_parameters": ["experts.weight"]},
         r"target_parameters=.* is not supported",

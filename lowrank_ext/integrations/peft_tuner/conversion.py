@@ -13,7 +13,7 @@ from lowrank_ext.integrations.peft_layer import accelerated_class
 from lowrank_ext.integrations.peft_tuner.config import config_class_for
 from lowrank_ext.integrations.peft_tuner.registration import register_with_peft
 from lowrank_ext.nn.quantized import keep_unpacked
-from lowrank_ext.registry import method_of
+from lowrank_ext.registry import method_for, method_of
 
 
 def peft_config(config: AdapterConfig, **fields: Any) -> PeftConfig:
@@ -96,8 +96,8 @@ def _lora_config(
         own["lora_alpha"] = config.r
         ranks = {k: r for k, r in config.rank_pattern.items() if k not in config.alpha_pattern}
         own["alpha_pattern"] = {**config.alpha_pattern, **ranks}  # the first match counts
-    own["init_lora_weights"] = True if config.init == "kaiming" else config.init
-    made = LoraConfig(**own, **fields)
+    options, _ = method_for(config, "peft_config").file_format.fields(config, own)
+    made = LoraConfig(**own, **options, **fields)
     made._register_custom_module({nn.Linear: _accelerated})  # type: ignore[dict-item]  # calls it
     return made
 

@@ -1,9 +1,12 @@
 """Configuration of LoRA, rsLoRA and PiSSA."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from lowrank_ext.checks import check_choice, check_flag
 from lowrank_ext.config import AdapterConfig
+
+_BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -14,9 +17,41 @@ class LoRAConfig(AdapterConfig):
         init: ``"kaiming"``: lora_a uniform as in PEFT, lora_b zero. ``"gaussian"``: lora_a normal
             with standard deviation 1/r, lora_b zero. ``"pissa"``: the top-r singular triples of W,
             which are subtracted from the base weight (Meng et al., arXiv 2404.02948).
+        lora_bias: whether lora_b has a bias of its own, zero at the start, which adds
+            scaling · lora_bias to the output; with init="kaiming" only.
+        bias: which biases of the base train and are saved: ``"none"``, ``"lora_only"`` (those of
+            adapted modules) or ``"all"`` of the model. They train in place, so the base is then no
+            longer there: ``lr.disable_adapter`` raises.
     """
 
     peft_type: ClassVar[str] = "LORA"
     inits: ClassVar[tuple[str, ...]] = ("kaiming", "gaussian", "pissa")
 
     init: str = "kaiming"
+    lora_bias: bool = False
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_flag(self.lora_bias, owner, "lora_bias")
+        check_choice(self.bias, tuple(_BIASES), owner, "bias")
+        if self.lora_bias and self.init != "kaiming":
+            raise ValueError(f"{owner}: lora_bias must be False with init={self.init!r}, got True")
+
+    @property
+    def base_biases(self) -> str:
+        return _BIASES[self.bias]
+
+    @property
+    def beyond_lora(self) -> str:
+        if self.lora_bias:
+            return "a bias of lora_b (lora_bias)"
+        return f"trained biases (bias={self.bias!r})" if self.bias != "none" else ""
+
+    def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:
+        shapes = super().adapter_shapes(r, in_features, out_features)
+        return {**shapes, "lora_bias": [out_features]} if self.lora_bias else shapes
+
+    def must_agree(self) -> dict[str, Any]:
+        return {"lora_bias": self.lora_bias, "bias": self.bias}

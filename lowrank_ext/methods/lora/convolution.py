@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowrank_ext import ops
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.base_layer import CONVOLUTION, convolved, kernel_shape
+from lowrank_ext.nn.low_rank_linear import sum_of_biases
 from lowrank_ext.nn.up_product import add_up_product
 
 # Settings of a convolution that are arguments of its class.
@@ -108,9 +109,11 @@ class LoRAConv(LoRALinear):
         kwargs: dict[str, Any],
     ) -> Tensor:
         channels = -1 - len(self.kernel_size)  # from the end: x may be without a batch
+        branch_bias = self.branch_bias()
         if self._on_rows and self.weight is not None:
             rows, weight = x.movedim(channels, -1), self.as_matrix(self.weight)
-            y = ops.lowrank_linear(rows, weight, self.bias, lora_a, lora_b, **options)
+            bias = sum_of_biases(self.bias, branch_bias, weight.dtype)
+            y = ops.lowrank_linear(rows, weight, bias, lora_a, lora_b, **options)
             return _in_format(y.movedim(-1, channels), x, self.weight)
         base_out = self.base_output(x, *args, **kwargs)
         base_rows = base_out.movedim(channels, -1)
@@ -121,6 +124,8 @@ class LoRAConv(LoRALinear):
             h = convolved(self, dropped, self.in_layout(lora_a).to(x.dtype), None)
             h = h.movedim(channels, -1)
             y = add_up_product(base_rows, h, lora_b, options["scaling"])
+        if branch_bias is not None:
+            y = y + branch_bias.to(y.dtype)
         return _in_format(y.movedim(-1, channels), base_out)
 
 

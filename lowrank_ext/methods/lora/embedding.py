@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.base_layer import EMBEDDING
 from lowrank_ext.nn.up_product import add_up_product
@@ -38,6 +39,12 @@ class LoRAEmbedding(LoRALinear):
     padding_idx: int | None
     scale_grad_by_freq: bool
     sparse: bool
+
+    @classmethod
+    def check_fits(cls, in_features: int, out_features: int, config: AdapterConfig) -> None:
+        super().check_fits(in_features, out_features, config)
+        if "lora_bias" in config.adapter_shapes(1, 1, 1):
+            raise ValueError(f"{cls.__name__}: lora_bias must be False over an embedding, got True")
 
     @classmethod
     def check_base(cls, base: nn.Module) -> None:

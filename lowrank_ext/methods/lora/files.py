@@ -18,6 +18,7 @@ from lowrank_ext.checkpoint.layout import PREFIX, bad_key, whole
 from lowrank_ext.checks import check_alpha, check_rank
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files import parse_json_object, quoted
+from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered
@@ -40,8 +41,16 @@ _PEFT_INITS = {
 class LoRAFormat(AdapterFormat):
     """PEFT's format; only in memory are PiSSA's initial factors separate tensors."""
 
+    peft_fields = ("bias", "lora_bias")
+
     def __init__(self) -> None:
-        super().__init__({"lora_a_init": LORA_A_INIT, "lora_b_init": LORA_B_INIT})
+        super().__init__(
+            {
+                "lora_a_init": LORA_A_INIT,
+                "lora_b_init": LORA_B_INIT,
+                "lora_bias": "lora_B.bias",
+            }
+        )
 
     def tensors(self, module: LowRankLinear, config: AdapterConfig) -> dict[str, Tensor]:
         if config.init != "pissa":
@@ -62,7 +71,10 @@ class LoRAFormat(AdapterFormat):
     def fields(
         self, config: AdapterConfig, numbers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, str]]:
+        assert isinstance(config, LoRAConfig)
         own: dict[str, Any] = {
+            "bias": config.bias,
+            "lora_bias": config.lora_bias,
             "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
             "use_dora": False,
         }
@@ -124,7 +136,8 @@ class LoRAFormat(AdapterFormat):
                 "base weights in a way that the file does not hold; save from PEFT with "
                 "path_initial_model_for_weight_conversion"
             )
-        return {**stored.shared, "init": _PEFT_INITS[init]}
+        options = {key: stored.fields[key] for key in self.peft_fields if stored.fields.get(key)}
+        return {**stored.shared, **options, "init": _PEFT_INITS[init]}
 
 
 def _with_start(module: LowRankLinear) -> tuple[Tensor, Tensor]:

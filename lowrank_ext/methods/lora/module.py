@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.nn.init import draw_lora_a, top_singular_triples
@@ -11,7 +11,8 @@ from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 
 class LoRALinear(LowRankLinear):
-    """LoRA (Hu et al., arXiv 2106.09685): y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ.
+    """LoRA (Hu et al., arXiv 2106.09685): y = x Wᵀ + bias + scaling · (drop(x) lora_aᵀ) lora_bᵀ,
+    with lora_bias=True + scaling · lora_bias, which the op takes as a part of the base's bias.
 
     Inits; random numbers are drawn in fp32 on the CPU, so they depend on neither device nor dtype:
 
@@ -32,9 +33,15 @@ class LoRALinear(LowRankLinear):
 
     lora_a_init: Tensor
     lora_b_init: Tensor
+    lora_bias: nn.Parameter | None  # [N], with lora_bias=True
 
     def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
         super()._make_adapter(dtype, device)
+        config = self.config
+        assert isinstance(config, LoRAConfig)
+        has_bias = config.lora_bias
+        empty = torch.zeros(self.out_features, dtype=dtype, device=device) if has_bias else None
+        self.register_parameter("lora_bias", None if empty is None else nn.Parameter(empty))
         if self.init == "pissa":
             self.register_buffer("lora_a_init", torch.zeros_like(self.lora_a))
             self.register_buffer("lora_b_init", torch.zeros_like(self.lora_b))
@@ -45,6 +52,14 @@ class LoRALinear(LowRankLinear):
             return
         self.lora_a.copy_(draw_lora_a(self, gaussian=self.init == "gaussian"))
         self.lora_b.zero_()
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
+
+    def branch_bias(self) -> Tensor | None:
+        if self.lora_bias is None:
+            return None
+        wide = torch.promote_types(self.lora_bias.dtype, torch.float32)
+        return self.scaling * self.lora_bias.to(wide)
 
     @torch.no_grad()
     def reset_as_peft(self) -> None:
