@@ -173,7 +173,9 @@ def _family(module: nn.Module) -> str | None:
 def _shape_in_file(module: nn.Module, attribute: str, shape: list[int]) -> list[int]:
     """PEFT's shapes: the projections of a convolution are kernels, the second one of size 1."""
     kernel = kernel_shape(module)
-    if kernel and attribute.startswith("lora_a"):
+    if len(shape) != 2 or not kernel:
+        return shape
+    if attribute.startswith("lora_a"):
         return [shape[0], *kernel]
     return [*shape, *(1 for _ in kernel[1:])] if attribute.startswith("lora_b") else shape
 

@@ -341,3 +341,37 @@ def test_peft_config_and_accelerate(case: str, tmp_path: Path) -> None:
 def test_wrong_options(options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=f"LoRAConfig: {message}"):
         lr.LoRAConfig(r=2, **options)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_over_convolutions(kernel: int, tmp_path: Path) -> None:
+    def net() -> nn.Sequential:
+        torch.manual_seed(5)
+        conv = nn.Conv2d(4, 6, kernel, padding=kernel // 2)
+        return nn.Sequential(conv, nn.Flatten(2), nn.Linear(25, 3))
+
+    options: dict[str, Any] = {"r": 2, "target_modules": ["0"], "lora_bias": True}
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(lora_alpha=4, **options))
+    train(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = lr.load_adapter(net(), tmp_path)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    expected = theirs.base_model.model[0].lora_B.default.bias.grad
+    torch.testing.assert_close(ours[0].lora_bias.grad, expected, rtol=2e-5, atol=2e-5)
+    y = ours(x)
+    lr.merge(ours)
+    torch.testing.assert_close(ours.eval()(x), y, rtol=2e-5, atol=2e-5)
+    torch.manual_seed(3)
+    fresh = lr.adapt(net(), lr.LoRAConfig(alpha=4, **options))
+    torch.manual_seed(3)
+    start = peft.get_peft_model(net(), peft.LoraConfig(lora_alpha=4, **options))
+    assert torch.equal(fresh[0].lora_a, start.base_model.model[0].lora_A.default.weight.flatten(1))
+
+
+def test_embeddings_have_none() -> None:
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="lora_bias must be False over an embedding"):
+        lr.adapt(model, lr.LoRAConfig(r=2, target_modules=["0"], lora_bias=True))
