@@ -14,6 +14,7 @@ from lowrank_ext.adapter_bank import AdapterBank
 from lowrank_ext.checkpoint import export_lora, load_adapter, save_adapter
 from lowrank_ext.disabling import disable_adapter
 from lowrank_ext.integrations.peft import accelerate, decelerate
+from lowrank_ext.lora_plus import lora_plus_groups
 from lowrank_ext.merging import merge, unload, unmerge
 from lowrank_ext.methods import *
 from lowrank_ext.summary import summary, trainable_parameters
@@ -36,6 +37,7 @@ __all__ = [
     "disable_adapter",
     "export_lora",
     "load_adapter",
+    "lora_plus_groups",
     "merge",
     "nn",
     "ops",
