@@ -1,7 +1,9 @@
-"""PEFT beside ours on small random models: the same losses in training, files both ways."""
+"""PEFT beside ours: the same losses in training, the same bytes in files, odd names and ties.
+
+Every option, in all ways to make an adapter: tests/peers/test_lora_options.py.
+"""
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,155 +98,21 @@ def test_twenty_steps_give_the_same_losses(
     assert wanted[-1] < wanted[0] - 0.05
 
 
+TARGETS = ["q_proj", "v_proj", "o_proj"]
+_PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3},
+    "alpha_pattern": {r".*\.1\..*proj": 5, "o_proj": 7},
+}
+_SAVED = {"modules_to_save": ["lm_head", "embed_tokens"]}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"r": 4, "alpha": 6}, {"r": 4, "lora_alpha": 6}),
-    "alpha_none": ({"r": 4}, {"r": 4, "lora_alpha": 4}),
-    "fractional_alpha": ({"r": 4, "alpha": 2.5}, {"r": 4, "lora_alpha": 2.5}),
-    "rslora": ({"r": 4, "alpha": 8, "rslora": True}, {"r": 4, "lora_alpha": 8, "use_rslora": True}),
-    "patterns": (
-        {
-            "r": 4,
-            "alpha": 8,
-            "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3},
-            "alpha_pattern": {r".*\.1\..*proj": 5, "o_proj": 7},
-        },
-        {
-            "r": 4,
-            "lora_alpha": 8,
-            "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3},
-            "alpha_pattern": {r".*\.1\..*proj": 5, "o_proj": 7},
-        },
-    ),
-    "rslora_patterns": (
-        {"r": 4, "alpha": 8, "rslora": True, "rank_pattern": {"v_proj": 2}},
-        {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
-    ),
-    "modules_to_save": (
-        {"r": 4, "alpha": 8, "modules_to_save": ["lm_head", "embed_tokens"]},
-        {"r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head", "embed_tokens"]},
-    ),
-    "pissa": (
-        {"r": 4, "alpha": 8, "init": "pissa"},
-        {"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa"},
-    ),
-    "pissa_rslora_patterns": (
-        {
-            "r": 4,
-            "alpha": 8,
-            "init": "pissa",
-            "rslora": True,
-            "rank_pattern": {"v_proj": 3},
-            "alpha_pattern": {"o_proj": 5},
-        },
-        {
-            "r": 4,
-            "lora_alpha": 8,
-            "init_lora_weights": "pissa",
-            "use_rslora": True,
-            "rank_pattern": {"v_proj": 3},
-            "alpha_pattern": {"o_proj": 5},
-        },
-    ),
+    "patterns": ({"r": 4, "alpha": 8, **_PATTERNS}, {"r": 4, "lora_alpha": 8, **_PATTERNS}),
+    "modules_to_save": ({"r": 4, "alpha": 8, **_SAVED}, {"r": 4, "lora_alpha": 8, **_SAVED}),
 }
-TARGETS: dict[str, list[str] | str] = {
-    "names": ["q_proj", "v_proj", "o_proj"],
-    "regex": r"model\.layers\.\d\.self_attn\.[qvo]_proj",
-    "all-linear": "all-linear",
-    "one_layer": ["layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"],
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_peft_loads_ours(case: str, tmp_path: Path) -> None:
-    ours = CASES[case][0]
-    model = lr.adapt(llama(), lr.LoRAConfig(target_modules=TARGETS["names"], **ours))
-    randomize(model)
-    lr.save_adapter(model, tmp_path)
-    with warnings.catch_warnings():
-        # missing, unexpected and unknown keys are warnings in PEFT
-        warnings.filterwarnings("error", module="peft")
-        warnings.filterwarnings("error", message=".*(keys|keyword).*")
-        loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert_close(logits(loaded), logits(model))
-    assert not torch.allclose(logits(loaded), logits(llama()), atol=1e-2)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_we_load_peft(case: str, tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=TARGETS["names"], **CASES[case][1])
-    reference = peft.get_peft_model(llama(), config)
-    randomize(reference)
-    reference.save_pretrained(tmp_path)
-    model = lr.load_adapter(llama(), tmp_path)
-    assert_close(logits(model), logits(reference))
-    assert not torch.allclose(logits(model), logits(llama()), atol=1e-2)
-
-
-@pytest.mark.parametrize("targets", TARGETS)
-def test_every_way_to_name_targets(targets: str, tmp_path: Path) -> None:
-    wanted = TARGETS[targets]
-    model = lr.adapt(llama(), lr.LoRAConfig(r=3, target_modules=wanted))
-    randomize(model)
-    lr.save_adapter(model, tmp_path / "ours")
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
-    assert adapter_values(loaded).keys() == adapter_values(model).keys()
-    assert_close(logits(loaded), logits(model))
-
-    reference = peft.get_peft_model(llama(), peft.LoraConfig(r=3, target_modules=wanted))
-    randomize(reference)
-    reference.save_pretrained(tmp_path / "theirs")
-    model = lr.load_adapter(llama(), tmp_path / "theirs")
-    assert adapter_values(model).keys() == adapter_values(reference).keys()
-    assert_close(logits(model), logits(reference))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"layers_to_transform": [1], "layers_pattern": "layers"},
-        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
-        {"exclude_modules": r".*\.0\..*"},
-    ],
-    ids=["layers_to_transform", "exclude_names", "exclude_regex"],
-)
-def test_peft_options_that_narrow_the_targets(options: dict[str, Any], tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, target_modules=TARGETS["names"], **options)
-    reference = peft.get_peft_model(llama(), config)
-    randomize(reference)
-    reference.save_pretrained(tmp_path)
-    model = lr.load_adapter(llama(), tmp_path)
-    assert adapter_values(model).keys() == adapter_values(reference).keys()
-    assert_close(logits(model), logits(reference))
-
-
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_conv1d_both_ways(init: str, tmp_path: Path) -> None:
-    """GPT-2's Conv1D keeps its weight as [K, N]: fan_in_fan_out in PEFT."""
-    targets = ["c_attn", "c_proj"]
-    model = lr.adapt(gpt2(), lr.LoRAConfig(r=4, alpha=8, target_modules=targets, init=init))
-    randomize(model)
-    lr.save_adapter(model, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
-    loaded = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "ours")
-    assert_close(logits(loaded), logits(model))
-
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=targets,
-        fan_in_fan_out=True,
-        init_lora_weights="pissa" if init == "pissa" else True,
-    )
-    reference = peft.get_peft_model(gpt2(), config)
-    randomize(reference)
-    reference.save_pretrained(tmp_path / "theirs")
-    assert_close(logits(lr.load_adapter(gpt2(), tmp_path / "theirs")), logits(reference))
 
 
 def test_pissa_converted_by_peft_loads_as_plain_lora(tmp_path: Path) -> None:
-    config = peft.LoraConfig(
-        r=4, target_modules=TARGETS["names"], init_lora_weights="pissa", lora_alpha=4
-    )
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa", lora_alpha=4)
     reference = peft.get_peft_model(llama(), config)
     # PEFT wants the untrained adapter on disk, marked as one that leaves the base alone
     reference.peft_config["default"].init_lora_weights = True
@@ -261,13 +129,13 @@ def test_pissa_converted_by_peft_loads_as_plain_lora(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["plain", "modules_to_save", "patterns"])
+@pytest.mark.parametrize("case", CASES)
 def test_files_equal_pefts(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The tensor file byte for byte, the config value for value."""
     ours, theirs = CASES[case]
-    model = lr.adapt(llama(dtype), lr.LoRAConfig(target_modules=TARGETS["names"], **ours))
+    model = lr.adapt(llama(dtype), lr.LoRAConfig(target_modules=TARGETS, **ours))
     randomize(model)
-    config = peft.LoraConfig(target_modules=TARGETS["names"], **theirs)
+    config = peft.LoraConfig(target_modules=TARGETS, **theirs)
     reference = peft.get_peft_model(llama(dtype), config)
     values = dict(model.named_parameters())
     with torch.no_grad():
@@ -295,7 +163,7 @@ def test_files_equal_pefts(case: str, dtype: torch.dtype, tmp_path: Path) -> Non
 
 def test_tied_head_saved_by_peft_gets_a_weight_of_its_own(tmp_path: Path) -> None:
     """PEFT trains a copy of the head; loading it must not change the embedding."""
-    config = peft.LoraConfig(r=4, target_modules=TARGETS["names"], modules_to_save=["lm_head"])
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"])
     reference = peft.get_peft_model(llama(tied=True), config)
     randomize(reference)
     reference.save_pretrained(tmp_path)

@@ -7,6 +7,7 @@ from lora_sides import Case
 
 _RANKS = {"layers.0.self_attn.q_proj": 2, "v_proj": 3}
 _ALPHAS = {r".*\.1\..*proj": 5, "o_proj": 7}
+_GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"]}
 _ONE_LAYER = r"model\.layers\.1\.self_attn\.[qvo]_proj"
 # PEFT starts by an SVD in float32 and below; lr.peft_config refuses such a start.
 _BY_SVD: Any = {"by_svd": True, "dtype": torch.float32, "ways": ("accelerated", "adapt")}
@@ -35,11 +36,28 @@ CASES = {
     "modules_to_save": Case({"modules_to_save": ["lm_head", "embed_tokens"]}),
     "gaussian": Case({"init": "gaussian"}),
     "pissa": Case({"init": "pissa"}, **_BY_SVD),
-    "pissa and rslora": Case(
-        {"init": "pissa", "rslora": True, "rank_pattern": {"v_proj": 3}}, **_BY_SVD
+    "pissa, patterns and rslora": Case(
+        {
+            "init": "pissa",
+            "rslora": True,
+            "rank_pattern": {"v_proj": 3},
+            "alpha_pattern": {"o_proj": 5},
+        },
+        **_BY_SVD,
     ),
-    "Conv1D": Case({"target_modules": ["c_attn", "c_proj"]}, family="gpt2"),
+    "pissa and Conv1D": Case({"init": "pissa", **_GPT2}, family="gpt2", **_BY_SVD),
+    "Conv1D": Case(_GPT2, family="gpt2"),
     "Conv1D, all-linear": Case({"target_modules": "all-linear"}, family="gpt2"),
+    "lora_bias": Case({"lora_bias": True}),
+    "lora_bias and Conv1D": Case({"lora_bias": True, **_GPT2}, family="gpt2"),
+    "bias: lora_only": Case({"bias": "lora_only", **_GPT2}, family="gpt2"),
+    "bias: all": Case({"bias": "all", **_GPT2}, family="gpt2"),
+    "embedding": Case({"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding, gaussian": Case({"target_modules": ["embed_tokens"], "init": "gaussian"}),
+    "Conv2d": Case(
+        {"target_modules": ["projection", "q_proj"], "modules_to_save": ["classifier"]},
+        family="vit",
+    ),
     "float32": Case({}, dtype=torch.float32),
     "bfloat16": Case({}, dtype=torch.bfloat16),
     "float16": Case({}, dtype=torch.float16),

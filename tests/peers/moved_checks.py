@@ -236,6 +236,28 @@ def gives_the_base(pair: Pair) -> None:
     assert torch.equal(out(ours), out(theirs)) and torch.equal(out(ours), out(base(FAMILY)))
 
 
+@check_of("add_weighted_adapter")
+def combines(pair: Pair) -> None:
+    pair.theirs.load_adapter(pair.file, "first")
+    pair.theirs.add_adapter("second", peft.LoraConfig(**pair.options))
+    pair.theirs.set_adapter("second")
+    randomize(pair.theirs)
+    pair.theirs.save_pretrained(pair.folder, selected_adapters=["second"])
+    weights = {"first": 0.7, "second": -0.4}
+    pair.theirs.add_weighted_adapter(
+        list(weights), list(weights.values()), "mix", combination_type="cat"
+    )
+    pair.theirs.set_adapter("mix")
+    model = base(FAMILY)
+    bank = lr.AdapterBank(model)
+    bank.load("first", pair.file)
+    bank.load("second", pair.folder / "second")
+    bank.combine("mix", weights)
+    bank.set_default("mix")
+    pair.check(model)
+    assert differs(out(model), out(base(FAMILY)))
+
+
 # ---- what a model says of itself
 
 
