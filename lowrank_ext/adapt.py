@@ -13,6 +13,7 @@ from lowrank_ext.adapter_protocol import follow_protocol
 from lowrank_ext.base_biases import base_biases
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig, config_names
 from lowrank_ext.left_out import LeftOut, left_out
+from lowrank_ext.nn.adapted_experts import adapted_experts
 from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     computes_its_weight,
@@ -20,6 +21,7 @@ from lowrank_ext.nn.base_layer import (
     features_of,
     offload_device,
 )
+from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.nn.quantized import keep_unpacked
@@ -88,7 +90,7 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         saved = (*config.modules_to_save, *new_heads(model, config))
         config = replace(config, modules_to_save=saved)
     targets = find_targets(model, config, families=method.classes)
-    missing = left_out(model) if initialize and config.target_modules == ALL_LINEAR else []
+    missing = _missing(model, targets) if initialize and config.target_modules == ALL_LINEAR else []
     if initialize:
         targets = _called(targets, missing)
         check_ranks(config, targets)
@@ -101,20 +103,38 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
             warnings.warn(f"adapt: {text}", stacklevel=2)
     model.requires_grad_(False)
     keep_unpacked(model)
-    made = {path: (method.class_for(module), module) for path, module in targets.items()}
-    replace_modules(
-        model,
-        {
-            module: cls.from_linear(module, config.for_module(path), initialize=initialize)
-            for path, (cls, module) in made.items()
-        },
-    )
+    replace_modules(model, _replacements(method, config, targets, initialize))
     method.module_class.connect(model)
     _unfreeze(model, config, targets)
     set_fused_encoders(model, on=False)
     unwrapped(model).lowrank_config = config  # type: ignore[assignment]
     follow_protocol(model)
     return model
+
+
+def _missing(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[LeftOut]:
+    """What "all-linear" leaves out and target_parameters do not name."""
+    chosen = {id(t.weight) for t in targets.values() if isinstance(t, StackedLinear)}
+    rest = [
+        each._replace(weights=[weight for weight in each.weights if id(weight) not in chosen])
+        for each in left_out(model)
+    ]
+    return [each for each in rest if each.weights]
+
+
+def _replacements(
+    method: Method, config: AdapterConfig, targets: Mapping[str, nn.Module], initialize: bool
+) -> dict[nn.Module, nn.Module]:
+    """The adapted module in place of each target, whose random numbers are drawn in this order."""
+    adapters = {
+        target: method.class_for(target).from_linear(
+            target, config.for_module(path), initialize=initialize
+        )
+        for path, target in targets.items()
+    }
+    stacked = {target: a for target, a in adapters.items() if isinstance(target, StackedLinear)}
+    linear = {target: a for target, a in adapters.items() if target not in stacked}
+    return {**linear, **adapted_experts(stacked)}
 
 
 def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
@@ -267,7 +287,8 @@ def check_values(
     offloads = any(offload_device(module) is not None for module in model.modules())
     if not offloads and all(parameter.is_meta for parameter in model.parameters()):
         return
-    for path, module in targets.items():
+    for path, target in targets.items():
+        module = target.experts if isinstance(target, StackedLinear) else target
         if not any(parameter.is_meta for parameter in module.parameters()):
             continue
         if offload_device(module) is None:

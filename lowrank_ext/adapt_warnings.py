@@ -11,6 +11,7 @@ from lowrank_ext.base_biases import base_biases
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.left_out import LeftOut, readers
 from lowrank_ext.nn.base_layer import features_of
+from lowrank_ext.target_parameters import adaptable_names
 from lowrank_ext.targets import modules_named
 
 
@@ -28,7 +29,7 @@ def adapt_warnings(
     chosen = modules_named(model, config.modules_to_save)
     chosen |= modules_named(model, config.exclude_modules or ())
     if unchosen := [each for each in missing if each.module not in chosen]:
-        yield _not_adapted(model, unchosen)
+        yield _not_adapted(model, config, unchosen)
     yield from _read_by_their_owners(model, targets)
     yield from _large_ranks(config, targets)
     if config.base_biases != "none" and not base_biases(model, config, targets):
@@ -40,7 +41,7 @@ def adapt_warnings(
         )
 
 
-def _not_adapted(model: nn.Module, missing: list[LeftOut]) -> str:
+def _not_adapted(model: nn.Module, config: AdapterConfig, missing: list[LeftOut]) -> str:
     number = sum(weight.numel() for each in missing for weight in each.weights)
     total = sum(parameter.numel() for parameter in model.parameters())
     first = missing[0]
@@ -48,8 +49,16 @@ def _not_adapted(model: nn.Module, missing: list[LeftOut]) -> str:
     return (
         f"{number:,} parameters ({100 * number / total:.3g} % of the model) are not adapted: those "
         f"of {first.path or 'the model itself'} ({first.because}){more}; lr.summary lists them, "
-        "exclude_modules makes it a choice"
+        f"exclude_modules makes it a choice{_way_out(model, config, missing)}"
     )
+
+
+def _way_out(model: nn.Module, config: AdapterConfig, missing: list[LeftOut]) -> str:
+    """target_parameters with which the method would adapt stacked weights among these."""
+    if "target_parameters" not in vars(config):  # of methods that have it
+        return ""
+    names = adaptable_names(model, [weight for each in missing for weight in each.weights])
+    return f"; target_parameters={names} adapts them" if names else ""
 
 
 def _read_by_their_owners(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -5,6 +5,7 @@ each module, the tensors that ``adapter_shapes`` of its config names. A method w
 subclasses ``AdapterFormat``. Code for all files: ``lowrank_ext/checkpoint``.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.config import AdapterConfig
-from lowrank_ext.nn.base_layer import EMBEDDING, family_of, features_of, kernel_shape
+from lowrank_ext.nn.base_layer import EMBEDDING, family_of, features_of, kernel_shape, stack_of
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
 # Module path -> {kind: tensor}. A kind is the part of a tensor's key after the module's path.
@@ -103,7 +104,8 @@ class AdapterFormat:
         """Shape of every tensor of ``module``, an adapter or its base, in the file, by kind."""
         features = features_of(module)
         assert features is not None  # the caller has looked
-        shapes = config.adapter_shapes(r, *features)
+        # Over a stack of E weights PEFT's matrices are as those of rank E r.
+        shapes = config.adapter_shapes(r * math.prod(stack_of(module)), *features)
         return {
             self.kind_of(attribute, module): _shape_in_file(module, attribute, shape)
             for attribute, shape in shapes.items()
@@ -118,14 +120,15 @@ class AdapterFormat:
         """Tensors of ``module``, by attribute, as the file holds them, by kind."""
         found = {}
         for attribute, tensor in tensors.items():
-            shape = _shape_in_file(module, attribute, list(tensor.shape))
-            same = list(tensor.shape) == shape
-            found[self.kind_of(attribute, module)] = tensor if same else tensor.reshape(shape)
+            packed = module.packed(attribute, tensor)
+            shape = _shape_in_file(module, attribute, list(packed.shape))
+            same = list(packed.shape) == shape
+            found[self.kind_of(attribute, module)] = packed if same else packed.reshape(shape)
         return found
 
     def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
-        """lora_a [R, K] and lora_b [N, R] of an ordinary LoRA: ``module``, in evaluation mode, adds
-        its scaling times lora_b lora_a to the original weight.
+        """lora_a [R, K] and lora_b [N, R] of an ordinary LoRA, or stacks of them: ``module``, in
+        evaluation mode, adds its scaling times lora_b lora_a to the original weight.
 
         The module's own tensors; where products are taken, in fp64, both in fp32 (fp64 for fp64
         adapters).

@@ -119,7 +119,7 @@ class AdapterConfig:
                 f"got None; leave it out for {ALL_LINEAR!r}"
             )
         self._set("target_modules", normalized_names(self.target_modules, owner, "target_modules"))
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(f"{owner}: target_modules must name at least one module, got none")
         if self.exclude_modules is not None:
             self._set(
@@ -226,6 +226,12 @@ class AdapterConfig:
         """What makes the adapter more than a product of two factors at inference, "" if nothing:
         for the messages of those who need no more than that."""
         return ""
+
+    @property
+    def target_parameters(self) -> Sequence[str]:
+        """Names of stacked weights that are adapted beside target_modules; a field of methods that
+        have it."""
+        return ()
 
     @property
     def whole_modules_train(self) -> bool:

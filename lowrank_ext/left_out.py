@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank_ext.nn.base_layer import Adapter, family_of, linear_features
+from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.wrappers import named_modules
 
 _FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -66,11 +67,14 @@ def _stacked(model: nn.Module) -> Iterator[LeftOut]:
     """Modules that hold matrices of several experts in one parameter [E, ..., ...]."""
     convolutions = (module for module in model.modules() if isinstance(module, _ConvNd))
     others = {inner for convolution in convolutions for inner in convolution.modules()}
+    adapters = (m for m in model.modules() if isinstance(m, LowRankLinear))
+    adapted = {id(adapter.base_parameter) for adapter in adapters}
     for path, module in named_modules(model):
         if isinstance(module, Adapter) or module in others:
             continue
         own = [p for p in module._parameters.values() if p is not None]
-        weights: list[Tensor] = [p for p in own if p.dim() >= 3 and p.shape[0] > 1]
+        stacked = [p for p in own if p.dim() >= 3 and p.shape[0] > 1]
+        weights: list[Tensor] = [p for p in stacked if id(p) not in adapted]
         if weights:
             yield LeftOut(path, module, "stacked weights, which no linear module holds", weights)
 

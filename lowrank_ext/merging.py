@@ -7,6 +7,7 @@ from torch import nn
 
 from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
 from lowrank_ext.adapter_protocol import leave_protocol
+from lowrank_ext.nn.adapted_experts import places_of_adapters
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.quantized import is_quantized, way_out
 from lowrank_ext.targets import shared_tensors
@@ -78,7 +79,8 @@ def unload(model: Model, merge: bool | None = None) -> Model:
     }
     if keep:
         merge_all(model, {p: m for p, m in modules.items() if p not in quantized}, "merge")
-    plain |= {m: m.to_linear(keep) for p, m in modules.items() if p not in quantized}
+    places = places_of_adapters(model)
+    plain |= {places.get(m, m): m.to_linear(keep) for p, m in modules.items() if p not in quantized}
     if model in plain:
         return plain[model]  # type: ignore[return-value]  # the caller passed a LowRankLinear
     for module_class in {type(module) for module in modules.values()}:

@@ -18,7 +18,9 @@ from lowrank_ext.checks import (
     with_article,
 )
 from lowrank_ext.config import ALL_LINEAR, AdapterConfig
-from lowrank_ext.nn.base_layer import LINEAR, family_of, is_conv1d
+from lowrank_ext.nn.base_layer import LINEAR, STACKED, family_of, is_conv1d
+from lowrank_ext.nn.experts import StackedLinear
+from lowrank_ext.target_parameters import find_parameters
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -34,7 +36,8 @@ def find_targets(
     caller: str = "adapt",
     families: Collection[str] = (LINEAR,),
 ) -> dict[str, nn.Module]:
-    """Path and module of everything ``config`` selects, in the order of the model.
+    """Path and module of everything ``config`` selects, in the order of the model; then path and
+    StackedLinear of its target_parameters.
 
     A module that is registered at several paths appears once, under its first path, and is selected
     when any of its paths matches. ``"all-linear"`` stands for every nn.Linear and Conv1D but the
@@ -45,13 +48,14 @@ def find_targets(
     Raises:
         TypeError: the model itself is a module that adapters replace.
         ValueError: a name or pattern matches nothing (near matches are named), a named module
-            cannot be adapted, or nothing is left to adapt.
+            cannot be adapted, or nothing is left to adapt. As ``find_parameters``.
     """
     if family_of(model) is not None:
         raise TypeError(
             f"{caller}: model must contain modules to replace, got a {type(model).__name__}; "
             "use from_linear of a module, such as lowrank_ext.nn.LoRALinear.from_linear"
         )
+    families = [family for family in families if family != STACKED]  # of parameters
     paths = _module_paths(model)
     _check_names(paths, config, caller, families)
     left_alone = modules_named(model, config.modules_to_save)
@@ -67,13 +71,16 @@ def find_targets(
         targets = {path: m for path, m in targets.items() if family_of(m) in families}
     for path, module in targets.items():
         check_adaptable(path, module, caller, families)
-    if not targets:
+    parameters = find_parameters(model, config.target_parameters, caller)
+    _check_not_saved(model, parameters, config, caller)
+    if not targets and not parameters:
         raise ValueError(
             f"{caller}: target_modules must leave a linear module of {type(model).__name__}, "
             f"got {config.target_modules!r} without exclude_modules={config.exclude_modules!r} and "
             f"modules_to_save={list(config.modules_to_save)!r}{_of_layers(config)}"
         )
     _check_layers([path for m in targets.values() for path in paths[m]], config, caller)
+    targets |= parameters
     for argument in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, argument):
             if not any(matching_pattern([key], path) for path in targets):
@@ -85,6 +92,18 @@ def find_targets(
             if not any(matches_names(path, pattern) for path in targets):
                 raise _no_match(caller, argument, name, "an adapted module", targets)
     return targets
+
+
+def _check_not_saved(
+    model: nn.Module, parameters: Mapping[str, StackedLinear], config: AdapterConfig, caller: str
+) -> None:
+    saved = modules_named(model, config.modules_to_save)
+    for path, weight in parameters.items():
+        if weight.experts in saved:
+            raise ValueError(
+                f"{caller}: modules_to_save must not hold target_parameters, got "
+                f"{list(config.modules_to_save)}, inside of which {path} is"
+            )
 
 
 def new_heads(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
@@ -159,10 +178,15 @@ def shared_tensors(
         owner: [
             name
             for name, module, tensor in by_storage.get(_storage_key(weight), [])
-            if module is not owner and _overlap(tensor, weight)
+            if module is not _registers(owner) and _overlap(tensor, weight)
         ]
         for owner, weight in weights.items()
     }
+
+
+def _registers(owner: nn.Module) -> nn.Module:
+    """The module that has the weight of ``owner`` among its parameters."""
+    return owner.experts if isinstance(owner, StackedLinear) else owner
 
 
 def _module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:

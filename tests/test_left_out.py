@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from expert_models import EXPERT_MODELS
 from module_cases import IDS, TinyLM, randomize
 from rich.console import Console
 from torch import Tensor, nn
@@ -115,20 +116,10 @@ def test_a_module_that_cannot_be_saved_is_refused_before_training() -> None:
 
 # ------------------------------------------------------------------------------- stacked experts
 
-MOE = dict(**LLAMA, num_experts_per_tok=2, moe_intermediate_size=8)
-EXPERTS = {
-    "MixtralForCausalLM": LLAMA | dict(num_local_experts=4),
-    "Qwen3MoeForCausalLM": MOE | dict(num_experts=4, head_dim=8, decoder_sparse_step=1),
-    "GptOssForCausalLM": LLAMA | dict(num_local_experts=4, head_dim=8),
-    "DeepseekV3ForCausalLM": MOE
-    | dict(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=0)
-    | dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
-}
 
-
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", EXPERT_MODELS)
 def test_stacked_experts_are_reported(name: str) -> None:
-    model = made(name, EXPERTS[name])
+    model = made(name, EXPERT_MODELS[name])
     experts = {
         path: module
         for path, module in model.named_modules()
@@ -190,7 +181,7 @@ def test_a_choice_is_not_reported() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             lr.adapt(
-                made("MixtralForCausalLM", EXPERTS["MixtralForCausalLM"]),
+                made("MixtralForCausalLM", EXPERT_MODELS["MixtralForCausalLM"]),
                 lr.LoRAConfig(r=2, **options),
             )
 

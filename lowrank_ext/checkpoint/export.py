@@ -61,7 +61,7 @@ def export_lora(
         ValueError: the model carries no adapter of ``adapt`` or ``load_adapter``, the adapter is
             more than a product of two factors (lora_bias, trained biases), format is neither
             of the two, a parameter is sharded, or the file cannot hold the adapter (modules_to_save
-            in diffusers' format); or as ``merge`` for an estimate of ResLoRA.
+            and target_parameters in diffusers' format); or as ``merge`` for an estimate of ResLoRA.
         TypeError: an adapter is no single matrix (GOAT: its experts depend on the input).
         OSError: the files cannot be written. The directory holds what it held before.
 
@@ -84,6 +84,11 @@ def export_lora(
             raise ValueError(
                 f"{caller}: the adapter must be an ordinary LoRA at inference, got one with "
                 f"{config.beyond_lora}; use save_adapter"
+            )
+        if format == "diffusers" and config.target_parameters:
+            raise ValueError(
+                f"{caller}: target_parameters must be empty for format='diffusers', got "
+                f"{list(config.target_parameters)}"
             )
         _check_exportable(modules, caller)
         for text in _estimates(modules):
@@ -143,7 +148,10 @@ def _write_for_peft(
 ) -> None:
     numbers = {
         name: ModuleNumbers(
-            len(lora.lora_a), _alpha(module, lora, config.rslora), module.fan_in_fan_out
+            lora.lora_a.shape[-2],
+            _alpha(module, lora, config.rslora),
+            module.fan_in_fan_out,
+            module.stack,
         )
         for (name, module), lora in zip(modules.items(), loras.values(), strict=True)
     }
@@ -167,7 +175,7 @@ def _write_for_peft(
 
 def _alpha(module: LowRankLinear, lora: LoRATensors, rslora: bool) -> float:
     """lora_alpha with which a LoRA of these factors has the module's scaling."""
-    r = len(lora.lora_a)
+    r = lora.lora_a.shape[-2]
     divisor = math.sqrt(r) if rslora else r
     return module.alpha if module.alpha / divisor == lora.scaling else lora.scaling * divisor
 

@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "alpha_pattern": (dict, _NONE),
     "modules_to_save": (list, _NONE),
     "target_modules": _NAMES,
+    "target_parameters": (list, _NONE),
     "exclude_modules": _NAMES,
     "layers_to_transform": (int, list, _NONE),
     "layers_pattern": _NAMES,

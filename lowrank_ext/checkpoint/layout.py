@@ -6,7 +6,13 @@ With P for ``base_model.model.<path>`` the tensor file holds
     P.<kind>                                            further tensors of a method, see
                                                         ``file_format`` of its ``Method``
     P.<name in the module's state dict>                 every module of modules_to_save
+
+Of stacked weights P has the path that PEFT's wrappers have. They are nested, one for each adapted
+weight of a module, in the order of its parameters from the inside: ``experts.base_layer`` stands
+for ``experts.gate_up_proj`` where ``experts.down_proj``, with ``experts``, is adapted, too.
 """
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -14,6 +20,7 @@ from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
 from lowrank_ext.files.tensor_file import quoted_name
+from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.wrappers import named_modules, without_private_names
 
 PREFIX = "base_model.model."
@@ -56,6 +63,21 @@ def split_keys(files: AdapterFiles, model: nn.Module) -> tuple[Adapters, dict[st
             f"{files.caller}: {files.weights_path} must hold adapter tensors, got none"
         )
     return adapters, others
+
+
+def path_in_file(path: str, stacked: Mapping[str, StackedLinear]) -> str:
+    """The path that a file has for the module or the stacked weight at ``path``.
+
+    Args:
+        stacked: all stacked weights with an adapter, by path.
+    """
+    if path not in stacked:
+        return path
+    experts = stacked[path].experts
+    adapted = {weight.name for weight in stacked.values() if weight.experts is experts}
+    order = [name for name in experts._parameters if name in adapted]
+    outside = len(order) - 1 - order.index(stacked[path].name)
+    return path.rpartition(".")[0] + outside * ".base_layer"
 
 
 def bad_key(files: AdapterFiles, key: str, problem: str) -> ValueError:

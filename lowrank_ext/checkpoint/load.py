@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from lowrank_ext.checkpoint.embeddings import (
     say_replaced,
 )
 from lowrank_ext.checkpoint.layout import (
+    LORA_A,
     PREFIX,
     bad_key,
+    path_in_file,
     split_keys,
 )
 from lowrank_ext.checkpoint.peft_config import (
@@ -38,9 +40,11 @@ from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files import quoted
 from lowrank_ext.files.tensor_file import is_finite
 from lowrank_ext.nn.base_layer import LINEAR, dense_weight, family_of, features_of, offload_device
+from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method, method_for
 from lowrank_ext.sharding import is_sharded
+from lowrank_ext.target_parameters import find_parameters, parameter_names
 from lowrank_ext.targets import outermost_modules
 from lowrank_ext.ties import ties, untie
 from lowrank_ext.wrappers import (
@@ -116,7 +120,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     saved = saved_modules_for(model, files, contents.others)
     config = dataclasses.replace(
         config,
-        target_modules=target_names(model, adapters),
+        **_targets(model, config, modules),
         modules_to_save=tuple(saved),
         adapter_dtype="float32" if restart else _adapter_dtype(modules, adapters),
     )
@@ -154,6 +158,18 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     _say_differs(model, files)
 
 
+def _targets(
+    model: nn.Module, config: AdapterConfig, modules: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """The fields of ``config`` that select these modules and no others."""
+    stacked = _stacked_among(modules)
+    linear = [path for path in modules if path not in stacked]
+    fields: dict[str, Any] = {"target_modules": target_names(model, linear) if linear else ()}
+    if stacked:
+        fields["target_parameters"] = parameter_names(model, stacked, config.target_parameters)
+    return fields
+
+
 class _Contents(NamedTuple):
     """What the files hold of adapters, by module path and kind, and of modules_to_save."""
 
@@ -166,7 +182,18 @@ def _contents(model: nn.Module, files: AdapterFiles, method: Method, packed: boo
     adapters, others = split_keys(files, model)
     if packed:
         files, adapters = method.file_format.unpack(files, adapters)
-    return _Contents(files, adapters, others)
+    return _Contents(files, _by_parameter(model, files, adapters), others)
+
+
+def _by_parameter(model: nn.Module, files: AdapterFiles, adapters: Adapters) -> Adapters:
+    """The adapters with those of target_parameters under the paths of the parameters."""
+    names = files.config.get("target_parameters") or ()
+    stacked = find_parameters(model, names, f"{files.caller}: {files.config_path}")
+    own = {path_in_file(path, stacked): path for path in stacked}
+    for path in own:
+        if path not in adapters:
+            raise bad_key(files, f"{PREFIX}{path}.{LORA_A}", "is missing")
+    return {own.get(path, path): tensors for path, tensors in adapters.items()}
 
 
 def modules_for(
@@ -175,8 +202,10 @@ def modules_for(
     adapters: Adapters,
     families: Collection[str] = (LINEAR,),
 ) -> dict[str, nn.Module]:
-    """The model's module for each path in the file; adapters of ``families`` are read."""
-    present = dict(named_modules(model))
+    """The model's module for each path in the file; adapters of ``families`` are read. Of a stacked
+    weight without an adapter it is a StackedLinear."""
+    names = files.config.get("target_parameters") or ()
+    present = {**find_parameters(model, names, files.caller), **dict(named_modules(model))}
     possible = [
         path
         for path, module in present.items()
@@ -212,17 +241,19 @@ def check_tensors(
     adapters: Adapters,
 ) -> None:
     """Raise ValueError unless the file has exactly the method's tensors, with shapes that fit."""
+    stacked = _stacked_among(modules)
     for name, tensors in adapters.items():
         module = modules[name]
+        in_file = PREFIX + path_in_file(name, stacked)
         shapes = method.file_format.shapes(config, config.rank_for(name), module)
         optional = method.file_format.optional(config, shapes)
         if any(not optional.keys().isdisjoint(tensors) for tensors in adapters.values()):
             shapes |= optional
         for kind in shapes:
             if kind not in tensors:
-                raise bad_key(files, f"{PREFIX}{name}.{kind}", "is missing")
+                raise bad_key(files, f"{in_file}.{kind}", "is missing")
         for kind, tensor in tensors.items():
-            key = f"{PREFIX}{name}.{kind}"
+            key = f"{in_file}.{kind}"
             if kind not in shapes:
                 raise bad_key(files, key, f"is no tensor of {config.peft_type}")
             if list(tensor.shape) != shapes[kind]:
@@ -233,6 +264,11 @@ def check_tensors(
         assert features is not None  # modules_for
         scaling = config.scaling_for(name, features[0])
         check_scaling(scaling, f"{files.caller}: {files.config_path}: {name}")
+
+
+def _stacked_among(modules: Mapping[str, nn.Module]) -> dict[str, StackedLinear]:
+    bases = {n: m.base_layer if isinstance(m, LowRankLinear) else m for n, m in modules.items()}
+    return {name: base for name, base in bases.items() if isinstance(base, StackedLinear)}
 
 
 def saved_modules_for(
@@ -305,8 +341,9 @@ def check_fit_dtypes(
     others: Mapping[str, Tensor],
 ) -> None:
     """Raise ValueError where a value overflows in the dtype of the tensor that it is copied to."""
+    stacked = _stacked_among(modules)
     targets = [
-        (f"{name}.{kind}", tensor, module.lora_a.dtype)
+        (f"{path_in_file(name, stacked)}.{kind}", tensor, module.lora_a.dtype)
         for name, module in modules.items()
         if isinstance(module, LowRankLinear)
         for kind, tensor in adapters[name].items()

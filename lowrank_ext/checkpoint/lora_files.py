@@ -47,7 +47,7 @@ from lowrank_ext.wrappers import named_modules, submodule
 
 
 class LoRATensors(NamedTuple):
-    """One module's adapter: lora_a [r, K], lora_b [N, r]."""
+    """One module's adapter: lora_a [r, K], lora_b [N, r], or stacks of them."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -74,6 +74,10 @@ def read_lora(model: nn.Module, files: AdapterFiles) -> LoRAFile:
     """
     caller = files.caller
     method = method_in(files)
+    if files.config.get("target_parameters"):
+        raise ValueError(
+            f"{caller}: {files.config_path} must be a LoRA of linear modules, got target_parameters"
+        )
     adapters, others = split_keys(files, model)
     modules_for(model, files, adapters)
     adapters = selected_adapters(model, files, adapters)

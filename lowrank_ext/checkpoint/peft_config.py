@@ -19,6 +19,7 @@ from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files import quoted
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method
+from lowrank_ext.target_parameters import parameter_names
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 WITH_PEFT = "load it by peft.PeftModel.from_pretrained(model, path)"
@@ -87,6 +88,7 @@ class ModuleNumbers(NamedTuple):
     r: int
     alpha: float
     fan_in_fan_out: bool
+    stack: tuple[int, ...] = ()
 
 
 def config_fields(
@@ -102,6 +104,7 @@ def config_fields(
         cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed.")
     )
     method = registry.METHODS[config.peft_type]
+    linear = [name for name, module in modules.items() if not module.stack]
     alpha = config.default_alpha
     ranks = {name: module.r for name, module in modules.items()}
     alphas = {name: module.alpha for name, module in modules.items()}
@@ -124,14 +127,17 @@ def config_fields(
         **numbers,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": target_names(model, modules),
+        "target_modules": target_names(model, linear) if linear else [],
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": _saved_names(model, config.modules_to_save, saved),
-        "fan_in_fan_out": any(m.fan_in_fan_out for m in modules.values()),
+        "fan_in_fan_out": any(modules[name].fan_in_fan_out for name in linear),
         "bias": "none",
     }
+    if len(linear) < len(modules):
+        stacked = modules.keys() - linear
+        fields["target_parameters"] = parameter_names(model, stacked, config.target_parameters)
     own, metadata = method.file_format.fields(config, numbers)
     return {**fields, **own}, metadata
 
@@ -158,7 +164,7 @@ def target_names(model: nn.Module, targets: Collection[str]) -> list[str] | str:
     paths = {
         path: module
         for path, module in named_modules(model, remove_duplicate=False)
-        if not path.startswith(inside)
+        if not (path.startswith(inside) or (isinstance(module, LowRankLinear) and module.stack))
     }
     wanted = {paths[path] for path in targets}
     for names in ({path.rpartition(".")[2] for path in targets}, set(targets)):

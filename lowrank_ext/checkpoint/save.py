@@ -14,12 +14,13 @@ from lowrank_ext.adapter_files import check_can_hold_adapter, write_adapter_file
 from lowrank_ext.adapter_format import Adapters
 from lowrank_ext.base_biases import base_biases
 from lowrank_ext.checkpoint.embeddings import embeddings_to_save
-from lowrank_ext.checkpoint.layout import PREFIX
+from lowrank_ext.checkpoint.layout import PREFIX, path_in_file
 from lowrank_ext.checkpoint.peft_config import ModuleNumbers, config_fields
 from lowrank_ext.checkpoint.save_warnings import NOT_FINITE, save_warnings, some
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered, is_sharded
+from lowrank_ext.target_parameters import stacked_weights
 from lowrank_ext.targets import outermost_modules
 from lowrank_ext.ties import check_ties
 from lowrank_ext.wrappers import is_whole, state_of, unwrapped, whole_parameters
@@ -108,8 +109,9 @@ def write_adapter(
     modules_to_save."""
     saved = outermost_modules(model, config.modules_to_save)
     sharded = not is_whole(model) or any(is_sharded(p) for p in model.parameters())
+    stacked = stacked_weights(model)
     tensors = {
-        f"{PREFIX}{name}.{kind}": tensor
+        f"{PREFIX}{path_in_file(name, stacked)}.{kind}": tensor
         for name, kinds in stored.items()
         for kind, tensor in kinds.items()
     }

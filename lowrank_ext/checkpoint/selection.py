@@ -29,11 +29,14 @@ def selected_adapters(model: nn.Module, files: AdapterFiles, adapters: Adapters)
     """
     fields = files.config
     names = fields.get("target_modules")
-    if not names or names == ALL_LINEAR:  # all that the file holds
+    parameters = fields.get("target_parameters") or ()
+    if names in (None, ALL_LINEAR) or not (names or parameters):  # all that the file holds
         return adapters
     layers = fields.get("layers_pattern") or ()
     check_pattern(layers, f"{files.caller}: {files.config_path}: layers_pattern")
-    kept = {path: tensors for path, tensors in adapters.items() if selects(fields, path)}
+    chosen = {path for path in adapters if matches_names(path, parameters)}
+    chosen |= {path for path in adapters if path not in chosen and selects(fields, path)}
+    kept = {path: tensors for path, tensors in adapters.items() if path in chosen}
     dropped = [path for path in adapters if path not in kept]
     if not kept:
         raise ValueError(
@@ -66,7 +69,7 @@ def selects(fields: Mapping[str, Any], path: str) -> bool:
     parts = path.split(".")
     if any(_is_inside(parts, name.split(".")) for name in saved):
         return False
-    names = fields["target_modules"]
+    names = fields["target_modules"] or ()
     if not matches_names(path, names):
         return False
     layers = fields.get("layers_to_transform")

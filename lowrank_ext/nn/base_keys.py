@@ -32,10 +32,11 @@ class BaseKeys(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if self.base_layer is not None:
-            named = {**self._parameters, **self._buffers, **self._modules}
-            own = {name for name, value in named.items() if value is not None}
+            tensors = {**self._parameters, **self._buffers}
+            own = {name for name, value in tensors.items() if value is not None}
+            children = tuple(f"{name}." for name, child in self._modules.items() if child)
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 name = key.removeprefix(prefix)
-                if name.partition(".")[0] not in own:
+                if name not in own and not name.startswith(children):
                     state_dict[prefix + _KEPT + name] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

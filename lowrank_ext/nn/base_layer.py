@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lowrank_ext.checks import normalized_adapter_dtype
 from lowrank_ext.nn.base_keys import BaseKeys
+from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.nn.fixed_size import FixedSize
 
-# Families of modules, each a linear map of its input: of vectors, of one-hot rows, of patches.
-LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
+# Families of modules, each a linear map of its input: of vectors, of one-hot rows, of patches, of
+# vectors by one of the experts whose weights are stacked.
+LINEAR, EMBEDDING, CONVOLUTION, STACKED = "linear", "embedding", "convolution", "stacked"
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -65,7 +67,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
         weight: Any = module.weight  # a plain Tensor under FSDP1 and functional_call
         return weight.shape[0], weight.shape[1]
     num_in, num_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(module, Adapter) or not isinstance(num_in, int):
+    if isinstance(module, Adapter | StackedLinear) or not isinstance(num_in, int):
         return None
     return (num_in, num_out) if isinstance(num_out, int) else None
 
@@ -76,6 +78,8 @@ def family_of(module: nn.Module) -> str | None:
         return LINEAR
     if isinstance(module, Adapter):
         return None
+    if isinstance(module, StackedLinear):
+        return STACKED
     if isinstance(module, nn.Embedding):
         return EMBEDDING
     return CONVOLUTION if isinstance(module, _CONVOLUTIONS) else None
@@ -85,7 +89,7 @@ def features_of(module: Any) -> tuple[int, int] | None:
     """(K, N) of the linear map of a module that can be adapted, or of an adapter's, else None: of
     an embedding (num_embeddings, embedding_dim), of a convolution (elements of a patch,
     out_channels)."""
-    if isinstance(module, Adapter):
+    if isinstance(module, Adapter | StackedLinear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
@@ -103,9 +107,21 @@ def kernel_shape(module: nn.Module) -> tuple[int, ...]:
     return (settings.in_channels // settings.groups, *sizes) if known else ()
 
 
+def stack_of(module: Any) -> tuple[int, ...]:
+    """(E,) of a linear map for each of E experts, or of an adapter of one; () of any other."""
+    stack: tuple[int, ...] = getattr(module, "stack", ())
+    return stack if isinstance(module, Adapter | StackedLinear) else ()
+
+
+def has_transposed_weight(base: nn.Module) -> bool:
+    """Whether the weight of a linear base is [..., in_features, out_features]."""
+    return base.transposed if isinstance(base, StackedLinear) else is_conv1d(base)
+
+
 def dense_weight(base: nn.Module) -> nn.Parameter | None:
     """The base's weight if it is an ordinary floating Parameter of the right shape, or None."""
-    weight = base._parameters.get("weight")
+    stacked = isinstance(base, StackedLinear)
+    weight = base.weight if stacked else base._parameters.get("weight")
     features = None if isinstance(base, Adapter) else features_of(base)
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOAT_DTYPES or features is None:
         return None
@@ -113,8 +129,8 @@ def dense_weight(base: nn.Module) -> nn.Parameter | None:
     if kernel := kernel_shape(base):
         shape = (num_out, *kernel)
     else:
-        rows_first = is_conv1d(base) or isinstance(base, nn.Embedding)
-        shape = (num_in, num_out) if rows_first else (num_out, num_in)
+        rows_first = has_transposed_weight(base) or isinstance(base, nn.Embedding)
+        shape = (*stack_of(base), *((num_in, num_out) if rows_first else (num_out, num_in)))
     return weight if weight.shape == shape else None
 
 
@@ -127,7 +143,8 @@ def computes_its_weight(base: nn.Module) -> bool:
     the meta device the answer is True without a test.
     """
     weight = dense_weight(base)
-    if weight is None or weight.is_meta or is_plain(base):
+    stacked = isinstance(base, StackedLinear)
+    if weight is None or weight.is_meta or stacked or is_plain(base):
         return weight is not None
     tolerance = torch.finfo(weight.dtype).eps ** 0.5
     with torch.autocast(weight.device.type, enabled=False):
@@ -180,6 +197,8 @@ def offload_device(module: nn.Module) -> torch.device | None:
 
 def execution_device(base: nn.Module) -> torch.device:
     """The device on which ``base`` computes: where its adapters belong."""
+    if isinstance(base, StackedLinear):
+        base = base.experts
     offloaded = offload_device(base)
     if offloaded is not None:
         return offloaded

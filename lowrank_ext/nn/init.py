@@ -11,16 +11,20 @@ if TYPE_CHECKING:
 
 
 def draw_lora_a(module: "LowRankLinear", gaussian: bool = False) -> Tensor:
-    """PEFT's random start of lora_a, fp32 [r, K] on the CPU, from the default generator."""
-    # PEFT makes lora_A and lora_B as nn.Linear, whose own init draws these numbers first.
-    torch.empty(module.r, module.in_features, device="cpu").uniform_()
-    torch.empty(module.out_features, module.r, device="cpu").uniform_()
+    """PEFT's random start of lora_a, fp32 [..., r, K] on the CPU, from the default generator."""
+    # PEFT makes lora_A and lora_B as nn.Linear, whose own init draws these numbers first; over a
+    # stack of E weights as one of rank E r.
+    rank = math.prod(module.stack) * module.r
+    torch.empty(rank, module.in_features, device="cpu").uniform_()
+    torch.empty(module.out_features, rank, device="cpu").uniform_()
     if module.branch_bias() is not None:
         torch.empty(module.out_features, device="cpu").uniform_()
-    lora_a = torch.empty(module.r, module.in_features, dtype=torch.float32, device="cpu")
+    lora_a = torch.empty(rank, module.in_features, dtype=torch.float32, device="cpu")
     if gaussian:
-        return nn.init.normal_(lora_a, std=1 / module.r)
-    return nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+        nn.init.normal_(lora_a, std=1 / module.r)
+    else:
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    return lora_a.view(*module.stack, module.r, module.in_features)
 
 
 def top_singular_triples(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

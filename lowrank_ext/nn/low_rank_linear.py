@@ -22,8 +22,9 @@ from lowrank_ext.nn.base_layer import (
     adapter_dtype_for,
     family_of,
     features_of,
-    is_conv1d,
+    has_transposed_weight,
     plain_module,
+    stack_of,
 )
 from lowrank_ext.nn.call_arguments import split_call
 from lowrank_ext.nn.merged_weight import merged_bias, merged_weight, without_gradient
@@ -60,6 +61,8 @@ class LowRankLinear(ResidualBase):
         merged: whether the branch is inside the base weight right now.
         residual_taken: whether the initial branch has been subtracted from the base weight.
         blocks: the number of ``lowrank_ext.disable_adapter`` blocks that the module is in.
+        stack: (E,) where the base is a linear module for each of E experts: lora_a is then
+            [E, r, K] and lora_b [E, N, r]. Else ().
 
     State dict. Unmerged: the base's keys, the branch's tensors and the buffers of a residual init.
     Merged: exactly the base's keys, holding the merged weight, as the plain module would have them;
@@ -130,7 +133,8 @@ class LowRankLinear(ResidualBase):
         self.scaling = self.start_scaling = config.scaling_for("", in_features)
         self.dropout = float(config.dropout)
         self.init = config.init
-        self.fan_in_fan_out = base is not None and is_conv1d(base)
+        self.fan_in_fan_out = base is not None and has_transposed_weight(base)
+        self.stack = () if base is None else stack_of(base)
         self.merged = False
         self.residual_taken = False
         self.blocks = 0
@@ -219,10 +223,10 @@ class LowRankLinear(ResidualBase):
     def _make_adapter(self, dtype: torch.dtype, device: torch.device) -> None:
         """Register the adapter's tensors, zero."""
         self.lora_a = nn.Parameter(
-            torch.zeros(self.r, self.in_features, dtype=dtype, device=device)
+            torch.zeros(*self.stack, self.r, self.in_features, dtype=dtype, device=device)
         )
         self.lora_b = nn.Parameter(
-            torch.zeros(self.out_features, self.r, dtype=dtype, device=device)
+            torch.zeros(*self.stack, self.out_features, self.r, dtype=dtype, device=device)
         )
         for name in ("core", "rank_scale", "out_scale"):
             self.register_parameter(name, None)
@@ -296,6 +300,12 @@ class LowRankLinear(ResidualBase):
         lora_a, lora_b = self.branch_factors(training=False)
         delta = self.scaling * (self.with_scales(lora_b) @ lora_a.double())
         return delta.to(torch.promote_types(self.lora_a.dtype, torch.float32))
+
+    def with_delta(self, weight: Tensor) -> Tensor:
+        """fp32(weight) + delta_weight(), in the layout of the base's ``weight``."""
+        delta = self.delta_weight()
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        return weight.to(wide) + self.in_layout(delta)
 
     def with_scales(self, lora_b: Tensor) -> Tensor:
         """diag(out_scale) lora_b core diag(rank_scale) in fp64, [N, r]."""

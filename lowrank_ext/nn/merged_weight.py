@@ -45,10 +45,7 @@ def merged_weight(module: "LowRankLinear", dense_dtype: torch.dtype | None = Non
             f"{owner}: the base weight must hold values, got a meta tensor; load or merge the "
             "model without offloading"
         )
-    delta = module.delta_weight()
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    delta = module.in_layout(delta).to(wide)
-    merged = (weight.to(wide) + delta).to(dense_dtype or weight.dtype)
+    merged = module.with_delta(weight).to(dense_dtype or weight.dtype)
     if not torch.isfinite(merged).all():
         raise ValueError(
             f"{owner}: the merged weight must be finite in {str(merged.dtype)[6:]}, got inf or "

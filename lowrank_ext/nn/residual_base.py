@@ -61,16 +61,24 @@ class ResidualBase(WrappedBase):
             self._add_to_weight(self._require_weight("take_residual"), -self._initial_delta())
             self.residual_taken = True
 
+    def packed(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor``, the adapter's ``name``, as a matrix for files."""
+        return tensor
+
+    def unpacked(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of ``packed``, for a tensor in the shape that files have or in the own."""
+        return tensor.view_as(self.adapter_tensors()[name])
+
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor], beside: Self | None = None) -> None:
-        """Copy ``values`` into the adapter's tensors, by attribute, in any shape, and take the
-        residual that they define.
+        """Copy ``values`` into the adapter's tensors, by attribute, in the shapes of files or in
+        their own, and take the residual that they define.
 
         Args:
             beside: another adapter over the same base weight, which lacks its start already.
         """
         own = self.adapter_tensors()
-        values = {name: value.view_as(own[name]) for name, value in values.items()}
+        values = {name: self.unpacked(name, value) for name, value in values.items()}
         starts = [name for name in self.residual_starts if name in values]
         # Training never changes the initial factors, so equal factors mean an equal residual base.
         holder = self if beside is None else beside

@@ -5,7 +5,14 @@ from pathlib import Path
 import diffusers
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 VOCABULARY = 97
 
@@ -21,6 +28,20 @@ def llama() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def mixtral() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    return MixtralForCausalLM(config).eval()
 
 
 def saved_llama(path: str) -> str:

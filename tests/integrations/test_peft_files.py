@@ -384,7 +384,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora=True is not supported"),
     "parameters": (
         {"target_modules": ["linear"], "target_parameters": ["experts.weight"]},
-        r"target_parameters=.* is not supported",
+        "got experts.weight, one of a Module, which has no experts interface|"
+        "must be a LoRA of linear modules, got target_parameters",
     ),
     "tokens": (
         {"trainable_token_indices": {"embed": [1]}},

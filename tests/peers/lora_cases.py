@@ -58,6 +58,11 @@ CASES = {
         {"target_modules": ["projection", "q_proj"], "modules_to_save": ["classifier"]},
         family="vit",
     ),
+    "target_parameters": Case(
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        family="mixtral",
+        dtype=torch.float32,  # torch's grouped product has no float64
+    ),
     "float32": Case({}, dtype=torch.float32),
     "bfloat16": Case({}, dtype=torch.bfloat16),
     "float16": Case({}, dtype=torch.float16),

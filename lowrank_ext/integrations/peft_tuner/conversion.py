@@ -96,6 +96,7 @@ def _lora_config(
         own["lora_alpha"] = config.r
         ranks = {k: r for k, r in config.rank_pattern.items() if k not in config.alpha_pattern}
         own["alpha_pattern"] = {**config.alpha_pattern, **ranks}  # the first match counts
+    own["target_parameters"] = list(config.target_parameters) or None
     options, _ = method_for(config, "peft_config").file_format.fields(config, own)
     made = LoraConfig(**own, **options, **fields)
     made._register_custom_module({nn.Linear: _accelerated})  # type: ignore[dict-item]  # calls it

@@ -1,9 +1,10 @@
 """Configuration of LoRA, rsLoRA and PiSSA."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowrank_ext.checks import check_choice, check_flag
+from lowrank_ext.checks import check_choice, check_flag, normalized_names
 from lowrank_ext.config import AdapterConfig
 
 _BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
@@ -22,18 +23,31 @@ class LoRAConfig(AdapterConfig):
         bias: which biases of the base train and are saved: ``"none"``, ``"lora_only"`` (those of
             adapted modules) or ``"all"`` of the model. They train in place, so the base is then no
             longer there: ``lr.disable_adapter`` raises.
+        target_parameters: names of stacked expert weights [E, ..., ...] that get an adapter for
+            each expert, beside target_modules (which may then be empty); a parameter matches when
+            its path equals a name or ends with ``"." + name``: ``"experts.gate_up_proj"``. As in
+            PEFT without dropout, and without ``pissa``; exclude_modules and layers_to_transform do
+            not concern them.
     """
 
     peft_type: ClassVar[str] = "LORA"
     inits: ClassVar[tuple[str, ...]] = ("kaiming", "gaussian", "pissa")
 
     init: str = "kaiming"
+    target_parameters: Sequence[str] = ()
     lora_bias: bool = False
     bias: str = "none"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         owner = type(self).__name__
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"{owner}: target_parameters must be a sequence of names, got the string "
+                f"{self.target_parameters!r}"
+            )
+        names = normalized_names(self.target_parameters, owner, "target_parameters")
+        self._set("target_parameters", names)
+        super().__post_init__()
         check_flag(self.lora_bias, owner, "lora_bias")
         check_choice(self.bias, tuple(_BIASES), owner, "bias")
         if self.lora_bias and self.init != "kaiming":

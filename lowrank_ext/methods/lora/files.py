@@ -41,7 +41,7 @@ _PEFT_INITS = {
 class LoRAFormat(AdapterFormat):
     """PEFT's format; only in memory are PiSSA's initial factors separate tensors."""
 
-    peft_fields = ("bias", "lora_bias")
+    peft_fields = ("bias", "lora_bias", "target_parameters")
 
     def __init__(self) -> None:
         super().__init__(
