@@ -724,7 +724,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "module_not_linear": (
         lambda p: edit_tensors(p, lambda t: rename(t, EMBED_A, f"{P}norm.lora_A.weight")),
-        r"norm\.lora_A\.weight must belong to a linear[\w ]* module, the model has BatchNorm1d at norm",
+        r"norm\.lora_A\.weight must belong to a linear[\w ]* module, the model has BatchNorm1d at",
     ),
     "shape_wide": (
         lambda p: edit_tensors(p, lambda t: t.update({EMBED_A: torch.ones(4, 13)})),
