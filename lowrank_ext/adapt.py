@@ -25,6 +25,7 @@ from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
 from lowrank_ext.nn.quantized import keep_unpacked
+from lowrank_ext.nn.token_rows import TokenRows
 from lowrank_ext.registry import Method, method_of
 from lowrank_ext.targets import (
     find_targets,
@@ -35,6 +36,7 @@ from lowrank_ext.targets import (
     shared_tensors,
 )
 from lowrank_ext.ties import check_ties
+from lowrank_ext.token_targets import token_modules, token_targets
 from lowrank_ext.wrappers import check_may_change, named_modules, replace_wrapped, unwrapped
 
 _ADAPTED = (LowRankLinear, MultiLoRALinear)
@@ -71,7 +73,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
 
     Raises:
         TypeError: model or config has the wrong type, or the model is itself a module to adapt.
-        ValueError: a name matches nothing, a module cannot be adapted with these options, a weight
+        ValueError: a name matches nothing, a module cannot be adapted with these options, a token
+            of trainable_token_indices has no row of its own, a weight
             that an init would change is tied to another module, a weight that an init or
             modules_to_save needs is offloaded, a weight of modules_to_save is tied to one that is
             not saved, or the model carries adapters already. All of this is checked before the
@@ -97,13 +100,19 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
     config = method.complete_config(model, config, targets)
     check_options(model, config, method, targets)
     check_values(model, config, method, targets)
+    taken = {*targets.values(), *modules_named(model, config.modules_to_save)}
+    tokens = token_targets(model, config, taken, "adapt")
+    if tokens.tokens:
+        exact: dict[str, Any] = {"trainable_token_indices": tokens.indices}
+        config = replace(config, **exact)
     if initialize:
         check_ties(model, outermost_modules(model, config.modules_to_save), "adapt")
         for text in list(adapt_warnings(model, config, targets, missing)):
             warnings.warn(f"adapt: {text}", stacklevel=2)
     model.requires_grad_(False)
     keep_unpacked(model)
-    replace_modules(model, _replacements(method, config, targets, initialize))
+    new = _replacements(method, config, targets, initialize)
+    replace_modules(model, new | token_modules(model, tokens, config))
     method.module_class.connect(model)
     _unfreeze(model, config, targets)
     set_fused_encoders(model, on=False)
@@ -163,6 +172,20 @@ def lowrank_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear]:
             f"{caller}: model must carry adapters, got a {type(model).__name__} with none"
         )
     return modules
+
+
+def adapted_modules(model: nn.Module, caller: str) -> dict[str, LowRankLinear | TokenRows]:
+    """Path and module of every adapter of the model, and of embeddings of which rows train.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    return {**lowrank_modules(model, caller), **token_rows_of(model)}
+
+
+def token_rows_of(model: nn.Module) -> dict[str, TokenRows]:
+    """Path and module of every TokenRows of the model."""
+    return {path: m for path, m in named_modules(model) if isinstance(m, TokenRows)}
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -61,10 +61,10 @@ def _save_pretrained(
     Raises:
         ValueError: push_to_hub is set for a model that is not merged; or as ``save_adapter``.
     """
-    from lowrank_ext.adapt import lowrank_modules  # which imports this file
+    from lowrank_ext.adapt import adapted_modules  # which imports this file
     from lowrank_ext.checkpoint.save import save_adapter
 
-    merged = all(module.merged for module in lowrank_modules(model, "save_pretrained").values())
+    merged = all(module.merged for module in adapted_modules(model, "save_pretrained").values())
     sharded = not is_whole(model) or any(is_sharded(p) for p in model.parameters())
     if merged or sharded:
         _save_whole(model, save_directory, is_main_process, *args, **options)
@@ -112,10 +112,10 @@ def _disable_adapters(model: nn.Module) -> None:
 
 
 def _enable_adapters(model: nn.Module) -> None:
-    from lowrank_ext.adapt import lowrank_modules
+    from lowrank_ext.adapt import adapted_modules
     from lowrank_ext.disabling import switch_on
 
-    modules = lowrank_modules(model, "enable_adapters")
+    modules = adapted_modules(model, "enable_adapters")
     # A copy of a model that is switched off has the mark, and its adapters on.
     if vars(model).pop(_DISABLED, False) and any(module.blocks for module in modules.values()):
         switch_on(model, modules)

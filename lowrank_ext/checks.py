@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
@@ -22,6 +23,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def with_article(name: str) -> str:
     """``"a LoRALinear"``, ``"an AFLoRALinear"``."""
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def either(names: Iterable[str]) -> str:
+    """``"a"``, ``"a, b or c"``."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def matching_pattern(keys: Iterable[str], path: str) -> str | None:
@@ -236,3 +243,33 @@ def check_count(value: object, least: int, owner: str, name: str) -> None:
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+
+
+def normalized_token_indices(
+    value: object, owner: str
+) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """trainable_token_indices as a tuple, or a mapping from names to tuples; None where it is
+    empty."""
+    name = "trainable_token_indices"
+    if value is None or (isinstance(value, Sequence | Mapping) and len(value) == 0):
+        return None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or not key:
+                raise TypeError(f"{owner}: {name} must have names as keys, got {key!r}")
+        return {key: _token_indices(ids, owner, f"{name}[{key!r}]") for key, ids in value.items()}
+    return _token_indices(value, owner, name)
+
+
+def _token_indices(value: object, owner: str, name: str) -> tuple[int, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{owner}: {name} must be a sequence of tokens, got {value!r}")
+    tokens = tuple(value)
+    if not tokens:
+        raise ValueError(f"{owner}: {name} must name at least one token, got none")
+    for token in tokens:
+        check_count(token, 0, owner, name)
+    if len(set(tokens)) < len(tokens):
+        twice, _ = Counter(tokens).most_common(1)[0]
+        raise ValueError(f"{owner}: {name} must name each token once, got {twice} again")
+    return tokens

@@ -68,6 +68,8 @@ class AdapterConfig:
     registered: ClassVar[dict[str, type["AdapterConfig"]]] = {}
     # Fields that select some of the adapted modules, by names as in target_modules.
     selectors: ClassVar[tuple[str, ...]] = ()
+    # Tokens whose rows of the embeddings train; a field of the methods that have it.
+    trainable_token_indices: ClassVar[Any] = None
 
     r: int = 16
     alpha: float | None = None
@@ -258,7 +260,7 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and ``peft_type`` as values that JSON can hold."""
-        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
         return {"peft_type": self.peft_type, **values}
 
     @classmethod
@@ -300,7 +302,10 @@ def config_names() -> str:
     return f"{', '.join(names)} or {last}" if names else last
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A field's value as JSON has it."""
     if isinstance(value, tuple):
         return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    return value

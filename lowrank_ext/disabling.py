@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.adapt import adapted_modules
 from lowrank_ext.base_biases import base_biases
 from lowrank_ext.merging import merge_all
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.token_rows import TokenRows
 from lowrank_ext.targets import outermost_modules
 from lowrank_ext.wrappers import unwrapped
 
@@ -54,10 +55,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         switch_on(model, modules)
 
 
-def switch_off(model: nn.Module) -> dict[str, LowRankLinear]:
+def switch_off(model: nn.Module) -> dict[str, LowRankLinear | TokenRows]:
     """Begin a block: returns its modules, by path."""
     modules = _switchable(model)
-    entered: dict[str, LowRankLinear] = {}
+    entered: dict[str, LowRankLinear | TokenRows] = {}
     try:
         for path, module in modules.items():
             module.merges_after_blocks |= module.merged
@@ -70,17 +71,17 @@ def switch_off(model: nn.Module) -> dict[str, LowRankLinear]:
     return modules
 
 
-def switch_on(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+def switch_on(model: nn.Module, modules: dict[str, LowRankLinear | TokenRows]) -> None:
     """End a block of ``modules``."""
     for module in modules.values():
         module.blocks -= 1
     _merge_again(model, modules)
 
 
-def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
+def _switchable(model: nn.Module) -> dict[str, LowRankLinear | TokenRows]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
-    modules = lowrank_modules(model, _CALLER)
+    modules = adapted_modules(model, _CALLER)
     config = getattr(unwrapped(model), "lowrank_config", None)
     names = () if config is None else config.modules_to_save
     if names and outermost_modules(model, names):
@@ -96,7 +97,7 @@ def _switchable(model: nn.Module) -> dict[str, LowRankLinear]:
     return modules
 
 
-def _merge_again(model: nn.Module, modules: dict[str, LowRankLinear]) -> None:
+def _merge_again(model: nn.Module, modules: dict[str, LowRankLinear | TokenRows]) -> None:
     """Merge what was merged before the first of the blocks, once the last one has ended."""
     waiting = {p: m for p, m in modules.items() if m.merges_after_blocks and not m.blocks}
     for module in waiting.values():

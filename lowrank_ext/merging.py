@@ -1,17 +1,19 @@
 """Merge the adapters of a model into its weights, take them out again, or remove them."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank_ext.adapt import lowrank_modules, replace_modules, set_fused_encoders
+from lowrank_ext.adapt import adapted_modules, replace_modules, set_fused_encoders
 from lowrank_ext.adapter_protocol import leave_protocol
 from lowrank_ext.nn.adapted_experts import places_of_adapters
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.quantized import is_quantized, way_out
+from lowrank_ext.nn.token_rows import TiedTokenRows, TokenRows
 from lowrank_ext.targets import shared_tensors
-from lowrank_ext.wrappers import unwrapped
+from lowrank_ext.wrappers import named_modules, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +33,7 @@ def merge(model: Model) -> Model:
 
     Where one module raises, all weights have the bits that they had before.
     """
-    merge_all(model, lowrank_modules(model, "merge"), "merge")
+    merge_all(model, adapted_modules(model, "merge"), "merge")
     return model
 
 
@@ -41,7 +43,7 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: the model carries no adapters.
     """
-    for module in lowrank_modules(model, "unmerge").values():
+    for module in adapted_modules(model, "unmerge").values():
         module.unmerge()
     return model
 
@@ -66,7 +68,7 @@ def unload(model: Model, merge: bool | None = None) -> Model:
             inside of a block of ``disable_adapter``.
         ValueError, TypeError: as ``merge``.
     """
-    modules = lowrank_modules(model, "unload")
+    modules = adapted_modules(model, "unload")
     if any(module.blocks for module in modules.values()):
         raise ValueError(
             "unload: model must have its adapters switched on, got one inside of a block of "
@@ -95,7 +97,7 @@ def unload(model: Model, merge: bool | None = None) -> Model:
     return model
 
 
-def _is_quantized(module: LowRankLinear) -> bool:
+def _is_quantized(module: LowRankLinear | TokenRows) -> bool:
     return module.base_layer is not None and is_quantized(module.base_layer)
 
 
@@ -120,7 +122,7 @@ def forget_quantization(model: nn.Module) -> None:
         quantizer.remove_quantization_config(inner)
 
 
-def _all_merged(modules: dict[str, LowRankLinear]) -> bool:
+def _all_merged(modules: Mapping[str, LowRankLinear | TokenRows]) -> bool:
     """Whether all are merged, or none; ValueError where only some are."""
     merged = [path for path, module in modules.items() if module.merged]
     if 0 < len(merged) < len(modules):
@@ -132,7 +134,9 @@ def _all_merged(modules: dict[str, LowRankLinear]) -> bool:
     return bool(merged)
 
 
-def merge_all(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
+def merge_all(
+    model: nn.Module, modules: Mapping[str, LowRankLinear | TokenRows], caller: str
+) -> None:
     """Merge what is not merged yet: all of it, or on any error nothing."""
     check_mergeable(model, modules, caller)
     new = {path: module for path, module in modules.items() if not module.merged}
@@ -145,14 +149,16 @@ def merge_all(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) 
         raise
 
 
-def _merge_one(path: str, module: LowRankLinear, caller: str) -> None:
+def _merge_one(path: str, module: LowRankLinear | TokenRows, caller: str) -> None:
     try:
         module.merge()
     except ValueError as error:
         raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
 
 
-def check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller: str) -> None:
+def check_mergeable(
+    model: nn.Module, modules: Mapping[str, LowRankLinear | TokenRows], caller: str
+) -> None:
     """Raise where a module that is not merged yet cannot be."""
     modules = {path: module for path, module in modules.items() if not module.merged}
     for path, module in modules.items():
@@ -166,7 +172,8 @@ def check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller:
         except ValueError as error:
             raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
     owners = {m if m.base_layer is None else m.base_layer: p for p, m in modules.items()}
-    weights, biases = {}, {}
+    weights: dict[nn.Module, Tensor] = {}
+    biases: dict[nn.Module, Tensor] = {}
     for owner, path in owners.items():
         module = modules[path]
         weight, bias = module.mergeable_parameter, module.base_bias
@@ -178,10 +185,20 @@ def check_mergeable(model: nn.Module, modules: dict[str, LowRankLinear], caller:
         weights[owner] = weight
         if module.branch_bias() is not None and bias is not None:
             biases[owner] = bias
+    together = _tied_rows(model)
     for what, changed in (("weight", weights), ("bias", biases)):
         for owner, names in shared_tensors(model, changed).items():
-            if names:
+            own = modules[owners[owner]]
+            others = [name for name in names if together.get(name) is not own]
+            if others:
                 raise ValueError(
                     f"{caller}: the {what} of {owners[owner] or 'the model'} must be its own, got "
-                    f"one tied to {', '.join(names)}, which would change with it; clone one of them"
+                    f"one tied to {', '.join(others)}, which would change with it; clone one of "
+                    "them"
                 )
+
+
+def _tied_rows(model: nn.Module) -> dict[str, TokenRows]:
+    """By the names of weights that a TokenRows changes for modules tied to its own: that one."""
+    tied = ((path, m) for path, m in named_modules(model) if isinstance(m, TiedTokenRows))
+    return {f"{path}.base_layer.weight": module.owner for path, module in tied}

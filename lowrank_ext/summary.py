@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from lowrank_ext.adapt import lowrank_modules
+from lowrank_ext.adapt import lowrank_modules, token_rows_of
 from lowrank_ext.base_biases import base_biases
 from lowrank_ext.left_out import LeftOut, left_out
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
@@ -67,6 +67,10 @@ def summary(model: nn.Module) -> "Table":
             _span([m.scaling for m in modules]),
             *_trainable_and_size(own),
         )
+    for path, rows in token_rows_of(model).items():
+        shape = f"{rows.in_features} → {rows.out_features}"
+        row = path.rpartition(".")[2], f"{len(rows.indices)} token rows", "1", shape, "", ""
+        table.add_row(*row, *_trainable_and_size([rows.rows]))
     for each in _grouped(left_out(model)):
         tensors = [weight for one in each for weight in one.weights]
         name, kind = each[0].path.rpartition(".")[2] or "(model)", type(each[0].module).__name__

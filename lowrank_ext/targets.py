@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank_ext.checks import (
     did_you_mean,
+    either,
     in_layers,
     layer_index,
     matches_names,
@@ -311,10 +312,8 @@ def check_adaptable(
             "nn.MultiheadAttention reads without calling it; put it into exclude_modules"
         )
     if family_of(module) not in families:
-        *others, last = families
-        known = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(
-            f"{caller}: target_modules must name {known} modules, got {path}, "
+            f"{caller}: target_modules must name {either(families)} modules, got {path}, "
             f"{with_article(type(module).__name__)}; name such modules inside it, or exclude it"
         )
 

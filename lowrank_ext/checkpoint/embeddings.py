@@ -1,8 +1,9 @@
 """Embeddings of the base model in PEFT's files.
 
 PEFT adds the input and output embeddings to a file when the vocabulary was extended before the
-training, or when an adapter targets one of them (then as ``<path>.base_layer.weight``). On loading
-they replace the model's; so they do here, with a warning where they differ.
+training, or when an adapter targets one of them: then as ``<path>.base_layer.weight``, where rows
+train as ``<path>.token_adapter.base_layer.weight``. On loading they replace the model's; so they do
+here, with a warning where they differ.
 """
 
 import warnings
@@ -21,7 +22,6 @@ from lowrank_ext.wrappers import named_modules, unwrapped
 # Part of a key in PEFT's files -> the option that it belongs to.
 _FEATURES = {
     "lora_magnitude_vector": "use_dora",
-    "trainable_tokens": "trainable_token_indices",
 }
 
 
@@ -94,8 +94,8 @@ def _embeddings_of(model: nn.Module, residual_paths: Collection[str]) -> dict[st
         kept = getattr(module, "base_layer", None)
         for name, tensor in (kept if isinstance(kept, nn.Module) else module)._parameters.items():
             if tensor is not None and name in ("weight", "bias"):
-                for key in (f"{path}.{name}", f"{path}.base_layer.{name}"):
-                    found[key] = Embedding(tensor, path in residual_paths)
+                for place in ("", "base_layer.", "token_adapter.base_layer."):
+                    found[f"{path}.{place}{name}"] = Embedding(tensor, path in residual_paths)
     return found
 
 

@@ -27,9 +27,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "layers_to_transform": (int, list, _NONE),
     "layers_pattern": _NAMES,
     "init_lora_weights": (bool, str, _NONE),
+    "trainable_token_indices": (list, dict, _NONE),
     "bias": (str, _NONE),
     "lora_bias": (bool, _NONE),
 }
+# Lists of numbers; others are lists of names.
+_NUMBERS = ("layers_to_transform", "trainable_token_indices")
 _PHRASES: dict[tuple[type, ...], str] = {
     (str,): "a string",
     (int,): "an int",
@@ -39,6 +42,7 @@ _PHRASES: dict[tuple[type, ...], str] = {
     (list,): "a list of names",
     (str, list): "a name or a list of names",
     (int, list): "an int or a list",
+    (list, dict): "a list or an object",
     (bool, str): "a bool or a string",
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -56,7 +60,7 @@ def check_field_types(fields: Mapping[str, Any], selectors: Collection[str], whe
         if key in fields and type(value) not in kinds:
             phrase = _PHRASES[tuple(kind for kind in kinds if kind is not _NONE)]
             raise ValueError(f"{where}: {key} must be {phrase}, got {quoted(value)}")
-        if isinstance(value, list) and not key.startswith("layers_to"):
+        if isinstance(value, list) and key not in _NUMBERS:
             odd = next((name for name in value if not isinstance(name, str) or not name), None)
             if odd is not None:
                 raise ValueError(f"{where}: {key} must be a list of names, got {quoted(value)}")

@@ -34,8 +34,10 @@ from lowrank_ext.checkpoint.peft_config import (
     parsed_config,
     target_names,
 )
+from lowrank_ext.checkpoint.save_warnings import differing_in_peft
 from lowrank_ext.checkpoint.selection import selected_adapters
-from lowrank_ext.checks import check_scaling, did_you_mean, with_article
+from lowrank_ext.checkpoint.token_rows import check_row_values, fill_rows, rows_in_file
+from lowrank_ext.checks import check_scaling, did_you_mean, either, with_article
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files import quoted
 from lowrank_ext.files.tensor_file import is_finite
@@ -126,7 +128,10 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     )
     biases = held_biases(model, files, config, adapters, contents.others)
     beside = unsaved(contents.others, saved)
-    beside = {key: tensor for key, tensor in beside.items() if key not in biases}
+    taken = {*modules.values(), *(inner for each in saved.values() for inner in each.modules())}
+    rows = rows_in_file(model, files, config, beside, taken)
+    placed = {*biases, *rows.keys.values()}
+    beside = {key: tensor for key, tensor in beside.items() if key not in placed}
     held = held_embeddings(model, files, beside, modules if residual else ())
     check_tensors(files, method, config, modules, adapters)
     if own is not None:
@@ -136,6 +141,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     changed = changed_embeddings(files, held, others)
     beside = {**{key: held[key].tensor for key in changed}, **biases}
     check_fit_dtypes(files, modules, saved, beside, adapters, others)
+    check_row_values(model, files, rows, others)
     say_replaced(files, changed)
     if own is None:
         check_may_change(model, files.caller)
@@ -150,6 +156,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
             method.file_format.start(module)
         attribute_of = method.file_format.attribute_of
         module.fill({attribute_of(kind): tensor for kind, tensor in tensors.items()})
+    fill_rows(model, rows, others)
     _fill_saved(model, saved, others)
     with torch.no_grad():
         for key, bias in biases.items():
@@ -217,7 +224,7 @@ def modules_for(
             raise bad_key(
                 files,
                 f"{PREFIX}{name}.{min(tensors)}",
-                f"must belong to a {' or '.join(families)} module, the model has {what} at {name}"
+                f"must belong to a {either(families)} module, the model has {what} at {name}"
                 f"{did_you_mean(name, possible)}{_way_out(name, present)}",
             )
     return {name: present[name] for name in adapters}
@@ -444,12 +451,11 @@ def _check_restarts(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> No
 
 def _say_differs(model: nn.Module, files: AdapterFiles) -> None:
     """Warn of modules whose branch is another one in PEFT, if the file is from there."""
-    modules = lowrank_modules(model, files.caller)
-    if differing := {path: m.differs_in_peft for path, m in modules.items() if m.differs_in_peft}:
+    if differing := differing_in_peft(model):
         path, what = next(iter(differing.items()))
         warnings.warn(
-            f"{files.caller}: PEFT's branch {what}, as of {path}: an adapter that PEFT has trained "
-            "computes something else there",
+            f"{files.caller}: PEFT {what}, here {path}: an adapter that PEFT has trained computes "
+            "something else there",
             stacklevel=4,  # the caller of load_adapter
         )
 

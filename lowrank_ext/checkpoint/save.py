@@ -2,11 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_ext import registry
 from lowrank_ext.adapt import lowrank_modules
@@ -17,6 +17,7 @@ from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.checkpoint.layout import PREFIX, path_in_file
 from lowrank_ext.checkpoint.peft_config import ModuleNumbers, config_fields
 from lowrank_ext.checkpoint.save_warnings import NOT_FINITE, save_warnings, some
+from lowrank_ext.checkpoint.token_rows import rows_to_save
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import gathered, is_sharded
@@ -65,7 +66,7 @@ def _save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         warnings.warn(f"save_adapter: {text}", stacklevel=3)
     file_format = registry.method_for(config, "save_adapter").file_format
     stored = {name: file_format.tensors(module, config) for name, module in modules.items()}
-    write_adapter(model, path, config, modules, stored, "save_adapter")
+    write_adapter(model, path, config, modules, stored | rows_to_save(model), "save_adapter")
 
 
 def config_of(model: nn.Module, caller: str) -> AdapterConfig:
@@ -89,8 +90,11 @@ def check_valued(
                 f"got {list(weight.shape)}; call resize_token_embeddings before adapt"
             )
     saved = outermost_modules(model, config.modules_to_save)
-    written = {name: module.adapter_tensors().values() for name, module in modules.items()}
+    written: dict[str, Collection[Tensor]] = {
+        name: module.adapter_tensors().values() for name, module in modules.items()
+    }
     written |= {name: whole.state_dict().values() for name, whole in saved.items()}
+    written |= {name: rows.values() for name, rows in rows_to_save(model).items()}
     for name, tensors in written.items():
         if any(tensor.is_meta for tensor in tensors):
             raise ValueError(f"{caller}: {name} must hold values, got a meta tensor")

@@ -12,6 +12,7 @@ from lowrank_ext.checkpoint.embeddings import embeddings_to_save
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.files.json_object import read_json_object
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.token_rows import TokenRows
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 NOT_FINITE = "hold inf or nan, which load_adapter refuses: the training has diverged"
@@ -37,11 +38,18 @@ def save_warnings(
             f"the scaling of {some(changed)} was changed, from {own[path]:g} to "
             f"{modules[path].scaling:g}: the files hold the former, that of the config"
         )
-    if differing := [path for path, m in modules.items() if m.differs_in_peft]:
+    if differing := differing_in_peft(model):
+        what = next(iter(differing.values()))
         yield (
-            f"PEFT's branch {modules[differing[0]].differs_in_peft}, as of {some(differing)}: PEFT "
-            "computes something else from the files than load_adapter"
+            f"PEFT {what}, here {some(list(differing))}: it computes something else from the files "
+            "than this library"
         )
+
+
+def differing_in_peft(model: nn.Module) -> dict[str, str]:
+    """By path of a module that PEFT computes otherwise from the same tensors: what it does."""
+    every = named_modules(model)
+    return {path: what for path, m in every if (what := getattr(m, "differs_in_peft", ""))}
 
 
 def lost_parameters(
@@ -77,6 +85,7 @@ def _trained_without_a_place(
     held |= {id(parameter) for module in saved for parameter in module.parameters()}
     held |= {id(tensor) for tensor in embeddings_to_save(model).values()}
     held |= {id(bias) for bias in biases}
+    held |= {id(module.rows) for module in model.modules() if isinstance(module, TokenRows)}
     return [
         f"{path}.{name}" if path else name
         for path, module in named_modules(model)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
+from lowrank_ext.nn.token_rows import TiedTokenRows, TokenRows
 
-__all__ = ["LowRankLinear", "MultiLoRALinear"]
+__all__ = ["LowRankLinear", "MultiLoRALinear", "TiedTokenRows", "TokenRows"]
 
 if TYPE_CHECKING:
 

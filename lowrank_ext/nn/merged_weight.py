@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ext.nn.quantized import dequantized_weight, way_out
 
@@ -46,11 +46,7 @@ def merged_weight(module: "LowRankLinear", dense_dtype: torch.dtype | None = Non
             "model without offloading"
         )
     merged = module.with_delta(weight).to(dense_dtype or weight.dtype)
-    if not torch.isfinite(merged).all():
-        raise ValueError(
-            f"{owner}: the merged weight must be finite in {str(merged.dtype)[6:]}, got inf or "
-            "nan; keep the adapter unmerged, or load the base in a dtype of wider range"
-        )
+    check_finite(merged, owner)
     return merged
 
 
@@ -71,14 +67,20 @@ def merged_bias(module: "LowRankLinear") -> Tensor | None:
             "keep the adapter unmerged"
         )
     merged = (bias + branch_bias).to(bias.dtype)
-    if not torch.isfinite(merged).all():
-        raise ValueError(
-            f"{owner}: the merged bias must be finite in {str(merged.dtype)[6:]}, got inf or nan"
-        )
+    check_finite(merged, owner, "bias")
     return merged
 
 
-def without_gradient(module: "LowRankLinear", y: Tensor) -> Tensor:
+def check_finite(merged: Tensor, owner: str, what: str = "weight") -> None:
+    """Raise ValueError where what is to be written into a base is not finite."""
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            f"{owner}: the merged {what} must be finite in {str(merged.dtype)[6:]}, got inf or "
+            "nan; keep the adapter unmerged, or load the base in a dtype of wider range"
+        )
+
+
+def without_gradient(module: nn.Module, y: Tensor) -> Tensor:
     """y, the output of a merged module in training mode; a backward through it raises, since no
     gradient would reach the adapter."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

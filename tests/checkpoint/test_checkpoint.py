@@ -720,11 +720,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "module_lacking": (
         lambda p: edit_tensors(p, lambda t: rename(t, EMBED_A, f"{P}embde.lora_A.weight")),
-        r"embde\.lora_A\.weight must belong to a linear[\w ]* module.*did you mean 'embed'",
+        r"embde\.lora_A\.weight must belong to a linear, .* module.*did you mean 'embed'",
     ),
     "module_not_linear": (
         lambda p: edit_tensors(p, lambda t: rename(t, EMBED_A, f"{P}norm.lora_A.weight")),
-        r"norm\.lora_A\.weight must belong to a linear[\w ]* module, the model has BatchNorm1d at",
+        r"norm\.lora_A\.weight must belong to a linear, .* module, the model has BatchNorm1d",
     ),
     "shape_wide": (
         lambda p: edit_tensors(p, lambda t: t.update({EMBED_A: torch.ones(4, 13)})),

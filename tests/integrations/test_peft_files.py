@@ -387,10 +387,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "got experts.weight, one of a Module, which has no experts interface|"
         "must be a LoRA of linear modules, got target_parameters",
     ),
-    "tokens": (
-        {"trainable_token_indices": {"embed": [1]}},
-        "trainable_token_indices=.* is not supported",
-    ),
     "alpha": ({"lora_alpha": -4}, "alpha must be positive"),
     "no_alpha": ({"lora_alpha": 0}, "alpha must be positive"),
 }

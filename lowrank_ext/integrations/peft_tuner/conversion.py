@@ -8,7 +8,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lowrank_ext.config import AdapterConfig, config_names
+from lowrank_ext.config import AdapterConfig, config_names, plain
 from lowrank_ext.integrations.peft_layer import accelerated_class
 from lowrank_ext.integrations.peft_tuner.config import config_class_for
 from lowrank_ext.integrations.peft_tuner.registration import register_with_peft
@@ -65,7 +65,7 @@ def _fields_of(config: AdapterConfig) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
     }
-    own = {name: getattr(config, name) for name in config.own_fields}
+    own = {name: plain(getattr(config, name)) for name in config.own_fields}
     return {
         **numbers,
         "lora_dropout": config.dropout,
@@ -75,7 +75,7 @@ def _fields_of(config: AdapterConfig) -> dict[str, Any]:
         "layers_to_transform": _names(config.layers_to_transform),
         "layers_pattern": _names(config.layers_pattern),
         "modules_to_save": list(config.modules_to_save) or None,
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in own.items()},
+        **own,
     }
 
 

@@ -1,11 +1,16 @@
 """Configuration of LoRA, rsLoRA and PiSSA."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
-from lowrank_ext.checks import check_choice, check_flag, normalized_names
-from lowrank_ext.config import AdapterConfig
+from lowrank_ext.checks import (
+    check_choice,
+    check_flag,
+    normalized_names,
+    normalized_token_indices,
+)
+from lowrank_ext.config import AdapterConfig, plain
 
 _BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
 
@@ -28,6 +33,10 @@ class LoRAConfig(AdapterConfig):
             its path equals a name or ends with ``"." + name``: ``"experts.gate_up_proj"``. As in
             PEFT without dropout, and without ``pissa``; exclude_modules and layers_to_transform do
             not concern them.
+        trainable_token_indices: tokens whose rows of the embeddings train beside the adapters. A
+            sequence is for the model's input embeddings, a mapping from names of embeddings or
+            heads, matched as target_modules, to sequences for others. Modules that the weight of
+            an embedding is tied to compute with the same rows.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -37,6 +46,7 @@ class LoRAConfig(AdapterConfig):
     target_parameters: Sequence[str] = ()
     lora_bias: bool = False
     bias: str = "none"
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None  # type: ignore[misc]  # a field of this method alone
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -52,6 +62,19 @@ class LoRAConfig(AdapterConfig):
         check_choice(self.bias, tuple(_BIASES), owner, "bias")
         if self.lora_bias and self.init != "kaiming":
             raise ValueError(f"{owner}: lora_bias must be False with init={self.init!r}, got True")
+        tokens = normalized_token_indices(self.trainable_token_indices, owner)
+        self._set("trainable_token_indices", tokens)
+
+    def for_module(self, path: str) -> Self:
+        return replace(super().for_module(path), trainable_token_indices=None)
+
+    def check_no_patterns(self, owner: str) -> None:
+        super().check_no_patterns(owner)
+        if self.trainable_token_indices is not None:
+            raise ValueError(
+                f"{owner}: trainable_token_indices must be None for a single module, got "
+                f"{plain(self.trainable_token_indices)}; use TokenRows over the embedding"
+            )
 
     @property
     def base_biases(self) -> str:
@@ -61,6 +84,8 @@ class LoRAConfig(AdapterConfig):
     def beyond_lora(self) -> str:
         if self.lora_bias:
             return "a bias of lora_b (lora_bias)"
+        if self.trainable_token_indices is not None:
+            return "trained rows of embeddings (trainable_token_indices)"
         return f"trained biases (bias={self.bias!r})" if self.bias != "none" else ""
 
     def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:

@@ -77,7 +77,7 @@ class LoRAConv(LoRALinear):
         self._on_rows = single and math.prod(self.stride) == 1 and not pads
         dilated = not single and math.prod(self.dilation) != 1
         if dilated or (pads and self.padding_mode != "zeros"):
-            self.differs_in_peft = "ignores the dilation and the padding_mode of a convolution"
+            self.differs_in_peft = "ignores dilation and padding_mode in the branch of convolutions"
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

@@ -16,7 +16,7 @@ from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig, rounded
 from lowrank_ext.checkpoint.layout import PREFIX, bad_key, whole
 from lowrank_ext.checks import check_alpha, check_rank
-from lowrank_ext.config import AdapterConfig
+from lowrank_ext.config import AdapterConfig, plain
 from lowrank_ext.files import parse_json_object, quoted
 from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.methods.lora.module import LoRALinear
@@ -41,7 +41,7 @@ _PEFT_INITS = {
 class LoRAFormat(AdapterFormat):
     """PEFT's format; only in memory are PiSSA's initial factors separate tensors."""
 
-    peft_fields = ("bias", "lora_bias", "target_parameters")
+    peft_fields = ("bias", "lora_bias", "target_parameters", "trainable_token_indices")
 
     def __init__(self) -> None:
         super().__init__(
@@ -77,6 +77,7 @@ class LoRAFormat(AdapterFormat):
             "lora_bias": config.lora_bias,
             "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
             "use_dora": False,
+            "trainable_token_indices": plain(config.trainable_token_indices),
         }
         if config.init != "pissa":
             return own, {}
