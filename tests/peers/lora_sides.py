@@ -116,7 +116,7 @@ def saved(model: Any, path: Path) -> dict[str, Tensor]:
     else:
         lr.save_adapter(model, path)
     tensors = load_file(path / "adapter_model.safetensors")
-    return {key: tensor for key, tensor in tensors.items() if ".base_layer." not in key}
+    return {key: t for key, t in tensors.items() if not key.endswith(".base_layer.weight")}
 
 
 @torch.no_grad()
