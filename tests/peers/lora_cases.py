@@ -58,6 +58,13 @@ CASES = {
         {"target_modules": ["projection", "q_proj"], "modules_to_save": ["classifier"]},
         family="vit",
     ),
+    "trainable_token_indices": Case({"trainable_token_indices": [0, 5, 31]}),
+    "trainable_token_indices, tied": Case(
+        {"trainable_token_indices": [0, 5, 31], **_GPT2}, family="gpt2"
+    ),
+    "trainable_token_indices, by name": Case(
+        {"trainable_token_indices": {"lm_head": [3, 4], "embed_tokens": [1]}}
+    ),
     "target_parameters": Case(
         {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
         family="mixtral",

@@ -81,3 +81,18 @@ def lora(family: str) -> Case:
     own = {"target_modules": FAMILIES[family].targets, "modules_to_save": FAMILIES[family].heads}
     options = {"r": RANK, "alpha": 12, **own}
     return Case(options, family=family, dtype=FAMILIES[family].exact)
+
+
+def test_experts_and_routers_of_pefts_all_linear(tmp_path: Path) -> None:
+    """PEFT adapts them in Mixtral; here experts are named in a warning, and routers refused."""
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear")
+    model = peft.get_peft_model(base("mixtral"), config)
+    named = set(model.peft_config["default"].target_parameters)
+    assert named == {"gate.weight", "gate_up_proj", "down_proj"}
+    with pytest.warns(
+        UserWarning, match=r"target_parameters=\['experts\.down_proj', 'experts\.gate"
+    ):
+        lr.adapt(base("mixtral"), lr.LoRAConfig(r=RANK))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"target_parameters must name stacked .*gate\.weight"):
+        lr.load_adapter(base("mixtral"), tmp_path)
