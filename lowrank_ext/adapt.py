@@ -271,7 +271,7 @@ def check_options(
         weight = weights.get(module)
         module_class = method.class_for(module)
         try:
-            module_class.check_base(module)
+            module_class.check_base(module, config)
             module_class.check_fits(*features, config.for_module(path))
             adapter_dtype_for(
                 None if weight is None else weight.dtype,

@@ -10,6 +10,7 @@ _RENAMED = {
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
     "init_lora_weights": "init",
+    "use_dora": "dora",
 }
 _BY_PEFT = "leave it out, or use PEFT and lr.accelerate(peft_model)"
 _FILE_ENTRY = "an entry of PEFT's files; leave it out"
@@ -42,7 +43,6 @@ _ABSENT = {
             "target_parameters",
             "trainable_token_indices",
             "use_bdlora",
-            "use_dora",
             "use_qalora",
             "velora_config",
         ),

@@ -44,7 +44,7 @@ def summary(model: nn.Module) -> "Table":
     kinds: dict[tuple[str, str, int, int], list[LowRankLinear]] = {}
     for path, m in lowrank_modules(model, "summary").items():
         name = path.rpartition(".")[2] or "(model)"
-        kinds.setdefault((name, type(m).__name__, m.in_features, m.out_features), []).append(m)
+        kinds.setdefault((name, m.kind, m.in_features, m.out_features), []).append(m)
     numbers = trainable_parameters(model)
     from rich.table import Table  # here, so that import lowrank_ext stays fast
 
@@ -60,7 +60,7 @@ def summary(model: nn.Module) -> "Table":
         own = [t for m in modules for t in m.adapter_tensors().values()]
         table.add_row(
             name,
-            kind.removesuffix("Linear"),
+            kind,
             str(len(modules)),
             f"{num_in} → {num_out}",
             _span([m.r for m in modules]),

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import PREFIX, bad_key
-from lowrank_ext.checkpoint.peft_config import WITH_PEFT
 from lowrank_ext.files import printable
 from lowrank_ext.wrappers import named_modules, unwrapped
-
-# Part of a key in PEFT's files -> the option that it belongs to.
-_FEATURES = {
-    "lora_magnitude_vector": "use_dora",
-}
 
 
 class Embedding(NamedTuple):
@@ -53,7 +47,7 @@ def held_embeddings(
             raise bad_key(
                 files,
                 PREFIX + key,
-                f"belongs to no adapter and to no module of modules_to_save{_feature_of(key)}",
+                "belongs to no adapter and to no module of modules_to_save",
             )
         expected = list(known[key].tensor.shape)
         if list(tensor.shape) != expected:
@@ -67,12 +61,6 @@ def held_embeddings(
         if not tensor.is_floating_point():
             raise bad_key(files, PREFIX + key, f"must be floating-point, got {tensor.dtype}")
     return {key: known[key] for key in names}
-
-
-def _feature_of(key: str) -> str:
-    """PEFT's option that writes such a tensor, for messages."""
-    feature = next((feature for part, feature in _FEATURES.items() if part in key), None)
-    return "" if feature is None else f"; {feature} is not supported, {WITH_PEFT}"
 
 
 def _embeddings_of(model: nn.Module, residual_paths: Collection[str]) -> dict[str, Embedding]:

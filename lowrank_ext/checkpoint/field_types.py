@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict, _NONE),
     "bias": (str, _NONE),
     "lora_bias": (bool, _NONE),
+    "use_dora": (bool, _NONE),
 }
 # Lists of numbers; others are lists of names.
 _NUMBERS = ("layers_to_transform", "trainable_token_indices")

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.nn.base_layer import is_hooked, is_plain
+from lowrank_ext.nn.dora import column_factor, dora_output
 from lowrank_ext.nn.low_rank_linear import sum_of_biases
+from lowrank_ext.nn.quantized import dequantized_weight, is_quantized
 from lowrank_ext.nn.rows import ids_of_names, ids_per_row
 from lowrank_ext.ops._registration import HALF_DTYPES
 
 _DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
 # Arguments of PEFT's layers that are not passed to the base.
 _PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
+_DORA = "peft.tuners.lora.variants.DoraLinearVariant"
 _CLASSES: dict[type[nn.Module], type["AcceleratedLoRA"]] = {}
 
 
@@ -31,6 +34,7 @@ class Adapter(NamedTuple):
     lora_a: Tensor  # [r, K]
     lora_b: Tensor  # [N, r]
     lora_bias: Tensor | None  # [N]
+    magnitude: Tensor | None  # [N], DoRA's
     scaling: float
     dropout_p: float
 
@@ -77,6 +81,8 @@ class AcceleratedLoRA(nn.Module):
             ids = ids_per_row(ids_of_names(rows, names, x.device), x)
             return self._mixed(self._base(x, *args, **kwargs), x, adapters, ids)
         weight = None if args or kwargs else self._weight_for(x)
+        if adapters[0].magnitude is not None:
+            return self._dora(x, weight, adapters[0], args, kwargs)
         if weight is None:
             return _add(self._base(x, *args, **kwargs), x, adapters)
         bias = self._modules["base_layer"]._parameters["bias"]  # type: ignore[union-attr]
@@ -106,7 +112,9 @@ class AcceleratedLoRA(nn.Module):
         drops = type(dropout) is nn.Dropout and dropout.training
         bias = lora_b._parameters["bias"]
         p = dropout.p if drops else 0.0
-        return Adapter(lora_a.weight, lora_b.weight, bias, self.scaling[name], p)
+        magnitude = _children(self, "lora_magnitude_vector").get(name)
+        magnitude = None if magnitude is None else magnitude.weight
+        return Adapter(lora_a.weight, lora_b.weight, bias, magnitude, self.scaling[name], p)
 
     def _not_covered(self, x: Tensor, adapters: Sequence[Adapter], mixed: bool) -> str:
         """Why PEFT's forward must run for these adapters and this x, or ""."""
@@ -127,6 +135,8 @@ class AcceleratedLoRA(nn.Module):
                 return "adapter_names together with dropout in training mode"
             if mixed and adapter.lora_bias is not None:
                 return "adapter_names together with lora_bias=True"
+            if adapter.magnitude is not None and (mixed or len(adapters) > 1):
+                return "DoRA beside other adapters"
         return ""
 
     def _weight_for(self, x: Tensor) -> Tensor | None:
@@ -146,6 +156,32 @@ class AcceleratedLoRA(nn.Module):
         # Autocast casts another dtype; without it the base raises its own error.
         cast = _autocast_dtype(x) is not None and weight.dtype != torch.float64
         return weight if cast else None
+
+    def _dora(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        adapter: Adapter,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """DoRA's output; weight: the base's, where the op can replace the base."""
+        assert adapter.magnitude is not None
+        base: Any = self._modules["base_layer"]
+        base_out = self._base(x, *args, **kwargs) if weight is None else None
+        whole = _dense_weight(base).to(x.dtype) if weight is None else weight
+        factors = adapter.lora_a, adapter.lora_b
+        factor = column_factor(adapter.magnitude, whole, *factors, adapter.scaling)
+        return dora_output(
+            x,
+            whole,
+            base._parameters.get("bias"),
+            *factors,
+            factor,
+            scaling=adapter.scaling,
+            dropout_p=adapter.dropout_p,
+            base_out=base_out,
+        )
 
     def _mixed(self, y: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Tensor) -> Tensor:
         """y with the adapter of each row of x added; ids [...], -1 for the base alone."""
@@ -194,8 +230,8 @@ def _new_layer(peft_class: type[nn.Module]) -> AcceleratedLoRA:
 def adapter_not_covered(layer: Any, name: str) -> str:
     """Why the adapter ``name`` of a PEFT layer needs PEFT's forward for every input; "" where the
     ops cover it."""
-    if name in layer.lora_variant:
-        return f"a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
+    if name in layer.lora_variant and (because := _variant_not_covered(layer, name)):
+        return because
     lora_a, lora_b = _children(layer, "lora_A")[name], _children(layer, "lora_B")[name]
     for factor in (lora_a, lora_b):
         if type(factor) is not nn.Linear or is_hooked(factor):
@@ -208,6 +244,29 @@ def adapter_not_covered(layer: Any, name: str) -> str:
     if not isinstance(layer.scaling[name], float | int):
         return f"scaling is a {type(layer.scaling[name]).__name__}"
     return ""
+
+
+def _variant_not_covered(layer: Any, name: str) -> str:
+    """Why a variant of LoRA needs PEFT's forward; "" for DoRA over a base whose weight is known."""
+    variant = type(layer.lora_variant[name])
+    if f"{variant.__module__}.{variant.__name__}" != _DORA:
+        return f"a variant of LoRA, {variant.__name__}"
+    magnitude, base = _children(layer, "lora_magnitude_vector")[name], layer.get_base_layer()
+    if is_hooked(magnitude) or not isinstance(magnitude.weight, Tensor):
+        return "DoRA with hooks on its magnitude"
+    if not (is_plain(base) or is_quantized(base)):
+        return f"DoRA over a {type(base).__name__} that is no plain linear, or with hooks"
+    return ""
+
+
+def _dense_weight(base: nn.Module) -> Tensor:
+    """The weight [N, K] of a base that ``_variant_not_covered`` lets pass."""
+    if is_quantized(base):
+        dense = dequantized_weight(base)
+        assert dense is not None
+        return dense
+    weight: Any = base._parameters["weight"]
+    return weight if type(base) is nn.Linear else weight.t()
 
 
 def _children(layer: nn.Module, name: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class LowRankLinear(ResidualBase):
                 f"out_features={out_features}, got {features_of(base)}"
             )
         if base is not None:
-            self.check_base(base)
+            self.check_base(base, config)
         self.config = config
         self.in_features = in_features
         self.out_features = out_features
@@ -179,7 +179,7 @@ class LowRankLinear(ResidualBase):
             )
 
     @classmethod
-    def check_base(cls, base: nn.Module) -> None:
+    def check_base(cls, base: nn.Module, config: AdapterConfig) -> None:
         """Raise ValueError, naming the setting, where a base of the family has one that the branch
         cannot follow."""
 
@@ -442,6 +442,11 @@ class LowRankLinear(ResidualBase):
             return y if branch_bias is None else y + branch_bias.to(y.dtype)
         total = sum_of_biases(bias, branch_bias, weight.dtype)
         return ops.lowrank_linear(x, weight, total, lora_a, lora_b, **options)
+
+    @property
+    def kind(self) -> str:
+        """What ``lowrank_ext.summary`` calls the module."""
+        return type(self).__name__.removesuffix("Linear")
 
     def extra_repr(self) -> str:
         base = "" if self.base_layer is not None else f", bias={self.bias is not None}"

@@ -273,3 +273,26 @@ def test_the_base_survives_evaluations(make: Callable[[], Any]) -> None:
             again = logits(model)
         for reference in (before, expected):
             assert (again - reference).norm() < 0.03 * expected.norm()
+
+
+def test_dora_is_pefts(
+    make: Callable[[], Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Ours, and PEFT's on the ops, beside PEFT's own over the same quantized base; PEFT's own
+    forward of DoRA does not run over 8-bit weights of bitsandbytes on a CPU."""
+    names = ["q_proj", "down_proj"]
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=4, use_dora=True, target_modules=names))
+    report = lr.accelerate(theirs)
+    assert len(report.accelerated) == 4 and not report.left_alone
+    trained(theirs).save_pretrained(tmp_path)
+    expected = logits(theirs)
+    assert (expected - logits(make())).abs().max() > 0.1
+    ours = lr.load_adapter(make(), tmp_path)
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=0.01)
+    if "int8" not in request.node.name:
+        torch.testing.assert_close(logits(lr.decelerate(theirs)), expected, rtol=0, atol=0.06)
+    lr.save_adapter(ours, tmp_path / "again")
+    again = trained(lr.load_adapter(make(), tmp_path / "again"))
+    after = logits(again)
+    dense = lr.unload(again, merge=True)
+    torch.testing.assert_close(logits(dense), after, rtol=0, atol=0.06)

@@ -25,6 +25,10 @@ class LoRAConfig(AdapterConfig):
             which are subtracted from the base weight (Meng et al., arXiv 2404.02948).
         lora_bias: whether lora_b has a bias of its own, zero at the start, which adds
             scaling · lora_bias to the output; with init="kaiming" only.
+        dora: whether the columns of the output have trained magnitudes (DoRA, Liu et al., arXiv
+            2402.09353): y = magnitude / ‖W + scaling · lora_b lora_a‖ ⊙ (x Wᵀ + scaling ·
+            (x lora_aᵀ) lora_bᵀ) + bias, the norm of each row, without a gradient. Over linear
+            modules, dense or quantized; not together with lora_bias.
         bias: which biases of the base train and are saved: ``"none"``, ``"lora_only"`` (those of
             adapted modules) or ``"all"`` of the model. They train in place, so the base is then no
             longer there: ``lr.disable_adapter`` raises.
@@ -45,6 +49,7 @@ class LoRAConfig(AdapterConfig):
     init: str = "kaiming"
     target_parameters: Sequence[str] = ()
     lora_bias: bool = False
+    dora: bool = False
     bias: str = "none"
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None  # type: ignore[misc]  # a field of this method alone
 
@@ -59,9 +64,12 @@ class LoRAConfig(AdapterConfig):
         self._set("target_parameters", names)
         super().__post_init__()
         check_flag(self.lora_bias, owner, "lora_bias")
+        check_flag(self.dora, owner, "dora")
         check_choice(self.bias, tuple(_BIASES), owner, "bias")
         if self.lora_bias and self.init != "kaiming":
             raise ValueError(f"{owner}: lora_bias must be False with init={self.init!r}, got True")
+        if self.lora_bias and self.dora:
+            raise ValueError(f"{owner}: lora_bias must be False with dora=True, got True")
         tokens = normalized_token_indices(self.trainable_token_indices, owner)
         self._set("trainable_token_indices", tokens)
 
@@ -82,6 +90,8 @@ class LoRAConfig(AdapterConfig):
 
     @property
     def beyond_lora(self) -> str:
+        if self.dora:
+            return "magnitudes of its columns (DoRA)"
         if self.lora_bias:
             return "a bias of lora_b (lora_bias)"
         if self.trainable_token_indices is not None:
@@ -90,7 +100,9 @@ class LoRAConfig(AdapterConfig):
 
     def adapter_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, list[int]]:
         shapes = super().adapter_shapes(r, in_features, out_features)
-        return {**shapes, "lora_bias": [out_features]} if self.lora_bias else shapes
+        if self.lora_bias:
+            shapes["lora_bias"] = [out_features]
+        return {**shapes, "magnitude": [out_features]} if self.dora else shapes
 
     def must_agree(self) -> dict[str, Any]:
-        return {"lora_bias": self.lora_bias, "bias": self.bias}
+        return {"lora_bias": self.lora_bias, "dora": self.dora, "bias": self.bias}

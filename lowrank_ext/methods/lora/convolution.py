@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
+from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.base_layer import CONVOLUTION, convolved, kernel_shape
 from lowrank_ext.nn.low_rank_linear import sum_of_biases
@@ -55,7 +56,8 @@ class LoRAConv(LoRALinear):
     padding_mode: str
 
     @classmethod
-    def check_base(cls, base: Any) -> None:
+    def check_base(cls, base: Any, config: AdapterConfig) -> None:
+        cls.check_without_dora(config)
         if base.groups != 1:
             raise ValueError(
                 f"{cls.__name__}: groups must be 1, got {base.groups}; put convolutions with "

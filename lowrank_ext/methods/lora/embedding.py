@@ -41,13 +41,10 @@ class LoRAEmbedding(LoRALinear):
     sparse: bool
 
     @classmethod
-    def check_fits(cls, in_features: int, out_features: int, config: AdapterConfig) -> None:
-        super().check_fits(in_features, out_features, config)
+    def check_base(cls, base: nn.Module, config: AdapterConfig) -> None:
+        cls.check_without_dora(config)
         if "lora_bias" in config.adapter_shapes(1, 1, 1):
             raise ValueError(f"{cls.__name__}: lora_bias must be False over an embedding, got True")
-
-    @classmethod
-    def check_base(cls, base: nn.Module) -> None:
         if getattr(base, "max_norm", None) is not None:
             raise ValueError(
                 f"{cls.__name__}: max_norm must be None, by which each lookup rewrites the frozen "

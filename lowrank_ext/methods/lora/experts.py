@@ -38,6 +38,7 @@ class LoRAExpertLinear(LowRankLinear):
             ("init", config.init != "pissa", "'kaiming' or 'gaussian'"),
             ("dropout", not config.dropout, "0, as in PEFT,"),
             ("lora_bias", not config.lora_bias, "False, as in PEFT,"),
+            ("dora", not config.dora, "False, as in PEFT,"),
             ("bias", config.bias != "all", "'none' or 'lora_only'"),
         ):
             if not fits:

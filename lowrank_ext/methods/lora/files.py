@@ -41,7 +41,10 @@ _PEFT_INITS = {
 class LoRAFormat(AdapterFormat):
     """PEFT's format; only in memory are PiSSA's initial factors separate tensors."""
 
-    peft_fields = ("bias", "lora_bias", "target_parameters", "trainable_token_indices")
+    peft_fields = (
+        *("bias", "lora_bias", "use_dora"),
+        *("target_parameters", "trainable_token_indices"),
+    )
 
     def __init__(self) -> None:
         super().__init__(
@@ -49,6 +52,7 @@ class LoRAFormat(AdapterFormat):
                 "lora_a_init": LORA_A_INIT,
                 "lora_b_init": LORA_B_INIT,
                 "lora_bias": "lora_B.bias",
+                "magnitude": "lora_magnitude_vector",
             }
         )
 
@@ -56,7 +60,8 @@ class LoRAFormat(AdapterFormat):
         if config.init != "pissa":
             return super().tensors(module, config)
         lora_a, lora_b = _with_start(module)  # of one scaling: a file has no other
-        return self.stored(module, {"lora_a": lora_a, "lora_b": lora_b})
+        doubled = self.stored(module, {"lora_a": lora_a, "lora_b": lora_b})
+        return {**super().tensors(module, config), **doubled}
 
     def lora_factors(self, module: LowRankLinear) -> tuple[Tensor, Tensor]:
         if not module.residual_taken:
@@ -76,7 +81,7 @@ class LoRAFormat(AdapterFormat):
             "bias": config.bias,
             "lora_bias": config.lora_bias,
             "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-            "use_dora": False,
+            "use_dora": config.dora,
             "trainable_token_indices": plain(config.trainable_token_indices),
         }
         if config.init != "pissa":
@@ -137,8 +142,10 @@ class LoRAFormat(AdapterFormat):
                 "base weights in a way that the file does not hold; save from PEFT with "
                 "path_initial_model_for_weight_conversion"
             )
-        options = {key: stored.fields[key] for key in self.peft_fields if stored.fields.get(key)}
-        return {**stored.shared, **options, "init": _PEFT_INITS[init]}
+        used = {key: stored.fields[key] for key in self.peft_fields if stored.fields.get(key)}
+        if "use_dora" in used:
+            used["dora"] = used.pop("use_dora")
+        return {**stored.shared, **used, "init": _PEFT_INITS[init]}
 
 
 def _with_start(module: LowRankLinear) -> tuple[Tensor, Tensor]:
