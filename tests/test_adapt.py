@@ -453,7 +453,7 @@ def test_the_config_is_kept_and_round_trips_through_json() -> None:
         (dict(use_rslora=True), TypeError, "LoRAConfig: use_rslora is called rslora here"),
         (dict(init_lora_weights="pissa"), TypeError, "init_lora_weights is called init here"),
         (dict(task_type="CAUSAL_LM"), TypeError, "task_type is no option here: the model's class"),
-        (dict(use_dora=True), TypeError, "use_dora is no option here: not supported; leave it out"),
+        (dict(use_dora=True), TypeError, "use_dora is called dora here"),
         (dict(targets=["q"]), TypeError, "'targets' is no option; did you mean 'target_modules'"),
         (dict(dropout=-0.1), ValueError, "LoRAConfig: dropout must be between 0 and 1"),
         (dict(init="svd_residual"), ValueError, "LoRAConfig: init must be one of .*'svd_residual'"),

@@ -439,7 +439,7 @@ def edited(source: Path, target: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"use_dora": True}, "must be a LoRA at inference, got one with magnitudes of its columns"),
         ({"bias": "all"}, "must be a LoRA at inference, got one with trained biases .bias='all'."),
         ({"init_lora_weights": "pissa"}, "must be a LoRA at inference, got a residual base weight"),
         ({"peft_type": "LOHA"}, r"peft_type must be one of 'LORA', .*, got 'LOHA'"),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lowrank_ext import ops
 from lowrank_ext.nn.base_layer import is_hooked, is_plain
+from lowrank_ext.nn.biases import sum_of_biases
 from lowrank_ext.nn.dora import column_factor, dora_output
-from lowrank_ext.nn.low_rank_linear import sum_of_biases
 from lowrank_ext.nn.quantized import dequantized_weight, is_quantized
 from lowrank_ext.nn.rows import ids_of_names, ids_per_row
 from lowrank_ext.ops._registration import HALF_DTYPES

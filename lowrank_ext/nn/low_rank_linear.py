@@ -26,18 +26,10 @@ from lowrank_ext.nn.base_layer import (
     plain_module,
     stack_of,
 )
+from lowrank_ext.nn.biases import merged_bias, sum_of_biases
 from lowrank_ext.nn.call_arguments import split_call
-from lowrank_ext.nn.merged_weight import merged_bias, merged_weight, without_gradient
+from lowrank_ext.nn.merged_weight import merged_weight, without_gradient
 from lowrank_ext.nn.residual_base import ResidualBase
-
-
-def sum_of_biases(
-    bias: Tensor | None, branch_bias: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """The sum of those that are there, with one rounding to ``dtype``."""
-    if branch_bias is None:
-        return bias
-    return (branch_bias if bias is None else bias + branch_bias).to(dtype)
 
 
 class LowRankLinear(ResidualBase):

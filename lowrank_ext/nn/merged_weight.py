@@ -50,27 +50,6 @@ def merged_weight(module: "LowRankLinear", dense_dtype: torch.dtype | None = Non
     return merged
 
 
-def merged_bias(module: "LowRankLinear") -> Tensor | None:
-    """round(fp32(bias) + branch_bias()), a new tensor; None where the branch has no bias.
-
-    Raises:
-        ValueError: the base has no bias of which the branch's could become a part, or the sum is
-            not finite in its dtype.
-    """
-    branch_bias = module.branch_bias()
-    if branch_bias is None:
-        return None
-    owner, bias = f"{type(module).__name__}.merge", module.base_bias
-    if bias is None:
-        raise ValueError(
-            f"{owner}: the base must have a bias, to which lora_bias would be added, got none; "
-            "keep the adapter unmerged"
-        )
-    merged = (bias + branch_bias).to(bias.dtype)
-    check_finite(merged, owner, "bias")
-    return merged
-
-
 def check_finite(merged: Tensor, owner: str, what: str = "weight") -> None:
     """Raise ValueError where what is to be written into a base is not finite."""
     if not torch.isfinite(merged).all():

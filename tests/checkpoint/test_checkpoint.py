@@ -645,7 +645,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "type_unknown": (lambda p: edit_config(p, peft_type="IA3"), "peft_type .* got 'IA3'"),
     "other_method": (lambda p: edit_config(p, peft_type="LAMDA"), "lora_core.weight is missing"),
-    "dora": (lambda p: edit_config(p, use_dora=True), "use_dora=True is not supported"),
+    "dora": (lambda p: edit_config(p, use_dora=True), "lora_magnitude_vector is missing"),
     "bias": (
         lambda p: edit_config(p, bias="all"),
         "bias is missing, a bias that .* says has been trained",
@@ -709,10 +709,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"embed\.lora_core\.weight is no tensor of LORA",
     ),
     "kind_of_peft": (
-        lambda p: edit_tensors(
-            p, lambda t: t.update({f"{P}embed.lora_magnitude_vector": torch.ones(4)})
-        ),
-        r"embed\.lora_magnitude_vector belongs to no adapter",
+        lambda p: edit_tensors(p, lambda t: t.update({f"{P}embed.lora_E": torch.ones(4)})),
+        r"embed\.lora_E belongs to no adapter",
     ),
     "prefix": (
         lambda p: edit_tensors(p, lambda t: rename(t, EMBED_A, "embed.lora_A.weight")),

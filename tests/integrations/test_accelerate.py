@@ -812,27 +812,28 @@ def test_wrong_inputs_raise_what_peft_raises() -> None:
 
 
 def test_an_adapter_of_an_uncovered_kind_added_later() -> None:
-    """DoRA on the layers of a model that runs on the ops: PEFT's forward while it is active."""
+    """BD-LoRA on the layers of a model that runs on the ops: PEFT's forward while it is active."""
+    blocks = lora.config.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=1)
     ours, theirs = pair(dtype=FP64, target_modules=["q_proj"])
     for model in (ours, theirs):
-        with_second_adapter(model, use_dora=True, target_modules=["q_proj"])
+        with_second_adapter(model, use_bdlora=blocks, target_modules=["q_proj"])
         model.double()
     assert_same_logits(ours, theirs)
     for model in (ours, theirs):
         model.set_adapter("second")
-    with pytest.warns(UserWarning, match="DoraLinearVariant"):
+    with pytest.warns(UserWarning, match="BdLoraLinearVariant"):
         got = logits(ours)
     assert torch.equal(got, logits(theirs))
     report = lr.accelerate(ours)
     assert set(report.partly) == set(report.accelerated) and not report.left_alone
-    assert "DoraLinearVariant" in str(report)
+    assert "BdLoraLinearVariant" in str(report)
     ours.set_adapter("default")
     theirs.set_adapter("default")
     assert_same_logits(ours, theirs)
     ours.delete_adapter("default")  # now there is nothing that the ops could do
     report = lr.accelerate(ours)
     assert not report.accelerated and not layers_of(ours)
-    assert set(report.left_alone.values()) == {"a variant of LoRA, DoraLinearVariant"}
+    assert set(report.left_alone.values()) == {"a variant of LoRA, BdLoraLinearVariant"}
 
 
 class Mixed(nn.Module):
@@ -881,13 +882,12 @@ def test_report_names_every_layer_and_why() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "a variant of LoRA, DoraLinearVariant"),
         (
             {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
             "a variant of LoRA, ALoraLinearVariant",
         ),
     ],
-    ids=["dora", "alora"],
+    ids=["alora"],
 )
 def test_variants_are_left_alone(options: dict[str, Any], reason: str) -> None:
     with warnings.catch_warnings():

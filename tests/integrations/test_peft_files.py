@@ -381,7 +381,6 @@ class Convolutional(nn.Module):
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora=True is not supported"),
     "parameters": (
         {"target_modules": ["linear"], "target_parameters": ["experts.weight"]},
         "got experts.weight, one of a Module, which has no experts interface|"

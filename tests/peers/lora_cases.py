@@ -52,6 +52,8 @@ CASES = {
     "lora_bias and Conv1D": Case({"lora_bias": True, **_GPT2}, family="gpt2"),
     "bias: lora_only": Case({"bias": "lora_only", **_GPT2}, family="gpt2"),
     "bias: all": Case({"bias": "all", **_GPT2}, family="gpt2"),
+    "dora": Case({"dora": True}),
+    "dora, rslora and Conv1D": Case({"dora": True, "rslora": True, **_GPT2}, family="gpt2"),
     "embedding": Case({"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding, gaussian": Case({"target_modules": ["embed_tokens"], "init": "gaussian"}),
     "Conv2d": Case(

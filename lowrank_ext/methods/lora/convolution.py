@@ -11,7 +11,7 @@ from lowrank_ext import ops
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.base_layer import CONVOLUTION, convolved, kernel_shape
-from lowrank_ext.nn.low_rank_linear import sum_of_biases
+from lowrank_ext.nn.biases import sum_of_biases
 from lowrank_ext.nn.up_product import add_up_product
 
 # Settings of a convolution that are arguments of its class.
