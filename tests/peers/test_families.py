@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES, base, logits, trained
 from lora_sides import Case, check_start, check_values
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import lowrank_ext as lr
 from lowrank_ext.registry import METHODS
@@ -65,6 +66,19 @@ def test_trains_saves_and_loads(family: str, method: str, by_peft: bool, tmp_pat
         again = lr.load_adapter(base(family), tmp_path)
     assert torch.equal(logits(again, family), expected)
     assert not torch.allclose(expected, logits(base(family), family), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pefts_auto_class_finds_the_base(method: str, tmp_path: Path) -> None:
+    base("llama").save_pretrained(tmp_path / "base")
+    config = lr.peft_config(METHODS[method].config_class(r=RANK), task_type="CAUSAL_LM")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(loaded.requires_grad_(False), config)
+    trained(model, "llama")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    again.requires_grad_(False)
+    assert torch.equal(logits(again, "llama"), logits(model, "llama"))
 
 
 @by_family
