@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lowrank_ext.integrations.peft_experts import AcceleratedExperts, experts_not_covered
 from lowrank_ext.integrations.peft_layer import (
     AcceleratedLoRA,
     accelerated_class,
@@ -37,7 +38,6 @@ _OTHER_CLASSES = {
     "Conv2d": "a convolution is no linear module",
     "Conv3d": "a convolution is no linear module",
     "MultiheadAttention": "nn.MultiheadAttention is no linear module",
-    "ParamWrapper": "adapts a parameter (target_parameters), no linear module",
     "LoraParallelLinear": "Megatron's parallel linear",
     "SVDLinear": "AdaLoRA",
 }
@@ -116,6 +116,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Kept for backward: x and h [M, r] for each layer; no cast or dropped copy of x, no mask.
 
+    Wrappers of stacked expert weights (``target_parameters``) run the experts with a branch on each
+    product, where PEFT adds the branches of all experts to the weight.
+
     Left alone, with the reason in the report: layers that are no linear map, quantized layers with
     their own forward, layers with a forward set on the instance (accelerate's device hooks), and
     layers none of whose adapters is covered (DoRA and other variants, ``lora_bias``). Cases that
@@ -148,7 +151,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         if path in left_alone:
             _give_back(layer)
         elif not isinstance(layer, AcceleratedLoRA):
-            layer.__class__ = accelerated_class(type(layer))
+            layer.__class__ = accelerated_class_for(type(layer))
     return AccelerationReport(model, tuple(covered), left_alone, partly)
 
 
@@ -164,7 +167,7 @@ def decelerate(model: Model) -> Model:
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, AcceleratedLoRA)}
     for path, layer in layers.items():
-        if type(layer) is not accelerated_class(layer.peft_class):
+        if type(layer) is not accelerated_class(layer.peft_class, layer.mixin):
             raise RuntimeError(
                 f"decelerate: {path} must be as accelerate left it, got a {type(layer).__name__}"
             )
@@ -209,6 +212,8 @@ def _peft_class(layer: nn.Module) -> type[nn.Module]:
 def _not_covered(layer: Any) -> str:
     """Why the layer keeps PEFT's forward, or ""."""
     peft_class = _peft_class(layer)
+    if _wraps_parameter(peft_class):
+        return experts_not_covered(layer) or _no_adapter_covered(layer)
     if not _has_covered_forward(peft_class):
         own = f"{peft_class.__module__.rpartition('.')[2]}.{peft_class.__name__}"
         return _OTHER_CLASSES.get(peft_class.__name__, f"{own} has a forward of its own")
@@ -216,6 +221,10 @@ def _not_covered(layer: Any) -> str:
         return "a forward was put on the layer itself"
     if isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it"
+    return _no_adapter_covered(layer)
+
+
+def _no_adapter_covered(layer: Any) -> str:
     reasons = [adapter_not_covered(layer, name) for name in layer.lora_A]
     return _most_common(reasons) if reasons and all(reasons) else ""
 
@@ -226,6 +235,18 @@ def _partly_covered(layer: Any) -> str:
 
 def _most_common(reasons: Sequence[str]) -> str:
     return Counter(reasons).most_common(1)[0][0] if reasons else ""
+
+
+def accelerated_class_for(peft_class: type[nn.Module]) -> type[AcceleratedLoRA]:
+    """The class that a layer of ``peft_class``, which is covered, gets."""
+    mixin = AcceleratedExperts if _wraps_parameter(peft_class) else AcceleratedLoRA
+    return accelerated_class(peft_class, mixin)
+
+
+def _wraps_parameter(peft_class: type[nn.Module]) -> bool:
+    wrapper: Any = getattr(_import_lora(), "ParamWrapper", None)
+    known = wrapper is not None and issubclass(peft_class, wrapper)
+    return known and peft_class.forward is wrapper.forward
 
 
 def _has_covered_forward(peft_class: type[nn.Module]) -> bool:

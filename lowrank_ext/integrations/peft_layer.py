@@ -55,6 +55,9 @@ class AcceleratedLoRA(nn.Module):
     """
 
     peft_class: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type["AcceleratedLoRA"]]
+    # Put before the name of PEFT's class.
+    prefix: ClassVar[str] = "Accelerated"
 
     scaling: dict[str, float]
     active_adapters: list[str]
@@ -72,7 +75,7 @@ class AcceleratedLoRA(nn.Module):
             return self._peft_forward(x, *args, **kwargs)
         adapters, because = self._adapters(x, names, mixed=rows is not None)
         if because:
-            _say(because)
+            say(because)
             return self._peft_forward(x, *args, **kwargs)
         if kwargs:
             self._check_forward_args(x, *args, **kwargs)
@@ -207,23 +210,26 @@ class AcceleratedLoRA(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle cannot find it by name.
-        return _new_layer, (self.peft_class,), self.__getstate__()
+        return _new_layer, (self.peft_class, self.mixin), self.__getstate__()
 
 
-def accelerated_class(peft_class: type[nn.Module]) -> type[AcceleratedLoRA]:
-    """The subclass of ``peft_class`` with AcceleratedLoRA's forward, made once."""
+def accelerated_class(
+    peft_class: type[nn.Module], mixin: type[AcceleratedLoRA] = AcceleratedLoRA
+) -> type[AcceleratedLoRA]:
+    """The subclass of ``peft_class`` with the forward of ``mixin``, made once."""
     if peft_class not in _CLASSES:
-        _CLASSES[peft_class] = _make_class(peft_class)
+        _CLASSES[peft_class] = _make_class(peft_class, mixin)
     return _CLASSES[peft_class]
 
 
-def _make_class(peft_class: type[nn.Module]) -> type[AcceleratedLoRA]:
-    members = {"peft_class": peft_class, "__module__": __name__, "__doc__": AcceleratedLoRA.__doc__}
-    return type(f"Accelerated{peft_class.__name__}", (AcceleratedLoRA, peft_class), members)
+def _make_class(peft_class: type[nn.Module], mixin: type[AcceleratedLoRA]) -> type[AcceleratedLoRA]:
+    members: dict[str, Any] = {"peft_class": peft_class, "mixin": mixin}
+    members |= {"__module__": __name__, "__doc__": mixin.__doc__}
+    return type(f"{mixin.prefix}{peft_class.__name__}", (mixin, peft_class), members)
 
 
-def _new_layer(peft_class: type[nn.Module]) -> AcceleratedLoRA:
-    layer_class = accelerated_class(peft_class)
+def _new_layer(peft_class: type[nn.Module], mixin: type[AcceleratedLoRA]) -> AcceleratedLoRA:
+    layer_class = accelerated_class(peft_class, mixin)
     return layer_class.__new__(layer_class)
 
 
@@ -328,7 +334,8 @@ def _stack(factors: Sequence[Tensor]) -> Tensor:
     return torch.stack([factor.to(widest) for factor in factors])
 
 
-def _say(because: str) -> None:
+def say(because: str) -> None:
+    """Warn that a layer runs through PEFT's own forward."""
     # Python shows equal warnings once. Compiled code gives none.
     if not torch.compiler.is_compiling():
         warnings.warn(

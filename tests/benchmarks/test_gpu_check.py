@@ -299,6 +299,7 @@ def test_a_case_is_measured(gpu_measure: ModuleType, monkeypatch: pytest.MonkeyP
     [
         ("bench_moe", "5,24,16,4,2,3,0.1,float32", 2),
         ("bench_multi", "2,3,2,24,16,4,float32", 1),
+        ("bench_experts", "9,4,2,16,24,2,float32", 2),
     ],
 )
 def test_benches_of_experts_leave_their_rows(

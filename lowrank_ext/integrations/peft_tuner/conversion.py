@@ -9,9 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lowrank_ext.config import AdapterConfig, config_names, plain
-from lowrank_ext.integrations.peft_layer import accelerated_class
+from lowrank_ext.integrations.peft import accelerated_class_for
 from lowrank_ext.integrations.peft_tuner.config import config_class_for
 from lowrank_ext.integrations.peft_tuner.registration import register_with_peft
+from lowrank_ext.nn.experts import no_branches_because
 from lowrank_ext.nn.quantized import keep_unpacked
 from lowrank_ext.registry import method_for, method_of
 
@@ -99,14 +100,22 @@ def _lora_config(
     own["target_parameters"] = list(config.target_parameters) or None
     options, _ = method_for(config, "peft_config").file_format.fields(config, own)
     made = LoraConfig(**own, **options, **fields)
-    made._register_custom_module({nn.Linear: _accelerated})  # type: ignore[dict-item]  # calls it
+    made._register_custom_module({nn.Module: _accelerated})  # type: ignore[dict-item]  # calls it
     return made
 
 
-def _accelerated(target: nn.Module, adapter_name: str, **options: Any) -> nn.Module | None:
-    """PEFT's LoRA layer on the fused ops; None, for PEFT to go on, over any but a plain linear."""
+def _accelerated(
+    target: nn.Module, adapter_name: str, parameter_name: str | None = None, **options: Any
+) -> nn.Module | None:
+    """PEFT's LoRA layer on the fused ops; None, for PEFT to go on, over any but a plain linear and
+    stacked weights of experts."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if parameter_name is not None:
+        if no_branches_because(base, parameter_name):
+            return None
+        options["parameter_name"] = parameter_name
+        return accelerated_class_for(lora.ParamWrapper)(target, adapter_name, **options)
     if type(base) is not nn.Linear:
         keep_unpacked(base)
         return None
-    return accelerated_class(lora.Linear)(target, adapter_name, **options)
+    return accelerated_class_for(lora.Linear)(target, adapter_name, **options)
