@@ -252,6 +252,11 @@ def check_tensors(
     for name, tensors in adapters.items():
         module = modules[name]
         in_file = PREFIX + path_in_file(name, stacked)
+        if not isinstance(module, LowRankLinear):
+            try:
+                method.class_for(module).check_base(module, config.for_module(name))
+            except ValueError as error:
+                raise ValueError(f"{files.caller}: {name}: {error}") from None
         shapes = method.file_format.shapes(config, config.rank_for(name), module)
         optional = method.file_format.optional(config, shapes)
         if any(not optional.keys().isdisjoint(tensors) for tensors in adapters.values()):

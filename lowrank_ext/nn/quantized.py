@@ -20,7 +20,8 @@ def is_quantized(base: nn.Module) -> bool:
     weight = base._parameters.get("weight")
     known = type(weight).__name__ in ("Params4bit", "Int8Params")
     of_torchao = type(weight).__module__.startswith("torchao.")
-    return (known or of_torchao) and not is_hooked(base)
+    linear = not isinstance(base, nn.Embedding)
+    return linear and (known or of_torchao) and not is_hooked(base)
 
 
 def way_out(base: nn.Module) -> str:

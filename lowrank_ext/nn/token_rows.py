@@ -79,6 +79,21 @@ class WithRows(Adapter):
         """The base's Parameter, or None."""
         return getattr(self.base_layer, "bias", None)
 
+    @property
+    def num_embeddings(self) -> int:
+        """The embedding's number of rows, as models read it."""
+        return self.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """The embedding's number of columns."""
+        return self.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The embedding's padding token."""
+        return getattr(self.base_layer, "padding_idx", None)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """ids [...], or x [..., K] of a head, to the base's output with the trained rows."""
         y: Tensor = self.base_layer(x, *args, **kwargs)

@@ -56,6 +56,12 @@ CASES = {
     "dora, rslora and Conv1D": Case({"dora": True, "rslora": True, **_GPT2}, family="gpt2"),
     "embedding": Case({"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding, gaussian": Case({"target_modules": ["embed_tokens"], "init": "gaussian"}),
+    "trainable_token_indices, scaled and tied": Case(
+        {"trainable_token_indices": [7, 1]}, family="gemma3"
+    ),
+    "embedding, scaled and tied": Case(
+        {"target_modules": ["embed_tokens", "q_proj"]}, family="gemma3"
+    ),
     "Conv2d": Case(
         {"target_modules": ["projection", "q_proj"], "modules_to_save": ["classifier"]},
         family="vit",

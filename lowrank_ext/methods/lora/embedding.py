@@ -40,6 +40,16 @@ class LoRAEmbedding(LoRALinear):
     scale_grad_by_freq: bool
     sparse: bool
 
+    @property
+    def num_embeddings(self) -> int:
+        """K, as models read it from an embedding."""
+        return self.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """N."""
+        return self.out_features
+
     @classmethod
     def check_base(cls, base: nn.Module, config: AdapterConfig) -> None:
         cls.check_without_dora(config)

@@ -453,6 +453,19 @@ def test_pefts_own_pissa_over_an_embedding_is_refused(tmp_path: Path) -> None:
     assert not hasattr(base, "lowrank_config") and type(base.linear) is nn.Linear
 
 
+def test_a_file_for_a_convolution_with_groups_is_refused(tmp_path: Path) -> None:
+    """PEFT's branch is no part of the weight there."""
+    base = nn.Conv2d(4, 4, 3, groups=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(Holder(base), peft.LoraConfig(r=2, target_modules=["base"]))
+    model.save_pretrained(tmp_path)
+    other = Holder(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="load_adapter: base: LoRAConv: groups must be 1, got 2"):
+        lr.load_adapter(other, tmp_path)
+    assert type(other.base) is nn.Conv2d
+
+
 REFUSED_BASES: dict[str, tuple[nn.Module, str]] = {
     "max_norm": (nn.Embedding(K, N, max_norm=1.0), r"max_norm must be None, .* got 1\.0"),
     "embed_scale": (ScaledEmbedding(torch.ones(2)), r"embed_scale must be one number, got \[2\]"),
@@ -534,6 +547,49 @@ def test_a_model_of_all_families() -> None:
     lr.unload(model)
     assert [type(m) for m in model.children()] == [type(m) for m in Mixed().children()]
     torch.testing.assert_close(model(x), after, rtol=1e-4, atol=1e-4)
+
+
+def test_models_read_the_settings_of_a_base() -> None:
+    """Whisper's forward reads the strides of its convolutions."""
+    embedding = LoRAEmbedding.from_linear(nn.Embedding(K, N, padding_idx=3), r=2)
+    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (K, N, 3)
+    convolution = LoRAConv.from_linear(nn.Conv2d(4, 5, 3, stride=2, padding=1), r=2)
+    assert (convolution.in_channels, convolution.out_channels) == (4, 5)
+    assert convolution.stride == (2, 2) and convolution.kernel_size == (3, 3)
+    assert (convolution.padding, convolution.dilation, convolution.groups) == ((1, 1), (1, 1), 1)
+
+
+def test_a_tied_head_keeps_the_bases_weight() -> None:
+    """As in PEFT; a merge, which PEFT makes with a warning, would change the head's logits."""
+    from peft_models import llama, token_ids
+
+    options = {"r": 2, "target_modules": ["embed_tokens"]}
+    torch.manual_seed(3)
+    model = lr.adapt(llama(tied=True), LoRAConfig(**options))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = peft.get_peft_model(llama(tied=True), peft.LoraConfig(**options, lora_alpha=2))
+    embedding = reference.base_model.model.model.embed_tokens
+    with torch.no_grad():
+        model.model.embed_tokens.lora_a.normal_()
+        embedding.lora_embedding_A["default"].copy_(model.model.embed_tokens.lora_a)
+    ids, weight = token_ids(), model.lm_head.weight.clone()
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+    for call in (lr.merge, lambda m: lr.unload(m, merge=True)):
+        with pytest.raises(ValueError, match="embed_tokens must be its own, got one tied to"):
+            call(model)
+        assert torch.equal(model.lm_head.weight, weight)
+    with pytest.raises(ValueError, match="would change the weight, which is tied to lm_head"):
+        lr.adapt(llama(tied=True), LoRAConfig(**options, init="pissa"))
+
+
+def test_a_guard_refuses_other_families() -> None:
+    from peft_models import llama
+
+    with pytest.raises(ValueError, match="GuardModel: target_modules must name linear modules"):
+        lr.guard.GuardModel(llama(), targets=["embed_tokens"])
 
 
 def test_all_linear_stays_linear() -> None:
