@@ -87,4 +87,46 @@ CASES = {
         get={"autocast_adapter_dtype": False},
         ways=("accelerated", "adapt"),
     ),
+    # several together
+    "dora, patterns, one layer": Case(
+        {
+            "dora": True,
+            "rank_pattern": _RANKS,
+            "alpha_pattern": {"o_proj": 7},
+            "layers_to_transform": 0,
+        }
+    ),
+    "dora, biases, a new head": Case(
+        {"dora": True, "target_modules": "all-linear", "bias": "lora_only"}, family="bert"
+    ),
+    "dora and pissa": Case({"dora": True, "init": "pissa"}, **_BY_SVD),
+    "lora_bias, bias, rslora": Case(
+        {"lora_bias": True, "bias": "all", "rslora": True, **_GPT2}, family="gpt2"
+    ),
+    "embedding, rslora, patterns": Case(
+        {
+            "target_modules": ["embed_tokens", "q_proj"],
+            "rslora": True,
+            "rank_pattern": {"embed_tokens": 2},
+            "alpha_pattern": {"embed_tokens": 5},
+        }
+    ),
+    "embedding tied to the head": Case({"target_modules": ["wte", "c_attn"]}, family="gpt2"),
+    "the head": Case({"target_modules": ["lm_head", "q_proj"]}),
+    "tokens, a saved head": Case(
+        {"trainable_token_indices": [1, 2], "modules_to_save": ["lm_head"]}
+    ),
+    "tokens of encoder and decoder": Case(
+        {"trainable_token_indices": [1, 2], "target_modules": ["q", "v"]}, family="t5"
+    ),
+    "experts, rslora, patterns": Case(
+        {
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "rslora": True,
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"experts.gate_up_proj": 3},
+        },
+        family="mixtral",
+        dtype=torch.float32,
+    ),
 }

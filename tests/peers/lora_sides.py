@@ -176,7 +176,8 @@ def check_values(case: Case, tmp_path: Path) -> None:
             assert own.keys() == trained.keys(), way
             assert all(torch.equal(own[key], trained[key]) for key in trained), way
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*(keys|keyword).*")  # missing, or unknown
+            # Missing and unexpected keys, unknown fields.
+            warnings.filterwarnings("error", message=".*(keys|keyword).*", category=UserWarning)
             again = PeftModel.from_pretrained(case.base(), tmp_path / way, **case.get)
         case.close(logits(again, case.family), out)
         for key, grad in gradients(model, case, tmp_path / f"{way}-gradients").items():

@@ -97,6 +97,29 @@ def lora(family: str) -> Case:
     return Case(options, family=family, dtype=FAMILIES[family].exact)
 
 
+def test_modules_to_save_are_whole_names(tmp_path: Path) -> None:
+    """PEFT takes any end of a path; its files load as they are."""
+    config = peft.LoraConfig(r=RANK, target_modules=["q_proj"], modules_to_save=["norm"])
+    theirs = peft.get_peft_model(base("llama"), config)
+    trained(theirs, "llama")
+    theirs.save_pretrained(tmp_path)
+    ours = lr.adapt(
+        base("llama"),
+        lr.LoRAConfig(r=RANK, target_modules=["q_proj"], modules_to_save=["norm"]),
+    )
+
+    def norms(model: nn.Module) -> set[str]:
+        trains = {key for key, p in model.named_parameters() if p.requires_grad and "norm" in key}
+        return {
+            key.removeprefix("base_model.model.").split(".modules_to_save")[0] for key in trains
+        }
+
+    assert norms(ours) == {"model.norm.weight"}
+    assert {"model.norm", "model.layers.0.input_layernorm"} < norms(theirs)
+    again = lr.load_adapter(base("llama"), tmp_path)
+    torch.testing.assert_close(logits(again, "llama"), logits(theirs, "llama"))
+
+
 def test_experts_and_routers_of_pefts_all_linear(tmp_path: Path) -> None:
     """PEFT adapts them in Mixtral; here experts are named in a warning, and routers refused."""
     config = peft.LoraConfig(r=RANK, target_modules="all-linear")
