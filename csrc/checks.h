@@ -102,16 +102,19 @@ inline bool is_half_size(ScalarType dtype) {
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
                               const Tensor& like, const char* like_name) {
-  check(device_type_of(tensor) == device_type_of(like) &&
-            tensor.get_device_index() == like.get_device_index(),
-        op, ": ", name, " must be on the device of ", like_name, " (", device_of(like), "), got ",
-        device_of(tensor));
+  const bool same = device_type_of(tensor) == device_type_of(like) &&
+                    tensor.get_device_index() == like.get_device_index();
+  if (!same)
+    fail(op, ": ", name, " must be on the device of ", like_name, " (", device_of(like), "), got ",
+         device_of(tensor));
 }
 
-// `expected` is the shape in words, e.g. "[r, in_features=4096]".
+// `expected` are the parts of the shape in words, e.g. "[r, in_features=", 4096, "]". No text is made
+// of a shape that matches: it would take longer than the whole rest of a small call's checks.
+template <typename... Parts>
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, bool matches,
-                        const std::string& expected) {
-  check(matches, op, ": ", name, " must be ", expected, ", got ", shape_of(tensor));
+                        const Parts&... expected) {
+  if (!matches) fail(op, ": ", name, " must be ", expected..., ", got ", shape_of(tensor));
 }
 
 inline void check_input_dtype(const char* op, const char* name, const Tensor& x) {
@@ -174,7 +177,7 @@ inline bool is_per_row(const Tensor& tensor, const Tensor& like) {
 
 inline void check_dout(const char* op, const Tensor& dout, int64_t out_features) {
   check_shape(op, "dout", dout, dout.dim() >= 1 && dout.size(dout.dim() - 1) == out_features,
-              "[..., out_features=" + std::to_string(out_features) + "]");
+              "[..., out_features=", out_features, "]");
 }
 
 // A tensor that forward kept for backward.
@@ -183,9 +186,9 @@ inline void check_saved(const char* op, const char* name, const std::optional<Te
   check(!needed || saved.has_value(), op, ": ", name,
         " must be given for the gradients asked for, got None");
   if (!saved) return;
-  check_shape(
-      op, name, *saved, leading_dims_match(*saved, dout) && saved->size(saved->dim() - 1) == last,
-      std::string("dout's leading dimensions and ") + last_name + "=" + std::to_string(last));
+  check_shape(op, name, *saved,
+              leading_dims_match(*saved, dout) && saved->size(saved->dim() - 1) == last,
+              "dout's leading dimensions and ", last_name, "=", last);
   check_same_dtype(op, name, *saved, dout, "dout");
   check_same_device(op, name, *saved, dout, "dout");
 }

@@ -24,7 +24,7 @@ constexpr int64_t kTile = 16;         // rows of a tile, and fp32 columns of it
 constexpr int64_t kTileCols = 32;     // bf16 columns of a tile
 constexpr int64_t kTileStride = 64;   // bytes of a row
 constexpr int64_t kAccumulators = 4;  // tiles of sums at a time; the other four hold operands
-constexpr int64_t kFewTiles = 64;     // packed without an allocation
+constexpr int64_t kFewTiles = 256;    // packed without an allocation, 256 KiB of the stack
 // Bytes of weights worth a thread, about 5 us.
 constexpr int64_t kTaskBytes = 1 << 16;
 
@@ -44,7 +44,7 @@ struct Product {
   int64_t num_rows;
   float factor;
   const uint16_t* const* base;
-  Tile* packed;  // [row tiles, column tiles]
+  Tile* packed = nullptr;  // [row tiles, column tiles]
 
   int64_t row_tiles() const { return ceil_div(num_rows, kTile); }
   int64_t col_tiles() const { return ceil_div(num_cols, kTileCols); }
@@ -303,8 +303,10 @@ void run(std::vector<Product>& products) {
   }
   const std::vector<Task> packing =
       tasks_of(products, [](const Product& product) { return product.row_tiles(); });
+  const int64_t row_tile_bytes = sizeof(Tile) * std::max<int64_t>(1, products[0].col_tiles());
   torch::stable::parallel_for(0, static_cast<int64_t>(packing.size()),
-                              grain(products, packing.size()), [&](int64_t begin, int64_t end) {
+                              std::max<int64_t>(1, kTaskBytes / row_tile_bytes),
+                              [&](int64_t begin, int64_t end) {
                                 for (int64_t i = begin; i < end; ++i)
                                   pack_rows(*packing[i].product, packing[i].part);
                               });
@@ -329,18 +331,16 @@ void shrink_amx_segments(const std::vector<SmallSegment>& segments, int64_t in_f
                          float x_scale) {
   std::vector<Product> products;
   for (const SmallSegment& segment : segments)
-    products.push_back({segment.lora_a, segment.a_stride, segment.rank, in_features,
-                        segment.x.data(), segment.h.data(), static_cast<int64_t>(segment.x.size()),
-                        x_scale, /*base=*/nullptr, nullptr});
+    products.push_back({segment.lora_a, segment.a_stride, segment.rank, in_features, segment.x,
+                        segment.h, segment.num_rows, x_scale, /*base=*/nullptr});
   run(products);
 }
 
 void expand_amx_segments(const std::vector<SmallSegment>& segments, int64_t out_features) {
   std::vector<Product> products;
   for (const SmallSegment& segment : segments)
-    products.push_back({segment.lora_b, segment.b_stride, out_features, segment.rank,
-                        segment.h.data(), segment.y.data(), static_cast<int64_t>(segment.y.size()),
-                        segment.scaling, segment.base.data(), nullptr});
+    products.push_back({segment.lora_b, segment.b_stride, out_features, segment.rank, segment.h,
+                        segment.y, segment.num_rows, segment.scaling, segment.base});
   run(products);
 }
 

@@ -118,61 +118,81 @@ Kernel kernel_for(const Segment& segment, ScalarType input, bool one_adapter) {
 // The forward of all small segments at once.
 class SmallSegmentsForward {
  public:
-  SmallSegmentsForward(const MultiBranchArgs& args, const Dropout& dropout, const Tensor& base_out,
-                       const Tensor& x, const Tensor& y, const Tensor& h)
-      : args_(args), dropout_(dropout), base_out_(base_out), x_(x), y_(y), h_(h) {}
+  SmallSegmentsForward(const MultiBranchArgs& args, const Segments& segments,
+                       const Dropout& dropout, const Tensor& base, const Tensor& x, const Tensor& y,
+                       const Tensor& h)
+      : args_(args), segments_(segments), dropout_(dropout), x_(x) {
+    rows_.reserve(4 * x.size(0));
+    for (const Tensor* matrix : {&x, &h, &base, &y}) append_rows(*matrix);
+  }
 
-  void append(const Segment& segment, Kernel kernel) {
-    const Dtypes dtypes{x_.scalar_type(), x_.scalar_type(), ScalarType::Float};
-    const Tensor& lora_a = keep(operand_of(lora_a_of(args_.lora_a, segment), dtypes));
-    const Tensor& lora_b = keep(operand_of(lora_b_of(args_.lora_b, segment), dtypes));
-    SmallSegment small{row(lora_a, 0),
-                       lora_a.stride(0),
-                       row(lora_b, 0),
-                       lora_b.stride(0),
-                       segment.rank,
-                       static_cast<float>(segment.scaling),
-                       {},
-                       {},
-                       {},
-                       {}};
-    SegmentBlocks blocks(segment, dtypes, dropout_, x_.size(1), y_.size(1));
-    blocks.for_each([&](int64_t, int64_t) {
-      std::optional<Tensor> dropped;
-      if (dropout_.active()) dropped = keep(blocks.load_dropped(x_));
-      blocks.rows().for_each_run([&](const Run& run, int64_t position) {
-        for (int64_t i = 0; i < run.count; ++i) {
-          small.x.push_back(dropped ? row(*dropped, position + i) : row(x_, run.first + i));
-          small.h.push_back(row(h_, run.first + i));
-          small.base.push_back(row(base_out_, run.first + i));
-          small.y.push_back(row(y_, run.first + i));
-        }
-      });
-    });
-    (kernel == Kernel::kTiles ? tiles_ : dots_).push_back(std::move(small));
+  // `first`: the position of the segment's first row among those of all segments.
+  void append(const Segment& segment, int64_t first, Kernel kernel) {
+    const Operand lora_a = operand_of(args_.lora_a, segment, lora_a_of);
+    const Operand lora_b = operand_of(args_.lora_b, segment, lora_b_of);
+    if (dropout_.active()) drop_rows(segment, first);
+    uint16_t** const rows = rows_.data() + first;
+    const int64_t step = static_cast<int64_t>(rows_.size()) / 4;
+    (kernel == Kernel::kTiles ? tiles_ : dots_)
+        .push_back({lora_a.data, lora_a.stride, lora_b.data, lora_b.stride, segment.rank,
+                    segment.rows.num_rows, static_cast<float>(segment.scaling), rows, rows + step,
+                    rows + 2 * step, rows + 3 * step});
   }
 
   void run() const {
     const auto x_scale = static_cast<float>(dropout_.scale());
+    const int64_t in_features = args_.in_features(), out_features = args_.out_features();
     if (!dots_.empty()) {
-      shrink_small_segments(dots_, x_.size(1), x_scale);
-      expand_small_segments(dots_, y_.size(1));
+      shrink_small_segments(dots_, in_features, x_scale);
+      expand_small_segments(dots_, out_features);
     }
     if (!tiles_.empty()) {
-      shrink_amx_segments(tiles_, x_.size(1), x_scale);
-      expand_amx_segments(tiles_, y_.size(1));
+      shrink_amx_segments(tiles_, in_features, x_scale);
+      expand_amx_segments(tiles_, out_features);
     }
   }
 
  private:
-  static uint16_t* row(const Tensor& matrix, int64_t index) {
-    return static_cast<uint16_t*>(rows_data(matrix)) + index * matrix.stride(0);
+  struct Operand {
+    const uint16_t* data;
+    int64_t stride;
+  };
+
+  static uint16_t* data_of(const Tensor& matrix) {
+    return static_cast<uint16_t*>(rows_data(matrix));
+  }
+
+  void append_rows(const Tensor& matrix) {
+    uint16_t* const data = data_of(matrix);
+    const int64_t stride = matrix.stride(0);
+    for (const Segment& segment : segments_.adapted)
+      for (const Run& run : segment.rows.runs)
+        for (int64_t i = run.first; i < run.first + run.count; ++i)
+          rows_.push_back(data + i * stride);
+  }
+
+  // The segment's rows of x become masked copies.
+  void drop_rows(const Segment& segment, int64_t first) {
+    const ScalarType dtype = x_.scalar_type();
+    const Dtypes dtypes{dtype, dtype, ScalarType::Float};
+    SegmentBlocks blocks(segment, dtypes, dropout_, args_.in_features(), args_.out_features());
+    blocks.for_each([&](int64_t position, int64_t count) {
+      const Tensor& dropped = keep(blocks.load_dropped(x_));
+      for (int64_t i = 0; i < count; ++i)
+        rows_[first + position + i] = data_of(dropped) + i * dropped.stride(0);
+    });
   }
 
   // bf16 with dense rows: the part of the stack itself where it is that.
-  static Tensor operand_of(const Tensor& matrix, const Dtypes& dtypes) {
-    const bool as_is = matrix.scalar_type() == dtypes.input && matrix.stride(1) == 1;
-    return as_is ? matrix : operand(matrix, dtypes);
+  template <typename Part>
+  Operand operand_of(const Tensor& stack, const Segment& segment, const Part& part) {
+    const ScalarType dtype = x_.scalar_type();
+    if (stack.scalar_type() == dtype && stack.stride(2) == 1)
+      return {static_cast<uint16_t*>(strided_data(stack)) + segment.adapter * stack.stride(0),
+              stack.stride(1)};
+    const Tensor& copy =
+        keep(operand(part(stack, segment), Dtypes{dtype, dtype, ScalarType::Float}));
+    return {data_of(copy), copy.stride(0)};
   }
 
   const Tensor& keep(Tensor tensor) {
@@ -181,8 +201,10 @@ class SmallSegmentsForward {
   }
 
   const MultiBranchArgs& args_;
+  const Segments& segments_;
   const Dropout& dropout_;
-  const Tensor &base_out_, &x_, &y_, &h_;
+  const Tensor& x_;
+  std::vector<uint16_t*> rows_;  // of x, h, base and y, each in the order of the segments
   std::vector<SmallSegment> dots_, tiles_;  // by their kernels
   std::deque<Tensor> kept_;                 // a deque: references to its entries stay valid
 };
@@ -210,19 +232,21 @@ void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, 
   }
   const Dropout dropout = dropout_of(args.dropout_p, args.seed);
   const bool direct = x.size(0) <= kMaxDirectRows;
-  if (!direct) copy(y, base_out, RowList{{{0, x.size(0)}}, x.size(0)});
-  SmallSegmentsForward small_segments(args, dropout, direct ? base_out : y, x, y, h);
-  if (direct) copy(y, base_out, segments.base);
+  copy(y, base_out, direct ? segments.base : RowList{{{0, x.size(0)}}, x.size(0)});
+  std::optional<SmallSegmentsForward> small;
+  int64_t first = 0;
   for (const Segment& segment : segments.adapted) {
     const Kernel kernel = kernel_of(segment);
     if (kernel == Kernel::kBlocks) {
       if (direct) copy(y, base_out, segment.rows);
       segment_forward(args, segment, dropout, x, y, h);
     } else {
-      small_segments.append(segment, kernel);
+      if (!small) small.emplace(args, segments, dropout, direct ? base_out : y, x, y, h);
+      small->append(segment, first, kernel);
     }
+    first += segment.rows.num_rows;
   }
-  small_segments.run();
+  if (small) small->run();
 }
 
 // ---- backward

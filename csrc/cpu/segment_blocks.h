@@ -30,8 +30,6 @@ class SegmentBlocks {
     }
   }
 
-  const RowList& rows() const { return block_; }  // of the current block
-
   // The block's rows of `matrix`: a view where that is possible.
   Tensor load(const Tensor& matrix) const {
     if (is_view(matrix)) return row_block(matrix, block_.runs[0].first, block_.num_rows);

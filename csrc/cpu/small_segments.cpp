@@ -46,8 +46,7 @@ std::vector<Task> tasks_of(const std::vector<SmallSegment>& segments, const NumP
 // The fewest tasks per thread, so that small calls stay on one.
 int64_t grain(const std::vector<SmallSegment>& segments, size_t num_tasks, int64_t num_cols) {
   int64_t work = 0;
-  for (const SmallSegment& segment : segments)
-    work += static_cast<int64_t>(segment.x.size()) * segment.rank * num_cols;
+  for (const SmallSegment& segment : segments) work += segment.num_rows * segment.rank * num_cols;
   const auto count = static_cast<int64_t>(num_tasks);
   return std::max<int64_t>(1, ceil_div(count * kTaskWork, std::max<int64_t>(1, work)));
 }
@@ -76,8 +75,8 @@ constexpr AddPairs kAddPairs[kRows] = {add_pairs<1>, add_pairs<2>, add_pairs<3>,
 // h of one segment as pairs of ranks, [rows, ceil(rank / 2)], zero past the last rank.
 std::vector<uint32_t> pack_pairs(const SmallSegment& segment) {
   const int64_t num_pairs = num_rank_pairs(segment.rank);
-  std::vector<uint32_t> pairs(segment.h.size() * num_pairs);
-  for (size_t m = 0; m < segment.h.size(); ++m)
+  std::vector<uint32_t> pairs(segment.num_rows * num_pairs);
+  for (int64_t m = 0; m < segment.num_rows; ++m)
     pack_ranks(pairs.data() + m * num_pairs, segment.h[m], segment.rank);
   return pairs;
 }
@@ -95,7 +94,7 @@ inline void prefetch_lora_b(const SmallSegment& segment, int64_t n, int64_t out_
 LOWRANK_EXT_AVX512_BF16 void expand_columns(const SmallSegment& segment, const uint32_t* h_pairs,
                                             int64_t n, int64_t width) {
   const auto lanes = static_cast<__mmask16>((1u << width) - 1);
-  const auto num_rows = static_cast<int64_t>(segment.y.size());
+  const int64_t num_rows = segment.num_rows;
   const int64_t num_pairs = num_rank_pairs(segment.rank);
   const __m512 factor = _mm512_set1_ps(segment.scaling);
   __m512i pairs[kMaxPairs];
@@ -141,12 +140,11 @@ void shrink_small_segments(const std::vector<SmallSegment>& segments, int64_t in
           const int64_t rank = tasks[i].part * kRanks;
           const int64_t ranks = std::min(kRanks, segment.rank - rank);
           const uint16_t* next = i + 1 < end ? lora_a_of(tasks[i + 1]) : nullptr;
-          const auto num_rows = static_cast<int64_t>(segment.x.size());
-          for (int64_t row = 0; row < num_rows; row += kRows) {
-            const int64_t rows = std::min(kRows, num_rows - row);
-            kDotBlocks[rows - 1][ranks - 1](segment.x.data() + row, lora_a_of(tasks[i]),
-                                            segment.a_stride, row == 0 ? next : nullptr,
-                                            in_features, x_scale, segment.h.data() + row, rank);
+          for (int64_t row = 0; row < segment.num_rows; row += kRows) {
+            const int64_t rows = std::min(kRows, segment.num_rows - row);
+            kDotBlocks[rows - 1][ranks - 1](segment.x + row, lora_a_of(tasks[i]), segment.a_stride,
+                                            row == 0 ? next : nullptr, in_features, x_scale,
+                                            segment.h + row, rank);
           }
         }
       });

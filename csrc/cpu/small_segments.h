@@ -16,12 +16,12 @@ struct SmallSegment {
   int64_t a_stride;
   const uint16_t* lora_b;  // [N, rank], row stride b_stride
   int64_t b_stride;
-  int64_t rank;
+  int64_t rank, num_rows;
   float scaling;
-  std::vector<const uint16_t*> x;     // [K]
-  std::vector<uint16_t*> h;           // [rank], written by shrink
-  std::vector<const uint16_t*> base;  // [N], what expand adds to
-  std::vector<uint16_t*> y;           // [N], written by expand
+  const uint16_t* const* x;     // [K]
+  uint16_t* const* h;           // [rank], written by shrink
+  const uint16_t* const* base;  // [N], what expand adds to
+  uint16_t* const* y;           // [N], written by expand
 };
 
 // h[m, j] = x_scale · Σ_k x[m, k] lora_a[j, k] for all segments, rounded once; fp32 sums in a

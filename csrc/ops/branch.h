@@ -51,24 +51,23 @@ inline void check_branch(const char* op, const BranchArgs& args, const Tensor& l
   const Tensor& a = args.lora_a;
   const Tensor& b = args.lora_b;
   check_shape(op, "lora_a", a, a.dim() == 2 && a.size(0) >= 1 && a.size(1) == in_features,
-              "[r, in_features=" + std::to_string(in_features) + "]");
-  const std::string r = "r=" + std::to_string(a.size(0));
-  const std::string n = "out_features=" + std::to_string(out_features);
-  check_shape(op, "lora_b", b, b.dim() == 2 && b.size(0) == out_features && b.size(1) == a.size(0),
-              "[" + n + ", " + r + "]");
+              "[r, in_features=", in_features, "]");
+  const int64_t rank = a.size(0);
+  check_shape(op, "lora_b", b, b.dim() == 2 && b.size(0) == out_features && b.size(1) == rank,
+              "[out_features=", out_features, ", r=", rank, "]");
   const auto check_one = [&](const char* name, const std::optional<Tensor>& tensor, bool square,
-                             int64_t size, const std::string& words) {
+                             int64_t size, const auto&... words) {
     if (!tensor) return;
     const bool matches =
         square ? tensor->dim() == 2 && tensor->size(0) == size && tensor->size(1) == size
                : tensor->dim() == 1 && tensor->size(0) == size;
-    check_shape(op, name, *tensor, matches, words);
+    check_shape(op, name, *tensor, matches, words...);
     check_adapter_dtype(op, name, *tensor, like, like_name);
     check_same_device(op, name, *tensor, like, like_name);
   };
-  check_one("core", args.core, true, a.size(0), "[" + r + ", " + r + "]");
-  check_one("rank_scale", args.rank_scale, false, a.size(0), "[" + r + "]");
-  check_one("out_scale", args.out_scale, false, out_features, "[" + n + "]");
+  check_one("core", args.core, true, rank, "[r=", rank, ", r=", rank, "]");
+  check_one("rank_scale", args.rank_scale, false, rank, "[r=", rank, "]");
+  check_one("out_scale", args.out_scale, false, out_features, "[out_features=", out_features, "]");
   for (const auto& [name, tensor] : {std::pair{"lora_a", &a}, std::pair{"lora_b", &b}}) {
     check_adapter_dtype(op, name, *tensor, like, like_name);
     check_same_device(op, name, *tensor, like, like_name);

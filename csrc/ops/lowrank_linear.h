@@ -23,10 +23,10 @@ inline void check_lowrank_linear(const Tensor& x, const Tensor& weight,
   check_weight(kOp, weight, x, "x");
   const int64_t out_features = weight.size(0), in_features = weight.size(1);
   check_shape(kOp, "x", x, x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
-              "[..., in_features=" + std::to_string(in_features) + "]");
+              "[..., in_features=", in_features, "]");
   if (bias) {
     check_shape(kOp, "bias", *bias, bias->dim() == 1 && bias->size(0) == out_features,
-                "[out_features=" + std::to_string(out_features) + "]");
+                "[out_features=", out_features, "]");
     check_same_dtype(kOp, "bias", *bias, x, "x");
     check_same_device(kOp, "bias", *bias, x, "x");
   }

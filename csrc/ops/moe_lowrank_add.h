@@ -72,21 +72,18 @@ inline void check_experts_given(const char* op, const ExpertWeights& weights) {
 inline void check_experts(const char* op, const ExpertArgs& args, const Tensor& like,
                           const char* like_name, int64_t in_features, int64_t out_features) {
   const Tensor& a = args.lora_a;
-  const std::string in_words = "in_features=" + std::to_string(in_features);
   check_shape(op, "lora_a", a,
               a.dim() == 3 && a.size(0) >= 1 && a.size(1) >= 1 && a.size(2) == in_features,
-              "[E, r_e, " + in_words + "]");
-  const std::string experts = "E=" + std::to_string(a.size(0));
+              "[E, r_e, in_features=", in_features, "]");
   const Tensor& b = args.lora_b;
   check_shape(
       op, "lora_b", b,
       b.dim() == 3 && b.size(0) == a.size(0) && b.size(1) == out_features && b.size(2) == a.size(1),
-      "[" + experts + ", out_features=" + std::to_string(out_features) +
-          ", r_e=" + std::to_string(a.size(1)) + "]");
+      "[E=", a.size(0), ", out_features=", out_features, ", r_e=", a.size(1), "]");
   const Tensor& router = args.router_weight;
   check_shape(op, "router_weight", router,
               router.dim() == 2 && router.size(0) == a.size(0) && router.size(1) == in_features,
-              "[" + experts + ", " + in_words + "]");
+              "[E=", a.size(0), ", in_features=", in_features, "]");
   for (const auto& [name, tensor] :
        {std::pair{"lora_a", &a}, std::pair{"lora_b", &b}, std::pair{"router_weight", &router}}) {
     check_adapter_dtype(op, name, *tensor, like, like_name);

@@ -52,17 +52,15 @@ inline void check_multi_branch(const char* op, const MultiBranchArgs& args, cons
                                const char* like_name, int64_t in_features, int64_t out_features) {
   const Tensor &a = args.lora_a, &b = args.lora_b, &ids = args.adapter_ids;
   check_shape(op, "lora_a", a, a.dim() == 3 && a.size(1) >= 1 && a.size(2) == in_features,
-              "[n, r, in_features=" + std::to_string(in_features) + "]");
-  const std::string n = "[n=" + std::to_string(a.size(0));
-  check_shape(
-      op, "lora_b", b,
-      b.dim() == 3 && b.size(0) == a.size(0) && b.size(1) == out_features && b.size(2) == a.size(1),
-      n + ", out_features=" + std::to_string(out_features) + ", r=" + std::to_string(a.size(1)) +
-          "]");
-  check_shape(op, "adapter_ids", ids, is_per_row(ids, like),
-              std::string(like_name) + "'s leading dimensions, an id for each row");
+              "[n, r, in_features=", in_features, "]");
+  const int64_t n = a.size(0);
+  check_shape(op, "lora_b", b,
+              b.dim() == 3 && b.size(0) == n && b.size(1) == out_features && b.size(2) == a.size(1),
+              "[n=", n, ", out_features=", out_features, ", r=", a.size(1), "]");
+  check_shape(op, "adapter_ids", ids, is_per_row(ids, like), like_name,
+              "'s leading dimensions, an id for each row");
   const auto check_vector = [&](const char* name, const Tensor& vector) {
-    check_shape(op, name, vector, vector.dim() == 1 && vector.size(0) == a.size(0), n + "]");
+    check_shape(op, name, vector, vector.dim() == 1 && vector.size(0) == n, "[n=", n, "]");
   };
   check_vector("scaling", args.scaling);
   if (args.ranks) check_vector("ranks", *args.ranks);

@@ -24,8 +24,7 @@ inline int64_t top_k_of(const char* op, const Tensor& topk_ids) {
 inline void check_token_mask(const char* op, const std::optional<Tensor>& mask, const Tensor& like,
                              const char* like_name) {
   if (!mask) return;
-  check_shape(op, "token_mask", *mask, is_per_row(*mask, like),
-              std::string(like_name) + "'s leading dimensions");
+  check_shape(op, "token_mask", *mask, is_per_row(*mask, like), like_name, "'s leading dimensions");
   check_dtype(op, "token_mask", *mask, ScalarType::Bool);
   check_same_device(op, "token_mask", *mask, like, like_name);
 }
@@ -35,8 +34,8 @@ inline void check_per_token(const char* op, const char* name, const Tensor& tens
                             const Tensor& like, const char* like_name, int64_t last,
                             ScalarType dtype) {
   check_shape(op, name, tensor,
-              leading_dims_match(tensor, like) && tensor.size(tensor.dim() - 1) == last,
-              std::string(like_name) + "'s leading dimensions and " + std::to_string(last));
+              leading_dims_match(tensor, like) && tensor.size(tensor.dim() - 1) == last, like_name,
+              "'s leading dimensions and ", last);
   check_dtype(op, name, tensor, dtype);
   check_same_device(op, name, tensor, like, like_name);
 }
@@ -44,7 +43,7 @@ inline void check_per_token(const char* op, const char* name, const Tensor& tens
 inline void check_expert_counts(const char* op, const Tensor& counts, int64_t num_experts,
                                 const Tensor& like, const char* like_name) {
   check_shape(op, "expert_counts", counts, counts.dim() == 1 && counts.size(0) == num_experts,
-              "[E=" + std::to_string(num_experts) + "]");
+              "[E=", num_experts, "]");
   check_dtype(op, "expert_counts", counts, ScalarType::Long);
   check_same_device(op, "expert_counts", counts, like, like_name);
 }

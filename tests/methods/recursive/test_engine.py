@@ -590,14 +590,12 @@ def test_an_engine_made_in_inference_mode_leaves_a_model_that_trains(converted):
 def test_adapters_exist_once(model):
     """The engine's stacks are the model's own memory."""
     engine = DepthwiseEngine(model, max_rows=2)
-    stack = engine._scheduler._runner._layers[0].mlp.up_proj.mixed.lora_a
+    stack = engine._scheduler._runner._layers[0].mlp.up_proj.lora_a
     layers = model.model.layers
     for loop in range(3):
         assert layers[2 * loop].mlp.up_proj.lora_a.data_ptr() == stack[loop].data_ptr()
     second = DepthwiseEngine(model, max_rows=2)
-    assert (
-        second._scheduler._runner._layers[0].mlp.up_proj.mixed.lora_a.data_ptr() == stack.data_ptr()
-    )
+    assert second._scheduler._runner._layers[0].mlp.up_proj.lora_a.data_ptr() == stack.data_ptr()
 
 
 def test_metrics_add_up(model):

@@ -266,31 +266,29 @@ def _without_dropout(module: Any) -> None:
             module._modules[name] = nn.Identity()
 
 
-class _RowsLinear(nn.Module):
+class _RowsLinear(MixedDepthLinear):
     """A tied linear that takes the loop of each row from the present pass."""
 
     def __init__(self, loops: list[RelaxedLinear]) -> None:
-        super().__init__()
-        self.in_features, self.out_features = loops[0].in_features, loops[0].out_features
-        self.mixed = MixedDepthLinear(
+        super().__init__(
             loops[0].weight,
             loops[0].bias,
             _stacked([each.lora_a for each in loops]),
             _stacked([each.lora_b for each in loops]),
         )
+        self.in_features, self.out_features = loops[0].in_features, loops[0].out_features
 
-    @property
-    def weight(self) -> Tensor:
-        return self.mixed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # loops are the pass's
         loops = active_rows().loops
-        if x.shape[:-1].numel() != loops.numel():  # as an expert, which sees some rows
+        lead = x.shape[:-1]
+        if lead == loops.shape:
+            return super().forward(x, loops)
+        if lead.numel() != loops.numel():  # as an expert, which sees some rows
             raise NotImplementedError(
                 f"DepthwiseEngine: linears with adapters must see all {loops.numel()} rows of a "
                 f"pass, got {list(x.shape)}"
             )
-        return self.mixed(x, loops.view(x.shape[:-1]))
+        return super().forward(x, loops.view(lead))
 
 
 @torch.no_grad()
