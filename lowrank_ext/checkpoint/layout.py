@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters
+from lowrank_ext.checkpoint.peft_kinds import is_of_training
 from lowrank_ext.files.tensor_file import quoted_name
 from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.wrappers import named_modules, without_private_names
@@ -46,6 +47,8 @@ def split_keys(files: AdapterFiles, model: nn.Module) -> tuple[Adapters, dict[st
     adapters: Adapters = {}
     others: dict[str, Tensor] = {}
     for key, tensor in files.tensors.items():
+        if is_of_training(key, files.config):
+            continue
         if not key.startswith(PREFIX):
             raise bad_key(files, key, f"must start with {PREFIX}")
         name = key.removeprefix(PREFIX)

@@ -29,11 +29,11 @@ from lowrank_ext.checkpoint.layout import (
     split_keys,
 )
 from lowrank_ext.checkpoint.peft_config import (
-    WITH_PEFT,
     method_in,
     parsed_config,
     target_names,
 )
+from lowrank_ext.checkpoint.peft_kinds import WITH_PEFT
 from lowrank_ext.checkpoint.save_warnings import differing_in_peft
 from lowrank_ext.checkpoint.selection import selected_adapters
 from lowrank_ext.checkpoint.token_rows import check_row_values, fill_rows, rows_in_file
@@ -72,8 +72,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
 
     LoRA files may come from PEFT, with use_rslora, rank_pattern, alpha_pattern, modules_to_save and
     init_lora_weights="pissa" (whose SVD is then repeated, as PEFT does). What cannot be computed
-    exactly here (DoRA, …) is refused. As in PEFT the config decides: adapters of
-    modules that it does not select are left out, and embeddings in the file (of an extended
+    exactly here is refused (``checkpoint/peft_kinds.py``). As in PEFT the config decides: adapters
+    of modules that it does not select are left out, and embeddings in the file (of an extended
     vocabulary, or beside an adapted head) replace the model's where they differ. Both are said by a
     UserWarning, as is a module that the config selects without an adapter in the file. Adapters
     keep the file's dtype if it is the base's or float32, else they become float32 (float64 over a

@@ -4,6 +4,7 @@ PEFT's names select the same modules in both libraries; what this one cannot com
 """
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,15 +15,22 @@ from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import Adapters, StoredConfig
 from lowrank_ext.checkpoint.field_types import check_field_types, check_own_fields
 from lowrank_ext.checkpoint.layout import whole
+from lowrank_ext.checkpoint.peft_kinds import (
+    FIELDS,
+    OF_TRAINING,
+    WITH_PEFT,
+    check_kind,
+    is_used,
+    training_options,
+)
 from lowrank_ext.checks import matching_pattern
 from lowrank_ext.config import AdapterConfig
-from lowrank_ext.files import quoted
+from lowrank_ext.files import printable, quoted
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.registry import Method
 from lowrank_ext.target_parameters import parameter_names
 from lowrank_ext.wrappers import named_modules, unwrapped
 
-WITH_PEFT = "load it by peft.PeftModel.from_pretrained(model, path)"
 # Methods of PEFT, up to 0.21, that are not here.
 _OTHER_PEFT_TYPES = (
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"),
@@ -53,24 +61,6 @@ _OTHER_PEFT_TYPES = (
         "XLORA",
     ),
 )
-# Fields that change the output in a way that no module here computes: a file that uses one is
-# refused. {field: values that mean "not used"}; None, False and empty values always mean that.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "use_dora": (),
-    "use_qalora": (),
-    "use_bdlora": (),
-    "lora_bias": (),
-    "layer_replication": (),
-    "trainable_token_indices": (),
-    "target_parameters": (),
-    "alora_invocation_tokens": (),
-    "arrow_config": (),
-    "kasa_config": (),
-    "monteclora_config": (),
-    "velora_config": (),
-    "ensure_weight_tying": (),
-}
 # Fields that are read elsewhere, or have no effect on a finished adapter.
 _KNOWN = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
@@ -207,7 +197,9 @@ def method_in(files: AdapterFiles) -> Method:
     _check_supported(files.config, method, where)
     if method is not registry.METHODS["LORA"]:  # whose files PEFT writes, in versions to come too
         own = method.config_class.own_fields
-        check_own_fields(files.config, {*_KNOWN, *_UNSUPPORTED, *own}, where)
+        of_lora = registry.METHODS["LORA"].file_format.peft_fields
+        check_own_fields(files.config, {*_KNOWN, *FIELDS, *of_lora, *own}, where)
+    _say_plain(files.config, where)
     return method
 
 
@@ -232,26 +224,37 @@ def parsed_config(files: AdapterFiles, method: Method, adapters: Adapters) -> Ad
 
 
 def _check_supported(fields: Mapping[str, Any], method: Method, where: str) -> None:
+    check_kind(fields, where)
     own = {key for each in registry.METHODS.values() for key in each.config_class.own_fields}
+    of_lora = {*registry.METHODS["LORA"].file_format.peft_fields, *OF_TRAINING}
     for key, value in fields.items():
-        if key in method.file_format.peft_fields:
+        if not is_used(value) or key in method.file_format.peft_fields:
             continue
-        unused = value is None or value is False or value == [] or value == {}
-        if key in _UNSUPPORTED and not unused and value not in _UNSUPPORTED[key]:
-            allowed = " or ".join(map(repr, _UNSUPPORTED[key] or (None, False)))
+        if key in of_lora and method is not registry.METHODS["LORA"]:
             raise ValueError(
-                f"{where}: {key}={quoted(value)} is not supported, it must be {allowed}; "
-                f"{WITH_PEFT}"
+                f"{where}: {key}={quoted(value)} is not supported for {method.peft_type}, it is an "
+                "option of LoRA"
             )
         # An unknown field that is switched on may change the output. A number or a name is taken
         # for an option of a feature that is off.
-        known = key in _UNSUPPORTED or key in _KNOWN or key in own
-        if not known and not unused and (value is True or isinstance(value, list | dict)):
+        known = key in FIELDS or key in _KNOWN or key in own
+        if not known and (value is True or isinstance(value, list | dict)):
             raise ValueError(
                 f"{where}: {quoted(key)[1:-1]}={quoted(value)} is not known to this version; "
                 "remove the field from the file if the output does not depend on it, else "
                 f"{WITH_PEFT}"
             )
+
+
+def _say_plain(fields: Mapping[str, Any], where: str) -> None:
+    if options := training_options(fields):
+        warnings.warn(
+            printable(
+                f"{where}: the file is read as the plain LoRA that it is at inference; it trains "
+                f"on without {', '.join(options)}"
+            ),
+            stacklevel=5,  # the caller of load_adapter or AdapterBank.load
+        )
 
 
 def _used_pattern(pattern: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """RF-29, RF-44, RF-45, RF-46: what files that PEFT wrote mean; those refused say what to do."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -19,7 +20,8 @@ import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 
 import lowrank_ext as lr
-from lowrank_ext.checkpoint.peft_config import _OTHER_PEFT_TYPES
+from lowrank_ext.checkpoint.peft_config import _KNOWN, _OTHER_PEFT_TYPES
+from lowrank_ext.checkpoint.peft_kinds import FIELDS, REFUSED
 from lowrank_ext.checkpoint.selection import selects
 from lowrank_ext.registry import METHODS
 
@@ -416,13 +418,84 @@ def test_a_bank_refuses_modules_that_are_not_linear(name: str, tmp_path: Path) -
     untouched(bank.model, lambda: bank.load("a", tmp_path), message)
 
 
-def test_mica(tmp_path: Path) -> None:
-    """RF-46: a MiCA file is a LoRA whose lora_B does not train; the advice is one that works."""
-    reference = peft_file(tmp_path, init_lora_weights="mica")
+PLAIN_AT_INFERENCE: dict[str, dict[str, Any]] = {
+    "mica": {"init_lora_weights": "mica"},
+    "velora": {"velora_config": peft.tuners.lora.config.VeloraConfig(num_groups=4)},
+    "monteclora": {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
+}
+
+
+@pytest.mark.parametrize("case", PLAIN_AT_INFERENCE)
+def test_files_that_are_a_plain_lora_at_inference(case: str, tmp_path: Path) -> None:
+    """RF-46: options of training, which change no output; the logits are PEFT's, and it is said."""
+    options = PLAIN_AT_INFERENCE[case]
+    reference = peft_file(tmp_path, **options)
+    with pytest.warns(UserWarning, match=r"plain LoRA that it is at inference; it trains on with"):
+        model = lr.load_adapter(llama(), tmp_path)
+    assert_close(logits(model), logits(reference))
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert_close(logits(model), logits(loaded))
+    lr.save_adapter(model, tmp_path / "again")
+    again = lr.load_adapter(llama(), tmp_path / "again")
+    assert_close(logits(again), logits(reference))
+
+
+REFUSED_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "kasa": (
+        {"kasa_config": {"beta": 0.1}},
+        "kasa_config=.* is not supported, it may change base weights .*merge_and_unload",
+    ),
+    "alora": (
+        {"alora_invocation_tokens": [1]},
+        r"alora_invocation_tokens=\[1\] is not supported, its branch depends on the tokens",
+    ),
+    "replication": ({"layer_replication": [[0, 1]]}, "layer_replication=.*layers several times"),
+    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* factors are blocks, .*merge there"),
+    "qalora": ({"use_qalora": True}, "use_qalora=True is not supported, its factors are blocks"),
+    "tied": (
+        {"ensure_weight_tying": True},
+        "ensure_weight_tying=True is not supported, the adapters of tied modules are one",
+    ),
+    "arrow": ({"arrow_config": {"top_k": 2}}, "arrow_config=.* or on other adapters; .*GOATConfig"),
+    **{
+        init: (
+            {"init_lora_weights": init},
+            f"init_lora_weights='{init}' is not supported, it may change base weights",
+        )
+        for init in ("olora", "corda", "lora_ga", "loftq", "pissa_niter_4")
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_KINDS)
+def test_kinds_that_are_refused(case: str, tmp_path: Path) -> None:
+    changes, message = REFUSED_KINDS[case]
+    peft_file(tmp_path)
+    edit_config(tmp_path, **changes)
     base = llama()
-    untouched(base, lambda: lr.load_adapter(base, tmp_path), "set init_lora_weights to true in it")
-    edit_config(tmp_path, init_lora_weights=True)
-    assert_close(logits(lr.load_adapter(base, tmp_path)), logits(reference))
+    untouched(base, lambda: lr.load_adapter(base, tmp_path), message)
+    bank = lr.AdapterBank(base)
+    untouched(base, lambda: bank.load("a", tmp_path), message)
+
+
+def test_at_most_five_kinds_are_refused() -> None:
+    """Every field of PEFT's LoraConfig is read, means nothing here, or is of one of these kinds."""
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    read = {*METHODS["LORA"].file_format.peft_fields, *_KNOWN}
+    assert fields <= read | FIELDS
+    assert not FIELDS & set(METHODS["LORA"].file_format.peft_fields)
+    assert len(REFUSED) <= 5
+    assert all(kind.because and kind.way_out and kind.fields for kind in REFUSED)
+
+
+def test_options_of_lora_in_files_of_other_methods(tmp_path: Path) -> None:
+    lr.save_adapter(lr.adapt(llama(), lr.LaMDAConfig(r=2, target_modules=NAMES)), tmp_path)
+    base = llama()
+    for name, value in (("use_dora", True), ("velora_config", {"num_groups": 2})):
+        edit_config(tmp_path, **{name: value})
+        message = f"{name}=.* is not supported for LAMDA, it is an option of LoRA"
+        untouched(base, lambda: lr.load_adapter(base, tmp_path), message)
+        edit_config(tmp_path, **{name: None})
 
 
 def test_fields_of_a_newer_version(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.adapter_format import AdapterFormat, Adapters, StoredConfig, rounded
 from lowrank_ext.checkpoint.layout import PREFIX, bad_key, whole
+from lowrank_ext.checkpoint.peft_kinds import INITS
 from lowrank_ext.checks import check_alpha, check_rank
 from lowrank_ext.config import AdapterConfig, plain
 from lowrank_ext.files import parse_json_object, quoted
@@ -25,17 +26,6 @@ from lowrank_ext.sharding import gathered
 
 LORA_A_INIT, LORA_B_INIT = "lora_A_init.weight", "lora_B_init.weight"
 _PISSA_KEY = "lowrank_ext_pissa"  # metadata: r, lora_alpha and the patterns before doubling
-
-# Inits of PEFT that leave the base weights unchanged, and the init of a config that loads them.
-_PEFT_INITS = {
-    True: "kaiming",
-    False: "kaiming",
-    None: "kaiming",
-    "gaussian": "gaussian",
-    "orthogonal": "kaiming",
-    "eva": "kaiming",
-    "pissa": "pissa",
-}
 
 
 class LoRAFormat(AdapterFormat):
@@ -130,22 +120,10 @@ class LoRAFormat(AdapterFormat):
 
     def options(self, stored: StoredConfig) -> dict[str, Any]:
         init = stored.fields.get("init_lora_weights", True)
-        if init == "mica":
-            raise ValueError(
-                f"{stored.where}: init_lora_weights='mica' is not supported, it freezes lora_B in "
-                "training; the file is a plain LoRA: set init_lora_weights to true in it to load "
-                "it as one, whose lora_B trains too"
-            )
-        if not isinstance(init, bool | str | None) or init not in _PEFT_INITS:
-            raise ValueError(
-                f"{stored.where}: init_lora_weights={quoted(init)} is not supported, it may change "
-                "base weights in a way that the file does not hold; save from PEFT with "
-                "path_initial_model_for_weight_conversion"
-            )
         used = {key: stored.fields[key] for key in self.peft_fields if stored.fields.get(key)}
         if "use_dora" in used:
             used["dora"] = used.pop("use_dora")
-        return {**stored.shared, **used, "init": _PEFT_INITS[init]}
+        return {**stored.shared, **used, "init": INITS[init]}
 
 
 def _with_start(module: LowRankLinear) -> tuple[Tensor, Tensor]:
