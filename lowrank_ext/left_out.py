@@ -76,7 +76,8 @@ def _stacked(model: nn.Module) -> Iterator[LeftOut]:
         stacked = [p for p in own if p.dim() >= 3 and p.shape[0] > 1]
         weights: list[Tensor] = [p for p in stacked if id(p) not in adapted]
         if weights:
-            yield LeftOut(path, module, "stacked weights, which no linear module holds", weights)
+            place = path.removesuffix(".base_layer")  # the rest of experts adapted in part
+            yield LeftOut(place, module, "stacked weights, which no linear module holds", weights)
 
 
 def _fused(model: nn.Module) -> Iterator[LeftOut]:

@@ -446,7 +446,8 @@ def test_what_is_left_out_is_named_with_the_way_to_adapt_it() -> None:
     table = lr.summary(model)
     rows = list(zip(*(column._cells for column in table.columns), strict=True))
     assert ("gate_up_proj", "LoRAExpert", "1", "16 → 48") in [row[:4] for row in rows]
-    assert [row[6:] for row in rows if row[1] == "GptOssExperts, not adapted"] == [("0", "6.1 kB")]
+    left_out = [row for row in rows if row[1] == "GptOssExperts, not adapted"]
+    assert [(row[0], *row[6:]) for row in left_out] == [("experts", "0", "6.1 kB")]
 
 
 class Stacked(nn.Module):
