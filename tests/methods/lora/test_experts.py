@@ -232,6 +232,14 @@ def test_base_merging_and_state_dict(name: str, implementation: str, tmp_path: P
     assert plain.state_dict().keys() == base.state_dict().keys()
 
 
+@families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_start_has_the_bits_of_the_grouped_product(name: str, dtype: torch.dtype) -> None:
+    model = expert_model(name, dtype=dtype)
+    before = logits(model)
+    assert torch.equal(logits(lr.adapt(model, lr.LoRAConfig(r=3, **ONLY))), before)
+
+
 def test_a_backward_through_merged_experts_is_refused() -> None:
     model = lr.merge(adapted("MixtralForCausalLM", **ONLY)).train()
     with pytest.raises(RuntimeError, match="must be unmerged to train"):
