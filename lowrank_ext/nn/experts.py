@@ -74,7 +74,10 @@ def no_branches_because(experts: Any, name: str) -> str:
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES or weight.dim() != 3:
         what = "computed" if weight is None else f"{weight.dtype} {list(weight.shape)}"
         return f"one of a {kind} that must be a floating parameter [E, ..., ...] and is {what}"
-    if "forward" in vars(experts):
+    own = vars(experts)
+    if any(own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward")):
+        return f"one of a {kind} with hooks, which would not run; set them after adapting"
+    if "forward" in own:
         return f"one of a {kind} with a forward of its own on the module, such as a device hook's"
     if experts._is_expert_parallel:
         return f"one of a {kind} whose experts lie on several devices"

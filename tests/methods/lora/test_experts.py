@@ -547,6 +547,9 @@ def test_experts_with_hooks_of_devices_or_on_several_are_refused() -> None:
     for change, message in (
         (lambda m: setattr(m, "_is_expert_parallel", True), "whose experts lie on several devices"),
         (lambda m: setattr(m, "forward", m.forward), "a forward of its own on the module"),
+        (lambda m: m.register_forward_hook(print), "with hooks, which would not run"),
+        (lambda m: m.register_forward_pre_hook(print), "with hooks, which would not run"),
+        (lambda m: m.register_full_backward_hook(print), "with hooks, which would not run"),
     ):
         model = expert_model("MixtralForCausalLM")
         change(model.model.layers[0].mlp.experts)
