@@ -214,7 +214,11 @@ def _checked_method(model: nn.Module, config: AdapterConfig) -> Method:
         raise TypeError(f"adapt: model must be a torch.nn.Module, got {type(model).__name__}")
     method = method_of(config) if isinstance(config, AdapterConfig) else None
     if method is None:
-        raise TypeError(f"adapt: config must be a {config_names()}, got {type(config).__name__}")
+        peft = any(cls.__module__.startswith("peft.") for cls in type(config).__mro__)
+        way_out = " of PEFT; its fields are in docs/coming_from_peft.md" if peft else ""
+        raise TypeError(
+            f"adapt: config must be a {config_names()}, got {type(config).__name__}{way_out}"
+        )
     check_may_change(model, "adapt")
     for path, module in named_modules(model):
         where = path or "the model itself"

@@ -12,7 +12,13 @@ from torch import nn
 
 from lowrank_ext.adapt import replace_modules, set_fused_encoders
 from lowrank_ext.adapter_files import open_adapter_files
-from lowrank_ext.checkpoint.lora_files import LoRATensors, check_adapters, read_lora
+from lowrank_ext.checkpoint.lora_files import (
+    LoRATensors,
+    as_lora_file,
+    check_adapters,
+    read_lora,
+    write_lora,
+)
 from lowrank_ext.checks import check_finite, did_you_mean, normalized_adapter_dtype
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.multi import MultiLoRALinear
@@ -161,8 +167,8 @@ class AdapterBank:
 
             Σ weight · scaling · lora_b lora_a, of the summed rank
 
-        Exact, to one rounding of lora_b in the dtype of the stacks, and none where weight · scaling
-        is positive and the same for all. The adapters may be unloaded afterwards.
+        For ``rows``, ``set_default`` and ``save``. Exact, to one rounding of lora_b in the dtype of
+        the stacks. The adapters may be unloaded afterwards.
 
         Raises:
             ValueError: the name is taken, an adapter is unknown, a weight is not finite, or there
@@ -183,6 +189,22 @@ class AdapterBank:
             paths = {module: path for path, module in named_modules(self.model)}
             modules = {module for each in weights for module in self._adapters[each]}
             self._add(name, {paths[module]: _sum_in(module, weights) for module in modules})
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Write an adapter as a LoRA in PEFT's format into the directory ``path``.
+
+        Raises:
+            ValueError: no adapter has this name.
+            NotADirectoryError: path is a file.
+            OSError: the files cannot be written. The directory holds what it held before.
+        """
+        self._check_known("save", name)
+        with self._lock:
+            paths = {module: path for path, module in named_modules(self.model)}
+            adapters = {
+                paths[module]: LoRATensors(*module.adapter(name)) for module in self._adapters[name]
+            }
+        write_lora(self.model, path, as_lora_file(self.model, adapters), "AdapterBank.save", {})
 
     def unload(self, name: str) -> None:
         """Remove an adapter and free its memory.
@@ -336,10 +358,10 @@ def _sum_in(module: MultiLoRALinear, weights: Mapping[str, float]) -> LoRATensor
     present = {name: weight for name, weight in weights.items() if name in module.names}
     parts = [LoRATensors(*module.adapter(name)) for name in present]
     factors = [weight * part.scaling for weight, part in zip(present.values(), parts, strict=True)]
-    same = len(set(factors)) == 1 and factors[0] > 0  # else no scaling
+    scaling = max(map(abs, factors)) or 1.0  # so that no lora_b grows out of its dtype
     lora_b = [
-        part.lora_b if same else (part.lora_b.double() * factor).to(part.lora_b)
+        (part.lora_b.double() * (factor / scaling)).to(part.lora_b)
         for part, factor in zip(parts, factors, strict=True)
     ]
     lora_a = torch.cat([part.lora_a for part in parts])
-    return LoRATensors(lora_a, torch.cat(lora_b, dim=1), factors[0] if same else 1.0)
+    return LoRATensors(lora_a, torch.cat(lora_b, dim=1), scaling)

@@ -258,6 +258,13 @@ def _check_holds_adapter(where: Path, caller: str) -> None:
         named = not where.is_absolute() and len(where.parts) == 2 and where.parts[0] != ".."
         from_hub = f"; from the Hugging Face Hub: huggingface_hub.snapshot_download('{where}')"
         raise FileNotFoundError(f"{caller}: {where} does not exist{from_hub if named else ''}")
+    if not os.path.lexists(where / CONFIG_NAME) and not os.path.lexists(where / WEIGHTS_NAME):
+        named_ones = sorted(path.parent.name for path in where.glob(f"*/{CONFIG_NAME}"))
+        if named_ones:
+            raise FileNotFoundError(
+                f"{caller}: {where / CONFIG_NAME} does not exist, but adapters are in its "
+                f"directories {', '.join(named_ones)}"
+            )
     old = where / "adapter_model.bin"
     if os.path.isfile(old) and not os.path.lexists(where / WEIGHTS_NAME):
         raise FileNotFoundError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lowrank_ext.adapter_files import CONFIG_NAME
 from lowrank_ext.sharding import is_sharded
 from lowrank_ext.wrappers import is_whole, unwrapped
 
@@ -21,7 +22,7 @@ _CHECKPOINT = "checkpoint-"  # how the Trainer's directories begin
 _NAME = "default"
 _FLAG = "_hf_peft_config_loaded"
 _DISABLED = "lowrank_disabled"  # whether disable_adapters has been called
-# An attribute that AdapterTrainerMixin sets: its Trainer reads adapter files again.
+# An attribute that AdapterTrainer sets: its Trainer reads adapter files again.
 RESUMES = "lowrank_resumes"
 
 
@@ -59,13 +60,19 @@ def _save_pretrained(
     A sharded model is written as a whole, from the state dict that the Trainer has gathered.
 
     Raises:
-        ValueError: push_to_hub is set for a model that is not merged; or as ``save_adapter``.
+        ValueError: push_to_hub is set for a model that is not merged, or the directory of a merged
+            one holds an adapter; or as ``save_adapter``.
     """
     from lowrank_ext.adapt import adapted_modules  # which imports this file
     from lowrank_ext.checkpoint.save import save_adapter
 
     merged = all(module.merged for module in adapted_modules(model, "save_pretrained").values())
     sharded = not is_whole(model) or any(is_sharded(p) for p in model.parameters())
+    if merged and (Path(save_directory) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"save_pretrained: {save_directory} must hold no adapter, which would be applied again "
+            "to the merged model; got one, give another directory"
+        )
     if merged or sharded:
         _save_whole(model, save_directory, is_main_process, *args, **options)
         return
@@ -79,7 +86,7 @@ def _save_pretrained(
     if Path(save_directory).name.startswith(_CHECKPOINT) and not hasattr(model, RESUMES):
         warnings.warn(
             "save_pretrained: the Trainer's checkpoint holds the adapter, and transformers' own "
-            "Trainer cannot resume from it; derive yours from lr.AdapterTrainerMixin, or make the "
+            "Trainer cannot resume from it; use lr.AdapterTrainer, or make the "
             "model by peft.get_peft_model(model, lr.peft_config(config))",
             stacklevel=2,
         )

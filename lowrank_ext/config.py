@@ -27,6 +27,8 @@ from lowrank_ext.checks import (
 from lowrank_ext.option_names import check_options
 
 ALL_LINEAR = "all-linear"
+# Attributes that PEFT reads first of what it takes for its own config.
+_OF_PEFT = ("base_model_name_or_path", "is_prompt_learning", "task_type")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -84,6 +86,10 @@ class AdapterConfig:
     modules_to_save: Sequence[str] = ()
     adapter_dtype: torch.dtype | str = "float32"
     init: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        way_out = "; PEFT and TRL take lr.peft_config(config)" if name in _OF_PEFT else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{way_out}")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         check_options(options, [f.name for f in fields(cls)], cls.__name__)

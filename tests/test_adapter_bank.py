@@ -609,6 +609,40 @@ def test_combining_is_exact(dtype: torch.dtype, weights: tuple[float, float]) ->
         assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+def test_a_combination_does_not_overflow() -> None:
+    """The sum is the adapter itself: no factor of it leaves the range of the stacks' dtype."""
+    model = llama().half()
+    bank, path = lr.AdapterBank(model), "model.layers.0.mlp.down_proj"
+    lora_a, lora_b = torch.full((2, 48), 1e-4), torch.full((32, 2), 50.0)
+    for name in ("a", "b"):
+        bank.add(name, {path: LoRATensors(lora_a, lora_b, 16.0)})
+    bank.combine("mix", {"a": 100.0, "b": -99.0})
+    found_a, found_b, scaling = model.get_submodule(path).adapter("mix")
+    found = scaling * (found_b.double() @ found_a.double())
+    expected = 16 * (lora_b.half().double() @ lora_a.half().double())
+    assert (found - expected).abs().max() <= 200 * torch.finfo(torch.float16).eps * expected.max()
+
+
+def test_saving_a_combination(bank: lr.AdapterBank, tmp_path: Path) -> None:
+    """Read back by a bank, by load_adapter and by PEFT."""
+    bank.combine("mix", {"attention": 0.5, "everything": -0.25})
+    bank.save("mix", tmp_path)
+    ids = tokens(2)
+    with bank.rows(["mix", "mix"]):
+        expected = bank.model(ids).logits
+    other = lr.AdapterBank(llama())
+    other.load("again", tmp_path)
+    with other.rows(["again", "again"]):
+        assert torch.equal(other.model(ids).logits, expected)
+    for loaded in (
+        lr.load_adapter(llama(), tmp_path, trainable=False),
+        peft.PeftModel.from_pretrained(llama(), tmp_path),
+    ):
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"AdapterBank\.save: name must be one of"):
+        bank.save("nobody", tmp_path)
+
+
 def test_what_cannot_be_combined(bank: lr.AdapterBank) -> None:
     names = bank.names
     for name, weights, error, message in (

@@ -84,7 +84,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
         model: on its final device, not merged, not sharded. Parts that ``torch.compile``,
             activation checkpointing or DataParallel wrap are as without wrapper.
         path: directory with adapter_config.json and adapter_model.safetensors.
-        trainable: False leaves nothing in the model that requires a gradient.
+        trainable: False is for inference: nothing in the model requires a gradient, and it is in
+            evaluation mode, without dropout. True leaves the mode as it is.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -98,7 +99,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], trainable: bool = T
     with open_adapter_files(Path(path), "load_adapter") as files:
         _load(model, files)
     if not trainable:
-        model.requires_grad_(False)
+        model.requires_grad_(False).eval()
     return model
 
 
@@ -148,7 +149,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
         try:
             adapt(model, config, initialize=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{files.caller}: {files.config_path}: {error}") from None
+            raise ValueError(f"{files.caller}: {files.config_path}: {error}; {WITH_PEFT}") from None
     for name, tensors in adapters.items():
         module = submodule(model, name)
         assert isinstance(module, LowRankLinear)
@@ -194,13 +195,21 @@ def _contents(model: nn.Module, files: AdapterFiles, method: Method, packed: boo
 
 def _by_parameter(model: nn.Module, files: AdapterFiles, adapters: Adapters) -> Adapters:
     """The adapters with those of target_parameters under the paths of the parameters."""
-    names = files.config.get("target_parameters") or ()
-    stacked = find_parameters(model, names, f"{files.caller}: {files.config_path}")
+    stacked = _stacked(model, files)
     own = {path_in_file(path, stacked): path for path in stacked}
     for path in own:
         if path not in adapters:
             raise bad_key(files, f"{PREFIX}{path}.{LORA_A}", "is missing")
     return {own.get(path, path): tensors for path, tensors in adapters.items()}
+
+
+def _stacked(model: nn.Module, files: AdapterFiles) -> dict[str, StackedLinear]:
+    """Path and weight of the file's target_parameters."""
+    names = files.config.get("target_parameters") or ()
+    try:
+        return find_parameters(model, names, f"{files.caller}: {files.config_path}")
+    except ValueError as error:
+        raise ValueError(f"{error}; {WITH_PEFT}") from None
 
 
 def modules_for(
@@ -211,8 +220,7 @@ def modules_for(
 ) -> dict[str, nn.Module]:
     """The model's module for each path in the file; adapters of ``families`` are read. Of a stacked
     weight without an adapter it is a StackedLinear."""
-    names = files.config.get("target_parameters") or ()
-    present = {**find_parameters(model, names, files.caller), **dict(named_modules(model))}
+    present = {**_stacked(model, files), **dict(named_modules(model))}
     possible = [
         path
         for path, module in present.items()

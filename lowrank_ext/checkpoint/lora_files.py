@@ -34,6 +34,7 @@ from lowrank_ext.checkpoint.peft_config import (
     config_fields,
     method_in,
     parsed_config,
+    pattern_of,
     target_names,
 )
 from lowrank_ext.checkpoint.selection import selected_adapters
@@ -143,6 +144,21 @@ def _as_lora(
             module._buffers[name] = tensor
     module.residual_taken = config.init in module.residual_inits
     return LoRATensors(*method.file_format.lora_factors(module), module.scaling)
+
+
+def as_lora_file(model: nn.Module, adapters: Mapping[str, LoRATensors]) -> LoRAFile:
+    """``adapters`` with the config of a LoRA that has their ranks and scalings."""
+    ranks = {path: len(each.lora_a) for path, each in adapters.items()}
+    alphas = {path: each.scaling * ranks[path] for path, each in adapters.items()}
+    first = next(iter(adapters))
+    config = registry.METHODS["LORA"].config_class(
+        r=ranks[first],
+        alpha=alphas[first],
+        rank_pattern={key: int(r) for key, r in pattern_of({}, ranks[first], ranks).items()},
+        alpha_pattern=pattern_of({}, alphas[first], alphas),
+        target_modules=target_names(model, adapters),
+    )
+    return LoRAFile(config, dict(adapters))
 
 
 def write_lora(

@@ -44,11 +44,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # untyped base
         >>> class AdapterSFTTrainer(lr.AdapterTrainer, trl.SFTTrainer): ...
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def _save(self, *args: Any, **options: Any) -> None:
         model = unwrapped(self.model)
         if hasattr(model, "lowrank_config"):
             vars(model)[RESUMES] = True
+        super()._save(*args, **options)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -102,7 +102,7 @@ def test_reloads_the_best(name: str, tmp_path: Path) -> None:
 
 
 def test_the_plain_trainer_warns_that_it_cannot_resume(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"cannot resume from it; derive yours from lr\.Adapter"):
+    with pytest.warns(UserWarning, match=r"cannot resume from it; use lr\.AdapterTrainer, or"):
         trainer(adapted("lora"), tmp_path, Trainer, max_steps=3).train()
     resumed = trainer(adapted("lora"), tmp_path, lr.AdapterTrainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -233,3 +233,41 @@ def test_peft_reads_what_save_pretrained_has_written(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error:.*cannot resume from it")
+def test_models_made_by_model_init_resume(tmp_path: Path) -> None:
+    arguments = trainer(adapted("lora"), tmp_path, lr.AdapterTrainer).args
+
+    def run() -> Any:
+        return lr.AdapterTrainer(
+            args=arguments, train_dataset=data(), model_init=lambda: adapted("lora")
+        )
+
+    whole, resumed = run(), run()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_a_merged_model_is_not_saved_beside_its_adapter(tmp_path: Path) -> None:
+    model = adapted("lora")
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="must hold no adapter, which would be applied again"):
+        lr.merge(model).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_adapter_with_a_name_is_found(tmp_path: Path) -> None:
+    adapted("lora").save_pretrained(tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match="but adapters are in its directories mine"):
+        lr.load_adapter(llama(), tmp_path)
+
+
+def test_loading_for_inference_switches_dropout_off(tmp_path: Path) -> None:
+    config = lr.LoRAConfig(r=4, dropout=0.5)
+    lr.adapt(llama(), config).save_pretrained(tmp_path)
+    model = lr.load_adapter(llama().train(), tmp_path, trainable=False)
+    assert not any(module.training for module in model.modules())
+    assert lr.load_adapter(llama().train(), tmp_path).training

@@ -670,3 +670,44 @@ def test_a_failing_merge_leaves_no_layer_merged() -> None:
         model.merge_adapter()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(m.merged_adapters for m in model.modules() if isinstance(m, LowRankTunerLayer))
+
+
+def test_a_merged_adapter_stays_merged_where_none_is_active() -> None:
+    """As in PEFT: in a module that the active adapter does not have."""
+    model = peft.get_peft_model(
+        llama(), lr.peft_config(lr.AFLoRAConfig(r=4, target_modules=["q_proj"]))
+    )
+    model.add_adapter("other", lr.peft_config(lr.AFLoRAConfig(r=4, target_modules=["v_proj"])))
+    for layer in (m for m in model.modules() if isinstance(m, LowRankTunerLayer)):
+        for adapter in layer.named_adapters().values():
+            nn.init.normal_(adapter.out_scale)
+    model.set_adapter("other")
+    only_other = logits(model)
+    model.set_adapter("default")
+    before = logits(model)
+    model.merge_adapter(["other"])
+    merged = logits(model)
+    assert not torch.allclose(merged, before, atol=1e-3)
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before) and not torch.equal(only_other, before)
+
+
+def test_a_failing_unload_leaves_the_model_as_it_was() -> None:
+    model = peft_model("aflora")
+    *_, last = (m for m in model.modules() if isinstance(m, LowRankTunerLayer))
+    with torch.no_grad():
+        last.adapter("default").out_scale.fill_(float("inf"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="inf"):
+        model.merge_and_unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_taken_for_a_config_of_peft() -> None:
+    with pytest.raises(AttributeError, match=r"PEFT and TRL take lr\.peft_config\(config\)"):
+        peft.get_peft_model(llama(), lr.AFLoRAConfig())
+    with pytest.raises(TypeError, match="give it to PEFT as it is"):
+        lr.peft_config(peft.LoraConfig())
+    with pytest.raises(TypeError, match="got LoraConfig of PEFT"):
+        lr.adapt(llama(), peft.LoraConfig())

@@ -124,3 +124,51 @@ def test_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(*arguments)
     assert model.state_dict().keys() == before and list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("config", [lr.LaMDAConfig, lr.AFLoRAConfig])
+def test_adapters_of_different_modules(config: Any, tmp_path: Path) -> None:
+    def of(*targets: str) -> Any:
+        return lr.peft_config(config(r=4, target_modules=targets), task_type="CAUSAL_LM")
+
+    model = peft.get_peft_model(llama(), of("q_proj", "v_proj"))
+    model.add_adapter("second", of("v_proj", "o_proj"))
+    for layer in layers(model).values():
+        for adapter in layer.named_adapters().values():
+            nn.init.normal_(adapter.lora_b, std=0.1)
+            if adapter.out_scale is not None:
+                nn.init.normal_(adapter.out_scale)
+    model.add_weighted_adapter(["second", "default"], [0.5, 2.0], "mix")
+    for layer in layers(model).values():
+        pairs = (("second", 0.5), ("default", 2.0))
+        expected = sum(w * changes(layer, key) for key, w in pairs if key in layer.adapters)
+        torch.testing.assert_close(changes(layer, "mix"), expected, rtol=1e-5, atol=1e-6)
+    model.set_adapter("mix")
+    expected_logits = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["mix"])
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "mix")
+    close(logits(again), expected_logits)
+
+
+def test_adapters_without_values_have_no_sum_and_are_not_saved(tmp_path: Path) -> None:
+    model = peft_model("aflora")
+    model.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    waiting = peft.get_peft_model(llama(), config)
+    with pytest.raises(RuntimeError, match="has no values"):
+        waiting.add_weighted_adapter(["default"], [1.0], "mix")
+    assert list(waiting.peft_config) == ["default"]
+    with pytest.raises(RuntimeError, match="has no values"):
+        waiting.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_sum_has_the_dtype_of_its_summands() -> None:
+    torch.manual_seed(11)
+    config = lr.peft_config(CONFIGS["aflora"], task_type="CAUSAL_LM")
+    base = llama(torch.bfloat16)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    model.add_weighted_adapter(["default"], [1.0], "mix")
+    for layer in layers(model).values():
+        assert layer.adapter("mix").lora_a.dtype == torch.bfloat16

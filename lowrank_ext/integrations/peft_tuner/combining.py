@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_ext.adapter_format import AdapterFormat
+from lowrank_ext.checkpoint.layout import whole
+from lowrank_ext.checkpoint.peft_config import pattern_of
 from lowrank_ext.checks import check_finite, did_you_mean
 from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
 from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, share_start
@@ -42,6 +44,9 @@ def checked_weights(
         )
     if name in configs:
         raise ValueError(f"{_CALLER}: adapter_name must be new, got {name!r}")
+    inits = {configs[adapter].adapter_config(()).init for adapter in adapters}
+    if len(inits) > 1 and method.module_class.residual_inits:
+        raise ValueError(f"{_CALLER}: adapters must have one init, got {sorted(inits)}")
     for weight in weights:
         check_finite(weight, _CALLER, "weights")
     return dict(zip(adapters, map(float, weights), strict=True))
@@ -51,14 +56,18 @@ def summed_config(
     config: LowRankPeftConfig, layers: Mapping[str, LowRankTunerLayer], weights: Mapping[str, float]
 ) -> LowRankPeftConfig:
     """The config of the sum over ``layers``: ranks add up, unless they share a residual base."""
+    ranks, alphas = {}, {}
+    for path, layer in layers.items():
+        summands = _summands(layer, weights)
+        shares = _shares_residual(layer, weights)
+        ranks[path] = summands[0].r if shares else sum(each.r for each in summands)
+        alphas[path] = ranks[path] * (summands[0].start_scaling if shares else 1.0)
+    first = next(iter(layers))
     summed = copy.deepcopy(config)
     summed.awaits_values = True
-    if any(_shares_residual(layer, weights) for layer in layers.values()):
-        return summed
-    ranks = {path: sum(a.r for a in _summands(layer, weights)) for path, layer in layers.items()}
-    summed.r, summed.lora_alpha, summed.use_rslora = max(ranks.values()), None, False
-    summed.alpha_pattern = {}
-    summed.rank_pattern = {f"^{path}$": rank for path, rank in ranks.items() if rank != summed.r}
+    summed.r, summed.lora_alpha, summed.use_rslora = ranks[first], whole(alphas[first]), False
+    summed.rank_pattern = pattern_of({}, ranks[first], ranks)
+    summed.alpha_pattern = pattern_of({}, alphas[first], alphas)
     summed.target_modules = list(layers)
     if "residuals" in vars(summed):
         summed.residuals = []
@@ -80,6 +89,7 @@ def fill_with_sum(
     """Make the adapter ``name`` of the layer Σ weight · scaling · lora_b lora_a of the others."""
     summands = {key: layer.adapter(key) for key in weights if key in layer.adapters}
     adapter = layer.adapter(name)
+    adapter.to(next(iter(summands.values())).lora_a.dtype)
     lora_a, lora_b = [], []
     for key, other in summands.items():
         a, b = file_format.lora_factors(other)

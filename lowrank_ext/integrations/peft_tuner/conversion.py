@@ -40,8 +40,9 @@ def peft_config(config: AdapterConfig, **fields: Any) -> PeftConfig:
     """
     method = method_of(config) if isinstance(config, AdapterConfig) else None
     if method is None:
+        way_out = "; give it to PEFT as it is" if isinstance(config, PeftConfig) else ""
         raise TypeError(
-            f"peft_config: config must be a {config_names()}, got {type(config).__name__}"
+            f"peft_config: config must be a {config_names()}, got {type(config).__name__}{way_out}"
         )
     if config.adapter_dtype != "float32":
         raise ValueError(

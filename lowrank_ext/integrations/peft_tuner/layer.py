@@ -175,9 +175,15 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
                 f"all of them once, got {residual}"
             )
         for name in names:
-            self._check_valued(name)
+            self.check_valued(name)
             self.adapter(name).merge()
             self.merged_adapters.append(name)
+
+    def merge_new(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """``merge`` without PEFT's warning of adapters that are merged already."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if new := [name for name in names if name not in self.merged_adapters]:
+            self.merge(safe_merge, new)
 
     def unmerge(self, keep: int = 0) -> None:
         """Unmerge all but the first ``keep`` of the merged adapters."""
@@ -197,11 +203,11 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
             if len(names) > 1:
                 raise ValueError(f"one adapter must be merged into a quantized base, got {names}")
             if names:
-                self._check_valued(names[0])
+                self.check_valued(names[0])
                 return self.adapter(names[0]).to_linear(True, self.dense_dtype)
             merge = False
         if merge:
-            self.merge(safe_merge, adapter_names)
+            self.merge_new(safe_merge, adapter_names)
         else:
             self.unmerge()
             if (residual := self.with_residual()) is not None:
@@ -213,19 +219,22 @@ class LowRankTunerLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] to [..., N] in x's dtype. Further arguments go to the base."""
-        active = [name for name in self.active_adapters if name in self.adapters]
-        if self._disable_adapters or not active:
+        if self._disable_adapters:
             self.unmerge()
+        active = [name for name in self.active_adapters if name in self.adapters]
+        if self._disable_adapters or not (active or self.merged_adapters):
             residual = self.with_residual()
             if residual is not None:
                 return residual.disabled_output(x, *args, **kwargs)
             base_out: Tensor = self.base_layer(x, *args, **kwargs)
             return base_out
-        self._check_valued(active[0])
-        y: Tensor = self.adapters[(self.merged_adapters or active)[0]](x, *args, **kwargs)
+        acting = (self.merged_adapters or active)[0]
+        self.check_valued(acting)
+        y: Tensor = self.adapters[acting](x, *args, **kwargs)
         return y
 
-    def _check_valued(self, name: str) -> None:
+    def check_valued(self, name: str) -> None:
+        """Raise RuntimeError where the adapter waits for the values of a file."""
         if name in self._awaiting:
             raise RuntimeError(
                 f"the adapter {name!r} has no values: its config is from a file, whose values "

@@ -157,12 +157,13 @@ class LowRankTuner(BaseTuner):
         """Add the adapter Σ weight · adapter, of the summed rank: exact, to one rounding of lora_b.
 
         Over a residual base (LaMDA's SVD start) the adapters share lora_a, and the rank stays. As
-        in PEFT the new adapter is not active; adapters of one module at least are enough.
+        in PEFT the new adapter is not active. The adapters may be of different modules.
 
         Raises:
             ValueError: combination_type is not "cat", which alone is exact; adapters of the method
-                have no sum (GOAT, ResLoRA), one is unknown, merged or has modules_to_save; or
+                have no sum (GOAT, ResLoRA), one is unknown, has modules_to_save or another init; or
                 adapter_name is taken. Nothing is added.
+            RuntimeError: an adapter has no values yet.
         """
         if combination_type != "cat":
             raise ValueError(
@@ -175,6 +176,9 @@ class LowRankTuner(BaseTuner):
             for path, layer in _layers(self)
             if by_name.keys() & layer.adapters.keys()
         }
+        for layer in layers.values():
+            for name in by_name.keys() & layer.adapters.keys():
+                layer.check_valued(name)
         config = summed_config(self.peft_config[next(iter(by_name))], layers, by_name)
         self.peft_config[adapter_name] = config
         try:
@@ -219,9 +223,15 @@ class LowRankTuner(BaseTuner):
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         """As PEFT's; where a layer raises, all weights have the bits that they had before."""
+        with self._all_or_none():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """On an exception inside, what has been merged inside is unmerged."""
         merged = {layer: len(layer.merged_adapters) for _, layer in _layers(self.model)}
         try:
-            super().merge_adapter(adapter_names, safe_merge)
+            yield
         except BaseException:
             for layer, count in merged.items():
                 layer.unmerge(keep=count)
@@ -246,6 +256,8 @@ class LowRankTuner(BaseTuner):
             layer.dense_dtype = dtype
         self._unloads, self._plain = True, {}
         try:
+            if merge:
+                self._merge_before_unloading(safe_merge, adapter_names)
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         finally:
             self._unloads = False
@@ -255,6 +267,14 @@ class LowRankTuner(BaseTuner):
         if had_quantized:
             forget_quantization(self.model)
         return self.model
+
+    def _merge_before_unloading(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Merge all but quantized layers, or none, before the first module is replaced."""
+        self._check_merge_allowed()
+        with self._all_or_none():
+            for _, layer in _layers(self.model):
+                if not is_quantized(layer.base_layer):
+                    layer.merge_new(safe_merge, adapter_names)
 
     # ---- files
 
@@ -270,6 +290,7 @@ class LowRankTuner(BaseTuner):
         found = {}
         for path, layer in _layers(model):
             if adapter_name in layer.adapters:
+                layer.check_valued(adapter_name)
                 prefix = f"{path}.{layer.adapters_name}.{adapter_name}."
                 for attribute in _stored(layer, adapter_name):
                     key = prefix + attribute

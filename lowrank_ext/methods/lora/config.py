@@ -10,9 +10,15 @@ from lowrank_ext.checks import (
     normalized_names,
     normalized_token_indices,
 )
-from lowrank_ext.config import AdapterConfig, plain
+from lowrank_ext.config import ALL_LINEAR, AdapterConfig, plain
 
 _BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
+
+
+class _Default(str):
+    """target_modules that nobody has given."""
+
+    __slots__ = ()
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -33,10 +39,10 @@ class LoRAConfig(AdapterConfig):
             adapted modules) or ``"all"`` of the model. They train in place, so the base is then no
             longer there: ``lr.disable_adapter`` raises.
         target_parameters: names of stacked expert weights [E, ..., ...] that get an adapter for
-            each expert, beside target_modules (which may then be empty); a parameter matches when
-            its path equals a name or ends with ``"." + name``: ``"experts.gate_up_proj"``. As in
-            PEFT without dropout, and without ``pissa``; exclude_modules and layers_to_transform do
-            not concern them.
+            each expert, beside target_modules, which are then by default none; a parameter matches
+            when its path equals a name or ends with ``"." + name``: ``"experts.gate_up_proj"``. As
+            in PEFT without dropout, and without ``pissa``; exclude_modules and layers_to_transform
+            do not concern them.
         trainable_token_indices: tokens whose rows of the embeddings train beside the adapters. A
             sequence is for the model's input embeddings, a mapping from names of embeddings or
             heads, matched as target_modules, to sequences for others. Modules that the weight of
@@ -46,6 +52,7 @@ class LoRAConfig(AdapterConfig):
     peft_type: ClassVar[str] = "LORA"
     inits: ClassVar[tuple[str, ...]] = ("kaiming", "gaussian", "pissa")
 
+    target_modules: str | Sequence[str] = _Default(ALL_LINEAR)
     init: str = "kaiming"
     target_parameters: Sequence[str] = ()
     lora_bias: bool = False
@@ -62,6 +69,8 @@ class LoRAConfig(AdapterConfig):
             )
         names = normalized_names(self.target_parameters, owner, "target_parameters")
         self._set("target_parameters", names)
+        if names and isinstance(self.target_modules, _Default):
+            self._set("target_modules", ())  # as in PEFT
         super().__post_init__()
         check_flag(self.lora_bias, owner, "lora_bias")
         check_flag(self.dora, owner, "dora")

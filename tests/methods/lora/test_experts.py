@@ -1,6 +1,7 @@
 """LoRA on stacked expert weights (target_parameters) beside PEFT's, on four layouts of experts."""
 
 import copy
+import dataclasses
 import json
 import re
 import warnings
@@ -441,7 +442,10 @@ def test_experts_alone_and_all_linear() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is left out
         model = expert_model("MixtralForCausalLM")
-        lr.adapt(model, lr.LoRAConfig(r=2, target_parameters=[GATE_UP, DOWN]))
+        lr.adapt(
+            model,
+            lr.LoRAConfig(r=2, target_modules="all-linear", target_parameters=[GATE_UP, DOWN]),
+        )
 
 
 def test_what_is_left_out_is_named_with_the_way_to_adapt_it() -> None:
@@ -450,7 +454,8 @@ def test_what_is_left_out_is_named_with_the_way_to_adapt_it() -> None:
     model = expert_model("GptOssForCausalLM")
     left = model.model.layers[0].mlp.experts.down_proj.numel()
     with pytest.warns(UserWarning, match=rf"adapt: {left:,} parameters.*\['{DOWN}'\] adapts them"):
-        lr.adapt(model, lr.LoRAConfig(r=2, target_parameters=[GATE_UP]))
+        config = lr.LoRAConfig(r=2, target_modules="all-linear", target_parameters=[GATE_UP])
+        lr.adapt(model, config)
     table = lr.summary(model)
     rows = list(zip(*(column._cells for column in table.columns), strict=True))
     assert ("gate_up_proj", "LoRAExpert", "1", "16 → 48") in [row[:4] for row in rows]
@@ -555,6 +560,26 @@ def test_experts_with_hooks_of_devices_or_on_several_are_refused() -> None:
         change(model.model.layers[0].mlp.experts)
         with pytest.raises(ValueError, match=message):
             lr.adapt(model, lr.LoRAConfig(r=2, **ONLY))
+
+
+def test_experts_alone_unless_modules_are_named() -> None:
+    """As in PEFT, whose target_modules are then none; by lr.peft_config, too."""
+    both = [GATE_UP, DOWN]
+    alone = lr.LoRAConfig(r=2, target_parameters=both)
+    assert alone.target_modules == ()
+    assert lr.LoRAConfig(target_modules="all-linear", target_parameters=both).target_modules
+    assert dataclasses.replace(lr.LoRAConfig(r=2), target_parameters=both) == alone
+    assert lr.LoRAConfig().target_modules == "all-linear"
+    sizes = set()
+    for model in (
+        lr.adapt(expert_model("MixtralForCausalLM"), alone),
+        peft.get_peft_model(expert_model("MixtralForCausalLM"), lr.peft_config(alone)),
+        peft.get_peft_model(
+            expert_model("MixtralForCausalLM"), peft.LoraConfig(r=2, target_parameters=both)
+        ),
+    ):
+        sizes.add(lr.trainable_parameters(model).trainable)
+    assert len(sizes) == 1
 
 
 def test_config() -> None:
