@@ -122,10 +122,10 @@ def write_adapter(
     for name, whole in saved.items():
         for key, tensor in state_of(whole).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
-    for key, bias in base_biases(model, config, modules).items():
-        tensors[PREFIX + key] = bias
-    for key, tensor in embeddings_to_save(model).items():
-        tensors[PREFIX + key] = tensor
+    beside = {**base_biases(model, config, modules), **embeddings_to_save(model)}
+    unmerged = _before_merging(modules)
+    for key, tensor in beside.items():
+        tensors[PREFIX + key] = unmerged.get(id(tensor), tensor)
     # Copies: two keys may name one tensor (tied modules), which the format does not allow.
     tensors = {key: gathered(tensor).clone() for key, tensor in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:
@@ -134,3 +134,14 @@ def write_adapter(
         warnings.warn(f"{caller}: {some(bad)} {NOT_FINITE}", stacklevel=4)
     fields, metadata = config_fields(model, config, modules, saved)
     write_adapter_files(Path(path), fields, tensors, metadata)
+
+
+def _before_merging(modules: Mapping[str, LowRankLinear | ModuleNumbers]) -> dict[int, Tensor]:
+    """Of merged modules the base's weight and bias without the branch, by the parameter's id."""
+    found: dict[int, Tensor] = {}
+    for module in modules.values():
+        if isinstance(module, LowRankLinear) and module.merged:
+            kept = {module.base_parameter: module.unmerged_weight}
+            kept[module.base_bias] = module.unmerged_bias
+            found |= {id(p): tensor for p, tensor in kept.items() if tensor is not None}
+    return found

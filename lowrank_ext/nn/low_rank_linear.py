@@ -329,7 +329,9 @@ class LowRankLinear(ResidualBase):
         if merged_base_bias is not None:
             assert self.base_bias is not None
             self.unmerged_bias = self.base_bias.detach().clone()
-            self.base_bias.copy_(merged_base_bias)
+            # A step on the sum would be lost by unmerge.
+            self.unmerged_bias_trains = self.base_bias.requires_grad
+            self.base_bias.requires_grad_(False).copy_(merged_base_bias)
         self.merged = True
 
     @torch.no_grad()
@@ -341,7 +343,7 @@ class LowRankLinear(ResidualBase):
         self._require_weight("unmerge").copy_(self.unmerged_weight)
         if self.unmerged_bias is not None:
             assert self.base_bias is not None
-            self.base_bias.copy_(self.unmerged_bias)
+            self.base_bias.copy_(self.unmerged_bias).requires_grad_(self.unmerged_bias_trains)
         self.unmerged_weight, self.unmerged_bias = None, None
         self.merged = False
 

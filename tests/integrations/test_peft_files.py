@@ -108,6 +108,11 @@ def test_an_extended_vocabulary(tied: bool, targets: list[str], tmp_path: Path) 
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
     lr.save_adapter(model, tmp_path / "ours")  # nothing is lost on the way
+    if not tied:  # a merged head is saved without the branch, which the file holds, too
+        lr.save_adapter(lr.merge(model), tmp_path / "merged")
+        expected = (tmp_path / "ours" / WEIGHTS).read_bytes()
+        assert (tmp_path / "merged" / WEIGHTS).read_bytes() == expected
+        lr.unmerge(model)
     again = {key for key in load_file(tmp_path / "ours" / WEIGHTS) if "lora_" not in key}
     assert again <= keys and again
     third = peft.PeftModel.from_pretrained(extended(3, tied), tmp_path / "ours")

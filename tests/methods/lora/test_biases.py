@@ -375,3 +375,27 @@ def test_embeddings_have_none() -> None:
     model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2))
     with pytest.raises(ValueError, match="lora_bias must be False over an embedding"):
         lr.adapt(model, lr.LoRAConfig(r=2, target_modules=["0"], lora_bias=True))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_merged_model_is_saved_as_the_unmerged_one(bias: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["up", "down"], "lora_bias": True, "bias": bias}
+    model = lr.adapt(Net(), lr.LoRAConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    lr.save_adapter(model, tmp_path / "unmerged")
+    lr.save_adapter(lr.merge(model), tmp_path / "merged")
+    expected = (tmp_path / "unmerged" / WEIGHTS).read_bytes()
+    assert (tmp_path / "merged" / WEIGHTS).read_bytes() == expected
+
+
+def test_a_merged_bias_does_not_train() -> None:
+    """A step on the sum of the base's bias and the branch's would be lost by unmerge."""
+    options: dict[str, Any] = {"target_modules": ["up"], "lora_bias": True, "bias": "lora_only"}
+    model = lr.adapt(Net(), lr.LoRAConfig(r=2, **options)).eval()
+    lr.merge(model)
+    assert not model.up.base_bias.requires_grad
+    lr.unmerge(model)
+    assert model.up.base_bias.requires_grad
