@@ -15,9 +15,9 @@ pytest.importorskip("accelerate")
 
 import peft
 from safetensors.torch import save_file
-from test_peft_trainer import data
+from test_peft_trainer import arguments, data
 from test_peft_tuner import CONFIGS, llama, logits
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 import lowrank_ext as lr
 
@@ -33,21 +33,8 @@ def adapted(name: str) -> LlamaForCausalLM:
 
 
 def trainer(model: nn.Module, out: Path, kind: type[Trainer], **options: Any) -> Trainer:
-    arguments = TrainingArguments(
-        str(out),
-        **{
-            "per_device_train_batch_size": 4,
-            "max_steps": 6,
-            "save_steps": 3,
-            "learning_rate": 1e-2,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-            **options,
-        },
-    )
-    return kind(model, arguments, train_dataset=data(), eval_dataset=data(4))
+    given = arguments(out, **options)
+    return kind(model, given, train_dataset=data(), eval_dataset=data(4))
 
 
 @by_name
@@ -237,12 +224,10 @@ def test_peft_reads_what_save_pretrained_has_written(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error:.*cannot resume from it")
 def test_models_made_by_model_init_resume(tmp_path: Path) -> None:
-    arguments = trainer(adapted("lora"), tmp_path, lr.AdapterTrainer).args
 
     def run() -> Any:
-        return lr.AdapterTrainer(
-            args=arguments, train_dataset=data(), model_init=lambda: adapted("lora")
-        )
+        given = {"args": arguments(tmp_path), "train_dataset": data()}
+        return lr.AdapterTrainer(**given, model_init=lambda: adapted("lora"))
 
     whole, resumed = run(), run()
     whole.train()

@@ -25,8 +25,8 @@ def data(count: int = 16) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def trainer(model: Any, out: Path, name: str, **options: Any) -> Trainer:
-    arguments = TrainingArguments(
+def arguments(out: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
         str(out),
         **{
             "per_device_train_batch_size": 4,
@@ -40,11 +40,13 @@ def trainer(model: Any, out: Path, name: str, **options: Any) -> Trainer:
             **options,
         },
     )
+
+
+def trainer(model: Any, out: Path, name: str, **options: Any) -> Trainer:
     scheduled = isinstance(CONFIGS[name], lr.LaMDAConfig | lr.AFLoRAConfig)
     callbacks = [lr.FreezeCallback(eta=0.5)] if scheduled else []
-    return Trainer(
-        model, arguments, train_dataset=data(), eval_dataset=data(4), callbacks=callbacks
-    )
+    given = {"train_dataset": data(), "eval_dataset": data(4), "callbacks": callbacks}
+    return Trainer(model, arguments(out, **options), **given)
 
 
 @pytest.mark.parametrize("name", OWN)
