@@ -3,15 +3,13 @@
 y = m / n ⊙ (W x + s B A x) + bias,    n_j = ‖W_j + s B_j A‖, without a gradient
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ext import ops
 
-_BLOCK = 2**22  # elements of a half-precision weight that are widened at once
+_BLOCK = 2**22  # elements of W + s B A that are held at once
 
 
 def dora_output(
@@ -68,22 +66,16 @@ def column_factor(
 def column_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """n_j = ‖W_j + s B_j A‖, [N], in float32 (float64 for a float64 weight).
 
-    n_j² = ‖W_j‖² + 2 s B_j·(W Aᵀ)_j + s² B_j (A Aᵀ) B_jᵀ: no [N, K] product is made. ‖W_j‖² is not
-    kept between calls: W is read in each for W Aᵀ, and not every change of a weight can be seen.
+    Of the sum itself, block by block of rows: the expanded square ‖W_j‖² + 2 s B_j·(W Aᵀ)_j +
+    s² B_j (A Aᵀ) B_jᵀ costs as many multiplications and cancels where the branch nearly cancels W.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = lora_a.to(wide), lora_b.to(wide)
-    parts = [(rows.square().sum(1), rows @ a.mT) for rows in _widened(weight, wide)]
-    squares, crossed = (torch.cat(each) for each in zip(*parts, strict=True))
-    squares = squares + (b * (2 * scaling * crossed + scaling**2 * (b @ (a @ a.mT)))).sum(1)
+    a, b = lora_a.to(wide), scaling * lora_b.to(wide)
+    # A compiled graph takes one block: it would hold the operations of each.
+    whole = torch.compiler.is_compiling()
+    num_rows = len(weight) if whole else max(1, _BLOCK // max(1, weight.shape[1]))
+    blocks = zip(weight.split(num_rows), b.split(num_rows), strict=True)
+    sums = (torch.addmm(rows.to(wide), b_rows, a) for rows, b_rows in blocks)
+    norms = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in sums])
     # A row of zeros has the magnitude 0: its output is then the base's, not 0 / 0.
-    return squares.clamp_min(torch.finfo(wide).tiny).sqrt()
-
-
-def _widened(weight: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
-    """Blocks of rows of that dtype; a wide weight as it is."""
-    if weight.dtype == wide or torch.compiler.is_compiling():
-        yield weight.to(wide)
-        return
-    for rows in weight.split(max(1, _BLOCK // max(1, weight.shape[1]))):
-        yield rows.to(wide)
+    return norms.clamp_min(torch.finfo(wide).tiny ** 0.5)

@@ -168,6 +168,61 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-9)
 
 
+REMAINING = (1.0, 0.1, 1e-2, 1e-3, 3e-4)
+
+
+def cancelling(remaining: float) -> tuple[Tensor, Tensor, Tensor]:
+    """W, A and B of float32, with s = 2: that share is left of every second row of W + s B A."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64) / 8
+    u, s, v_t = torch.linalg.svd(weight.double(), full_matrices=False)
+    shares = torch.tensor([1.0, remaining], dtype=torch.float64).repeat(24).unsqueeze(1)
+    return weight, v_t.float(), (-(u * s) * (1 - shares) / 2).float()
+
+
+@pytest.mark.parametrize("remaining", REMAINING)
+@pytest.mark.parametrize("way", ["adapt", "merge", "accelerate"])
+def test_a_branch_that_nearly_cancels_rows(way: str, remaining: float) -> None:
+    """Every output is as near to the formula in float64 as PEFT's, whose norm is the sum's own."""
+    weight, lora_a, lora_b = cancelling(remaining)
+    base = nn.Linear(64, 48, bias=False)
+    base.weight.data = weight.clone()
+    config = peft.LoraConfig(r=48, lora_alpha=96, use_dora=True, target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config).eval()
+    theirs.get_parameter(NAMES[0]).data = lora_a.clone()
+    theirs.get_parameter(NAMES[1]).data = lora_b.clone()
+    if way == "accelerate":
+        ours = copy.deepcopy(theirs)
+        assert lr.accelerate(ours).accelerated
+    else:
+        options = lr.LoRAConfig(r=48, alpha=96, dora=True, target_modules=["0"])
+        ours = lr.adapt(nn.Sequential(base), options).eval()
+        ours[0].lora_a.data, ours[0].lora_b.data = lora_a.clone(), lora_b.clone()
+    if way == "merge":
+        lr.merge(ours)
+        theirs.merge_adapter()
+    x = torch.randn(4, 64)
+    direction = weight.double() + 2 * lora_b.double() @ lora_a.double()
+    factor = weight.double().norm(dim=1) / direction.norm(dim=1)
+    expected = (x.double() @ direction.mT) * factor
+    error, plain_error = ((model(x).double() - expected).norm(dim=0) for model in (ours, theirs))
+    scale = expected.norm(dim=0)
+    # Both cancel: the floor is what float32 leaves of the terms, whose size is 1 beside the sum.
+    floor = 4 * torch.finfo(torch.float32).eps * (1 + 1 / remaining)
+    assert ((error - plain_error) / scale).max() <= floor
+    assert (error / scale).max() <= 2 * (plain_error / scale).max() + 1e-6
+
+
+@pytest.mark.parametrize("remaining", REMAINING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_of_rows_that_nearly_cancel(dtype: torch.dtype, remaining: float) -> None:
+    weight, lora_a, lora_b = cancelling(remaining)
+    weight = weight.to(dtype)
+    expected = (weight.double() + 2 * lora_b.double() @ lora_a.double()).norm(dim=1)
+    got = column_norms(weight, lora_a, lora_b, 2.0).double()
+    torch.testing.assert_close(got, expected, rtol=1e-6 / remaining, atol=0)
+
+
 def test_starts_at_the_base() -> None:
     base = nn.Linear(K, N)
     with torch.no_grad():
