@@ -13,6 +13,7 @@ from lowrank_ext.wrappers import named_modules, unwrapped
 
 _NAME = "embed_tokens"  # PEFT's, where a model does not tell its input embeddings
 _UNTOLD = "leaves alone what is tied without tie_word_embeddings in the model's config"
+_NO_INPUTS = "leaves alone what is tied to other embeddings than the model's input embeddings"
 
 Tokens = dict[str, tuple[int, ...]]  # by module path
 
@@ -36,25 +37,24 @@ def token_targets(
 ) -> TokenTargets:
     """The modules that trainable_token_indices of ``config`` selects; none where it is None.
 
-    Modules whose weight is an embedding's compute with its rows, as in PEFT, unless they are given
-    other tokens.
+    Modules whose weight is an embedding's compute with its rows, as in PEFT; of two modules with
+    one weight, each may have its own tokens. The order of a mapping does not matter.
 
     Args:
         taken: modules that are adapted or trained as a whole.
 
     Raises:
         ValueError: a name matches nothing, a module is no embedding or head, or is taken, a token
-            has no row, or a weight has no values.
+            has no row, a weight has no values, a weight of more than two modules is given different
+            tokens, or that of the input embeddings is given tokens under another's name.
     """
     tokens = named_tokens(model, config.trainable_token_indices, caller)
     modules = dict(named_modules(model))
     owners: dict[str, str] = {}
-    for path in list(tokens):
-        if path in tokens and family_of(modules[path]) == EMBEDDING:
-            for other in _tied_to(modules, path):
-                if tokens.get(other, tokens[path]) == tokens[path]:
-                    tokens.pop(other, None)
-                    owners[other] = path
+    for tied in _tied(modules, tokens):
+        if (owner := _owner(model, modules, tied, tokens, caller)) is not None:
+            owners |= {path: owner for path in tied if path != owner}
+    tokens = {path: ids for path, ids in tokens.items() if path not in owners}
     for path in (*tokens, *owners):
         _check(path, modules[path], tokens[owners.get(path, path)], taken, model, caller)
     alone = isinstance(config.trainable_token_indices, tuple) and _input_embeddings(model)
@@ -94,10 +94,13 @@ def token_modules(
         made[path] = TokenRows(base, tokens, dtype)
     replacements: dict[nn.Module, nn.Module] = {modules[path]: new for path, new in made.items()}
     told = getattr(getattr(unwrapped(model), "config", None), "tie_word_embeddings", False)
+    inputs = _input_embeddings(model)
     for path, owner in targets.owners.items():
         tied = replacements[modules[path]] = TiedTokenRows(modules[path], made[owner])
         if not told:
             tied.differs_in_peft = _UNTOLD
+        elif owner != inputs:
+            tied.differs_in_peft = _NO_INPUTS
     return replacements
 
 
@@ -114,14 +117,45 @@ def _input_embeddings(model: nn.Module) -> str | None:
     return next((path for path, each in named_modules(model) if each is own), None)
 
 
-def _tied_to(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """Paths of the other modules with the same weight."""
-    weight = modules[path]._parameters.get("weight")
-    return [
-        other
-        for other, module in modules.items()
-        if other != path and weight is not None and module._parameters.get("weight") is weight
-    ]
+def _tied(modules: Mapping[str, nn.Module], tokens: Tokens) -> list[list[str]]:
+    """Paths of the modules with one weight, for each weight that several have and that is named."""
+    by_weight: dict[nn.Parameter, list[str]] = {}
+    for path, module in modules.items():
+        if (weight := module._parameters.get("weight")) is not None:
+            by_weight.setdefault(weight, []).append(path)
+    named = {modules[path]._parameters.get("weight") for path in tokens}
+    return [paths for weight, paths in by_weight.items() if weight in named and len(paths) > 1]
+
+
+def _owner(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    tied: list[str],
+    tokens: Tokens,
+    caller: str,
+) -> str | None:
+    """The embedding whose rows all of ``tied`` compute with; None where each has its own."""
+    named = [path for path in tied if path in tokens]
+    embeddings = [path for path in named if family_of(modules[path]) == EMBEDDING]
+    if not embeddings:
+        return None
+    first, *others = named
+    other = next((path for path in others if tokens[path] != tokens[first]), None)
+    if other is not None and len(tied) > 2:
+        raise ValueError(
+            f"{caller}: trainable_token_indices must give the same tokens to modules of one weight "
+            f"({', '.join(tied)}), got {list(tokens[first])} for {first} and {list(tokens[other])} "
+            f"for {other}"
+        )
+    if other is not None:
+        return None
+    inputs = _input_embeddings(model)
+    if inputs in tied and inputs not in named:
+        raise ValueError(
+            f"{caller}: trainable_token_indices must name the input embeddings {inputs} for the "
+            f"modules tied to these, got {embeddings[0]}, for which PEFT computes another model"
+        )
+    return inputs if inputs in tied else embeddings[0]
 
 
 def _check(
