@@ -100,7 +100,7 @@ def test_another_embedding_than_the_inputs_is_refused(
 ) -> None:
     """PEFT trains rows of the named modules alone."""
     make, target, prefix = MODELS[name]
-    indices = dict.fromkeys(named, [5, 2])
+    indices = {each: [5, 2] for each in named}
     model = make()
     modules = list(model.modules())
     message = f"must name the input embeddings {prefix}shared for the modules tied to these, got "
@@ -118,7 +118,7 @@ def test_the_same_tokens_in_every_order_are_pefts(name: str, tmp_path: Path) -> 
     make, _, prefix = MODELS[name]
     named = [f"{prefix}shared", f"{prefix}encoder.embed_tokens", "lm_head"]
     for number, order in enumerate(itertools.permutations(named)):
-        model = lr.adapt(make(), config(name, dict.fromkeys(order, [5, 2])))
+        model = lr.adapt(make(), config(name, {each: [5, 2] for each in order}))
         assert list(token_rows_of(model)) == [f"{prefix}shared"]
         randomize(model)
         path = tmp_path / str(number)
