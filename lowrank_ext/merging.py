@@ -1,6 +1,6 @@
 """Merge the adapters of a model into its weights, take them out again, or remove them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -189,6 +189,9 @@ def check_mergeable(
     for what, changed in (("weight", weights), ("bias", biases)):
         for owner, names in shared_tensors(model, changed).items():
             own = modules[owners[owner]]
+            if what == "weight":
+                apart = [name for name, rows in together.items() if rows is own]
+                _check_still_tied(owners[owner], set(apart) - set(names), caller)
             others = [name for name in names if together.get(name) is not own]
             if others:
                 raise ValueError(
@@ -196,6 +199,17 @@ def check_mergeable(
                     f"one tied to {', '.join(others)}, which would change with it; clone one of "
                     "them"
                 )
+
+
+def _check_still_tied(path: str, apart: Collection[str], caller: str) -> None:
+    """Raise ValueError where modules that compute with the rows of ``path`` have other weights,
+    into which its merge would not write."""
+    if apart:
+        raise ValueError(
+            f"{caller}: {', '.join(sorted(apart))} must be the weight of {path}, whose rows that "
+            "module computes with, got another one, as load_state_dict with assign=True leaves it; "
+            "tie them again, with tie_weights() of the model"
+        )
 
 
 def _tied_rows(model: nn.Module) -> dict[str, TokenRows]:

@@ -31,17 +31,20 @@ def held_embeddings(
     files: AdapterFiles,
     names: Mapping[str, Tensor],
     residual_paths: Collection[str] = (),
+    with_rows: Collection[str] = (),
 ) -> dict[str, Embedding]:
     """The model's embeddings that the tensors ``names`` of a file, which belong to no adapter and
     to no module of modules_to_save, are for.
 
     Args:
         residual_paths: modules whose base weight lacks an initial branch.
+        with_rows: modules with trained rows, whose frozen biases PEFT writes with
+            bias="lora_only".
 
     Raises:
         ValueError: a tensor is no embedding, or its shape differs from the model's.
     """
-    known = _embeddings_of(model, residual_paths) if names else {}
+    known = _embeddings_of(model, residual_paths, with_rows) if names else {}
     for key, tensor in names.items():
         if key not in known:
             raise bad_key(
@@ -63,8 +66,11 @@ def held_embeddings(
     return {key: known[key] for key in names}
 
 
-def _embeddings_of(model: nn.Module, residual_paths: Collection[str]) -> dict[str, Embedding]:
-    """Input and output embeddings of ``model`` by each name that PEFT writes them under."""
+def _embeddings_of(
+    model: nn.Module, residual_paths: Collection[str], with_rows: Collection[str] = ()
+) -> dict[str, Embedding]:
+    """Input and output embeddings of ``model``, and modules with rows, by each name that PEFT
+    writes them under."""
     inner = unwrapped(model)
     owners = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -77,7 +83,7 @@ def _embeddings_of(model: nn.Module, residual_paths: Collection[str]) -> dict[st
             owners.append(unwrapped(owner))
     found = {}
     for path, module in named_modules(model):
-        if not any(module is owner for owner in owners):
+        if path not in with_rows and not any(module is owner for owner in owners):
             continue
         kept = getattr(module, "base_layer", None)
         for name, tensor in (kept if isinstance(kept, nn.Module) else module)._parameters.items():

@@ -127,13 +127,14 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
         modules_to_save=tuple(saved),
         adapter_dtype="float32" if restart else _adapter_dtype(modules, adapters),
     )
-    biases = held_biases(model, files, config, adapters, contents.others)
     beside = unsaved(contents.others, saved)
     taken = {*modules.values(), *(inner for each in saved.values() for inner in each.modules())}
     rows = rows_in_file(model, files, config, beside, taken)
+    with_rows = {*rows.targets.tokens, *rows.targets.owners}
+    biases = held_biases(model, files, config, adapters, with_rows, contents.others)
     placed = {*biases, *rows.keys.values()}
     beside = {key: tensor for key, tensor in beside.items() if key not in placed}
-    held = held_embeddings(model, files, beside, modules if residual else ())
+    held = held_embeddings(model, files, beside, modules if residual else (), with_rows)
     check_tensors(files, method, config, modules, adapters)
     if own is not None:
         _check_same(model, files, adapters, config, own)
@@ -328,6 +329,7 @@ def held_biases(
     files: AdapterFiles,
     config: AdapterConfig,
     adapted: Collection[str],
+    with_rows: Collection[str],
     others: Mapping[str, Tensor],
 ) -> dict[str, nn.Parameter]:
     """The model's biases that the config trains, by key in the file.
@@ -335,7 +337,7 @@ def held_biases(
     Raises:
         ValueError: the file lacks one, or holds one of another shape.
     """
-    biases = base_biases(model, config, adapted)
+    biases = base_biases(model, config, adapted, with_rows)
     for key, bias in biases.items():
         if key not in others:
             raise bad_key(

@@ -23,11 +23,12 @@ from lowrank_ext.nn.base_layer import (
     features_of,
     is_conv1d,
 )
+from lowrank_ext.nn.fixed_size import FixedVocabulary, check_stays
 from lowrank_ext.nn.merged_weight import check_finite, without_gradient
 from lowrank_ext.wrappers import replace_wrapped
 
 
-class WithRows(Adapter):
+class WithRows(FixedVocabulary, Adapter):
     """Keeps ``base_layer`` and computes its output with other rows."""
 
     base_layer: nn.Module
@@ -79,15 +80,17 @@ class WithRows(Adapter):
         """The base's Parameter, or None."""
         return getattr(self.base_layer, "bias", None)
 
-    @property
-    def num_embeddings(self) -> int:
-        """The embedding's number of rows, as models read it."""
-        return self.in_features
-
-    @property
-    def embedding_dim(self) -> int:
-        """The embedding's number of columns."""
-        return self.out_features
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module, but weight and bias are the base's: tie_weights of transformers sets
+        them. The weight keeps its shape."""
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, param)
+            return
+        if name == "weight" and param is not None:
+            sizes = (self.in_features, self.out_features)
+            made_for = [*sizes] if self.family == EMBEDDING else [*reversed(sizes)]
+            check_stays(self, "the shape of the weight", made_for, [*param.shape])
+        self.base_layer.register_parameter(name, param)
 
     @property
     def padding_idx(self) -> int | None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.lora.module import LoRALinear
 from lowrank_ext.nn.base_layer import EMBEDDING
+from lowrank_ext.nn.fixed_size import FixedVocabulary
 from lowrank_ext.nn.up_product import add_up_product
 
 
-class LoRAEmbedding(LoRALinear):
+class LoRAEmbedding(FixedVocabulary, LoRALinear):
     """LoRA of an embedding: y = W[ids] + scaling · lora_a[:, ids]ᵀ lora_bᵀ.
 
     The base's weight is [K, N], K = num_embeddings and N = embedding_dim; lora_a [r, K] and lora_b
@@ -39,16 +40,6 @@ class LoRAEmbedding(LoRALinear):
     padding_idx: int | None
     scale_grad_by_freq: bool
     sparse: bool
-
-    @property
-    def num_embeddings(self) -> int:
-        """K, as models read it from an embedding."""
-        return self.in_features
-
-    @property
-    def embedding_dim(self) -> int:
-        """N."""
-        return self.out_features
 
     @classmethod
     def check_base(cls, base: nn.Module, config: AdapterConfig) -> None:

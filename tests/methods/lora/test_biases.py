@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from peft_models import VOCABULARY, randomize, token_ids
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
 
 pytest.importorskip("peft")
 
@@ -399,3 +403,75 @@ def test_a_merged_bias_does_not_train() -> None:
     assert not model.up.base_bias.requires_grad
     lr.unmerge(model)
     assert model.up.base_bias.requires_grad
+
+
+def bert() -> nn.Module:
+    """Its head, tied to the embeddings, has a bias, under two names."""
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, num_hidden_layers=1, **sizes)).eval()
+
+
+HEADS: dict[str, Any] = {"tied": [5, 2], "named": {"cls.predictions.decoder": [5, 2]}}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("tokens", HEADS.values(), ids=HEADS)
+def test_beside_trained_rows_of_a_head(bias: str, tokens: Any, tmp_path: Path) -> None:
+    options = {"r": 2, "target_modules": ["query"], "bias": bias, "trainable_token_indices": tokens}
+    own = lr.LoRAConfig(**options, alpha=8)  # PEFT's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = peft.get_peft_model(bert(), peft.LoraConfig(**options)).eval()
+        randomize(reference)
+        reference.save_pretrained(tmp_path)
+    said = "PEFT leaves out the bias of a head, here cls.predictions.decoder"
+    with pytest.warns(UserWarning, match=said):
+        model = lr.load_adapter(bert(), tmp_path)
+    decoder = model.cls.predictions.decoder
+    assert decoder.bias.requires_grad == (bias == "all")
+    assert bias != "all" or decoder.bias.abs().sum() > 0
+    assert torch.equal(decoder.bias, reference.base_model.model.cls.predictions.bias)
+    ids = token_ids()
+    x = model.bert(ids).last_hidden_state
+    x = model.cls.predictions.transform(x)
+    expected = F.linear(x, decoder.weight, decoder.bias)
+    expected[..., [5, 2]] = F.linear(x, decoder.rows, decoder.bias[[5, 2]])
+    torch.testing.assert_close(model(ids).logits, expected)
+    with pytest.warns(UserWarning, match=said):
+        lr.save_adapter(model, tmp_path / "again")
+    first, second = (load_file(path / WEIGHTS) for path in (tmp_path, tmp_path / "again"))
+    if bias == "lora_only":  # PEFT writes the frozen bias, too
+        del first["base_model.model.cls.predictions.decoder.token_adapter.base_layer.bias"]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    back = peft.PeftModel.from_pretrained(bert(), tmp_path / "again").eval()
+    torch.testing.assert_close(back(ids).logits, reference(ids).logits)
+    into = lr.adapt(bert(), own)
+    with pytest.warns(UserWarning, match=said):
+        lr.load_adapter(into, tmp_path / "again")
+    assert torch.equal(into(ids).logits, model(ids).logits)
+    trained = {n for n, p in into.named_parameters() if p.requires_grad and "bias" in n}
+    assert ("cls.predictions.bias" in trained) == (bias == "all")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_beside_trained_rows_of_a_head_that_the_model_does_not_tell(
+    bias: str, tmp_path: Path
+) -> None:
+    options = {"target_modules": ["up"], "bias": bias, "trainable_token_indices": {"head": [2]}}
+    reference = train(peft.get_peft_model(Net(), peft.LoraConfig(r=2, **options)))
+    reference.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="PEFT leaves out the bias of a head, here head"):
+        model = lr.load_adapter(Net(), tmp_path)
+    theirs = reference.base_model.model.head.token_adapter.base_layer.bias
+    assert torch.equal(model.head.bias, theirs)
+    assert torch.equal(theirs, Net().head.bias) == (bias == "lora_only")
+    assert model.head.bias.requires_grad == theirs.requires_grad == (bias == "all")
+    with pytest.warns(UserWarning, match="PEFT leaves out the bias of a head, here head"):
+        lr.save_adapter(model, tmp_path / "again")
+    with pytest.warns(UserWarning, match="PEFT leaves out the bias of a head, here head"):
+        again = lr.load_adapter(Net(), tmp_path / "again")
+    assert torch.equal(again(batch()), model(batch()))
+    back = peft.PeftModel.from_pretrained(Net(), tmp_path / "again")
+    torch.testing.assert_close(back(batch()), reference(batch()))

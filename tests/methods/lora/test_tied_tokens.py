@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import VOCABULARY, randomize, token_ids
+from peft_models import VOCABULARY, llama, randomize, token_ids
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -26,6 +26,7 @@ import peft
 import lowrank_ext as lr
 from lowrank_ext.adapt import token_rows_of
 from lowrank_ext.methods.lora.config import LoRAConfig
+from lowrank_ext.nn import TiedTokenRows, TokenRows
 
 CONFIG = "adapter_config.json"
 
@@ -50,6 +51,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "T5": (t5, "q", ""),
     "BART": (bart, "q_proj", "model."),
 }
+TIED: dict[str, Callable[[], nn.Module]] = {"llama": lambda: llama(tied=True), "T5": t5}
 
 
 def config(name: str, indices: Any) -> LoRAConfig:
@@ -58,6 +60,8 @@ def config(name: str, indices: Any) -> LoRAConfig:
 
 def logits(model: nn.Module) -> Tensor:
     ids = token_ids()
+    if not model.config.is_encoder_decoder:
+        return model(input_ids=ids).logits
     return model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
 
 
@@ -160,3 +164,86 @@ def test_a_tie_without_the_input_embeddings_is_said(tmp_path: Path) -> None:
         loaded = lr.load_adapter(TwoTables(), tmp_path)
     ids = torch.arange(9)
     assert torch.equal(loaded(ids), model(ids))
+
+
+def with_rows(make: Callable[[], nn.Module]) -> nn.Module:
+    names = ["q_proj"] if make is not t5 else ["q"]
+    options = LoRAConfig(r=2, target_modules=names, trainable_token_indices=[5, 2])
+    model = lr.adapt(make(), options)
+    randomize(model)
+    return model.eval()
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    modules = (m for m in model.modules() if isinstance(m, TokenRows | TiedTokenRows))
+    return [module.weight for module in modules]
+
+
+@pytest.mark.parametrize("merges", [lr.merge, lambda m: lr.unload(m, merge=True)])
+@pytest.mark.parametrize("name", TIED)
+def test_a_tie_that_was_lost_is_not_merged(name: str, merges: Callable[..., nn.Module]) -> None:
+    """A merge would write the rows into the weight of one module alone."""
+    source, model = with_rows(TIED[name]), with_rows(TIED[name])
+    state = {key: value.clone() for key, value in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    expected = logits(source)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match=r"^merge: .*lm_head.*weight must be the weight of .*tie_"):
+        merges(model)
+    assert torch.equal(logits(model), expected)
+    model.load_state_dict(state)
+    model.tie_weights()
+    assert len(set(weights_of(model))) == 1
+    merges(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_ties_and_sizes_that_stay(name: str) -> None:
+    model = with_rows(TIED[name])
+    expected, weights = logits(model), set(weights_of(model))
+    names = [key for key, _ in model.named_parameters()]
+    model.tie_weights()
+    assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
+    assert torch.equal(logits(model), expected) and set(weights_of(model)) == weights
+    assert [key for key, _ in model.named_parameters()] == names
+    assert not any(weight.requires_grad for weight in weights)
+    plain = lr.unload(model, merge=True)
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [VOCABULARY + 5, VOCABULARY - 7])
+@pytest.mark.parametrize("name", TIED)
+def test_a_resize_is_refused(name: str, size: int) -> None:
+    model = with_rows(TIED[name])
+    expected, modules = logits(model), list(model.modules())
+    with pytest.raises(TypeError, match="TokenRows'>, which is not an instance of"):
+        model.resize_token_embeddings(size)
+    assert list(model.modules()) == modules and torch.equal(logits(model), expected)
+    assert model.config.vocab_size == VOCABULARY
+
+
+def test_a_resize_under_rows_of_a_head_is_refused() -> None:
+    options = LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]})
+    model = lr.adapt(llama(tied=True), options)
+    message = (
+        r"TokenRows: the shape of the weight must stay \[67, 32\], .* got \[72, 32\]; .*unload"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.resize_token_embeddings(72, mean_resizing=False)
+
+
+def test_sizes_of_an_adapted_embedding() -> None:
+    model = lr.adapt(llama(), LoRAConfig(r=2, target_modules=["embed_tokens"]))
+    randomize(model)
+    embedding, expected = model.model.embed_tokens, logits(model)
+    assert model.resize_token_embeddings(VOCABULARY) is embedding
+    model.tie_weights()
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(TypeError, match="LoRAEmbedding'>, which is not an instance of"):
+        model.resize_token_embeddings(72)
+    for each in (embedding, with_rows(t5).shared):
+        with pytest.raises(ValueError, match=r": num_embeddings must stay 67, .* got 72; call res"):
+            each.num_embeddings = 72
+        assert each.num_embeddings == VOCABULARY and each.embedding_dim == each.weight.shape[1]
+    assert torch.equal(logits(model), expected)
