@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowrank_ext.adapter_files import AdapterFiles
 from lowrank_ext.checkpoint.layout import PREFIX, bad_key
 from lowrank_ext.files import printable
+from lowrank_ext.nn.token_rows import WithRows
 from lowrank_ext.wrappers import named_modules, unwrapped
 
 
@@ -83,7 +84,8 @@ def _embeddings_of(
             owners.append(unwrapped(owner))
     found = {}
     for path, module in named_modules(model):
-        if path not in with_rows and not any(module is owner for owner in owners):
+        rows = path in with_rows or isinstance(module, WithRows)
+        if not rows and not any(module is owner for owner in owners):
             continue
         kept = getattr(module, "base_layer", None)
         for name, tensor in (kept if isinstance(kept, nn.Module) else module)._parameters.items():

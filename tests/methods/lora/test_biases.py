@@ -475,3 +475,21 @@ def test_beside_trained_rows_of_a_head_that_the_model_does_not_tell(
     assert torch.equal(again(batch()), model(batch()))
     back = peft.PeftModel.from_pretrained(Net(), tmp_path / "again")
     torch.testing.assert_close(back(batch()), reference(batch()))
+
+
+def test_a_frozen_bias_of_another_base_comes_with_the_adapter(tmp_path: Path) -> None:
+    options = {"bias": "lora_only", "trainable_token_indices": {"head": [2]}}
+    base = Net()
+    with torch.no_grad():
+        base.head.bias.add_(1)
+    reference = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up"], **options))
+    reference.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"head\.token_adapter\.base_layer\.bias"):
+        model = lr.load_adapter(Net(), tmp_path)
+    theirs = reference.base_model.model.head.token_adapter.base_layer.bias
+    assert torch.equal(model.head.bias, theirs) and not torch.equal(theirs, Net().head.bias)
+    with pytest.warns(UserWarning, match="PEFT leaves out the bias"):
+        lr.save_adapter(model, tmp_path / "again")
+    with pytest.warns(UserWarning, match=r"head\.token_adapter\.base_layer\.bias"):
+        again = lr.load_adapter(Net(), tmp_path / "again")
+    assert torch.equal(again(batch()), model(batch()))

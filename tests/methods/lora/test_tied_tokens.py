@@ -226,11 +226,19 @@ def test_a_resize_is_refused(name: str, size: int) -> None:
 def test_a_resize_under_rows_of_a_head_is_refused() -> None:
     options = LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]})
     model = lr.adapt(llama(tied=True), options)
-    message = (
-        r"TokenRows: the shape of the weight must stay \[67, 32\], .* got \[72, 32\]; .*unload"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"TokenRows: out_features must stay 67, .* got 72; call"):
         model.resize_token_embeddings(72, mean_resizing=False)
+
+
+@pytest.mark.parametrize("base", [nn.Embedding(9, 4), nn.Linear(4, 9)], ids=["rows", "head"])
+def test_the_weight_is_the_bases(base: nn.Module) -> None:
+    module = TokenRows(base, [5])
+    module.weight = weight = nn.Parameter(torch.ones(9, 4), requires_grad=False)
+    assert base.weight is module.weight is weight and "weight" not in module._parameters
+    message = r"TokenRows: the shape of the weight must stay \[9, 4\], .* got \[8, 4\]; call res"
+    with pytest.raises(ValueError, match=message):
+        module.weight = nn.Parameter(torch.ones(8, 4))
+    assert base.weight is weight
 
 
 def test_sizes_of_an_adapted_embedding() -> None:
