@@ -25,7 +25,8 @@ def merge(model: Model) -> Model:
 
     Raises:
         ValueError: the model carries no adapters, a weight shares memory with a tensor of another
-            module, which would change with it, has no values (on the meta device, or offloaded by
+            module, which would change with it, or no longer shares it with one that computes with
+            its trained rows, has no values (on the meta device, or offloaded by
             accelerate), a merged weight would hold inf or nan (a branch too large for float16), or
             the model is inside of a block of ``disable_adapter``.
         TypeError: a base does not compute x weightᵀ + bias with a floating-point weight, or a
