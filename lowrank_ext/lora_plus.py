@@ -36,7 +36,7 @@ def lora_plus_groups(
             this library.
         lr: the learning rate of lora_a.
         ratio: that of lora_b is ``lr * ratio``; the paper's experiments use 2 to 16.
-        weight_decay: of all but biases and norms.
+        weight_decay: of all but biases and LayerNorms; an RMSNorm decays, as in PEFT.
         embedding_lr: the learning rate of adapters of embeddings.
 
     Returns:
@@ -99,8 +99,9 @@ def _kind(path: str, name: str, module: nn.Module, parameter: torch.Tensor) -> s
         return "embedding"
     if not _is_lora_b(path, name) and parameter.dim() > 1:
         return "a"
-    norm = "norm" in type(module).__name__.lower()
-    return "undecayed" if norm or "bias" in name else "b"
+    # PEFT's test, by which other norms, such as RMSNorm, decay.
+    undecayed = isinstance(module, nn.LayerNorm) or "bias" in f"{path}.{name}"
+    return "undecayed" if undecayed else "b"
 
 
 def _is_of_embedding(path: str, module: nn.Module) -> bool:

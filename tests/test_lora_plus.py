@@ -72,6 +72,29 @@ def test_the_groups_are_pefts(options: dict[str, Any]) -> None:
             assert (rate, decay) == (8e-3, 0.0)
 
 
+@pytest.mark.parametrize("saved", [["model.norm"], ["post_attention_layernorm", "lm_head"]])
+def test_norms_that_are_no_layer_norms_decay_as_in_peft(saved: list[str]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    theirs = peft.get_peft_model(llama(), config)
+    expected = settings(
+        theirs,
+        create_loraplus_optimizer(
+            theirs,
+            torch.optim.AdamW,
+            lr=1e-3,
+            loraplus_lr_ratio=8.0,
+            loraplus_weight_decay=0.1,
+            loraplus_lr_embedding=1e-5,
+        ).param_groups,
+    )
+    assert settings(theirs, lr.lora_plus_groups(theirs, **RATES)) == expected
+    ours = lr.adapt(llama(), lr.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    got = settings(ours, lr.lora_plus_groups(ours, **RATES))
+    assert sorted(got.values()) == sorted(expected.values())
+    norms = [setting for name, setting in got.items() if "norm" in name]
+    assert norms and set(norms) == {(8e-3, 0.1)}
+
+
 @pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 def test_every_method(method: Method) -> None:
     options = {"target_modules": ["q_proj", "v_proj"], "init": method.init, **method.options(2)}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
+from lowrank_ext.nn.autocast import autocast_dtype
 from lowrank_ext.nn.base_layer import is_hooked, is_plain
 from lowrank_ext.nn.biases import sum_of_biases
 from lowrank_ext.nn.dora import column_factor, dora_output
@@ -315,9 +316,7 @@ def _scaled_bias(adapter: Adapter) -> Tensor | None:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts x, or None where it does not."""
-    device = x.device.type
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else None
+    return None if x.dtype == torch.float64 else autocast_dtype(x.device)
 
 
 def _in_one_dtype(x: Tensor, y: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:

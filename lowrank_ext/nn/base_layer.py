@@ -1,8 +1,10 @@
 """Properties of the module that an adapter wraps: family, features, dense weight, hooks."""
 
+import copy
 import importlib
 import math
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext.checks import normalized_adapter_dtype
+from lowrank_ext.nn.autocast import without_autocast
 from lowrank_ext.nn.base_keys import BaseKeys
 from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.nn.fixed_size import FixedSize
@@ -147,9 +150,41 @@ def computes_its_weight(base: nn.Module) -> bool:
     if weight is None or weight.is_meta or stacked or is_plain(base):
         return weight is not None
     tolerance = torch.finfo(weight.dtype).eps ** 0.5
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         x, expected = _small_call(base, weight)
-        return torch.allclose(base(x), expected, rtol=tolerance, atol=tolerance)
+        atol = tolerance * expected.abs().max().item()
+        return torch.allclose(base(x), expected, rtol=tolerance, atol=atol)
+
+
+@torch.no_grad()
+def looks_up_its_ids(base: Any) -> bool:
+    """Whether an embedding returns the rows of its weight at the ids of the call, times an
+    ``embed_scale``; its forward hooks, which may change what comes out, left aside.
+
+    Tested with one call on other values, a number for each row: those of the weight may be equal,
+    or on the meta device. A weight that is not dense cannot be replaced: the class decides.
+    """
+    if dense_weight(base) is None:
+        quantized = type(base._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+        return quantized or type(base).forward is nn.Embedding.forward
+    if is_plain(base):
+        return True
+    bare = copy.copy(base)
+    vars(bare)["_forward_hooks"] = OrderedDict()
+    if "_hf_hook" in vars(bare):  # accelerate's forward, which fetches weights
+        vars(bare).pop("forward", None)
+    device = torch.device("cpu") if base.weight.is_meta else base.weight.device
+    own_draws = torch.Generator().manual_seed(0)
+    rows = torch.randn(base.num_embeddings, 1, generator=own_draws, device="cpu").to(device)
+    ids = torch.randint(base.num_embeddings, (8,), generator=own_draws, device="cpu").to(device)
+    empty = {n: torch.ones_like(b, device=device) for n, b in base._buffers.items() if b.is_meta}
+    scale = empty.get("embed_scale", getattr(base, "embed_scale", 1.0))
+    tensors = {**empty, "weight": rows.expand(base.weight.shape)}
+    try:
+        y = torch.func.functional_call(bare, tensors, (ids,))
+        return torch.allclose(y.float(), (tensors["weight"][ids] * scale).float(), rtol=1e-2)
+    except Exception:  # of a call with other arguments than ids, such as a mask
+        return False
 
 
 def _small_call(base: Any, weight: Tensor) -> tuple[Tensor, Tensor]:

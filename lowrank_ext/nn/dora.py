@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ext import ops
+from lowrank_ext.nn.autocast import without_autocast
 
 _BLOCK = 2**22  # elements of W + s B A that are held at once
 
@@ -58,7 +59,7 @@ def column_factor(
     magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
     """m / n, [N], in float32 (float64 for a float64 weight), with a gradient for m alone."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         norms = column_norms(weight.detach(), lora_a.detach(), lora_b.detach(), scaling)
         return magnitude.to(norms.dtype) / norms
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ext import ops
+from lowrank_ext.nn.autocast import without_autocast
 from lowrank_ext.ops._registration import HALF_DTYPES
 
 _INTERFACE = "transformers.integrations.moe"
@@ -114,11 +115,11 @@ def experts_output(
         experts: a module for which ``no_branches_because`` has nothing to say.
         branches: for each stacked weight by name; names may be missing.
         x: [T, hidden].
-        expert_ids: int64 [T, top_k], from 0 to E - 1.
+        expert_ids: integers [T, top_k], from 0 to E - 1.
         gates: [T, top_k], weights of the experts' outputs.
     """
     top_k = expert_ids.shape[-1]
-    ids, order = expert_ids.reshape(-1).sort()
+    ids, order = expert_ids.reshape(-1).long().sort()
     counted = torch.arange(experts.num_experts, device=ids.device)
     ends = torch.searchsorted(ids, counted, right=True).to(torch.int32)
     up, down = projections(experts)
@@ -145,7 +146,7 @@ def _projected(
     for branch in branches:
         lora_a, lora_b = (_beside(y, factor) for factor in (branch.lora_a, branch.lora_b))
         scaling = torch.full((len(lora_a),), branch.scaling, dtype=torch.float64, device=y.device)
-        with torch.autocast(y.device.type, enabled=False):  # which leaves the product alone, too
+        with without_autocast(y.device):  # which leaves the product alone, too
             y = ops.multi_lowrank_add(y, x, lora_a, lora_b, ids, scaling)
     return y
 

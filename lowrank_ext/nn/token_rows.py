@@ -22,6 +22,7 @@ from lowrank_ext.nn.base_layer import (
     family_of,
     features_of,
     is_conv1d,
+    looks_up_its_ids,
 )
 from lowrank_ext.nn.fixed_size import FixedVocabulary, check_stays
 from lowrank_ext.nn.merged_weight import check_finite, without_gradient
@@ -58,7 +59,8 @@ class WithRows(FixedVocabulary, Adapter):
     def check_base(cls, base: nn.Module) -> None:
         """Raise ValueError where rows of the base's weight cannot be replaced."""
         known = family_of(base) in (EMBEDDING, LINEAR) and not is_conv1d(base)
-        if not known or not computes_its_weight(base):
+        of_ids = family_of(base) != EMBEDDING or looks_up_its_ids(base)
+        if not (known and of_ids and computes_its_weight(base)):
             raise ValueError(
                 f"{cls.__name__}: base must be an embedding or a head that computes its dense "
                 f"weight, a row for each token, got {type(base).__name__}"

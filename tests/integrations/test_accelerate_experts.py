@@ -80,6 +80,15 @@ def assert_acts_alike(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @families
+def test_ids_of_int32(name: str) -> None:
+    ours = copy.deepcopy(peft_model(name))
+    lr.accelerate(ours)
+    experts = wrappers(ours)[0]
+    x, ids, gates = torch.randn(6, 16), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    assert torch.equal(experts(x, ids.int(), gates), experts(x, ids, gates))
+
+
+@families
 @implementations
 @pytest.mark.parametrize("parameters", [BOTH, [DOWN], [GATE_UP]], ids=["both", "down", "gate up"])
 def test_output_and_gradients(name: str, implementation: str, parameters: list[str]) -> None:

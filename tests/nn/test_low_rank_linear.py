@@ -482,6 +482,19 @@ def test_built_on_the_meta_device(method: Method) -> None:
     torch.testing.assert_close(module(x), expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", PLAIN_BASES)
+@by_any_method
+def test_runs_on_the_meta_device(method: Method, kind: str, dropout: float) -> None:
+    module = make(method, PLAIN_BASES[kind](torch.float32)).to("meta")
+    module.dropout = dropout
+    y = module(torch.empty(5, IN, device="meta"))
+    assert y.is_meta and y.shape == (5, OUT)
+    y.sum().backward()
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    assert gradients and all(g is not None and g.is_meta for g in gradients)
+
+
 @by_any_method
 def test_adapting_a_meta_module_then_loading_the_base(method: Method) -> None:
     real = plain_linear()

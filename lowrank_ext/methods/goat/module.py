@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowrank_ext import ops
 from lowrank_ext.methods.goat.config import GOATConfig
 from lowrank_ext.methods.goat.token_mask import current_token_mask
+from lowrank_ext.nn.autocast import autocast_dtype, without_autocast
 from lowrank_ext.nn.init import top_singular_triples
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 
@@ -166,11 +167,11 @@ class GOATLinear(LowRankLinear):
     @torch.no_grad()
     def expert_counts(self, x: Tensor) -> Tensor:
         """How many tokens of x [..., K] the router sends to each expert, int64 [E]."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))  # as by the op's autocast rule
+        cast = autocast_dtype(x.device)
+        if cast is not None and x.dtype != torch.float64:
+            x = x.to(cast)  # as by the op's autocast rule
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(x.device):
             logits = x.to(wide) @ self.router_weight.to(x.dtype).to(wide).mT
         mask = current_token_mask(x)
         return ops.moe_route(logits, top_k=self.top_k, token_mask=mask).expert_counts

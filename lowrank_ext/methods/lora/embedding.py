@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.methods.lora.module import LoRALinear
-from lowrank_ext.nn.base_layer import EMBEDDING
+from lowrank_ext.nn.autocast import without_autocast
+from lowrank_ext.nn.base_layer import EMBEDDING, looks_up_its_ids
 from lowrank_ext.nn.fixed_size import FixedVocabulary
 from lowrank_ext.nn.up_product import add_up_product
 
@@ -27,8 +28,9 @@ class LoRAEmbedding(FixedVocabulary, LoRALinear):
     numbers after the same ``torch.manual_seed``; ``pissa`` as in LoRALinear, of Wᵀ.
 
     Raises:
-        ValueError: the base has a max_norm, for which each lookup rewrites the weight, or an
-            ``embed_scale`` of more than one number.
+        ValueError: the base has a max_norm, for which each lookup rewrites the weight, an
+            ``embed_scale`` of more than one number, or a call that looks up other rows than those
+            of its ids, as learned positions with an offset.
 
     Examples:
         >>> layer = LoRAEmbedding.from_linear(nn.Embedding(1000, 64), r=8)
@@ -55,6 +57,11 @@ class LoRAEmbedding(FixedVocabulary, LoRALinear):
         if isinstance(scale, Tensor) and scale.numel() != 1:
             raise ValueError(
                 f"{cls.__name__}: embed_scale must be one number, got {list(scale.shape)}"
+            )
+        if not looks_up_its_ids(base):
+            raise ValueError(
+                f"{cls.__name__}: base must return the rows of its weight at the ids of the call, "
+                f"times an embed_scale, got a {type(base).__name__} that does not"
             )
 
     def _make_base(
@@ -131,5 +138,5 @@ class LoRAEmbedding(FixedVocabulary, LoRALinear):
         scale = getattr(self.base_layer, "embed_scale", None)
         if scale is not None:
             h = h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device):
             return add_up_product(y, h, lora_b, options["scaling"])

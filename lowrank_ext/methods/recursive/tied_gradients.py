@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank_ext.nn.autocast import autocast_dtype
+
 
 class TiedSlot(NamedTuple):
     """The modules that hold one tied parameter, a module for each loop, and its name there."""
@@ -74,10 +76,10 @@ def _alias_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype | None:
     """dtype of the aliases; None where autograd's own sum is as good."""
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    kind = parameter.device.type
-    if torch.is_autocast_enabled(kind):
+    cast = autocast_dtype(parameter.device)
+    if cast is not None:
         # A linear's copy is made here, once for all loops. What other modules do with a parameter
         # is not known: autocast casts each of its aliases where it casts the parameter.
         is_linear = isinstance(module, nn.Linear)
-        return torch.get_autocast_dtype(kind) if is_linear else parameter.dtype
+        return cast if is_linear else parameter.dtype
     return None if parameter.dtype == torch.float32 else parameter.dtype

@@ -21,6 +21,7 @@ from lowrank_ext.methods.set_and_sequence.config import (
     check_residual_name,
     residual_attribute,
 )
+from lowrank_ext.nn.autocast import without_autocast
 from lowrank_ext.nn.init import draw_lora_a
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.nn.rows import ids_of_block, ids_per_row
@@ -258,7 +259,7 @@ class BasisLoRALinear(LowRankLinear):
             rows = rows.expand(num_masks, *rows.shape)
         kept = 1 / dropout_scale(p) if p < 1 else 0.0  # share of the elements that are kept
         identity = torch.eye(self.r, dtype=rows.dtype, device=rows.device)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             masked, _ = torch.ops.lowrank_ext.lowrank_add.default(
                 rows.new_zeros(rows.shape),
                 rows,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.checks import check_choice, check_finite, check_rank
 from lowrank_ext.methods.style_adapter.config import StylePathConfig
+from lowrank_ext.nn.autocast import autocast_dtype
 from lowrank_ext.nn.base_layer import adapter_dtype_for, dense_weight, is_conv1d, linear_features
 
 __all__ = ["StylePath", "TwoPathCrossAttention", "attend", "two_path_attention"]
@@ -139,8 +140,7 @@ class StylePath(nn.Module):
         sources = (tokens, self.to_k_style.weight, self.to_v_style.weight)
         if not _can_be_kept(sources):
             return self._project(tokens)
-        device = tokens.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = autocast_dtype(tokens.device)
         kept = self._kept
         if kept is None or kept.autocast != autocast or not _same(kept, sources):
             # A call in inference mode must not cache tensors that training cannot use.

@@ -237,6 +237,16 @@ def test_starts_at_the_base() -> None:
     assert all(p.grad.isfinite().all() for p in (layer.lora_a, layer.lora_b, layer.magnitude))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["plain", "no_bias", "conv1d", "observed"])
+def test_runs_on_the_meta_device(kind: str, dropout: float) -> None:
+    ours, _ = pair(kind, torch.float32, dropout)
+    y = ours.to("meta").train()(torch.empty(3, K, device="meta"))
+    assert y.is_meta and y.shape == (3, N)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in ours.parameters() if p.requires_grad)
+
+
 def test_a_changed_weight_counts_at_once() -> None:
     layer = LoRALinear.from_linear(nn.Linear(K, N), r=3, dora=True)
     nn.init.normal_(layer.lora_b)

@@ -379,6 +379,27 @@ def test_several_branches_on_one_weight() -> None:
     )
 
 
+@families
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_ids_of_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
+    experts = experts_of(adapted(name))
+    x, ids, gates = torch.randn(6, 16), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    expected, got = experts(x, ids, gates), experts(x, ids.to(dtype), gates)
+    assert torch.equal(got, expected)
+    with torch.no_grad():
+        for adapter in experts.adapters().values():
+            adapter.lora_b.zero_()
+    torch.testing.assert_close(experts(x, ids.to(dtype), gates), experts.base_layer(x, ids, gates))
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_runs_on_the_meta_device(name: str) -> None:
+    experts = experts_of(adapted(name, dtype=torch.float64)).to("meta")
+    ids = torch.zeros(6, 2, dtype=torch.int64, device="meta")
+    x, gates = (torch.empty(6, n, dtype=torch.float64, device="meta") for n in (16, 2))
+    assert experts(x, ids, gates).shape == (6, 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")

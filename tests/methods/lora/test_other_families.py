@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 pytest.importorskip("peft")
 
@@ -19,6 +23,7 @@ import peft
 import lowrank_ext as lr
 from lowrank_ext.methods.lora.config import LoRAConfig
 from lowrank_ext.nn import LoRAConv, LoRAEmbedding, LoRALinear, LowRankLinear
+from lowrank_ext.nn.token_rows import TokenRows
 
 Dtype = torch.dtype
 RANK, SCALING = 3, 2.0
@@ -482,6 +487,104 @@ def test_settings_that_no_branch_follows_are_refused(case: str) -> None:
     assert model.base is base and base.weight.requires_grad
     with pytest.raises(ValueError, match=message):
         class_over(base).from_linear(base, r=2)
+
+
+class Shifted(nn.Embedding):
+    """As of positions with an offset."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward((input + 2) % K)
+
+
+class OfMasks(nn.Embedding):
+    """As OPT's positions, which are counted from a mask."""
+
+    def forward(self, attention_mask: Tensor, past: int = 0) -> Tensor:
+        return super().forward(attention_mask.cumsum(1) - 1 + past)
+
+
+class Doubled(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def other_lookups() -> dict[str, nn.Module]:
+    hooked, patched = nn.Embedding(K, N), nn.Embedding(K, N)
+    hooked.register_forward_pre_hook(lambda module, args: ((args[0] + 1) % K,))
+    patched.forward = lambda ids: F.embedding(K - 1 - ids, patched.weight)  # type: ignore[method-assign]
+    bart = BartLearnedPositionalEmbedding(K, N)
+    opt = OPTLearnedPositionalEmbedding(K, N)
+    even = Shifted(K, N)
+    nn.init.ones_(even.weight)  # whose rows are equal now
+    return {
+        "shifted": Shifted(K, N),
+        "equal rows": even,
+        "masks": OfMasks(K, N),
+        "doubled": Doubled(K, N),
+        "hook before": hooked,
+        "own forward": patched,
+        "bart": bart,
+        "opt": opt,
+    }
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", other_lookups())
+def test_embeddings_that_look_up_other_rows_are_refused(
+    case: str, dtype: Dtype, place: str
+) -> None:
+    """In bfloat16 and with small weights, too, where rows differ by little."""
+    base = other_lookups()[case].to(dtype)
+    base.weight.data.mul_(0.02)
+    model = nn.Sequential(base.to(place))
+    message = "base must return the rows of its weight at the ids of the call"
+    with pytest.raises(ValueError, match=f"adapt: 0: LoRAEmbedding: {message}"):
+        lr.adapt(model, lr.LoRAConfig(r=2, target_modules=["0"]))
+    assert model[0] is base and base.weight.requires_grad
+    with pytest.raises(ValueError, match="base must be an embedding or a head that computes"):
+        TokenRows(base, [1])
+
+
+def lookups_of_ids() -> dict[str, nn.Module]:
+    looked, doubling = nn.Embedding(K, N), nn.Embedding(K, N)
+    looked.register_forward_pre_hook(lambda module, args: None)
+    doubling.register_forward_hook(lambda module, args, output: 2 * output)
+    return {
+        "subclass": type("Renamed", (nn.Embedding,), {})(K, N),
+        "hook before": looked,
+        "hook after": doubling,
+        "a number": ScaledEmbedding(7.5),
+        "a tensor": ScaledEmbedding(torch.tensor(7.5)),
+        "gemma": Gemma3TextScaledWordEmbedding(K, N, 0, 7.5),
+        "parametrized": nn.utils.parametrizations.weight_norm(nn.Embedding(K, N)),
+    }
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", lookups_of_ids())
+def test_embeddings_that_look_up_their_ids_are_taken(case: str, dtype: Dtype, place: str) -> None:
+    base = lookups_of_ids()[case].to(dtype).to(place)
+    before = [base(ids(dtype).to(place)), *base.parameters()]
+    module = LoRAEmbedding.from_linear(base, r=2)
+    after = [module(ids(dtype).to(place)), *base.parameters()]
+    assert after[0].shape == (2, 4, N) and after[0].dtype == dtype
+    if place == "cpu":
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_runs_on_the_meta_device(name: str) -> None:
+    case = CASES[name]
+    module = adapter_over(case.base(torch.float32))
+    x = case.input(torch.float32)
+    expected = module(x)
+    got = module.to("meta")(x.to("meta"))
+    assert got.is_meta and (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    if got.requires_grad:
+        got.sum().backward()
+        assert module.lora_b.grad.is_meta
 
 
 def test_each_class_takes_its_own_family() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lowrank_ext.methods.recursive.model import Loops
+from lowrank_ext.nn.autocast import autocast_dtype
 
 # Fields of a generation_config by which generate changes logits, and the values that leave them.
 _PROCESSORS: dict[str, tuple[Any, ...]] = {
@@ -48,7 +49,7 @@ def unused_settings(model: Any) -> list[str]:
 
 def check_no_autocast(device: torch.device, caller: str) -> None:
     """Raise RuntimeError under autocast: the cache has the dtype of the model."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         raise RuntimeError(f"{caller}: autocast must be off; cast the model to the dtype instead")
 
 
