@@ -382,7 +382,7 @@ def test_saving_changes_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("r", [2, 4])
-def test_adapters_over_the_loops_are_in_the_state_dict(r: int, tmp_path: Path) -> None:
+def test_adapters_over_the_loops_are_saved_as_adapters(r: int, tmp_path: Path) -> None:
     """Both have tensors of one name: of equal shapes with r = 4, where a mix-up would not raise."""
     model = recursive(rank=4)
     adapted = lr.adapt(copy.deepcopy(model), lr.LoRAConfig(r=r))
@@ -394,5 +394,7 @@ def test_adapters_over_the_loops_are_in_the_state_dict(r: int, tmp_path: Path) -
     other.load_state_dict(adapted.state_dict())
     assert torch.equal(other(tokens()).logits, adapted(tokens()).logits)
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must hold tensors of the model only"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         lr.recursive.load(tmp_path)
+    loaded = lr.load_adapter(copy.deepcopy(model), tmp_path)
+    assert torch.equal(loaded(tokens()).logits, adapted(tokens()).logits)
