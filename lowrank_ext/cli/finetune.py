@@ -170,7 +170,7 @@ def extended(stored: Settings, steps: int, out: Path, console: Console) -> Setti
         f"of {steps} steps, steps taken before keep theirs",
         soft_wrap=True,
     )
-    return dataclasses.replace(stored, steps=steps)
+    return dataclasses.replace(stored, given_steps=steps)
 
 
 def prepare(

@@ -15,8 +15,11 @@ except ImportError:
 import lowrank_ext as lr
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
+from lowrank_ext.cli.optimizers import SCHEDULES
 from lowrank_ext.cli.options import (
     Batch,
+    Data,
+    Device,
     Dtype,
     EvalBatches,
     Field,
@@ -24,15 +27,20 @@ from lowrank_ext.cli.options import (
     Resume,
     SaveEvery,
     SeqLen,
-    Steps,
     Targets,
-    Text,
     Threads,
     with_method_options,
 )
 from lowrank_ext.cli.recursive.app import app as recursive
 from lowrank_ext.cli.resumed import check_same_settings, is_given
-from lowrank_ext.cli.settings import Settings, method_names, method_options, parse_methods
+from lowrank_ext.cli.settings import (
+    DEFAULT_STEPS,
+    Settings,
+    comma_separated,
+    method_names,
+    method_options,
+    parse_methods,
+)
 
 
 class Commands(TyperGroup):
@@ -76,8 +84,33 @@ def common(
 def finetune(
     context: typer.Context,
     model: Model = None,
-    text: Text = None,
+    device: Device = "auto",
+    quantize: Annotated[
+        str | None, typer.Option(help="Of the base: nf4 or int8.", show_default="none")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Keep less for backward, compute it again."),
+    ] = False,
+    text: Data = None,
+    eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out data, of the same kinds; may be repeated.",
+            show_default="a tenth of --text",
+        ),
+    ] = None,
     field: Field = "text",
+    train_on: Annotated[
+        str,
+        typer.Option(
+            help="all, completion or assistant: tokens with a loss; auto: completions of pairs, "
+            "the assistant's turns of chats, all of texts."
+        ),
+    ] = "auto",
+    packing: Annotated[
+        str, typer.Option(help="auto, on or off: several documents in a sequence.")
+    ] = "auto",
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(method_names())}.", show_default="lora")
     ] = None,
@@ -92,12 +125,39 @@ def finetune(
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout before lora_a.")] = 0.05,
     targets: Targets = "all-linear",
-    steps: Steps = 30,
+    modules_to_save: Annotated[
+        str | None,
+        typer.Option(
+            help="Modules that train whole and are saved with the adapters, separated by commas.",
+            show_default="none",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default=str(DEFAULT_STEPS))
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the data, instead of --steps.", show_default="none"),
+    ] = None,
     batch: Batch = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     seq_len: SeqLen = 256,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")
     ] = None,
+    warmup: Annotated[
+        float,
+        typer.Option(help="The learning rate rises: a fraction of the steps, or from 1 steps."),
+    ] = 0.1,
+    schedule: Annotated[
+        str, typer.Option(help=f"The learning rate after that: {', '.join(SCHEDULES)}.")
+    ] = "cosine",
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: any.")] = 1.0,
+    optimizer: Annotated[
+        str,
+        typer.Option(help="adamw in fp32, or a name of transformers' such as paged_adamw_8bit."),
+    ] = "adamw",
     dtype: Dtype = "auto",
     adapter_dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
@@ -105,7 +165,24 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Initialization, order of the data, dropout.")] = 0,
     threads: Threads = None,
     eval_batches: EvalBatches = 6,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between evaluations.", show_default="four evaluations"),
+    ] = None,
+    early_stop: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after that many evaluations without improvement.", show_default="never"
+        ),
+    ] = None,
+    log_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Also tensorboard or wandb, separated by commas.", show_default="finetune.log"
+        ),
+    ] = None,
     save_every: SaveEvery = 0,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay, the newest.")] = 1,
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile, also for the frozen model.")
     ] = False,
@@ -130,8 +207,11 @@ def finetune(
             check_same_settings(
                 context, settings.to_dict(), stored.to_dict(), method="methods", compare="methods"
             )
-            more = is_given(context, "steps") and settings.steps > stored.steps
-            settings = command.extended(stored, settings.steps, out, console) if more else stored
+            steps = settings.given_steps if is_given(context, "steps") else None
+            if steps is not None and steps > stored.steps:
+                settings = command.extended(stored, steps, out, console)
+            else:
+                settings = stored
         settings.check()
         command.run(settings, out, resume, console)
 
@@ -139,16 +219,26 @@ def finetune(
 def _settings(options: dict[str, Any]) -> Settings:
     """The settings, with absolute paths, so that a run can be resumed from another directory."""
     methods, is_comparison = parse_methods(options["method"], options["compare"])
-    model = options["model"]
+    steps, epochs = options["steps"], options["epochs"]
     derived: dict[str, Any] = {
         "methods": methods,
         "compare": is_comparison,
-        "text": tuple(os.path.realpath(path) for path in options["text"] or ()),
-        "model": os.path.realpath(model) if model and os.path.exists(model) else model,
+        "model": options["model"] and _absolute(options["model"]),
+        "text": tuple(_absolute(path) for path in options["text"] or ()),
+        "eval": tuple(_absolute(path) for path in options["eval"] or ()),
+        "modules_to_save": comma_separated(options["modules_to_save"]),
+        "log_to": comma_separated(options["log_to"]),
+        "given_steps": DEFAULT_STEPS if steps is None and epochs is None else steps,
     }
     own = {option.name: options[option.name] for option in method_options()}
-    plain = {field.name for field in dataclasses.fields(Settings)} - {*derived, "options"}
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    plain = fields - {*derived, "options", "resolved_steps"}
     return Settings(**derived, **{name: options[name] for name in plain}, options=own)
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of a file or directory; another name, as an id of a model, is unchanged."""
+    return os.path.realpath(name) if os.path.exists(name) else name
 
 
 @app.command()

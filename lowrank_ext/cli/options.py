@@ -27,6 +27,15 @@ Targets = Annotated[
     str,
     typer.Option(help="all-linear, module names separated by commas, or a regular expression."),
 ]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A file, a directory of files or of a dataset, or the id of a cached dataset; may be "
+        "repeated.",
+        show_default="Python's language topics",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is cuda where it is.")]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
 Batch = Annotated[int, typer.Option(help="Sequences per step.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]

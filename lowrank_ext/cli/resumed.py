@@ -24,7 +24,8 @@ def check_same_settings(
             continue
         name = names.get(option, option)
         was, now = stored[name], asked[name]
-        if was != now and not (name == "steps" and now > was):
+        extends = name == "steps" and was is not None and now is not None and now > was
+        if was != now and not extends:
             flag = option.upper() if option in arguments else "--" + option.replace("_", "-")
             raise UserError(
                 f"--resume: {flag} was {_shown(was)}, got {_shown(now)}; leave it out or start anew"

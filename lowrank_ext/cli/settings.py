@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,14 @@ from typing import Any
 
 from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.errors import UserError, near_matches
-from lowrank_ext.cli.files import require_file
-from lowrank_ext.cli.typed import check_types, has_type
+from lowrank_ext.cli.files import exists, require_directory, require_file
+from lowrank_ext.cli.optimizers import (
+    LOGGERS,
+    SCHEDULES,
+    check_optimizer,
+    require_package,
+)
+from lowrank_ext.cli.typed import has_type
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import Option, Recipe
 
@@ -20,59 +28,172 @@ BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelera
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
+QUANTIZATIONS = ("nf4", "int8")
+TRAIN_ON = ("auto", "all", "completion", "assistant")
+PACKING = ("auto", "on", "off")
+DEFAULT_STEPS = 30
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".arrow"}
+# Under another name in files, where it is what the user gave.
+_STORED_NAMES = {"given_steps": "steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that determines the results of a run; stored as settings.json for --resume."""
+    """Everything that determines the results of a run; stored as settings.json for --resume.
+
+    Attributes:
+        given_steps: --steps; None with --epochs, whose steps are known once the data is.
+        resolved_steps: those of --epochs, see `with_steps`; not stored.
+        warmup: below 1 a fraction of the steps, from 1 their number.
+        clip: the largest norm of the gradient; 0: any.
+        eval_every: steps between evaluations; None: four in a run.
+        early_stop: evaluations without improvement that end the run; None: it is not ended.
+        keep: how many checkpoints stay.
+        options: of all methods, by name.
+    """
 
     model: str | None
+    device: str
+    quantize: str | None
+    gradient_checkpointing: bool
     text: tuple[str, ...]
+    eval: tuple[str, ...]
     field: str
+    train_on: str
+    packing: str
     methods: tuple[str, ...]
     compare: bool
     rank: int
     alpha: float | None
     dropout: float
     targets: str
-    steps: int
+    modules_to_save: tuple[str, ...]
+    given_steps: int | None
+    epochs: float | None
     batch: int
+    accumulate: int
     seq_len: int
     lr: float | None
-    options: Mapping[str, Any]  # of all methods, by name
+    warmup: float
+    schedule: str
+    weight_decay: float
+    clip: float
+    optimizer: str
+    options: Mapping[str, Any]
     dtype: str
     adapter_dtype: str
     seed: int
     threads: int | None
     eval_batches: int
+    eval_every: int | None
+    early_stop: int | None
+    log_to: tuple[str, ...]
     save_every: int
+    keep: int
     compile: bool
+    resolved_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run. Raises RuntimeError while those of --epochs are unknown."""
+        steps = self.given_steps if self.epochs is None else self.resolved_steps
+        if steps is None:
+            raise RuntimeError("the steps of --epochs are known once the data is: with_steps")
+        return steps
+
+    def with_steps(self, steps: int) -> "Settings":
+        """A copy for data in which --epochs are that many steps."""
+        return dataclasses.replace(self, resolved_steps=steps)
+
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises: at least one where --warmup is above 0."""
+        if self.warmup >= 1 or self.warmup == 0:
+            return int(self.warmup)
+        return max(1, round(self.warmup * self.steps))
 
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
         _check_methods(self.methods)
-        check_at_least("--rank", self.rank, 1)
-        check_at_least("--steps", self.steps, 1)
-        check_at_least("--batch", self.batch, 1)
-        check_at_least("--seq-len", self.seq_len, 2)
-        check_at_least("--eval-batches", self.eval_batches, 1)
-        check_at_least("--save-every", self.save_every, 0)
+        self._check_numbers()
+        self._check_length()
+        self._check_names()
+        self._check_options()
+        for path in self.text:
+            _check_data("--text", path)
+        for path in self.eval:
+            _check_data("--eval", path)
+
+    def _check_numbers(self) -> None:
+        for option, value, least in (
+            ("--rank", self.rank, 1),
+            ("--batch", self.batch, 1),
+            ("--accumulate", self.accumulate, 1),
+            ("--seq-len", self.seq_len, 2),
+            ("--eval-batches", self.eval_batches, 1),
+            ("--eval-every", self.eval_every, 1),
+            ("--early-stop", self.early_stop, 1),
+            ("--save-every", self.save_every, 0),
+            ("--keep", self.keep, 1),
+        ):
+            if value is not None:
+                check_at_least(option, value, least)
         check_at_least("--seed", self.seed, 0, most=2**40)
         if self.threads is not None:
             check_at_least("--threads", self.threads, 1, most=MOST_THREADS)
         check_positive("--alpha", self.alpha)
         check_positive("--lr", self.lr)
-        check_choice("--dtype", self.dtype, DTYPES)
-        check_choice("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        check_not_negative("--weight-decay", self.weight_decay)
+        check_not_negative("--clip", self.clip)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
-        self._check_options()
+
+    def _check_length(self) -> None:
+        if self.given_steps is not None and self.epochs is not None:
+            raise UserError("give --steps or --epochs, not both")
+        if self.given_steps is None and self.epochs is None:
+            raise UserError("give --steps or --epochs")
+        if self.given_steps is not None:
+            check_at_least("--steps", self.given_steps, 1)
+        check_positive("--epochs", self.epochs)
+        check_not_negative("--warmup", self.warmup)
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise UserError(
+                "--warmup must be a fraction of the steps below 1 or a whole number of steps, got "
+                f"{self.warmup:g}"
+            )
+        if self.given_steps is not None and self.warmup > self.given_steps:
+            raise UserError(
+                f"--warmup must be at most --steps {self.given_steps}, got {self.warmup:g}"
+            )
+
+    def _check_names(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise UserError(
+                f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}"
+                f"{near_matches(self.device, ('auto', 'cpu', 'cuda'))}"
+            )
+        for option, value, choices in (
+            ("--dtype", self.dtype, DTYPES),
+            ("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES),
+            ("--quantize", self.quantize, QUANTIZATIONS),
+            ("--schedule", self.schedule, SCHEDULES),
+            ("--train-on", self.train_on, TRAIN_ON),
+            ("--packing", self.packing, PACKING),
+            *(("--log-to", name, LOGGERS) for name in self.log_to),
+        ):
+            if value is not None:
+                check_choice(option, value, choices)
+        check_optimizer(self.optimizer)
+        for name in self.log_to:
+            require_package(f"--log-to {name}", name)
+        if self.quantize is not None and "full" in self.methods:
+            raise UserError("--quantize: full trains the base's weights, which cannot be quantized")
         if not self.targets.strip():
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"
             )
-        for path in self.text:
-            require_file(f"--text {path}", Path(path))
 
     def _check_options(self) -> None:
         for option in method_options():
@@ -105,7 +226,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable, the methods' options beside the others."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {_STORED_NAMES.get(name, name): getattr(self, name) for name in _field_types()}
         options = values.pop("options")
         return {**values, **options}
 
@@ -114,21 +235,35 @@ class Settings:
         """The settings of `to_dict`. Raises UserError for those of another version, and for values
         of another type."""
         own = {option.name: option for option in method_options()}
-        known = {field.name for field in dataclasses.fields(cls)} - {"options"} | own.keys()
+        types = _field_types()
+        stored = {name: _STORED_NAMES.get(name, name) for name in types if name != "options"}
+        known = {*stored.values(), *own}
         if set(values) != known:
             odd = quoted(sorted(set(values) ^ known))[1:-1]
             raise UserError(f"settings.json is not from this version of lowrank-ext: {odd}")
+        found: dict[str, Any] = {}
+        for name, key in stored.items():
+            value, annotation = values[key], types[name]
+            if not has_type(value, annotation):
+                plain = typing.get_origin(annotation) is None
+                shown = annotation.__name__ if plain else str(annotation)
+                raise UserError(f"settings.json: {key} must be {shown}, got {quoted(value)}")
+            found[name] = tuple(value) if isinstance(value, list) else value
         options = {name: values[name] for name in own}
-        shared = {name: value for name, value in values.items() if name not in own}
-        check_types(cls, {**shared, "options": options}, "settings.json")
         for name, option in own.items():
             value = options[name]
             if not (has_type(value, option.type) or (value is None and option.default is None)):
                 raise UserError(
                     f"settings.json: {name} must be {option.type.__name__}, got {quoted(value)}"
                 )
-        lists = {name: tuple(values[name]) for name in ("text", "methods")}
-        return cls(**{**shared, **lists}, options=options)
+        return cls(**found, options=options)
+
+
+def _field_types() -> dict[str, Any]:
+    """The types of the stored fields, by name."""
+    types = typing.get_type_hints(Settings)
+    del types["resolved_steps"]
+    return types
 
 
 def method_names() -> list[str]:
@@ -154,12 +289,17 @@ def parse_methods(method: str | None, compare: str | None) -> tuple[tuple[str, .
         raise UserError("give --method for one method or --compare for several, not both")
     if compare is None:
         return (method or "lora",), False
-    names = tuple(name.strip() for name in compare.split(",") if name.strip())
+    names = comma_separated(compare)
     if not names:
         raise UserError(
             f"--compare needs methods separated by commas, from: {', '.join(method_names())}"
         )
     return names, True
+
+
+def comma_separated(names: str | None) -> tuple[str, ...]:
+    """The names in a text, without empty ones."""
+    return tuple(name.strip() for name in (names or "").split(",") if name.strip())
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:
@@ -171,6 +311,16 @@ def _check_methods(methods: tuple[str, ...]) -> None:
             )
         if methods.count(name) > 1:
             raise UserError(f"--compare names {name} twice")
+
+
+def _check_data(option: str, name: str) -> None:
+    """Raises UserError for what is neither a file, nor a directory, nor the id of a dataset."""
+    what, path = f"{option} {name}", Path(name)
+    is_id = _DATASET_ID.fullmatch(name) and path.suffix not in _FILE_SUFFIXES
+    if path.is_dir():
+        require_directory(what, path)
+    elif exists(what, path) or not is_id:
+        require_file(what, path)
 
 
 def check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:
@@ -185,6 +335,12 @@ def check_positive(option: str, value: float | None) -> None:
     """Raises UserError unless the value is None or a positive number."""
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise UserError(f"{option} must be a positive number, got {value}")
+
+
+def check_not_negative(option: str, value: float) -> None:
+    """Raises UserError unless the value is 0 or a positive number."""
+    if not 0 <= value < math.inf:
+        raise UserError(f"{option} must be at least 0 and finite, got {value}")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

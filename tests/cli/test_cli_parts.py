@@ -151,7 +151,11 @@ def some_settings(**changes: Any) -> Settings:
         **{"freeze_start": None, "freeze_decay": "cubic", "freeze_window": None},
         **{"experts": 8, "top_k": 2, "balance": 1e-3, "set_fraction": 0.5, "window": 4},
         **{"adapter_dtype": "fp32", "seed": 0, "threads": None, "eval_batches": 1},
-        **{"save_every": 0, "compile": False},
+        **{"save_every": 0, "compile": False, "device": "auto", "quantize": None},
+        **{"gradient_checkpointing": False, "eval": (), "train_on": "auto", "packing": "auto"},
+        **{"modules_to_save": (), "epochs": None, "accumulate": 1, "warmup": 0.1, "keep": 1},
+        **{"schedule": "cosine", "weight_decay": 0.0, "clip": 1.0, "optimizer": "adamw"},
+        **{"eval_every": None, "early_stop": None, "log_to": ()},
     }
     return Settings.from_dict({**values, **changes})
 
