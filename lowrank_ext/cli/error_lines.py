@@ -1,6 +1,7 @@
 """Errors as one line on stderr and an exit code."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,3 +41,14 @@ def errors_as_lines(prints_result: bool = False) -> Iterator[None]:
         where = f"unexpected {type(error).__name__} in {place_of(error)}"
         typer.echo(f"error: {where}: {one_line(error)}", err=True)
         raise typer.Exit(EXIT_FAULT) from None
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """What is said to users in the block (UserWarning), each once, as a line on stderr after it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    said = [each.message for each in caught if each.category is UserWarning]
+    for text in dict.fromkeys(one_line(Exception(message)) for message in said):
+        typer.echo(f"warning: {text}", err=True)

@@ -93,3 +93,18 @@ class StopRequest:
             self.exit_code = EXIT_TERMINATED
             if self._may_leave:
                 raise Terminated(self.exit_code)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM leaves the block by `Terminated`, between two instructions of Python, so that what is
+    temporary is removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Terminated(EXIT_TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

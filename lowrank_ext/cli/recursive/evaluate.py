@@ -15,9 +15,9 @@ from lowrank_ext.cli.data import Corpus, load_corpus
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import require_file
+from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.models import check_context, check_vocabulary
 from lowrank_ext.cli.recursive.models import (
-    check_machine,
     load_recursive,
     num_loops,
     parse_rule,

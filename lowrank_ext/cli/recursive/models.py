@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import lowrank_ext as lr
@@ -16,7 +15,6 @@ from lowrank_ext.cli.models import (
     prepare_transformers,
     resolve_dtype,
 )
-from lowrank_ext.cli.settings import DTYPES, MOST_THREADS, check_at_least, check_choice
 from lowrank_ext.methods.recursive.exits import MEASURES
 
 AGREEMENT, FIXED, NEVER = "agreement", "fixed", "none"
@@ -46,14 +44,6 @@ def _tokenizer(directory: Path) -> Any:
     # The config names a model type that AutoTokenizer does not know.
     with as_user_error(f"cannot load the tokenizer of {directory}", Exception), no_own_code():
         return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-
-
-def check_machine(dtype: str, threads: int | None) -> None:
-    """Raises UserError for a wrong --dtype or --threads; sets the threads."""
-    check_choice("--dtype", dtype, DTYPES)
-    if threads is not None:
-        check_at_least("--threads", threads, 1, most=MOST_THREADS)
-        torch.set_num_threads(threads)
 
 
 def parse_rule(text: str, num_loops: int | None = None) -> lr.recursive.ExitRule:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import require_directory, require_file
-from lowrank_ext.cli.recursive.models import check_machine
+from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.settings import check_at_least, check_choice, check_positive
 from lowrank_ext.cli.typed import check_types
 from lowrank_ext.files import quoted

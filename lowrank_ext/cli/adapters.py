@@ -1,0 +1,129 @@
+"""Adapters that a command reads: where they lie, over which base, and how they are loaded."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lowrank_ext as lr
+from lowrank_ext.cli.error_lines import warnings_as_lines
+from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.files import require_directory
+from lowrank_ext.cli.models import CausalLM, ModelSource, find_model
+from lowrank_ext.files import quoted, read_json_object
+
+_CONFIG = "adapter_config.json"
+_SETTINGS = "settings.json"
+_INSIDE_RUN = "adapter"
+_MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter's files, and what they and its run say about them.
+
+    Attributes:
+        path: as the user has named it.
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        config: the content of the first.
+        run: the settings of the `lowrank-ext finetune` that wrote it, where it lies in its --out.
+    """
+
+    path: Path
+    directory: Path
+    config: dict[str, Any]
+    run: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """A short name: that of the directory, of the run where it is only called adapter."""
+        directory = self.directory.resolve()
+        return directory.parent.name if directory.name == _INSIDE_RUN else directory.name
+
+    @property
+    def method(self) -> str:
+        """The peft_type of its config."""
+        return str(self.config.get("peft_type"))
+
+
+def find_adapter(path: Path) -> AdapterSource:
+    """The adapter in the directory `path`, or in that of a run of one method. Raises UserError
+    where there is none, and says what there is."""
+    require_directory(str(path), path)
+    for directory in (path, path / _INSIDE_RUN):
+        if os.path.lexists(directory / _CONFIG):
+            break
+    else:
+        raise UserError(f"{path}: it must hold an adapter, {_CONFIG}; {_what_it_holds(path)}")
+    with as_user_error(str(path), OSError, ValueError):
+        config = read_json_object(directory / _CONFIG, "adapter", _MAX_BYTES)
+    return AdapterSource(path, directory, config, _run_of(directory))
+
+
+def _what_it_holds(path: Path) -> str:
+    """For messages: adapters of a comparison, or a whole model."""
+    inside = sorted(p.parents[1].name for p in path.glob(f"*/{_INSIDE_RUN}/{_CONFIG}"))
+    inside += sorted(p.parent.name for p in path.glob(f"*/{_CONFIG}"))
+    if inside:
+        return f"give one of those in it: {', '.join(str(path / name) for name in inside)}"
+    for whole in (path, path / "model"):
+        if (whole / "config.json").is_file():
+            return f"{whole} is a whole model, which needs no merge: use it as --model"
+    return "lowrank-ext finetune and lr.save_adapter write one"
+
+
+def _run_of(directory: Path) -> dict[str, Any] | None:
+    """The settings of the run that wrote the adapter: OUT/adapter, or OUT/METHOD/adapter."""
+    directory = directory.resolve()
+    if directory.name != _INSIDE_RUN:
+        return None
+    for out in directory.parents[:2]:
+        try:
+            settings = read_json_object(out / _SETTINGS, "settings", _MAX_BYTES)
+        except (OSError, ValueError):
+            continue
+        compared = directory.parent.name if out != directory.parent else None
+        methods = settings.get("methods")
+        if isinstance(methods, list) and (compared is None or compared in methods):
+            return settings
+    return None
+
+
+def find_base(adapters: Sequence[AdapterSource], model: str | None) -> ModelSource:
+    """The base of the adapters: --model, else what they name. Raises UserError where it is not
+    here, or they name different ones."""
+    if model is not None or not adapters:
+        return find_model(model)
+    bases = {adapter.path: _own_base(adapter) for adapter in adapters}
+    if len(set(bases.values())) > 1:
+        named = ", ".join(f"{base.name} ({path})" for path, base in bases.items())
+        raise UserError(f"the adapters must have one base, got {named}; give it by --model")
+    return bases[adapters[0].path]
+
+
+def _own_base(adapter: AdapterSource) -> ModelSource:
+    name = adapter.config.get("base_model_name_or_path")
+    if adapter.run is not None:
+        name = adapter.run.get("model")
+        if name is None:
+            return find_model(None)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter.path}: {_CONFIG} names no base model; give it by --model")
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise UserError(
+            f"{adapter.path}: its base model {quoted(name)} is not there; give it by --model"
+        )
+    try:
+        return find_model(name)
+    except UserError as error:
+        raise UserError(f"{adapter.path}: its base model: {error}") from None
+
+
+def load_adapter(model: CausalLM, adapter: AdapterSource) -> CausalLM:
+    """Puts the adapter on the model, in place, for inference: without dropout and gradients."""
+    with (
+        warnings_as_lines(),
+        as_user_error(f"cannot load {adapter.path}", OSError, ValueError, TypeError, RuntimeError),
+    ):
+        return lr.load_adapter(model, adapter.directory, trainable=False)

@@ -1,0 +1,59 @@
+"""The commands that use a fine-tuned adapter, and their options."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank_ext.cli.display import make_console
+from lowrank_ext.cli.error_lines import errors_as_lines
+from lowrank_ext.cli.options import Device, Threads
+
+app = typer.Typer()
+
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory of an adapter, or --out of a run that has trained one method.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="The base: a directory, .gguf file, or id of a cached model.",
+        show_default="what the adapter's run or files name",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Directory of the result: new, empty, or an earlier one.")]
+
+
+@app.command()
+def merge(
+    context: typer.Context,
+    adapter: Adapter,
+    out: Out,
+    model: Base = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the weights written: base, bf16, fp32 or fp16; base is the one that the base "
+            "is stored in, bf16 for GGUF."
+        ),
+    ] = "base",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Merge into a quantized base made dense.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of the files with weights.")] = "5GB",
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Merge an adapter into its base and write an ordinary model.
+
+    transformers, servers and converters read the directory without lowrank_ext: weights, config,
+    generation config, tokenizer and chat template. Merged in fp32, rounded once.
+    """
+    with errors_as_lines():
+        from lowrank_ext.cli import merge as command
+
+        command.run(command.Options(**context.params), make_console())
