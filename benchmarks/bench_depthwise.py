@@ -34,7 +34,7 @@ from command import DTYPES, Row, options_of, run
 from torch import nn
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import load_corpus
+from lowrank_ext.cli.data.blocks import load_blocks
 from lowrank_ext.cli.models import find_model, load_model
 from lowrank_ext.methods.recursive.engine.block import BlockRunner
 from lowrank_ext.methods.recursive.engine.rows import Rows, Run
@@ -83,7 +83,7 @@ class Text(NamedTuple):
 def text() -> Text:
     """Real text that a trained model has not seen, and some that it has."""
     tokenizer = load_model(find_model(None), torch.bfloat16).tokenizer
-    corpus = load_corpus((), "text", tokenizer, seq_len=128)
+    corpus = load_blocks((), "text", tokenizer, seq_len=128)
     return Text(corpus.train[:64], corpus.held_out.flatten().tolist())
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import Corpus, load_corpus, load_documents
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents
 from lowrank_ext.cli.files import prepare_output, write_bytes
 from lowrank_ext.cli.measure import saved_bytes
 from lowrank_ext.cli.models import find_model, load_model, resolve_dtype
@@ -55,14 +55,14 @@ class Run:
         return statistics.mean(self.trainable)
 
 
-def real_model() -> tuple[Callable[[], nn.Module], Corpus]:
+def real_model() -> tuple[Callable[[], nn.Module], TokenBlocks]:
     """A function that loads SmolLM2-135M, and Python's language topics."""
     source, dtype = find_model(None), resolve_dtype("auto")
-    corpus = load_corpus((), "text", load_model(source, dtype).tokenizer, seq_len=128)
+    corpus = load_blocks((), "text", load_model(source, dtype).tokenizer, seq_len=128)
     return lambda: load_model(source, dtype).model, corpus
 
 
-def tiny_model() -> tuple[Callable[[], nn.Module], Corpus]:
+def tiny_model() -> tuple[Callable[[], nn.Module], TokenBlocks]:
     """A small random Llama on bytes, which only shows that everything runs."""
 
     def make() -> nn.Module:
@@ -73,13 +73,13 @@ def tiny_model() -> tuple[Callable[[], nn.Module], Corpus]:
 
     text = " ".join(load_documents((), "text")).encode()[: 32 * 200]
     rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(-1, 32)
-    return make, Corpus(train=rows[:180], held_out=rows[180:], description="bytes")
+    return make, TokenBlocks(train=rows[:180], held_out=rows[180:], description="bytes")
 
 
 def train(
     run: Run,
     model: nn.Module,
-    corpus: Corpus,
+    corpus: TokenBlocks,
     steps: int,
     peak_lr: float,
     schedule: Callable[[torch.optim.Optimizer], lr.AdaptiveFreezeSchedule | None],

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import Corpus, load_corpus, load_documents
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents
 from lowrank_ext.cli.files import prepare_output, write_bytes, write_json
 from lowrank_ext.cli.models import find_model, load_model
 from lowrank_ext.cli.training import held_out_loss, learning_rate_factor
@@ -68,7 +68,7 @@ class Subject:
     """The source model, text, and a tokenizer if there is one."""
 
     source: nn.Module
-    corpus: Corpus
+    corpus: TokenBlocks
     tokenizer: Any
 
     def held_out(self, model: nn.Module) -> float:
@@ -112,7 +112,7 @@ class Models:
 
 def real_subject() -> Subject:
     loaded = load_model(find_model(None), torch.float32)
-    corpus = load_corpus((), "text", loaded.tokenizer, seq_len=128)
+    corpus = load_blocks((), "text", loaded.tokenizer, seq_len=128)
     return Subject(loaded.model, corpus, loaded.tokenizer)
 
 
@@ -123,7 +123,7 @@ def tiny_subject() -> Subject:
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     text = " ".join(load_documents((), "text")).encode()[: 32 * 100]
     rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(-1, 32)
-    corpus = Corpus(train=rows[:84], held_out=rows[84:], description="bytes")
+    corpus = TokenBlocks(train=rows[:84], held_out=rows[84:], description="bytes")
     return Subject(LlamaForCausalLM(config), corpus, None)
 
 

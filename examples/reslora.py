@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import Corpus, load_corpus, load_documents
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents
 from lowrank_ext.cli.files import prepare_output, write_bytes
 from lowrank_ext.cli.models import find_model, load_model, resolve_dtype
 from lowrank_ext.cli.report import smoothed
@@ -52,13 +52,13 @@ class Run:
     output_error: float | None = None
 
 
-def real_model() -> tuple[nn.Module, Corpus]:
+def real_model() -> tuple[nn.Module, TokenBlocks]:
     """SmolLM2-135M and Python's language topics."""
     loaded = load_model(find_model(None), resolve_dtype("auto"))
-    return loaded.model, load_corpus((), "text", loaded.tokenizer, seq_len=64)
+    return loaded.model, load_blocks((), "text", loaded.tokenizer, seq_len=64)
 
 
-def tiny_model() -> tuple[nn.Module, Corpus]:
+def tiny_model() -> tuple[nn.Module, TokenBlocks]:
     """A small random Llama on bytes, which only shows that everything runs."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -66,10 +66,10 @@ def tiny_model() -> tuple[nn.Module, Corpus]:
     text = " ".join(load_documents((), "text")).encode()[: 32 * 200]
     rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(-1, 32)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes, **heads)).train()
-    return model, Corpus(train=rows[:180], held_out=rows[180:], description="bytes")
+    return model, TokenBlocks(train=rows[:180], held_out=rows[180:], description="bytes")
 
 
-def train(name: str, model: nn.Module, corpus: Corpus, steps: int) -> Run:
+def train(name: str, model: nn.Module, corpus: TokenBlocks, steps: int) -> Run:
     """A plain training loop."""
     run = Run(name, lr.trainable_parameters(model).trainable)
     held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
@@ -90,7 +90,7 @@ def train(name: str, model: nn.Module, corpus: Corpus, steps: int) -> Run:
     return run
 
 
-def merge(run: Run, model: nn.Module, corpus: Corpus) -> None:
+def merge(run: Run, model: nn.Module, corpus: TokenBlocks) -> None:
     """Held-out loss with merged weights; for ResLoRA the relative error of the logits too."""
     held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
     model.eval()

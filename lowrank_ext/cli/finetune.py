@@ -17,7 +17,7 @@ from lowrank_ext.cli.checkpoints import (
     restore_trainer,
     save_checkpoint,
 )
-from lowrank_ext.cli.data import Corpus, load_corpus
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks
 from lowrank_ext.cli.display import Display, make_display
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import (
@@ -91,7 +91,7 @@ class Job:
     stop: StopRequest
     base: CausalLM
     tokenizer: Any
-    corpus: Corpus
+    corpus: TokenBlocks
     text_digest: str
     held_out: list[Tensor]
     frozen_saved_bytes: int
@@ -183,7 +183,7 @@ def prepare(
     console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
     loaded = load_model(source, dtype)
     check_context(loaded.model, settings.seq_len)
-    corpus = load_corpus(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
+    corpus = load_blocks(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
     check_vocabulary(loaded.model, int(max(corpus.train.max(), corpus.held_out.max())))
     if resume:
         write_json(out / _SETTINGS, settings.to_dict())  # --steps may have been raised
@@ -201,7 +201,7 @@ def make_job(
     console: Console,
     stop: StopRequest,
     loaded: LoadedModel,
-    corpus: Corpus,
+    corpus: TokenBlocks,
 ) -> Job:
     """Freezes the base model and measures the bytes that it keeps for backward."""
     base = loaded.model.requires_grad_(False)

@@ -1,21 +1,24 @@
 """`lowrank-ext guard`: a score for each text of a file."""
 
-import itertools
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lowrank_ext.cli.data.lines import Line, lines_of
+from lowrank_ext.cli.data.records import Record, open_binary, read_file
+from lowrank_ext.cli.data.sources import JSON_LINES, TEXT, file_kind
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
-from lowrank_ext.cli.files import MEBIBYTE, require_directory
+from lowrank_ext.cli.files import require_directory
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
 from lowrank_ext.cli.settings import DTYPES, MOST_THREADS
@@ -23,7 +26,6 @@ from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, 
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 
 STDIN = "-"
-MAX_LINE_BYTES = 16 * MEBIBYTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +70,6 @@ class Options:
             )
 
 
-class Line(NamedTuple):
-    """A text and the number of its line, from 1."""
-
-    number: int
-    text: str
-
-
 def run(options: Options) -> None:
     """Prints one line for each text, in the order of the input."""
     options.check()
@@ -92,57 +87,33 @@ def run(options: Options) -> None:
 
 
 def read_lines(options: Options) -> list[Line]:
-    """The texts to score; blank lines are left out."""
+    """The texts to score, by line; blank lines are left out. A file without a format is one text a
+    line here, not a document."""
     is_stdin = options.file == STDIN
     name = "stdin" if is_stdin else options.file
-    is_jsonl = options.jsonl or (not is_stdin and Path(options.file).suffix == ".jsonl")
-    with as_user_error(f"cannot read {name}", OSError, UnicodeDecodeError):
+    kind = TEXT if is_stdin else file_kind(name)
+    with as_user_error(f"cannot read {name}", OSError, UnicodeDecodeError, EOFError, zlib.error):
         if is_stdin and sys.stdin is None:
             raise UserError("stdin is closed")
-        if is_stdin:
-            found = list(_lines(sys.stdin.buffer, name))
-        else:
-            with open(options.file, "rb") as file:
-                found = list(_lines(file, name))
-    if is_jsonl:
-        return [
-            Line(number, _text_of_record(text, f"{name}: line {number}", options.field))
-            for number, text in found
-        ]
-    return found
+        with nullcontext(sys.stdin.buffer) if is_stdin else open_binary(name) as file:
+            if kind == TEXT and not options.jsonl:
+                return list(lines_of(file, name))
+            records = read_file(file, name, JSON_LINES if options.jsonl else kind)
+            return [Line(each.number, _text_of(each, options.field)) for each in records]
 
 
-def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
-    """The lines that are not blank, each read up to a limit. Only line feeds end them: splitlines
-    would also split at form feeds and other separators inside a text."""
-    for number in itertools.count(1):
-        raw = file.readline(MAX_LINE_BYTES + 1)
-        if not raw:
-            return
-        if len(raw) > MAX_LINE_BYTES:
-            limit = f"{MAX_LINE_BYTES // MEBIBYTE} MiB"
-            raise UserError(f"{name}: line {number} must be at most {limit}, got more; split it")
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        if text.strip():
-            yield Line(number, text)
-
-
-def _text_of_record(line: str, where: str, field: str) -> str:
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()  # not every string of JSON is text
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON of text: {error}") from error
-    if isinstance(record, dict):
-        if isinstance(text := record.get(field), str):
+def _text_of(record: Record, field: str) -> str:
+    row = record.value
+    if isinstance(row, dict):
+        if isinstance(text := row.get(field), str):
             return text
-        turns = {key: record[key] for key in ("prompt", "response") if key in record}
+        turns = {key: row[key] for key in ("prompt", "response") if key in row}
         if turns and all(isinstance(turn, str) for turn in turns.values()):
             return conversation(**turns)
-    there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
     raise UserError(
-        f"{where} has neither a text field {field!r} nor prompt and response (it has: {there}); "
-        "see --field"
+        f"{record.where} has neither a text field {field!r} nor prompt and response (it has: "
+        f"{there}); see --field"
     )
 
 

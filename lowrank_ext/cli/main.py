@@ -1,7 +1,6 @@
 """The entry point: options of the commands, and errors as one line and an exit code."""
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ except ImportError:
     raise SystemExit("lowrank-ext needs typer, which it installs: pip install typer") from None
 
 import lowrank_ext as lr
+from lowrank_ext.cli.data import FORMATS, absolute
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.optimizers import SCHEDULES
@@ -102,6 +102,10 @@ def finetune(
         ),
     ] = None,
     field: Field = "text",
+    format: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(FORMATS)}; auto: known by the keys of each record."),
+    ] = "auto",
     train_on: Annotated[
         str,
         typer.Option(
@@ -224,9 +228,9 @@ def _settings(options: dict[str, Any]) -> Settings:
     derived: dict[str, Any] = {
         "methods": methods,
         "compare": is_comparison,
-        "model": options["model"] and _absolute(options["model"]),
-        "text": tuple(_absolute(path) for path in options["text"] or ()),
-        "eval": tuple(_absolute(path) for path in options["eval"] or ()),
+        "model": options["model"] and absolute(options["model"]),
+        "text": tuple(absolute(path) for path in options["text"] or ()),
+        "eval": tuple(absolute(path) for path in options["eval"] or ()),
         "modules_to_save": comma_separated(options["modules_to_save"]),
         "log_to": comma_separated(options["log_to"]),
         "given_steps": DEFAULT_STEPS if steps is None and epochs is None else steps,
@@ -235,11 +239,6 @@ def _settings(options: dict[str, Any]) -> Settings:
     fields = {field.name for field in dataclasses.fields(Settings)}
     plain = fields - {*derived, "options", "resolved_steps"}
     return Settings(**derived, **{name: options[name] for name in plain}, options=own)
-
-
-def _absolute(name: str) -> str:
-    """The absolute path of a file or directory; another name, as an id of a model, is unchanged."""
-    return os.path.realpath(name) if os.path.exists(name) else name
 
 
 @app.command()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_ext import LoRAConfig, registry
+from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, check_source
 from lowrank_ext.cli.errors import UserError, near_matches
-from lowrank_ext.cli.files import exists, require_directory, require_file
 from lowrank_ext.cli.optimizers import (
     LOGGERS,
     SCHEDULES,
@@ -29,12 +29,8 @@ DTYPES = ("auto", "bf16", "fp32", "fp16")
 MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 QUANTIZATIONS = ("nf4", "int8")
-TRAIN_ON = ("auto", "all", "completion", "assistant")
-PACKING = ("auto", "on", "off")
 DEFAULT_STEPS = 30
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-_DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".arrow"}
 # Under another name in files, where it is what the user gave.
 _STORED_NAMES = {"given_steps": "steps"}
 
@@ -61,6 +57,7 @@ class Settings:
     text: tuple[str, ...]
     eval: tuple[str, ...]
     field: str
+    format: str
     train_on: str
     packing: str
     methods: tuple[str, ...]
@@ -121,9 +118,9 @@ class Settings:
         self._check_names()
         self._check_options()
         for path in self.text:
-            _check_data("--text", path)
+            check_source("--text", path)
         for path in self.eval:
-            _check_data("--eval", path)
+            check_source("--eval", path)
 
     def _check_numbers(self) -> None:
         for option, value, least in (
@@ -179,6 +176,7 @@ class Settings:
             ("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES),
             ("--quantize", self.quantize, QUANTIZATIONS),
             ("--schedule", self.schedule, SCHEDULES),
+            ("--format", self.format, FORMATS),
             ("--train-on", self.train_on, TRAIN_ON),
             ("--packing", self.packing, PACKING),
             *(("--log-to", name, LOGGERS) for name in self.log_to),
@@ -311,16 +309,6 @@ def _check_methods(methods: tuple[str, ...]) -> None:
             )
         if methods.count(name) > 1:
             raise UserError(f"--compare names {name} twice")
-
-
-def _check_data(option: str, name: str) -> None:
-    """Raises UserError for what is neither a file, nor a directory, nor the id of a dataset."""
-    what, path = f"{option} {name}", Path(name)
-    is_id = _DATASET_ID.fullmatch(name) and path.suffix not in _FILE_SUFFIXES
-    if path.is_dir():
-        require_directory(what, path)
-    elif exists(what, path) or not is_id:
-        require_file(what, path)
 
 
 def check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:

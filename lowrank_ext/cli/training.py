@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ext.cli.data import Corpus
+from lowrank_ext.cli.data.blocks import TokenBlocks
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.interrupts import StopRequest, Terminated
 from lowrank_ext.cli.methods import Entry, base_dtype, trainable_parameters
@@ -260,7 +260,7 @@ class Trainer:
                 stages[present + 1].begin(self.model)
                 self.optimizer = self._new_optimizer()
 
-    def next_batch(self, corpus: Corpus) -> Tensor:
+    def next_batch(self, corpus: TokenBlocks) -> Tensor:
         """The batch of the next step, as transformed by its stage."""
         settings, step = self.settings, self.progress.step
         tokens = corpus.train_batch(step, settings.batch, settings.seed)
@@ -280,7 +280,7 @@ class Trainer:
         """Appends (step, held-out loss) to the progress."""
         self.progress.held_out.append((self.progress.step, held_out_loss(self.model, batches)))
 
-    def train(self, corpus: Corpus, batches: list[Tensor], events: Events) -> bool:
+    def train(self, corpus: TokenBlocks, batches: list[Tensor], events: Events) -> bool:
         """Steps until the end or until a signal; False when stopped early."""
         self.stop = events.stop
         try:
@@ -291,7 +291,7 @@ class Trainer:
                 events.on_checkpoint(self)
             return False
 
-    def _train(self, corpus: Corpus, batches: list[Tensor], events: Events) -> bool:
+    def _train(self, corpus: TokenBlocks, batches: list[Tensor], events: Events) -> bool:
         settings = self.settings
         self._evaluate_when_due(batches)  # a stop may have cut it off
         while self.progress.step < settings.steps:

@@ -91,7 +91,7 @@ def held_out_batches(out: Path) -> list[torch.Tensor]:
     """The batches that the run in `out` evaluated on."""
     settings = finetune.stored_settings(out)
     loaded = finetune.load_model(finetune.find_model(settings.model), torch.float32)
-    corpus = finetune.load_corpus(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
+    corpus = finetune.load_blocks(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
     return corpus.held_out_batches(settings.batch, settings.eval_batches)
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("typer")
 from rich.console import Console
 
 from lowrank_ext.cli import measure, models
-from lowrank_ext.cli.data import Corpus, load_documents, split_documents, token_blocks
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_documents, split_documents, token_blocks
 from lowrank_ext.cli.display import BarDisplay, LineDisplay
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, replace_directory, write_bytes
@@ -73,7 +73,7 @@ def test_split_of_few_documents_holds_their_tails_out() -> None:
 
 def test_every_epoch_is_another_permutation() -> None:
     rows = torch.arange(7).unsqueeze(1)
-    corpus = Corpus(train=rows, held_out=rows, description="")
+    corpus = TokenBlocks(train=rows, held_out=rows, description="")
     # 7 steps of 3 rows: three epochs, batches that span two of them included.
     order = torch.cat([corpus.train_batch(step, 3, seed=5).flatten() for step in range(7)]).tolist()
     epochs = [order[start : start + 7] for start in (0, 7, 14)]
@@ -97,7 +97,7 @@ def test_windows_are_shuffled_within_their_rows() -> None:
 
 def test_held_out_batches_are_whole_unless_there_is_less_than_one() -> None:
     rows = torch.arange(7).unsqueeze(1)
-    corpus = Corpus(train=rows, held_out=rows, description="")
+    corpus = TokenBlocks(train=rows, held_out=rows, description="")
     assert [len(batch) for batch in corpus.held_out_batches(3, most=9)] == [3, 3]
     assert [len(batch) for batch in corpus.held_out_batches(3, most=1)] == [3]
     assert [len(batch) for batch in corpus.held_out_batches(9, most=1)] == [7]
@@ -105,9 +105,9 @@ def test_held_out_batches_are_whole_unless_there_is_less_than_one() -> None:
 
 def test_digest_tells_texts_apart() -> None:
     rows = torch.arange(6).view(3, 2)
-    digests = {Corpus(rows + n, rows, "").digest() for n in range(3)}
+    digests = {TokenBlocks(rows + n, rows, "").digest() for n in range(3)}
     assert len(digests) == 3
-    assert Corpus(rows.clone(), rows.clone(), "other").digest() in digests
+    assert TokenBlocks(rows.clone(), rows.clone(), "other").digest() in digests
 
 
 def test_documents_of_jsonl_and_txt(tmp_path: Path) -> None:
@@ -146,6 +146,7 @@ def test_methods() -> None:
 def some_settings(**changes: Any) -> Settings:
     values: dict[str, Any] = {
         **{"model": None, "text": ("a.txt",), "field": "text", "methods": ("lora",)},
+        "format": "auto",
         **{"compare": False, "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"},
         **{"steps": 1, "batch": 1, "seq_len": 8, "lr": None, "freeze_eta": 0.3, "dtype": "auto"},
         **{"freeze_start": None, "freeze_decay": "cubic", "freeze_window": None},

@@ -17,7 +17,7 @@ from finetune_runs import check_error
 from recursive_runs import command
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import load_corpus
+from lowrank_ext.cli.data.blocks import load_blocks
 from lowrank_ext.cli.recursive.bench import default_prompts
 from lowrank_ext.cli.recursive.models import load_recursive, parse_rule
 
@@ -53,7 +53,7 @@ def test_evaluation_is_that_of_the_library(
     recursive_model: Path, text_file: Path, median: float
 ) -> None:
     loaded = load_recursive(recursive_model, "fp32")
-    corpus = load_corpus((str(text_file),), "text", loaded.tokenizer, 16)
+    corpus = load_blocks((str(text_file),), "text", loaded.tokenizer, 16)
     rule = lr.recursive.Confidence("top_probability", [median])
     wanted = lr.recursive.evaluate(loaded.model, corpus.held_out_batches(2, 2), rule=rule)
     options = {"exit": f"top_probability:{median!r}"}
@@ -83,7 +83,7 @@ def test_calibration_gives_a_rule_that_can_be_typed(recursive_model: Path, text_
     again = evaluate(recursive_model, text_file, "--json", exit=rule, eval_batches=3)
     assert json.loads(again.stdout)["outcomes"] == found["outcomes"]
     loaded = load_recursive(recursive_model, "fp32")
-    corpus = load_corpus((str(text_file),), "text", loaded.tokenizer, 16)
+    corpus = load_blocks((str(text_file),), "text", loaded.tokenizer, 16)
     rows = corpus.train[:6].split(2)
     wanted = lr.recursive.calibrate(loaded.model, rows, measure="margin", target=0.5)
     assert parse_rule(rule) == wanted.rule

@@ -107,11 +107,11 @@ def test_the_first_loss_is_that_of_the_library(
     settings = report(tmp_path / "out")["settings"]
     model = lr.recursive.load(recursive_model).train()
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    from lowrank_ext.cli.data import load_corpus
+    from lowrank_ext.cli.data.blocks import load_blocks
     from lowrank_ext.cli.recursive.models import load_recursive
 
     tokenizer = load_recursive(recursive_model, "fp32").tokenizer
-    tokens = load_corpus(tuple(settings["text"]), "text", tokenizer, 16).train_batch(0, 2, 0)
+    tokens = load_blocks(tuple(settings["text"]), "text", tokenizer, 16).train_batch(0, 2, 0)
     wanted = lr.recursive.uptrain_loss(
         model,
         teacher,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowrank_ext.cli.data import absolute
 from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
@@ -151,7 +152,7 @@ def _settings(options: dict[str, Any]) -> Any:
             **named,
             "directory": os.path.realpath(options["directory"]),
             "teacher": teacher,
-            "text": tuple(os.path.realpath(path) for path in options["text"] or ()),
+            "text": tuple(absolute(str(path)) for path in options["text"] or ()),
         }
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import load_documents
+from lowrank_ext.cli.data.blocks import load_documents
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import Corpus, load_corpus
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks
+from lowrank_ext.cli.data.sources import check_source
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
-from lowrank_ext.cli.files import require_file
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.models import check_context, check_vocabulary
 from lowrank_ext.cli.recursive.models import (
@@ -64,7 +64,7 @@ class Options:
             raise UserError("--target is of no use without --calibrate; leave it out")
         check_machine(self.dtype, self.threads)
         for path in self.text or ():
-            require_file(f"--text {path}", path)
+            check_source("--text", str(path))
 
 
 def run(options: Options, console: Console) -> None:
@@ -74,7 +74,7 @@ def run(options: Options, console: Console) -> None:
     model = loaded.model
     check_context(model, options.seq_len)
     paths = tuple(map(str, options.text or ()))
-    corpus = load_corpus(paths, options.field, loaded.tokenizer, options.seq_len)
+    corpus = load_blocks(paths, options.field, loaded.tokenizer, options.seq_len)
     check_vocabulary(model, int(max(corpus.train.max(), corpus.held_out.max())))
     rule, calibration = None, None
     with as_user_error("cannot evaluate", ValueError):
@@ -99,7 +99,7 @@ def run(options: Options, console: Console) -> None:
         console.print(outcomes_table(found))
 
 
-def _calibrated(model: Any, corpus: Corpus, options: Options) -> Any:
+def _calibrated(model: Any, corpus: TokenBlocks, options: Options) -> Any:
     """On text that training may have seen, never on the held-out part."""
     rows = corpus.train[: options.batch * options.eval_batches]
     if len(rows) < LEAST_SEQUENCES:
@@ -113,7 +113,7 @@ def _calibrated(model: Any, corpus: Corpus, options: Options) -> Any:
     )
 
 
-def _as_json(options: Options, corpus: Corpus, found: Any, calibration: Any) -> dict[str, Any]:
+def _as_json(options: Options, corpus: TokenBlocks, found: Any, calibration: Any) -> dict[str, Any]:
     shown = None
     if calibration is not None:
         shown = {**calibration.to_dict(), "exit": shown_rule(calibration.rule)}

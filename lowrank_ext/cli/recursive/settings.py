@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank_ext.cli.data.sources import check_source
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.files import require_directory, require_file
+from lowrank_ext.cli.files import require_directory
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.settings import check_at_least, check_choice, check_positive
 from lowrank_ext.cli.typed import check_types
@@ -61,7 +62,7 @@ class UptrainSettings:
         check_machine(self.dtype, self.threads)
         require_directory(self.directory, Path(self.directory))
         for path in self.text:
-            require_file(f"--text {path}", Path(path))
+            check_source("--text", path)
 
     def learning_rate(self, method: str) -> float:
         """--lr."""

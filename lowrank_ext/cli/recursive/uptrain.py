@@ -15,7 +15,7 @@ from lowrank_ext.cli.checkpoints import (
     remove_checkpoints,
     restore_trainer,
 )
-from lowrank_ext.cli.data import Corpus, load_corpus
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks
 from lowrank_ext.cli.display import Display, make_display
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
@@ -113,7 +113,7 @@ class Job:
     stop: StopRequest
     loaded: LoadedModel
     teacher: CausalLM | None
-    corpus: Corpus
+    corpus: TokenBlocks
     text_digest: str
     held_out: list[Tensor]
 
@@ -161,7 +161,7 @@ def prepare(
     for model in (loaded.model, teacher):
         if model is not None:
             check_context(model, settings.seq_len)
-    corpus = load_corpus(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
+    corpus = load_blocks(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
     check_vocabulary(loaded.model, int(max(corpus.train.max(), corpus.held_out.max())))
     require_free_space(out, 16 * MEBIBYTE + _BYTES_PER_PARAMETER * numel(loaded.model))
     if not resume:

@@ -1,0 +1,51 @@
+"""The data of all commands: files to records, records to examples, examples to rows of tokens.
+
+sources     what --text and --eval may name
+records     the one reader: files and datasets to records
+formats     records to examples, by their keys
+chat        examples to text, and which parts are trained on
+encoding    text to tokens, these to pieces of at most one sequence
+packing     pieces to rows
+rows        rows as a dataset of torch; batches
+corpus      all of that, with the held-out part
+report      the table before training
+preview     examples as the model sees them
+blocks      plain text in blocks of equal length
+"""
+
+from lowrank_ext.cli.data.chat import TRAIN_ON
+from lowrank_ext.cli.data.corpus import (
+    PACKING,
+    Corpus,
+    DataOptions,
+    Examples,
+    load_corpus,
+    load_examples,
+    read_records,
+)
+from lowrank_ext.cli.data.formats import FORMATS, PreferenceExample, to_example
+from lowrank_ext.cli.data.report import DataReport
+from lowrank_ext.cli.data.rows import Rows, collate, pad_id_of
+from lowrank_ext.cli.data.sources import absolute, check_source
+from lowrank_ext.cli.data.support import check_documents_stay_apart
+
+__all__ = [
+    "FORMATS",
+    "PACKING",
+    "TRAIN_ON",
+    "Corpus",
+    "DataOptions",
+    "DataReport",
+    "Examples",
+    "PreferenceExample",
+    "Rows",
+    "absolute",
+    "check_documents_stay_apart",
+    "check_source",
+    "collate",
+    "load_corpus",
+    "load_examples",
+    "pad_id_of",
+    "read_records",
+    "to_example",
+]
