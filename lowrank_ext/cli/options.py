@@ -35,7 +35,6 @@ Data = Annotated[
         show_default="Python's language topics",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is cuda where it is.")]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
 Batch = Annotated[int, typer.Option(help="Sequences per step.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]

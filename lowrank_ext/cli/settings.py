@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, check_source
 from lowrank_ext.cli.errors import UserError, near_matches
+from lowrank_ext.cli.models import resolve_device
 from lowrank_ext.cli.optimizers import (
     LOGGERS,
     SCHEDULES,
@@ -30,7 +30,6 @@ MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 QUANTIZATIONS = ("nf4", "int8")
 DEFAULT_STEPS = 30
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 # Under another name in files, where it is what the user gave.
 _STORED_NAMES = {"given_steps": "steps"}
 
@@ -166,11 +165,7 @@ class Settings:
             )
 
     def _check_names(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise UserError(
-                f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}"
-                f"{near_matches(self.device, ('auto', 'cpu', 'cuda'))}"
-            )
+        resolve_device(self.device)
         for option, value, choices in (
             ("--dtype", self.dtype, DTYPES),
             ("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES),
