@@ -18,7 +18,7 @@ from lowrank_ext.checkpoint.lora_files import LoRATensors
 from lowrank_ext.checkpoint.peft_config import ModuleNumbers
 from lowrank_ext.checkpoint.save import check_valued, config_of, write_adapter
 from lowrank_ext.checkpoint.save_warnings import NOT_FINITE, lost_parameters, some
-from lowrank_ext.checks import check_choice, check_scaling
+from lowrank_ext.checks import check_choice, check_rank, check_scaling
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
 from lowrank_ext.sharding import is_sharded
@@ -35,6 +35,7 @@ def export_lora(
     *,
     format: str = "peft",
     component: str = "transformer",
+    rank: int | None = None,
 ) -> None:
     """Write the adapter of ``model`` into ``path`` as an ordinary LoRA over the original base.
 
@@ -56,12 +57,16 @@ def export_lora(
             ``load_lora_weights`` of a pipeline and ``load_lora_adapter`` of a model; the scaling is
             multiplied into lora_B, because not every version of diffusers reads it from that file.
         component: name of the model in its pipeline, the prefix of the keys for diffusers.
+        rank: the largest rank, as servers have one: a branch of a higher rank is replaced by its
+            best approximation of this rank (singular value decomposition), with a warning that says
+            how much of it is lost.
 
     Raises:
-        ValueError: the model carries no adapter of ``adapt`` or ``load_adapter``, the adapter is
-            more than a product of two factors (lora_bias, trained biases), format is neither
-            of the two, a parameter is sharded, or the file cannot hold the adapter (modules_to_save
-            and target_parameters in diffusers' format); or as ``merge`` for an estimate of ResLoRA.
+        ValueError: rank is below 1, the model carries no adapter of ``adapt`` or ``load_adapter``,
+            the adapter is more than a product of two factors (lora_bias, trained biases), format is
+            neither of the two, a parameter is sharded, or the file cannot hold the adapter
+            (modules_to_save and target_parameters in diffusers' format); or as ``merge`` for an
+            estimate of ResLoRA.
         TypeError: an adapter is no single matrix (GOAT: its experts depend on the input).
         OSError: the files cannot be written. The directory holds what it held before.
 
@@ -71,6 +76,8 @@ def export_lora(
     """
     caller = "export_lora"
     check_choice(format, ("peft", "diffusers"), caller, "format")
+    if rank is not None:
+        check_rank(rank, caller, "rank")
     check_can_hold_adapter(Path(path), caller)
     with whole_parameters(model):
         modules = lowrank_modules(model, caller)
@@ -98,6 +105,14 @@ def export_lora(
         for text in lost_parameters(model, modules, config, saved):
             warnings.warn(f"{caller}: {text}", stacklevel=2)
         loras = _loras(modules, config, caller)
+        if rank is not None:
+            loras, lost = truncated(loras, rank)
+            if lost:
+                most = max(lost, key=lost.__getitem__)
+                text = (
+                    f"{len(lost)} of {len(loras)} branches lose by rank={rank}, most of all {most}"
+                )
+                warnings.warn(f"{caller}: {text}: {lost[most]:.2g} of its norm", stacklevel=2)
         if format == "peft":
             _write_for_peft(model, path, config, modules, loras)
         else:
@@ -137,6 +152,31 @@ def _loras(
         except ValueError as error:
             raise ValueError(f"{caller}: {path or 'the model'}: {error}") from None
     return found
+
+
+@torch.no_grad()
+def truncated(
+    loras: Mapping[str, LoRATensors], rank: int
+) -> tuple[dict[str, LoRATensors], dict[str, float]]:
+    """The branches with at most this rank, in float32 where they are cut; and of those that lose
+    more than rounding the part of their norm that is lost, ‖W - W_rank‖ / ‖W‖."""
+    found, lost = dict(loras), {}
+    for path, (lora_a, lora_b, scaling) in loras.items():
+        if lora_a.shape[-2] <= rank:
+            continue
+        # lora_b lora_a = q_b (r_b r_aᵀ) q_aᵀ: the singular values are those of the small matrix.
+        q_b, r_b = torch.linalg.qr(lora_b.double())
+        q_a, r_a = torch.linalg.qr(lora_a.double().mT)
+        u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        root = values[..., :rank].sqrt()
+        cut_b = q_b @ u[..., :rank] * root[..., None, :]
+        cut_a = (q_a @ v[..., :rank, :].mT * root[..., None, :]).mT
+        found[path] = LoRATensors(cut_a.float().contiguous(), cut_b.float().contiguous(), scaling)
+        norm = float(values.norm())
+        share = float(values[..., rank:].norm()) / norm if norm else 0.0
+        if share > torch.finfo(torch.float32).eps:
+            lost[path] = share
+    return found, lost
 
 
 def _write_for_peft(

@@ -19,6 +19,7 @@ from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.whole_model import save_whole_model
 from lowrank_ext.files import TensorFile, quoted
 from lowrank_ext.recipe import Recipe, Training
 from lowrank_ext.registry import recipes
@@ -101,12 +102,7 @@ class Full(Entry):
         return model.requires_grad_(True)
 
     def _save(self, model: CausalLM, tokenizer: Any, directory: Path) -> None:
-        # The config of a model read from GGUF says so, but the files written here are safetensors.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        save_whole_model(model, tokenizer, directory)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
         with closing(TensorFile(path / "model.safetensors", "--resume")) as file:

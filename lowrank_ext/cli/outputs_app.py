@@ -57,3 +57,30 @@ def merge(
         from lowrank_ext.cli import merge as command
 
         command.run(command.Options(**context.params), make_console())
+
+
+@app.command("export-lora")
+def export_lora(
+    context: typer.Context,
+    adapter: Adapter,
+    out: Out,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="The largest rank; higher ones are cut to their best approximation.",
+            show_default="the adapter's own",
+        ),
+    ] = None,
+    model: Base = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Write an adapter as a plain LoRA in PEFT's format, for vLLM and other servers.
+
+    Exact for LoRA, PiSSA (of twice its rank), LaMDA, AFLoRA, Set-and-Sequence and ResLoRA with
+    shortcut="block"; for its other shortcuts, with a warning, the estimate that a merge makes.
+    """
+    with errors_as_lines():
+        from lowrank_ext.cli import export as command
+
+        command.run(command.Options(**context.params), make_console())

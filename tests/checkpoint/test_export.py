@@ -10,6 +10,8 @@ from peft_models import gpt2, llama
 from torch import Tensor, nn
 
 import lowrank_ext as lr
+from lowrank_ext.checkpoint.export import truncated
+from lowrank_ext.checkpoint.lora_files import LoRATensors
 
 peft = pytest.importorskip("peft")
 
@@ -178,3 +180,37 @@ def test_a_scaling_that_no_file_can_hold(scaling: float, tmp_path: Path) -> None
     ):
         lr.export_lora(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["linear", "experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cut_branches_are_the_nearest_of_their_rank(stack, dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lora_a, lora_b = (
+        torch.randn(*stack, *shape, generator=generator).to(dtype) for shape in ((5, 9), (7, 5))
+    )
+    low = LoRATensors(lora_a[..., :2, :], lora_b[..., :2], 0.5)
+    twice = LoRATensors(*(torch.cat([t, t], d) for t, d in ((low.lora_a, -2), (low.lora_b, -1))), 2)
+    whole = {"whole": LoRATensors(lora_a, lora_b, 3.0), "low": low, "twice": twice}
+    found, lost = truncated(whole, 2)
+    assert found["low"] is low
+    assert lost.keys() == {"whole"}  # the rank of "twice" is 2, however it is written
+    u, values, v = torch.linalg.svd(lora_b.double() @ lora_a.double(), full_matrices=False)
+    nearest = u[..., :2] * values[..., None, :2] @ v[..., :2, :]
+    for name, product in (
+        ("whole", nearest),
+        ("twice", 2 * low.lora_b.double() @ low.lora_a.double()),
+    ):
+        cut = found[name]
+        assert cut.lora_a.shape == (*stack, 2, 9) and cut.lora_b.shape == (*stack, 7, 2)
+        assert cut.scaling == whole[name].scaling
+        torch.testing.assert_close(cut.lora_b @ cut.lora_a, product.float(), atol=1e-5, rtol=1e-5)
+    share = (values[..., 2:].norm() / values.norm()).item()
+    assert lost["whole"] == pytest.approx(share)
+
+
+def test_ranks_that_are_none() -> None:
+    model = lr.adapt(nn.Sequential(nn.Linear(4, 4)), lr.LoRAConfig(r=2))
+    for rank in (0, 2.0, True):
+        with pytest.raises((TypeError, ValueError), match="rank must be"):
+            lr.export_lora(model, "never", rank=rank)
