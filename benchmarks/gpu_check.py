@@ -3,10 +3,11 @@
     make gpu-check                                         # with python3's torch
     make gpu-check PYTHON=/path/to/python GPU_CHECK_ARGS='--only target --only kernels'
 
-Builds lowrank_ext in place for this card, runs the test suite with CUDA and a small selection of it
-under compute-sanitizer, then measures against the frozen linear, PEFT and torch.compile. Needs no
-network: torch (a CUDA build), the library's own dependencies and nvcc must be there. Without a GPU
-it says so and does nothing. Results go to benchmarks/results/, logs to build/gpu-check/.
+Builds lowrank_ext in place for this card, runs the test suite with CUDA, the main job on a tiny
+model (`lowrank-ext finetune`) and a small selection of the tests under compute-sanitizer, then
+measures against the frozen linear, PEFT and torch.compile. Needs no network: torch (a CUDA build),
+the library's own dependencies and nvcc must be there. Without a GPU it says so and does nothing.
+Results go to benchmarks/results/, logs to build/gpu-check/.
 """
 
 import argparse
@@ -28,11 +29,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-check"
-SECTIONS = ("build", "tests", "sanitizer", "target", "kernels", "experts", "grid")
+SECTIONS = ("build", "tests", "finetune", "sanitizer", "target", "kernels", "experts", "grid")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
 # Shares of the whole time; the grid, which comes last, gets the rest.
-BUILD_SHARE, TESTS_SHARE, SANITIZER_SHARE, EXPERTS_SHARE = 0.5, 0.3, 0.15, 0.1
+BUILD_SHARE, TESTS_SHARE, FINETUNE_SHARE, SANITIZER_SHARE, EXPERTS_SHARE = 0.5, 0.3, 0.15, 0.15, 0.1
 LAST_SECONDS = 5.0  # for printing and writing
 
 # Stated for an H100, M=8192, K=N=4096, r=16, bf16, dropout 0.05.
@@ -261,6 +262,56 @@ def tests(check: Check) -> str:
     return summary
 
 
+FINETUNE_NEEDS = ("transformers", "accelerate", "matplotlib", "psutil", "typer")
+
+
+def finetune(check: Check) -> str:
+    """Runs the main job on the GPU and, at the same time, on the CPU; their losses must agree."""
+    missing = [name for name in FINETUNE_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        lacks = ", ".join(missing)
+        raise SectionSkipped(f"{sys.executable} lacks {lacks}: pip install '.[finetune]'")
+    found = finetune_on(("cuda", "cpu"), check.share(FINETUNE_SHARE))
+    return judge_finetune(check, found["cuda"], found["cpu"])
+
+
+def finetune_on(devices: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
+    """The results of gpu_finetune.py by device; the devices run in parallel."""
+    running, written = {}, {}
+    for device in devices:
+        out = LOGS / f"finetune-{device}"
+        shutil.rmtree(out, ignore_errors=True)
+        command = [sys.executable, "benchmarks/gpu_finetune.py", "--device", device]
+        running[device] = start(
+            [*command, "--out", str(out)], LOGS / f"finetune-{device}.log", child_environment()
+        )
+        written[device] = out / "runs.json"
+    end = time.monotonic() + seconds
+    for device, process in running.items():
+        status = finish(process, max(0.0, end - time.monotonic()))
+        if status != 0:
+            log = LOGS / f"finetune-{device}.log"
+            why = "out of time" if status is None else last_line(log)
+            raise SectionFailed(f"on {device}: {why} (log: {log.relative_to(ROOT)})")
+    return {device: json.loads(path.read_text()) for device, path in written.items()}
+
+
+def judge_finetune(check: Check, cuda: Mapping[str, Any], cpu: Mapping[str, Any]) -> str:
+    """The comparison of both devices, which goes into the report."""
+    import gpu_finetune
+
+    rows = check.report["finetune"] = gpu_finetune.compare(cuda, cpu)
+    check.report["finetune_left_out"] = {
+        run: found["skipped"] for run, found in cuda.items() if "skipped" in found
+    }
+    worst = max(rows, key=lambda row: row["difference"])
+    said = f"{worst['difference']:.2%} from the CPU's ({worst['run']}, {worst['method']})"
+    if any(not row["agrees"] for row in rows):
+        raise SectionFailed(f"losses are up to {said}, more than {gpu_finetune.TOLERANCE:.1%}")
+    left_out = "".join(f"; {run}: {why}" for run, why in check.report["finetune_left_out"].items())
+    return f"losses are at most {said}{left_out}"
+
+
 def find_sanitizer() -> str | None:
     nvcc = shutil.which("nvcc")
     beside = [str(Path(nvcc).resolve().parent)] if nvcc else []
@@ -440,11 +491,33 @@ def print_tables(report: Mapping[str, Any]) -> None:
     for name in report.get("experts", {}):
         print((LOGS / f"{name}.log").read_text())
 
+    if report.get("finetune"):
+        print_finetune(console, report["finetune"])
+
     if report.get("grid"):
         print_grid(console, report["grid"], report["peft"])
     left_out = report.get("grid_left_out", [])
     if left_out:
         console.print(f"{len(left_out)} cases left out for want of time, from {left_out[0]} on")
+
+
+def print_finetune(console: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="lowrank-ext finetune --device cuda, a tiny Llama", title_justify="left")
+    for name in ("run", "method", "held-out loss", "from the CPU's", "tokens/s", "peak MiB of run"):
+        table.add_column(name, justify="left" if name in ("run", "method") else "right")
+    for row in rows:
+        speed = row["tokens_per_second"]
+        table.add_row(
+            row["run"],
+            row["method"],
+            f"{row['held_out'][0]:.4f} > {row['held_out'][-1]:.4f}",
+            f"{row['difference']:.2%}{'' if row['agrees'] else ' NO'}",
+            "-" if speed is None else f"{speed:,.0f}",
+            f"{row['peak_cuda_bytes'] / 2**20:,.1f}",
+        )
+    console.print(table)
 
 
 def print_grid(console: Any, rows: Sequence[Mapping[str, Any]], peft: str) -> None:
@@ -503,7 +576,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     check = Check(options.minutes, options.out, options.only or ())
     measures = [measure_target, measure_kernels, measure_experts, measure_grid]
-    sections = [build, tests, sanitizer, *measures]
+    sections = [build, tests, finetune, sanitizer, *measures]
     outcomes = {}
     for name, section in zip(SECTIONS, sections, strict=True):
         if options.only and name not in options.only:

@@ -90,7 +90,7 @@ def unload(model: Model, merge: bool | None = None) -> Model:
         module_class.disconnect(model)
     replace_modules(model, plain)
     set_fused_encoders(model, on=True)
-    if quantized:
+    if quantized or _was_read_dense(model):
         forget_quantization(model)
     for name in ("lowrank_config", "lowrank_embeddings"):
         vars(unwrapped(model)).pop(name, None)
@@ -121,6 +121,13 @@ def forget_quantization(model: nn.Module) -> None:
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None and not any(is_quantized(module) for module in inner.modules()):
         quantizer.remove_quantization_config(inner)
+
+
+def _was_read_dense(model: nn.Module) -> bool:
+    """Whether transformers has made dense weights of a quantized file, as it does of GGUF; it would
+    still refuse to save them."""
+    quantizer = getattr(unwrapped(model), "hf_quantizer", None)
+    return bool(getattr(getattr(quantizer, "quantization_config", None), "dequantize", False))
 
 
 def _all_merged(modules: Mapping[str, LowRankLinear | TokenRows]) -> bool:

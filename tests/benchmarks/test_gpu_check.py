@@ -189,6 +189,89 @@ def test_tests_that_fail_fail_the_section(
     assert [part["passed"] for part in check.report["tests"]] == [3, 3]
 
 
+# The main job
+
+
+@pytest.fixture
+def gpu_finetune() -> ModuleType:
+    return importlib.import_module("gpu_finetune")
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What gpu_finetune.py leaves of runs on the CPU, as `make gpu-check` starts it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    gpu_check = importlib.import_module("gpu_check")
+    logs = gpu_check.LOGS
+    gpu_check.LOGS = tmp_path_factory.mktemp("finetune")
+    try:
+        return gpu_check.finetune_on(["cpu"], 300)["cpu"]
+    finally:
+        gpu_check.LOGS = logs
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_the_main_job_runs_on_a_device(gpu_finetune: ModuleType, finetuned) -> None:
+    """Every run of it: methods side by side, one that is resumed, one over a 4-bit base."""
+    methods = {run: list(found["methods"]) for run, found in finetuned.items()}
+    assert methods == {
+        "compared": ["frozen", "lora", "lamda"],
+        "extended": ["lora"],
+        "nf4": ["lora"],
+    }
+    for run, found in finetuned.items():
+        for method, row in found["methods"].items():
+            steps = 0 if method == "frozen" else gpu_finetune.STEPS
+            assert len(row["losses"]) == steps, (run, method)
+    # The resumed run has taken its first steps at the rates of a shorter one.
+    whole, resumed = (finetuned[run]["methods"]["lora"] for run in ("compared", "extended"))
+    assert whole["losses"][0] == resumed["losses"][0]
+    assert whole["losses"][-1] != resumed["losses"][-1]
+
+
+def test_losses_of_the_gpu_are_compared_with_the_cpus(gpu_check: ModuleType, check, finetuned):
+    on_gpu = json.loads(json.dumps(finetuned))
+    for found in on_gpu.values():
+        found["peak_cuda_bytes"] = 3 * 2**20
+    row = on_gpu["compared"]["methods"]["lamda"]
+    row["losses"][-1] *= 1.004
+    assert gpu_check.judge_finetune(check, on_gpu, finetuned) == (
+        "losses are at most 0.40% from the CPU's (compared, lamda)"
+    )
+    assert [each["agrees"] for each in check.report["finetune"]] == [True] * 5
+
+    row["losses"][-1] *= 1.02
+    with pytest.raises(gpu_check.SectionFailed, match=r"up to 2\.41% .*lamda\), more than 0.5%"):
+        gpu_check.judge_finetune(check, on_gpu, finetuned)
+    row["losses"][-1] = math.nan
+    with pytest.raises(gpu_check.SectionFailed, match="up to inf%"):
+        gpu_check.judge_finetune(check, on_gpu, finetuned)
+
+    on_gpu["nf4"] = {"skipped": "bitsandbytes is not installed"}
+    row["losses"] = finetuned["compared"]["methods"]["lamda"]["losses"]
+    said = gpu_check.judge_finetune(check, on_gpu, finetuned)
+    assert said.endswith("; nf4: bitsandbytes is not installed")
+
+
+def test_the_main_job_is_skipped_without_its_packages(
+    gpu_check: ModuleType, check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu_check.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("transformers", "accelerate") else find_spec(name),
+    )
+    assert check.run("finetune", gpu_check.finetune) == "skipped"
+    summary = check.report["sections"]["finetune"]["summary"]
+    assert "lacks transformers, accelerate: pip install '.[finetune]'" in summary
+
+
+def test_a_main_job_that_fails_says_why(gpu_check: ModuleType) -> None:
+    with pytest.raises(gpu_check.SectionFailed, match=r"on cude: error: --device must be auto, "):
+        gpu_check.finetune_on(["cude"], 300)
+
+
 def row(gpu_measure: ModuleType, copy_speed: float = 1e12) -> dict[str, object]:
     """A row of the grid from invented times: ours takes 1.1 times the frozen linear."""
     from timing import Rounds, Seconds
@@ -232,6 +315,17 @@ def test_tables_are_printed(
         ],
         "grid": [row(gpu_measure), few],
         "grid_left_out": ["bfloat16 M=1 K=2 N=3 r=4 dropout=0.0"],
+        "finetune": [
+            {
+                "run": "compared",
+                "method": "lora",
+                "difference": 0.0061,
+                "agrees": False,
+                "held_out": [5.5, 4.25],
+                "tokens_per_second": 12345.6,
+                "peak_cuda_bytes": 3 * 2**20,
+            }
+        ],
         "peft": "PEFT 1",
         "copy_bytes_per_second": 3e12,
     }
@@ -239,6 +333,8 @@ def test_tables_are_printed(
     gpu_check.print_tables(report)
     printed = capsys.readouterr().out
     for text in ("1.100", "not measured", "NO", "70%", "90 / 40", "copy 3000 GB/s", "M=1 K=2"):
+        assert text in printed, text
+    for text in ("5.5000 > 4.2500", "0.61% NO", "12,346", "3.0"):
         assert text in printed, text
     assert "lowrank_up_kernel<" in printed and "void" not in printed
 

@@ -81,9 +81,10 @@ def test_it_runs(
 
 
 def test_commands_of_a_cell_become_calls() -> None:
-    source = ["a = 1\n", "!lowrank-ext x --rank {a} \\\n", "  --out y\n", "b = 2"]
+    source = ["a = 1\n", "!lowrank-ext --rank {a} \\\n", "  --out y\n", "b = 2"]
     said: list[str] = []
     names: dict[str, Any] = {"shell": said.append}
     exec(as_python({"source": source}), names)
     assert names["b"] == 2
-    assert shlex.split(said[0].replace("\\\n", " ")) == "lowrank-ext x --rank 1 --out y".split()
+    words = shlex.split(said[0].replace("\\\n", " "))
+    assert words == ["lowrank-ext", "--rank", "1", "--out", "y"]

@@ -18,6 +18,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -296,3 +297,34 @@ def test_dora_is_pefts(
     after = logits(again)
     dense = lr.unload(again, merge=True)
     torch.testing.assert_close(logits(dense), after, rtol=0, atol=0.06)
+
+
+# ----------------------------------------------------------------------------- read dense from GGUF
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_model_read_dense_from_gguf_is_saved_after_unload(
+    saved: Path, tmp_path: Path, merge: bool
+) -> None:
+    """transformers keeps the quantizer on it and refuses to save it."""
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    model = LlamaForCausalLM.from_pretrained(saved)
+    model.config.quantization_config = GgufConfig("model.gguf", dequantize=True)
+    model.hf_quantizer = gguf.GgufHfQuantizer(model.config.quantization_config)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+
+    plain = lr.unload(lr.adapt(model, lr.LoRAConfig(r=4)), merge=merge)
+    plain.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(again.config, "quantization_config")
+    ours, theirs = plain.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_packed_as_gguf_stays_quantized(saved: Path) -> None:
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    model = LlamaForCausalLM.from_pretrained(saved)
+    model.hf_quantizer = gguf.GgufHfQuantizer(GgufConfig("model.gguf", dequantize=False))
+    assert lr.unload(lr.adapt(model, lr.LoRAConfig(r=4))).hf_quantizer is not None
