@@ -54,6 +54,9 @@ Dtype = Annotated[
         "on the CPU and fp16 on a GPU."
     ),
 ]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is the GPU where there is one.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
 Command = TypeVar("Command", bound=Callable[..., None])
