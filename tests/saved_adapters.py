@@ -17,13 +17,13 @@ def load_plain(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @torch.no_grad()
-def save_adapter(base: Path, path: Path, config: Any, seed: int = 0) -> Tensor:
+def save_adapter(base: Path, path: Path, config: Any, seed: int = 0, move: float = 0.05) -> Tensor:
     """Writes an adapter whose every trained tensor has been moved; returns the logits of IDS."""
     torch.manual_seed(seed)
     model = lr.adapt(load_plain(base), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(move * torch.randn_like(parameter))
     model.eval()
     lr.save_adapter(model, path)
     return model(IDS).logits

@@ -7,7 +7,7 @@ import typer
 
 from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
-from lowrank_ext.cli.options import Device, Threads
+from lowrank_ext.cli.options import Device, Dtype, Threads
 
 app = typer.Typer()
 
@@ -25,6 +25,22 @@ Base = Annotated[
         show_default="what the adapter's run or files name",
     ),
 ]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help="Directories of adapters or runs, named after them; none: the base alone.",
+        show_default=False,
+    ),
+]
+Named = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="NAME=DIR, an adapter by name; may be repeated."),
+]
+Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
+TopP = Annotated[float, typer.Option(help="The smallest set of tokens with this probability.")]
+TopK = Annotated[int, typer.Option(help="The most likely tokens to choose from; 0: all.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Per text, at most.")]
+System = Annotated[str | None, typer.Option(help="A system message.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="Directory of the result: new, empty, or an earlier one.")]
 
 
@@ -84,3 +100,43 @@ def export_lora(
         from lowrank_ext.cli import export as command
 
         command.run(command.Options(**context.params), make_console())
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    adapters: Adapters = None,
+    adapter: Named = None,
+    model: Base = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be repeated.", show_default="stdin")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with one prompt a line.", show_default=False)
+    ] = None,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="The base's text too, before the adapters'.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
+    system: System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue prompts as they are, without chat template.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object per text.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Generate text from a base and its adapters, streamed.
+
+    A prompt is put into the chat template of the tokenizer, where it has one. Several adapters, and
+    the base with --compare-base, answer one after another.
+    """
+    with errors_as_lines(prints_result=True):
+        from lowrank_ext.cli import generate as command
+
+        command.run(command.Options(**context.params))

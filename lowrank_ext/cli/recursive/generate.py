@@ -11,11 +11,11 @@ import torch
 
 import lowrank_ext as lr
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error
-from lowrank_ext.cli.files import require_file
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.models import LoadedModel
 from lowrank_ext.cli.recursive.models import load_recursive, num_loops, parse_rule
+from lowrank_ext.cli.sampling import read_prompts
 from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.methods.recursive.engine.engine import POLICIES
 from lowrank_ext.methods.recursive.exits import SKIPPED
@@ -68,18 +68,6 @@ class Options:
             top_p=self.top_p,
             seed=None if self.temperature == 0 else self.seed + number,
         )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank."""
-    require_file(f"--file {path}", path)
-    with as_user_error(f"cannot read {path}", OSError, UnicodeDecodeError):
-        text = path.read_text(encoding="utf-8")
-    # Only line feeds end a prompt: splitlines would also split at form feeds and others.
-    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"--file {path}: the file holds no prompt")
-    return prompts
 
 
 def encoded(loaded: LoadedModel, prompts: list[str], new_tokens: int) -> tuple[list[Any], int]:
