@@ -1,7 +1,8 @@
-"""docs/coming_from_trainers.md: options of ours exist and none is left out, TRL's names are TRL's."""
+"""docs/coming_from_trainers.md: our options exist and none is left out, TRL's names are TRL's."""
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,7 @@ def test_names_of_trl_are_in_trl() -> None:
     for cells in rows():
         for name in spans(cells[1 + TOOLS.index("TRL")]):
             if name.startswith("trl "):
-                assert (ROOT / trl.__path__[0] / "scripts" / f"{name.split()[1]}.py").exists()
+                script = Path(trl.__file__).with_name("scripts") / f"{name.split()[1]}.py"
+                assert script.exists(), name
             else:
                 assert name in known, name
