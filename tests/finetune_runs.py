@@ -10,7 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lowrank_ext import registry
 from lowrank_ext.cli.main import app
+from lowrank_ext.cli.settings import ADAPTER_DEFAULTS, BASELINES, method_options
 from lowrank_ext.cli.training import Trainer
 
 STEPS = 8
@@ -22,11 +24,23 @@ def invoke(*arguments: str, **keywords: Any) -> Any:
     return CliRunner().invoke(app, list(arguments), **keywords)
 
 
+def unread_options(method: str | None, compare: str | None) -> set[str]:
+    """Names of the options that none of the methods reads; none for methods that are refused."""
+    names = set((compare or method or "lora").split(","))
+    recipes = {recipe.name: recipe for recipe in registry.recipes()}
+    if names - {*recipes, *BASELINES}:
+        return set()
+    read = {option.name for name in names & recipes.keys() for option in recipes[name].options}
+    has_adapters = bool(names - {"frozen", "full"})
+    own = {option.name for option in method_options()}
+    return own - read | (set() if has_adapters else set(ADAPTER_DEFAULTS))
+
+
 def small_run(**options: Any) -> list[str]:
-    """The arguments of a run of small sizes; None leaves an option out."""
+    """The arguments of a run of small sizes, those that its methods read; None leaves one out."""
     defaults = {
         "rank": 4,
-        "steps": STEPS,
+        "steps": None if "epochs" in options else STEPS,
         "batch": 2,
         "seq_len": 16,
         "eval_batches": 2,
@@ -36,9 +50,10 @@ def small_run(**options: Any) -> list[str]:
         "dtype": "fp32",
         "lr": 0.002,
     }
+    unread = unread_options(options.get("method"), options.get("compare"))
     arguments = []
     for name, value in {**defaults, **options}.items():
-        if value is not None:
+        if value is not None and name not in unread:
             arguments += ["--" + name.replace("_", "-"), str(value)]
     return arguments
 

@@ -26,9 +26,7 @@ from lowrank_ext.cli.files import (
     check_replaced,
     exists,
     prepare_output,
-    read_json,
     require_free_space,
-    write_json,
 )
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.log import LOG, log_file
@@ -59,7 +57,8 @@ from lowrank_ext.cli.report import (
     write_report,
     write_result,
 )
-from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.run_file import RUN_FILE, read_run_file, write_run_file
+from lowrank_ext.cli.settings import Settings, option_types
 from lowrank_ext.cli.stopping import at_once, stop_if_requested
 from lowrank_ext.cli.training import (
     Events,
@@ -72,7 +71,6 @@ from lowrank_ext.cli.training import (
 from lowrank_ext.files import printable
 
 TIMING_ROUNDS = 5
-_SETTINGS = "settings.json"
 _RESULT = "result.json"
 # Per parameter a run writes its value, two AdamW moments, an fp32 master and up to three statistics
 # of a freezing schedule; two checkpoints exist while the old one is replaced.
@@ -120,7 +118,7 @@ def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
         check_replaced(
             out,
             results_of(settings, out),
-            exists(f"--out {out}", out / _SETTINGS),
+            exists(f"--out {out}", out / RUN_FILE),
             _inputs(settings),
         )
     prepare_output(out)
@@ -145,9 +143,9 @@ def _inputs(settings: Settings) -> list[str]:
 
 def stored_settings(out: Path) -> Settings:
     """The settings of the run in `out`."""
-    if not exists(f"--resume: {out}", out / _SETTINGS):
+    if not exists(f"--resume: {out}", out / RUN_FILE):
         raise UserError(f"--resume: {out} holds no run to continue")
-    return Settings.from_dict(read_json(out / _SETTINGS))
+    return Settings.from_dict(read_run_file(out / RUN_FILE, "--resume", option_types()))
 
 
 def extended(stored: Settings, steps: int, out: Path, console: Console) -> Settings:
@@ -186,7 +184,7 @@ def prepare(
     corpus = load_blocks(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
     check_vocabulary(loaded.model, int(max(corpus.train.max(), corpus.held_out.max())))
     if resume:
-        write_json(out / _SETTINGS, settings.to_dict())  # --steps may have been raised
+        write_run_file(out, settings.to_dict())  # --steps may have been raised
     else:
         start_over(settings, out)
     job = make_job(settings, out, resume, console, stop, loaded, corpus)
@@ -230,7 +228,7 @@ def start_over(settings: Settings, out: Path) -> None:
         directory = settings.method_directory(out, method)
         remove_checkpoints(directory)
         (directory / _RESULT).unlink(missing_ok=True)
-    write_json(out / _SETTINGS, settings.to_dict())
+    write_run_file(out, settings.to_dict())
 
 
 def describe(job: Job) -> None:

@@ -1,6 +1,5 @@
 """The entry point: options of the commands, and errors as one line and an exit code."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ except ImportError:
     raise SystemExit("lowrank-ext needs typer, which it installs: pip install typer") from None
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data import FORMATS, absolute
+from lowrank_ext.cli.data import FORMATS
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.optimizers import SCHEDULES
@@ -33,14 +32,13 @@ from lowrank_ext.cli.options import (
 )
 from lowrank_ext.cli.outputs_app import app as outputs
 from lowrank_ext.cli.recursive.app import app as recursive
-from lowrank_ext.cli.resumed import check_same_settings, is_given
+from lowrank_ext.cli.resumed import check_same_settings, with_config
 from lowrank_ext.cli.settings import (
+    ADAPTER_DEFAULTS,
     DEFAULT_STEPS,
     Settings,
-    comma_separated,
     method_names,
-    method_options,
-    parse_methods,
+    option_types,
 )
 
 
@@ -123,13 +121,15 @@ def finetune(
         str | None,
         typer.Option(help="Several methods, separated by commas, each from the same start."),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = ADAPTER_DEFAULTS["rank"],
     alpha: Annotated[
         float | None,
         typer.Option(help="The branch is scaled by alpha / rank.", show_default="rank"),
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout before lora_a.")] = 0.05,
-    targets: Targets = "all-linear",
+    dropout: Annotated[float, typer.Option(help="Dropout before lora_a.")] = ADAPTER_DEFAULTS[
+        "dropout"
+    ],
+    targets: Targets = ADAPTER_DEFAULTS["targets"],
     modules_to_save: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +166,7 @@ def finetune(
     dtype: Dtype = "auto",
     adapter_dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
-    ] = "fp32",
+    ] = ADAPTER_DEFAULTS["adapter_dtype"],
     seed: Annotated[int, typer.Option(help="Initialization, order of the data, dropout.")] = 0,
     threads: Threads = None,
     eval_batches: EvalBatches = 6,
@@ -193,6 +193,12 @@ def finetune(
     ] = False,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("finetune-output"),
     resume: Resume = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of options; those of the command line win.", show_default="none"
+        ),
+    ] = None,
     **options_of_methods: Any,
 ) -> None:
     """Fine-tune a causal language model and show what was gained.
@@ -206,39 +212,18 @@ def finetune(
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command
 
-        settings, console = _settings(context.params), make_console()
+        console = make_console()
+        options, given = with_config(context, config, option_types())
+        settings = Settings.from_options(options)
         if resume:
-            stored = command.stored_settings(out)
-            check_same_settings(
-                context, settings.to_dict(), stored.to_dict(), method="methods", compare="methods"
-            )
-            steps = settings.given_steps if is_given(context, "steps") else None
-            if steps is not None and steps > stored.steps:
-                settings = command.extended(stored, steps, out, console)
-            else:
-                settings = stored
+            asked, settings = settings, command.stored_settings(out)
+            settings.check_all_read(given)
+            check_same_settings(given, asked.by_option(), settings.by_option())
+            if "steps" in given and asked.steps > settings.steps:
+                settings = command.extended(settings, asked.steps, out, console)
         settings.check()
+        settings.check_all_read(given)
         command.run(settings, out, resume, console)
-
-
-def _settings(options: dict[str, Any]) -> Settings:
-    """The settings, with absolute paths, so that a run can be resumed from another directory."""
-    methods, is_comparison = parse_methods(options["method"], options["compare"])
-    steps, epochs = options["steps"], options["epochs"]
-    derived: dict[str, Any] = {
-        "methods": methods,
-        "compare": is_comparison,
-        "model": options["model"] and absolute(options["model"]),
-        "text": tuple(absolute(path) for path in options["text"] or ()),
-        "eval": tuple(absolute(path) for path in options["eval"] or ()),
-        "modules_to_save": comma_separated(options["modules_to_save"]),
-        "log_to": comma_separated(options["log_to"]),
-        "given_steps": DEFAULT_STEPS if steps is None and epochs is None else steps,
-    }
-    own = {option.name: options[option.name] for option in method_options()}
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    plain = fields - {*derived, "options", "resolved_steps"}
-    return Settings(**derived, **{name: options[name] for name in plain}, options=own)
 
 
 @app.command()

@@ -1,30 +1,38 @@
-"""Options given beside --resume, compared with those of the run."""
+"""Options given beside --resume, compared with those of the run; options from a file."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.run_file import read_run_file
+
+# Of these the command line gives one: it wins over either in a file.
+_ALTERNATIVES = ({"method", "compare"}, {"steps", "epochs"})
 
 
 def check_same_settings(
-    context: typer.Context, asked: dict[str, Any], stored: dict[str, Any], **names: str
+    given: Iterable[str],
+    asked: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    arguments: Iterable[str] = (),
 ) -> None:
     """Raises UserError when an option given with --resume differs from the resumed run's; --steps
     may be larger.
 
     Args:
-        asked: the settings of the command line.
+        given: the names of the options on the command line.
+        asked: the values of the command line, by the names of options.
         stored: those of the run.
-        names: of the settings whose option has another name.
+        arguments: those that are no options.
     """
-    arguments = {p.name for p in context.command.params if p.param_type_name == "argument"}
-    for option in context.params:
-        if option in ("out", "resume") or not is_given(context, option):
+    for option in given:
+        if option in ("out", "resume"):
             continue
-        name = names.get(option, option)
-        was, now = stored[name], asked[name]
-        extends = name == "steps" and was is not None and now is not None and now > was
+        was, now = stored[option], asked[option]
+        extends = option == "steps" and was is not None and now is not None and now > was
         if was != now and not extends:
             flag = option.upper() if option in arguments else "--" + option.replace("_", "-")
             raise UserError(
@@ -32,10 +40,38 @@ def check_same_settings(
             )
 
 
+def given_names(context: typer.Context) -> list[str]:
+    """The names of the options and arguments that stand on the command line."""
+    return [name for name in context.params if is_given(context, name)]
+
+
 def is_given(context: typer.Context, option: str) -> bool:
     """Whether the option stands on the command line."""
     source = context.get_parameter_source(option)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def with_config(
+    context: typer.Context, path: Path | None, types: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The options of the command line and, where it does not give them, of a file; and the names of
+    those that either gives.
+
+    Args:
+        path: of --config.
+        types: of the options that a file may hold, see `read_run_file`.
+    """
+    given = given_names(context)
+    if path is None:
+        return dict(context.params), given
+    if "resume" in given:
+        raise UserError(f"--config {path}: --resume has the options of the run; leave one out")
+    values = read_run_file(path, "--config", types)
+    settled = set(given).union(*(pair for pair in _ALTERNATIVES if pair & set(given)))
+    new = {name: value for name, value in values.items() if name not in settled}
+    if "compare" in new and "method" in new:
+        raise UserError(f"--config {path}: must hold method or compare, got both")
+    return {**context.params, **new}, [*given, *new]
 
 
 def _shown(value: Any) -> str:

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowrank_ext import LoRAConfig, registry
-from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, check_source
+from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, absolute, check_source
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.models import resolve_device
 from lowrank_ext.cli.optimizers import (
@@ -18,7 +18,7 @@ from lowrank_ext.cli.optimizers import (
     check_optimizer,
     require_package,
 )
-from lowrank_ext.cli.typed import has_type
+from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import Option, Recipe
 
@@ -30,13 +30,22 @@ MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
 QUANTIZATIONS = ("nf4", "int8")
 DEFAULT_STEPS = 30
+# Of methods with adapters; frozen and full have none.
+ADAPTER_DEFAULTS: dict[str, Any] = {
+    "rank": 16,
+    "alpha": None,
+    "dropout": 0.05,
+    "targets": "all-linear",
+    "adapter_dtype": "fp32",
+    "modules_to_save": None,
+}
 # Under another name in files, where it is what the user gave.
 _STORED_NAMES = {"given_steps": "steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that determines the results of a run; stored as settings.json for --resume.
+    """Everything that determines the results of a run; stored as run.yaml for --resume.
 
     Attributes:
         given_steps: --steps; None with --epochs, whose steps are known once the data is.
@@ -200,6 +209,23 @@ class Settings:
             if problem is not None:
                 raise UserError(problem)
 
+    def read_options(self) -> set[str]:
+        """The names of the options, of those that not every method reads, that the run's do."""
+        read = {option.name for recipe in self.recipes() for option in recipe.options}
+        if any(name not in ("frozen", "full") for name in self.methods):
+            read |= ADAPTER_DEFAULTS.keys()
+        return read
+
+    def check_all_read(self, given: Iterable[str]) -> None:
+        """Raises UserError for a given option that no method of the run reads."""
+        readers = _readers()
+        for name in given:
+            if name in readers and name not in self.read_options():
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} is of {readers[name]}; the run has {', '.join(self.methods)}"
+                )
+
     def recipes(self) -> list[Recipe]:
         """The recipes of the run's methods, baselines left out, in the order of the list."""
         return [recipe for recipe in registry.recipes() if recipe.name in self.methods]
@@ -218,45 +244,76 @@ class Settings:
         return out / method if self.compare else out
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable, the methods' options beside the others."""
-        values = {_STORED_NAMES.get(name, name): getattr(self, name) for name in _field_types()}
-        options = values.pop("options")
-        return {**values, **options}
+        """The options of the run by their names on the command line, as run.yaml and report.json
+        store them; of the methods' options those that its methods read."""
+        names = {field.name for field in _fields()} - {"methods", "compare", "options"}
+        values = {_STORED_NAMES.get(name, name): getattr(self, name) for name in names}
+        name, value = ("compare", self.methods) if self.compare else ("method", self.methods[0])
+        values |= {**self.options, name: value}
+        unread = _readers().keys() - self.read_options()
+        return {name: values[name] for name in option_types() if name in values.keys() - unread}
+
+    def by_option(self) -> dict[str, Any]:
+        """The values of all options by name, with the methods as those of --method and --compare,
+        for comparisons."""
+        methods = {"method": self.methods, "compare": self.methods}
+        return {**self.options, **vars(self), "steps": self.given_steps, **methods}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """The settings of `to_dict`. Raises UserError for those of another version, and for values
-        of another type."""
-        own = {option.name: option for option in method_options()}
-        types = _field_types()
-        stored = {name: _STORED_NAMES.get(name, name) for name in types if name != "options"}
-        known = {*stored.values(), *own}
-        if set(values) != known:
-            odd = quoted(sorted(set(values) ^ known))[1:-1]
-            raise UserError(f"settings.json is not from this version of lowrank-ext: {odd}")
-        found: dict[str, Any] = {}
-        for name, key in stored.items():
-            value, annotation = values[key], types[name]
-            if not has_type(value, annotation):
-                plain = typing.get_origin(annotation) is None
-                shown = annotation.__name__ if plain else str(annotation)
-                raise UserError(f"settings.json: {key} must be {shown}, got {quoted(value)}")
-            found[name] = tuple(value) if isinstance(value, list) else value
-        options = {name: values[name] for name in own}
-        for name, option in own.items():
-            value = options[name]
-            if not (has_type(value, option.type) or (value is None and option.default is None)):
-                raise UserError(
-                    f"settings.json: {name} must be {option.type.__name__}, got {quoted(value)}"
-                )
-        return cls(**found, options=options)
+    def from_dict(cls, values: Mapping[str, Any], where: str = RUN_FILE) -> "Settings":
+        """The settings of `to_dict`. Raises UserError for those of another version."""
+        settings = cls.from_options({**dict.fromkeys(option_types()), **_unread(), **values})
+        _check_methods(settings.methods)
+        if odd := sorted(values.keys() ^ settings.to_dict().keys()):
+            raise UserError(f"{where} is not from this version of lowrank-ext: {quoted(odd)[1:-1]}")
+        return settings
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings of options by their names on the command line. Paths become absolute, so
+        that a run can be resumed from another directory."""
+        methods, is_comparison = parse_methods(values["method"], values["compare"])
+        steps, epochs = values["steps"], values["epochs"]
+        derived: dict[str, Any] = {
+            "methods": methods,
+            "compare": is_comparison,
+            "model": values["model"] and absolute(values["model"]),
+            "text": _paths(values["text"]),
+            "eval": _paths(values["eval"]),
+            "modules_to_save": comma_separated(values["modules_to_save"]),
+            "log_to": comma_separated(values["log_to"]),
+            "given_steps": DEFAULT_STEPS if steps is None and epochs is None else steps,
+            "options": {option.name: values[option.name] for option in method_options()},
+        }
+        plain = {field.name for field in _fields()} - derived.keys()
+        return cls(**derived, **{name: values[name] for name in plain})
 
 
-def _field_types() -> dict[str, Any]:
-    """The types of the stored fields, by name."""
+def _unread() -> dict[str, Any]:
+    """Values of options that a run need not read."""
+    return ADAPTER_DEFAULTS | {option.name: option.default for option in method_options()}
+
+
+def _fields() -> list[dataclasses.Field[Any]]:
+    """The fields that are stored."""
+    return [field for field in dataclasses.fields(Settings) if field.name != "resolved_steps"]
+
+
+def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(map(absolute, [names] if isinstance(names, str) else names or ()))
+
+
+def option_types() -> dict[str, Any]:
+    """The types of all options that belong to a run, by name."""
     types = typing.get_type_hints(Settings)
-    del types["resolved_steps"]
-    return types
+    shared = {_STORED_NAMES.get(field.name, field.name): types[field.name] for field in _fields()}
+    del shared["options"], shared["methods"], shared["compare"]
+    own = {
+        option.name: option.type if option.default is not None else option.type | None
+        for option in method_options()
+    }
+    methods = {"method": str | None, "compare": tuple[str, ...] | None}
+    return {"model": shared["model"], **methods, **shared, **own}
 
 
 def method_names() -> list[str]:
@@ -276,7 +333,18 @@ def method_options() -> list[Option]:
     return list(found.values())
 
 
-def parse_methods(method: str | None, compare: str | None) -> tuple[tuple[str, ...], bool]:
+def _readers() -> dict[str, str]:
+    """Which methods read an option, by its name, for those that not every method reads."""
+    readers = dict.fromkeys(ADAPTER_DEFAULTS, "methods with adapters")
+    for option in method_options():
+        names = [r.name for r in registry.recipes() if option.name in {o.name for o in r.options}]
+        readers[option.name] = ", ".join(names)
+    return readers
+
+
+def parse_methods(
+    method: str | None, compare: str | Sequence[str] | None
+) -> tuple[tuple[str, ...], bool]:
     """(methods, whether they are compared) from --method and --compare; without both LoRA."""
     if method is not None and compare is not None:
         raise UserError("give --method for one method or --compare for several, not both")
@@ -290,9 +358,10 @@ def parse_methods(method: str | None, compare: str | None) -> tuple[tuple[str, .
     return names, True
 
 
-def comma_separated(names: str | None) -> tuple[str, ...]:
-    """The names in a text, without empty ones."""
-    return tuple(name.strip() for name in (names or "").split(",") if name.strip())
+def comma_separated(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names in a text, or of a list, without empty ones."""
+    listed = (names or "").split(",") if names is None or isinstance(names, str) else names
+    return tuple(name.strip() for name in listed if name.strip())
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 import builtins
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -234,30 +233,6 @@ def test_resume_with_a_damaged_state(stopped, tmp_path, damage) -> None:
     torch.save(state, file)
     check_error(resume(out), "cannot continue from", str(file))
     assert file.exists() and not (out / "result.json").exists()
-
-
-SETTINGS: dict[str, Any] = {
-    "rank": "4", "steps": 8.5, "batch": None, "seq_len": True, "dropout": "0", "text": "a.txt",
-    "methods": [1], "compare": 0, "lr": [1], "model": 3, "threads": "two", "seed": 10**400,
-    "freeze_eta": "x", "freeze_start": {}, "experts": None, "targets": 7, "compile": "false",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_resume_with_settings_of_wrong_types(stopped, tmp_path, name) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    values = json.loads((stopped / "settings.json").read_text())
-    (out / "settings.json").write_text(json.dumps({**values, name: SETTINGS[name]}))
-    check_error(resume(out), f"settings.json: {name} must be")
-
-
-@pytest.mark.parametrize("content", ["[]", "3", DEEP, "{", "", '{"rank": 4}', '{"\\u001b": 1}'])
-def test_resume_with_settings_that_are_none(tmp_path, content) -> None:
-    (tmp_path / "settings.json").write_text(content)
-    result = resume(tmp_path)
-    check_error(result, "settings.json")
-    assert result.stderr.rstrip("\n").isprintable()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", DEEP, "{"])

@@ -475,8 +475,8 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
     state = out / "checkpoint-000003" / "training_state.pt"
     state.write_bytes(state.read_bytes()[:100])
     check_error(resume(out), "cannot read", str(state))
-    (out / "settings.json").write_text('{"rank": 4')
-    check_error(resume(out), "cannot read", "settings.json")
+    (out / "run.yaml").write_text("rank: [4")
+    check_error(resume(out), "run.yaml: line 1: must be YAML")
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -493,10 +493,10 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"dropout": 1.5}, ["--dropout"]),
         ({"alpha": 0}, ["--alpha"]),
         ({"lr": "nan"}, ["--lr"]),
-        ({"freeze_eta": 0}, ["--freeze-eta"]),
-        ({"freeze_start": 0.4}, ["--freeze-start", "--freeze-eta 0.3", "0.4"]),
-        ({"freeze_decay": "cubical"}, ["--freeze-decay", "cubic"]),
-        ({"freeze_window": 0}, ["--freeze-window"]),
+        ({"freeze_eta": 0, "method": "aflora"}, ["--freeze-eta"]),
+        ({"freeze_start": 0.4, "method": "aflora"}, ["--freeze-start", "--freeze-eta 0.3", "0.4"]),
+        ({"freeze_decay": "cubical", "method": "aflora"}, ["--freeze-decay", "cubic"]),
+        ({"freeze_window": 0, "method": "aflora"}, ["--freeze-window"]),
         ({"threads": 0}, ["--threads"]),
         ({"dtype": "bf61"}, ["--dtype", "bf16"]),
         ({"adapter_dtype": "fp8"}, ["--adapter-dtype"]),
@@ -509,16 +509,19 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"targets": "q_proj("}, ["not a regular expression"]),
         ({"targets": "q_porj", "method": "peft-lora"}, ["q_porj"]),
         ({"rank": 65, "method": "lamda"}, ["65"]),
-        ({"set_fraction": 1}, ["--set-fraction", "above 0 and below 1", "got 1.0"]),
+        (
+            {"set_fraction": 1, "method": "set-and-sequence"},
+            ["--set-fraction", "above 0 and below 1", "got 1.0"],
+        ),
         (
             {"window": 9, "method": "set-and-sequence"},
             ["--window", "at most half of --seq-len 16", "got 9"],
         ),
-        ({"window": 0}, ["--window", "at least 1", "got 0"]),
+        ({"window": 0, "method": "set-and-sequence"}, ["--window", "at least 1", "got 0"]),
         ({"rank": 3, "method": "goat"}, ["--rank", "multiple of --experts 2", "got 3"]),
-        ({"experts": 0}, ["--experts", "at least 1"]),
-        ({"top_k": 3}, ["--top-k", "at most --experts 2", "got 3"]),
-        ({"balance": -1}, ["--balance", "at least 0"]),
+        ({"experts": 0, "method": "goat"}, ["--experts", "at least 1"]),
+        ({"top_k": 3, "method": "goat"}, ["--top-k", "at most --experts 2", "got 3"]),
+        ({"balance": -1, "method": "goat"}, ["--balance", "at least 0"]),
         ({"text": "missing.txt"}, ["missing.txt", "no such file"]),
         ({"model": "missing.gguf"}, ["missing.gguf", "no such file"]),
         ({"model": "nobody/not-in-the-cache"}, ["cannot load nobody/not-in-the-cache"]),

@@ -127,7 +127,7 @@ def test_old_directory_stays_whatever_comes_between_the_renames(
 def test_finetune_leaves_alone_what_its_outputs_link_to(run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("finetune.log", "settings.json", "result.json", "adapter", "report.json"):
+    for name in ("finetune.log", "run.yaml", "result.json", "adapter", "report.json"):
         trap("symlink", out / name, tmp_path / "outside")
     pytest.importorskip("transformers")
     result = run(steps=1)

@@ -1,6 +1,5 @@
 """`finetune --resume --steps N` gives a run more steps."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,10 +82,10 @@ def test_which_methods_can_be_extended() -> None:
 @pytest.mark.parametrize("method", ["lamda", "set-and-sequence"])
 def test_schedules_over_the_steps_are_not_extended(run, tmp_path, method) -> None:
     assert run(method=method, steps=2).exit_code == 0
-    settings = (tmp_path / "out" / "settings.json").read_bytes()
+    settings = (tmp_path / "out" / "run.yaml").read_bytes()
     words = ("--steps was 2, got 3", method, "depends on the number of steps")
     check_error(resume(tmp_path / "out", "--steps", "3"), *words)
-    assert (tmp_path / "out" / "settings.json").read_bytes() == settings
+    assert (tmp_path / "out" / "run.yaml").read_bytes() == settings
 
 
 def test_what_cannot_be_extended_is_left_as_it_is(run, tmp_path) -> None:
@@ -95,7 +94,7 @@ def test_what_cannot_be_extended_is_left_as_it_is(run, tmp_path) -> None:
     check_error(resume(out, "--steps", "1"), "--steps was 2, got 1")
     shutil.rmtree(out / "checkpoint-000002")
     check_error(resume(out, "--steps", "3"), "--steps was 2, got 3", "holds no checkpoint")
-    assert json.loads((out / "settings.json").read_text())["steps"] == 2
+    assert "\nsteps: 2\n" in (out / "run.yaml").read_text()
     assert resume(out, "--steps", "2").exit_code == 0
 
 

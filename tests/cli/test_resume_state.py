@@ -1,7 +1,6 @@
 """`finetune --resume` from damaged state: one line that names the file and the key, exit code 2."""
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,8 @@ from transformers import LlamaForCausalLM
 from lowrank_ext.cli.checkpoints import restore_trainer
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.methods import entry
-from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
+from lowrank_ext.cli.settings import Settings, option_types
 from lowrank_ext.cli.typed import has_type
 
 CHECKPOINT = "checkpoint-000001"
@@ -161,56 +161,7 @@ def test_what_is_no_training_state(content: bytes | None, stopped: Path, tmp_pat
 
 
 def stored(stopped: Path) -> dict[str, Any]:
-    return json.loads((stopped / "settings.json").read_text())
-
-
-ODD: tuple[Any, ...] = ("x", 7, 1.5, True, [], [1], {}, {"a": 1}, None)
-
-
-def test_every_setting_of_another_type_is_refused(stopped: Path) -> None:
-    values = stored(stopped)
-    good = Settings.from_dict(values)
-    for name, value in values.items():
-        for odd in ODD:
-            number = type(odd) is int and type(value) is float
-            optional = value is None or odd is None
-            if type(odd) is type(value) or number or optional:
-                continue
-            if isinstance(value, int) and type(odd) is float and name in ("lr", "alpha", "dropout"):
-                continue
-            try:
-                found = Settings.from_dict({**values, name: odd})
-            except UserError as error:
-                assert str(error).startswith(f"settings.json: {name} must be "), error
-            else:
-                assert type(odd) is float and isinstance(getattr(found, name, odd), float), name
-    assert good == Settings.from_dict(values)
-
-
-def test_settings_with_other_keys_are_refused(stopped: Path) -> None:
-    values = stored(stopped)
-    with pytest.raises(UserError, match="not from this version of lowrank-ext: 'rank'"):
-        Settings.from_dict({key: value for key, value in values.items() if key != "rank"})
-    with pytest.raises(UserError, match=r"not from this version of lowrank-ext: '\\x1b"):
-        Settings.from_dict({**values, "\x1b" * 5000: 1})
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1]",
-        '{"rank": NaN}',
-        '{"rank": 1, "rank": 2}',
-        "[" * 10**5,
-        '{"a": 1' + "0" * 5000 + "}",
-    ],
-    ids=lambda text: text[:12],
-)
-def test_damaged_settings(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "settings.json"
-    path.write_text(text)
-    check_error(resume(tmp_path), "settings.json")
+    return read_run_file(stopped / RUN_FILE, "--resume", option_types())
 
 
 def test_types() -> None:

@@ -87,7 +87,7 @@ def test_sigterm_is_heard_and_loses_nothing(run, tmp_path, monkeypatch, whole, p
     assert result.exit_code == 143, result.output
     if place == "loading":
         assert "nothing was trained yet" in result.stderr
-        assert not (out / "settings.json").exists()
+        assert not (out / "run.yaml").exists()
         return
     assert f"lowrank-ext finetune --resume --out {out}" in result.stderr
     expected = [] if step is None else [f"checkpoint-{step:06d}"]

@@ -25,7 +25,7 @@ from lowrank_ext.cli.options import (
     Threads,
 )
 from lowrank_ext.cli.recursive.models import RULE_HELP
-from lowrank_ext.cli.resumed import check_same_settings, is_given
+from lowrank_ext.cli.resumed import check_same_settings, given_names, is_given
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -132,7 +132,9 @@ def uptrain(
             settings = command.stored_settings(out)
             # An argument that is not given is no part of the comparison.
             asked = _settings({**context.params, "directory": directory or settings.directory})
-            check_same_settings(context, asked.to_dict(), settings.to_dict())
+            check_same_settings(
+                given_names(context), asked.to_dict(), settings.to_dict(), arguments=["directory"]
+            )
             if is_given(context, "steps") and steps > settings.steps:
                 settings = command.extended(settings, steps, console)
         settings.check()
