@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from lowrank_ext.cli.data.sources import SAVED, Source, unknown_split
@@ -71,23 +72,39 @@ def _splits(dataset: Any) -> list[str]:
 def _open(source: Source) -> Any:
     os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     datasets = _library("datasets", source.location)
-    datasets.disable_progress_bars()
     where = f"{source.option} {source.location}"
     if source.kind == SAVED:
-        with as_user_error(f"cannot read {where}", Exception):
+        with as_user_error(f"cannot read {where}", Exception), _quiet(datasets):
             return datasets.load_from_disk(source.location)
     try:
-        found = datasets.load_dataset(source.location)
-    except Exception as error:  # of several libraries
-        raise UserError(
-            f"{where}: no such file, and no dataset of that name in the local cache; "
-            "lowrank-ext downloads nothing"
-        ) from error
+        with as_user_error(f"cannot read {where}", Exception), _quiet(datasets):
+            found = datasets.load_dataset(source.location)
+    except UserError as error:
+        if isinstance(error.__cause__, ConnectionError | datasets.exceptions.DatasetNotFoundError):
+            raise UserError(
+                f"{where}: no such file, and no dataset of that name in the local cache; "
+                "lowrank-ext downloads nothing"
+            ) from error
+        raise
     if source.split is None:
         return found
     if source.split not in found:
         raise unknown_split(where, source.split, list(found))
     return found[source.split]
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without bars and without notes about the cache: errors say what matters."""
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _library(name: str, what: str) -> Any:

@@ -116,12 +116,16 @@ def _csv(file: BinaryIO, name: str) -> Iterator[Record]:
     """Rows as dictionaries, by the names in the first one."""
     previous = csv.field_size_limit(MAX_LINE_BYTES)
     try:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        delimiter = "\t" if ".tsv" in name.lower() else ","
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(rows, None)
-        if header is None:
-            return
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            delimiter = "\t" if ".tsv" in name.lower() else ","
+            yield from _csv_rows(csv.reader(text, delimiter=delimiter, strict=True), name)
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _csv_rows(rows: Any, name: str) -> Iterator[Record]:
+    try:
+        header: list[str] = next(rows, [])
         if len(set(header)) < len(header):
             raise UserError(f"{name}: line 1: a column's name is there twice: {quoted(header)}")
         start = rows.line_num + 1
@@ -136,8 +140,6 @@ def _csv(file: BinaryIO, name: str) -> Iterator[Record]:
             start = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{name}: line {rows.line_num} is not CSV: {error}") from error
-    finally:
-        csv.field_size_limit(previous)
 
 
 def _parquet(file: BinaryIO, name: str) -> Iterator[Record]:
