@@ -86,7 +86,7 @@ def _chat(example: ChatExample, tokenizer: Any, train_on: str) -> Rendered:
     elif example.num_prompt:
         spans = [template.span(whole, example.num_prompt, len(example.messages))]
     else:
-        spans = template.assistant_spans(whole)[-1:]
+        spans = template.assistant_spans(whole, only_last=True)
     return Rendered(whole, spans, True, example)
 
 
@@ -106,17 +106,15 @@ class _Template:
         """The text of these messages."""
         return str(self._apply(messages, add_generation_prompt, tokenize=False))
 
-    def assistant_spans(self, whole: str) -> list[Span]:
+    def assistant_spans(self, whole: str, only_last: bool = False) -> list[Span]:
         """Where the messages of the assistant stand in the text of all: where the template says so,
         and else where the text of the messages before each ends."""
+        first = -1 if only_last else 0
         if self._marks_answers():
-            return self._marked_spans()
-        roles = [message["role"] for message in self.example.messages]
-        return [
-            self.span(whole, index, index + 1)
-            for index, role in enumerate(roles)
-            if role == "assistant"
-        ]
+            return self._marked_spans()[first:]
+        messages = enumerate(self.example.messages)
+        turns = [index for index, message in messages if message["role"] == "assistant"]
+        return [self.span(whole, index, index + 1) for index in turns[first:]]
 
     def span(self, whole: str, start: int, end: int) -> Span:
         """Where messages[start:end] stand in the text of all, without what the template writes
@@ -130,7 +128,8 @@ class _Template:
             raise UserError(
                 f"{self.example.where}: the chat template renders the first {end} messages "
                 "otherwise when more follow, so the assistant's cannot be found in the text; use "
-                "--train-on all, or a template that marks them by {% generation %}"
+                "--train-on completion for the last answer alone, --train-on all, or a template "
+                "that marks answers by {% generation %}"
             )
         return len(before), len(through)
 
