@@ -9,6 +9,19 @@ from lowrank_ext.cli.errors import Interrupted, UserError
 from lowrank_ext.cli.files import open_log
 
 LOG = logging.getLogger("lowrank_ext.finetune")
+# What these log when they are imported, by other libraries and for models that do not need them,
+# is of parts that they lack.
+_IMPORTED = tuple(
+    logging.getLogger(name) for name in ("bitsandbytes", "torchao", "torch.utils._pytree")
+)
+_NOWHERE = logging.NullHandler()
+
+
+def hush_libraries() -> None:
+    """Keeps off the terminal what libraries log when they are imported; see `log_file`."""
+    for logger in _IMPORTED:
+        logger.addHandler(_NOWHERE)
+        logger.propagate = False
 
 
 @contextmanager
@@ -17,9 +30,11 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
     handler = logging.StreamHandler(open_log(path, append))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = (LOG, logging.getLogger("py.warnings"))
+    hush_libraries()
     for logger in loggers:
-        logger.addHandler(handler)
         logger.propagate = False
+    for logger in (*loggers, *_IMPORTED):
+        logger.addHandler(handler)
     LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
@@ -31,7 +46,8 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
         raise
     finally:
         logging.captureWarnings(False)
-        for logger in loggers:
+        for logger in (*loggers, *_IMPORTED):
             logger.removeHandler(handler)
+        for logger in loggers:
             logger.propagate = True
         handler.stream.close()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.quantization import stored_tensors
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -34,13 +35,16 @@ def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
     the model's parameters and buffers. A storage counts whole, since a view keeps all of it.
     Random generator and gradients are unchanged."""
     own = {
-        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+        stored.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers())
+        for stored in stored_tensors(tensor)
     }
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        for stored in stored_tensors(tensor):
+            storage = stored.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # same storage; the tensor itself would refer to its own graph
 
     with (

@@ -18,6 +18,7 @@ from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
+from lowrank_ext.cli.quantization import num_elements
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.whole_model import save_whole_model
 from lowrank_ext.files import TensorFile, quoted
@@ -234,5 +235,5 @@ def trainable_parameters(model: CausalLM) -> list[nn.Parameter]:
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of elements."""
-    return sum(parameter.numel() for parameter in parameters)
+    """Number of elements, of a quantized weight those that it stands for."""
+    return sum(num_elements(parameter) for parameter in parameters)

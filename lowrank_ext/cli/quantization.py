@@ -1,0 +1,189 @@
+"""--quantize: base models whose linears are in 4 bits (NF4, by bitsandbytes) or 8 (by torchao).
+
+Embeddings and head keep the run's dtype, as the libraries' defaults have it.
+"""
+
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lowrank_ext.cli.errors import UserError
+from lowrank_ext.merging import forget_quantization
+from lowrank_ext.nn.quantized import is_quantized, keep_unpacked
+
+if TYPE_CHECKING:
+    from lowrank_ext.cli.settings import Settings
+
+QUANTIZATIONS = ("nf4", "int8")
+_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+
+
+def check_quantization(settings: "Settings") -> None:
+    """Raises UserError for a method that trains the base's weights, and where a package that
+    --quantize needs is not installed."""
+    if settings.quantize is None:
+        return
+    option = f"--quantize {settings.quantize}"
+    if "full" in settings.methods:
+        raise UserError(f"{option}: full trains the base's weights, which cannot be quantized")
+    require_packages(settings.quantize)
+
+
+def require_packages(quantize: str) -> None:
+    """Raises UserError unless what --quantize needs is installed."""
+    for package in (_PACKAGES[quantize], "accelerate"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"--quantize {quantize} needs the package {package}: "
+                "pip install 'lowrank-ext[quantized]'"
+            )
+
+
+def load_quantized(
+    location: str, quantize: str, dtype: torch.dtype, device: torch.device, **options: Any
+) -> Any:
+    """The causal language model at ``location``, its linears quantized while it is read, so that
+    it is never dense as a whole; one from a .gguf file, which transformers reads in one piece, is
+    made dense on the CPU and then quantized.
+
+    Raises:
+        UserError: a package is not installed; the model is quantized already; it has nothing to
+            quantize.
+    """
+    require_packages(quantize)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    how = {
+        "dtype": dtype,
+        "quantization_config": _configuration(quantize, dtype),
+        "device_map": {"": _with_index(device)},
+    }
+    if options.get("gguf_file"):
+        dense = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **options)
+        forget_quantization(dense)
+        dense.to(dtype)
+        model = type(dense).from_pretrained(
+            None, config=dense.config, state_dict=dense.state_dict(), **how
+        )
+        model.generation_config = dense.generation_config
+    else:
+        config = AutoConfig.from_pretrained(location, **options)
+        if hasattr(config, "quantization_config"):
+            raise UserError(f"--quantize {quantize}: {location} is quantized already; leave it out")
+        model = AutoModelForCausalLM.from_pretrained(location, **how, **options)
+    if not num_quantized(model):
+        raise UserError(
+            f"--quantize {quantize}: {_PACKAGES[quantize]} has found no linear in {location} that "
+            "it quantizes"
+        )
+    return model
+
+
+def _configuration(quantize: str, dtype: torch.dtype) -> Any:
+    """QLoRA's choices for 4 bits; 8 bits with a scale for each row."""
+    if quantize == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    # Its other default changes settings of torch.compile and of products in fp32, for all models.
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+
+
+def _with_index(device: torch.device) -> str:
+    """accelerate takes `cuda` for another device than the `cuda:0` on which it trains."""
+    name = str(device)
+    return f"cuda:{torch.cuda.current_device()}" if name == "cuda" else name
+
+
+def make_trainable(model: nn.Module) -> None:
+    """Has the quantized linears of a model, ours or the model's own, keep no dense weight for
+    backward and compute gradients in every mode."""
+    keep_unpacked(model)
+    for module in model.modules():
+        if type(module) is nn.Linear and _has_row_scales(module):
+            module.__class__ = Int8Linear
+
+
+def _has_row_scales(module: nn.Module) -> bool:
+    """Whether the weight is torchao's int8, a scale for each row and nothing else."""
+    weight: Any = module._parameters.get("weight")
+    if type(weight).__name__ != "Int8Tensor" or weight.scale.shape != (weight.shape[0], 1):
+        return False
+    symmetric = weight.zero_point is None or not weight.zero_point.any()
+    return symmetric and weight.act_pre_scale is None and weight.act_quant_kwargs is None
+
+
+class Int8Linear(nn.Linear):
+    """A linear with torchao's int8 weight [N, K]: x [..., K] → [..., N] in x's dtype.
+
+    The values are torchao's. torchao's own keeps the dense weight of each layer for backward, more
+    than the model would have without quantization; this one makes it dense again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        y: Tensor = _Int8Product.apply(x, weight.qdata, weight.scale)
+        return y if self.bias is None else y + self.bias
+
+
+class _Int8Product(torch.autograd.Function):
+    """x [..., K], int8 weight [N, K], scale [N, 1] of its rows → x weightᵀ scaleᵀ, [..., N]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return x @ weight.t().to(x.dtype) * scale.to(x.dtype).flatten()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return dout * scale.to(dout.dtype).flatten() @ weight.to(dout.dtype), None, None
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Elements of the weight that a parameter stands for: bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def num_quantized(model: nn.Module) -> int:
+    """Elements of the quantized weights."""
+    weights: list[Any] = [module.weight for module in model.modules() if is_quantized(module)]
+    return sum(num_elements(weight) for weight in weights)
+
+
+def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a tensor's values: of a wrapper, as torchao's weights and
+    DTensor are, those inside; of a weight of bitsandbytes also its scales."""
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        for name in wrapper.__tensor_flatten__()[0]:
+            yield from stored_tensors(getattr(wrapper, name))
+        return
+    yield tensor
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:  # the scales of the scales are another state
+        yield from (state.absmax, state.code)
+        state = state.state2
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, each storage once."""
+    tensors = [each for parameter in model.parameters() for each in stored_tensors(parameter)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
