@@ -124,10 +124,12 @@ def forget_quantization(model: nn.Module) -> None:
 
 
 def _was_read_dense(model: nn.Module) -> bool:
-    """Whether transformers has made dense weights of a quantized file, as it does of GGUF; it would
-    still refuse to save them."""
+    """Whether transformers has made dense weights of a GGUF file; it would still refuse to save
+    them. Packed ones are bytes."""
     quantizer = getattr(unwrapped(model), "hf_quantizer", None)
-    return bool(getattr(getattr(quantizer, "quantization_config", None), "dequantize", False))
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    tensors = (*model.parameters(), *model.buffers())
+    return method == "gguf" and not any(tensor.dtype == torch.uint8 for tensor in tensors)
 
 
 def _all_merged(modules: Mapping[str, LowRankLinear | TokenRows]) -> bool:

@@ -307,10 +307,7 @@ def test_a_model_read_dense_from_gguf_is_saved_after_unload(
     saved: Path, tmp_path: Path, merge: bool
 ) -> None:
     """transformers keeps the quantizer on it and refuses to save it."""
-    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
-    model = LlamaForCausalLM.from_pretrained(saved)
-    model.config.quantization_config = GgufConfig("model.gguf", dequantize=True)
-    model.hf_quantizer = gguf.GgufHfQuantizer(model.config.quantization_config)
+    model = as_read_from_gguf(LlamaForCausalLM.from_pretrained(saved))
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path)
 
@@ -323,8 +320,19 @@ def test_a_model_read_dense_from_gguf_is_saved_after_unload(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_model_packed_as_gguf_stays_quantized(saved: Path) -> None:
-    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
-    model = LlamaForCausalLM.from_pretrained(saved)
-    model.hf_quantizer = gguf.GgufHfQuantizer(GgufConfig("model.gguf", dequantize=False))
+@pytest.mark.parametrize("place", ["parameter", "buffer"])
+def test_a_model_packed_as_gguf_stays_quantized(saved: Path, place: str) -> None:
+    model = as_read_from_gguf(LlamaForCausalLM.from_pretrained(saved))
+    block = torch.zeros(4, dtype=torch.uint8)
+    if place == "buffer":
+        model.lm_head.register_buffer("packed", block)
+    else:
+        model.lm_head.packed = nn.Parameter(block, requires_grad=False)
     assert lr.unload(lr.adapt(model, lr.LoRAConfig(r=4))).hf_quantizer is not None
+
+
+def as_read_from_gguf(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    model.config.quantization_config = GgufConfig("model.gguf")
+    model.hf_quantizer = gguf.GgufHfQuantizer(model.config.quantization_config)
+    return model
