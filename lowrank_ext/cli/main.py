@@ -230,7 +230,11 @@ def finetune(
 def guard(
     context: typer.Context,
     file: Annotated[
-        str, typer.Argument(help="A file with one text a line, a .jsonl file, or - for stdin.")
+        str,
+        typer.Argument(
+            help="A file with one text a line, one of records (JSON lines, JSON, CSV, Parquet), "
+            "or - for stdin."
+        ),
     ],
     adapter: Annotated[
         Path, typer.Option(help="Directory that GuardModel.save_pretrained has written.")

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -16,13 +15,7 @@ Model = Annotated[
         help="Directory, .gguf file, or id of a cached model.", show_default="SmolLM2-135M"
     ),
 ]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="A .txt or .jsonl file; may be repeated.", show_default="Python's language topics"
-    ),
-]
-Field = Annotated[str, typer.Option(help="The field of .jsonl lines that holds the text.")]
+Field = Annotated[str, typer.Option(help="The key of plain text in records.")]
 Targets = Annotated[
     str,
     typer.Option(help="all-linear, module names separated by commas, or a regular expression."),

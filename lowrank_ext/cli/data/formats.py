@@ -125,53 +125,52 @@ def to_example(record: Record, field: str, chosen: str = "auto") -> Example:
         return TextExample(record.value, record.where)
     if not isinstance(record.value, dict):
         kind = type(record.value).__name__
-        raise UserError(f"{record.where} must be a JSON object, got {kind}; {_known(field)}")
+        raise UserError(
+            f"{record.where} must be a JSON object, got {kind}; {_known(field, chosen)}"
+        )
     # Arrow fills the fields that a row does not have with None.
     row = {key: value for key, value in record.value.items() if value is not None}
-    found = [
-        name
-        for name, keys in _formats(field).items()
-        if chosen in ("auto", name) and _has(row, keys)
-    ]
+    found = [name for name, keys in _formats(field, chosen).items() if _has(row, keys)]
     if len(found) > 1:
         raise UserError(
             f"{record.where} has the keys of several formats ({', '.join(found)}); choose one by "
             "--format"
         )
     if not found:
-        raise UserError(f"{record.where} {_no_format(record.value, row, field)}")
+        raise UserError(f"{record.where} {_no_format(record.value, row, field, chosen)}")
     return _MAKERS[found[0]](row, record.where, field)
 
 
-def _formats(field: str) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The sets of keys of each format, any of which makes it."""
-    return {
+def _formats(field: str, chosen: str) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The sets of keys of each format that is asked for, any of which makes it."""
+    formats: dict[str, tuple[tuple[str, ...], ...]] = {
         TEXT: ((field,),),
         MESSAGES: (("messages",), ("conversations",)),
         COMPLETION: (("prompt", "completion"),),
         INSTRUCTION: (("instruction", "output"),),
         PREFERENCE: (("chosen", "rejected"),),
     }
+    return formats if chosen == "auto" else {chosen: formats[chosen]}
 
 
 def _has(row: dict[str, Any], keys: Iterable[tuple[str, ...]]) -> bool:
     return any(all(key in row for key in every) for every in keys)
 
 
-def _known(field: str) -> str:
-    formats = [" + ".join(map(quoted, every[0])) for every in _formats(field).values()]
+def _known(field: str, chosen: str) -> str:
+    formats = [" + ".join(map(quoted, every[0])) for every in _formats(field, chosen).values()]
     return f"known are {', '.join(formats)}; see --field"
 
 
-def _no_format(whole: dict[str, Any], row: dict[str, Any], field: str) -> str:
+def _no_format(whole: dict[str, Any], row: dict[str, Any], field: str, chosen: str) -> str:
     """What a record has instead of a format's keys, and the known keys that are near these."""
-    known = [key for sets in _formats(field).values() for every in sets for key in every]
+    known = [key for sets in _formats(field, chosen).values() for every in sets for key in every]
     there = ", ".join(
         quoted(key) + ("" if key in known else near_matches(str(key), known)) for key in row
     )
     empty = [key for key in whole if key not in row and key in known]
     without = f", without a value: {', '.join(map(quoted, empty))}" if empty else ""
-    return f"has no known format: its keys are {there or 'none'}{without}; {_known(field)}"
+    return f"has no known format: its keys are {there or 'none'}{without}; {_known(field, chosen)}"
 
 
 # ------------------------------------------------------------------------------- one format each

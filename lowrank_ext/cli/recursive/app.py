@@ -12,6 +12,7 @@ from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.options import (
     Batch,
+    Data,
     Dtype,
     EvalBatches,
     Field,
@@ -21,7 +22,6 @@ from lowrank_ext.cli.options import (
     SeqLen,
     Steps,
     Targets,
-    Text,
     Threads,
 )
 from lowrank_ext.cli.recursive.models import RULE_HELP
@@ -90,7 +90,7 @@ def uptrain(
             show_default="SmolLM2-135M",
         ),
     ] = None,
-    text: Text = None,
+    text: Data = None,
     field: Field = "text",
     steps: Steps = 30,
     batch: Batch = 4,
@@ -154,7 +154,7 @@ def _settings(options: dict[str, Any]) -> Any:
             **named,
             "directory": os.path.realpath(options["directory"]),
             "teacher": teacher,
-            "text": tuple(absolute(str(path)) for path in options["text"] or ()),
+            "text": tuple(absolute(path) for path in options["text"] or ()),
         }
     )
 
@@ -163,7 +163,7 @@ def _settings(options: dict[str, Any]) -> Any:
 def evaluate(
     context: typer.Context,
     directory: Directory,
-    text: Text = None,
+    text: Data = None,
     field: Field = "text",
     seq_len: SeqLen = 256,
     batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,

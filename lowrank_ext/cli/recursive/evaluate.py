@@ -35,7 +35,7 @@ class Options:
     """The options of the command."""
 
     directory: Path
-    text: list[Path] | None
+    text: list[str] | None
     field: str
     seq_len: int
     batch: int
@@ -64,7 +64,7 @@ class Options:
             raise UserError("--target is of no use without --calibrate; leave it out")
         check_machine(self.dtype, self.threads)
         for path in self.text or ():
-            check_source("--text", str(path))
+            check_source("--text", path)
 
 
 def run(options: Options, console: Console) -> None:
@@ -73,7 +73,7 @@ def run(options: Options, console: Console) -> None:
     loaded = load_recursive(options.directory, options.dtype)
     model = loaded.model
     check_context(model, options.seq_len)
-    paths = tuple(map(str, options.text or ()))
+    paths = tuple(options.text or ())
     corpus = load_blocks(paths, options.field, loaded.tokenizer, options.seq_len)
     check_vocabulary(model, int(max(corpus.train.max(), corpus.held_out.max())))
     rule, calibration = None, None
