@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents, text_batch
 from lowrank_ext.cli.files import prepare_output, write_bytes
 from lowrank_ext.cli.measure import saved_bytes
 from lowrank_ext.cli.models import find_model, load_model, resolve_dtype
-from lowrank_ext.cli.training import held_out_loss, learning_rate_factor, model_loss
+from lowrank_ext.cli.training.evaluation import held_out_loss, model_loss
 
 BATCH, RANK = 2, 16
 # Freezes between a tenth and six tenths of the steps, with a decision every two steps.
@@ -85,21 +85,21 @@ def train(
     schedule: Callable[[torch.optim.Optimizer], lr.AdaptiveFreezeSchedule | None],
 ) -> None:
     """A plain training loop; AFLoRA adds the line with freezing.step()."""
-    held_out = corpus.held_out_batches(BATCH, most=6)
+    held_out = [text_batch(t) for t in corpus.held_out_batches(BATCH, most=6)]
     run.before = held_out_loss(model, held_out)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=peak_lr, weight_decay=0.0)
+    rates = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     freezing = schedule(optimizer)
     for step in track(range(steps), description=f"{run.name:<7}", console=console):
         tokens = corpus.train_batch(step, BATCH, seed=0)
         started = time.perf_counter()
-        model_loss(model, tokens).backward()
+        model_loss(model, text_batch(tokens)).backward()
         if freezing is not None:
             freezing.step()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * learning_rate_factor(step, steps)
         optimizer.step()
+        rates.step()
         optimizer.zero_grad()
         run.milliseconds.append(1e3 * (time.perf_counter() - started))
         run.trainable.append(lr.trainable_parameters(model).trainable)
@@ -118,7 +118,7 @@ def kept(
     changed = step == 0 or (freezing is not None and step in freezing.frozen_at.values())
     if not changed:
         return run.kept_mebibytes[-1]
-    return saved_bytes(model, lambda: model_loss(model, tokens)) / 2**20
+    return saved_bytes(model, lambda: model_loss(model, text_batch(tokens))) / 2**20
 
 
 def table(runs: list[Run]) -> Table:

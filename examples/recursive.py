@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents, text_batch
 from lowrank_ext.cli.files import prepare_output, write_bytes, write_json
 from lowrank_ext.cli.models import find_model, load_model
-from lowrank_ext.cli.training import held_out_loss, learning_rate_factor
+from lowrank_ext.cli.training.evaluation import held_out_loss
 
 BATCH, PEAK_LR = 4, 2e-4
 FULL = 10**6  # a rank that is clamped to that of each weight
@@ -72,7 +72,8 @@ class Subject:
     tokenizer: Any
 
     def held_out(self, model: nn.Module) -> float:
-        return held_out_loss(model, self.corpus.held_out_batches(BATCH, most=4))
+        batches = self.corpus.held_out_batches(BATCH, most=4)
+        return held_out_loss(model, [text_batch(tokens) for tokens in batches])
 
     def converted(self, **options: Any) -> nn.Module:
         config = lr.recursive.RecursiveConfig(**options)
@@ -150,14 +151,14 @@ def train(
     model.train()
     teacher = None if loss == "ce" else subject.source.eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = torch.optim.AdamW(trained, lr=PEAK_LR)
+    rates = get_cosine_schedule_with_warmup(optimizer, round(0.1 * plan.steps), plan.steps)
     for step in track(range(plan.steps), description=name, console=console):
         tokens = subject.corpus.train_batch(step, BATCH, seed=0)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * learning_rate_factor(step, plan.steps)
         batch_loss(model, teacher, tokens, loss, exits).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        rates.step()
         optimizer.zero_grad()
     return model
 

@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import lowrank_ext as lr
-from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, load_documents, text_batch
 from lowrank_ext.cli.files import prepare_output, write_bytes
 from lowrank_ext.cli.models import find_model, load_model, resolve_dtype
 from lowrank_ext.cli.report import smoothed
-from lowrank_ext.cli.training import held_out_loss, learning_rate_factor, model_loss
+from lowrank_ext.cli.training.evaluation import held_out_loss, model_loss
 
 BATCH, RANK, PEAK_LR = 2, 16, 3e-3
 NUM_EVALUATIONS, NUM_HELD_OUT = 2, 3
@@ -72,18 +72,18 @@ def tiny_model() -> tuple[nn.Module, TokenBlocks]:
 def train(name: str, model: nn.Module, corpus: TokenBlocks, steps: int) -> Run:
     """A plain training loop."""
     run = Run(name, lr.trainable_parameters(model).trainable)
-    held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
+    held_out = [text_batch(t) for t in corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)]
     run.held_out.append((0, held_out_loss(model, held_out)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=PEAK_LR, weight_decay=0.0)
+    rates = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     for step in track(range(steps), description=f"{name:<7}", console=console):
-        loss = model_loss(model, corpus.train_batch(step, BATCH, seed=0))
+        loss = model_loss(model, text_batch(corpus.train_batch(step, BATCH, seed=0)))
         loss.backward()
         run.losses.append(loss.item())
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * learning_rate_factor(step, steps)
         optimizer.step()
+        rates.step()
         optimizer.zero_grad()
         if (step + 1) % max(1, steps // NUM_EVALUATIONS) == 0:
             run.held_out.append((step + 1, held_out_loss(model, held_out)))
@@ -92,13 +92,14 @@ def train(name: str, model: nn.Module, corpus: TokenBlocks, steps: int) -> Run:
 
 def merge(run: Run, model: nn.Module, corpus: TokenBlocks) -> None:
     """Held-out loss with merged weights; for ResLoRA the relative error of the logits too."""
-    held_out = corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)
+    held_out = [text_batch(t) for t in corpus.held_out_batches(BATCH, most=NUM_HELD_OUT)]
     model.eval()
     if isinstance(model.lowrank_config, lr.ResLoRAConfig):
         with lr.reslora_statistics(model), torch.no_grad():
             for batch in corpus.train[: 4 * BATCH].split(BATCH):
                 model(input_ids=batch, use_cache=False)
-        run.output_error = lr.reslora_merge_error(model, lambda: logits(model, held_out[0])).output
+        first = held_out[0]["input_ids"]
+        run.output_error = lr.reslora_merge_error(model, lambda: logits(model, first)).output
     lr.merge(model)
     run.merged = held_out_loss(model, held_out)
     lr.unmerge(model)

@@ -79,6 +79,10 @@ class CountedLoad(Protocol):
         ...
 
 
+def _never(run: Run) -> bool:
+    return False
+
+
 def _nothing(run: Run) -> str | None:
     return None
 
@@ -105,6 +109,7 @@ class Training:
         stages: in their order; empty for a training without stages.
         stage_of: index of the stage that the model is in.
         extra_loss: loss term of the last forward, added to the task's loss.
+        trainer_mixin: a class that adds it in transformers' Trainer; needed beside extra_loss.
         expert_load: counts the tokens of each expert in a ``with`` block; None without experts.
     """
 
@@ -113,6 +118,7 @@ class Training:
     stages: tuple[Stage, ...] = ()
     stage_of: Callable[[nn.Module], int] = _first_stage
     extra_loss: Callable[[nn.Module], Tensor] | None = None
+    trainer_mixin: type | None = None
     expert_load: Callable[[nn.Module], AbstractContextManager[CountedLoad]] | None = None
 
     @property
@@ -134,6 +140,8 @@ class Recipe:
         check: returns the fault of the run as a whole ("--rank must be …"), or None.
         training: the method's additions to the training loop.
         describe: returns a clause for the line that describes the run, or None.
+        changes_base: whether the method changes the base's tensors in place, as a start that takes
+            its part out of the weight does.
     """
 
     name: str
@@ -143,6 +151,12 @@ class Recipe:
     check: Callable[[Run], str | None] = _nothing
     training: Training = field(default_factory=Training)
     describe: Callable[[Run], str | None] = _nothing
+    changes_base: Callable[[Run], bool] = _never
+
+
+def always(run: Run) -> bool:
+    """``changes_base`` of a method whose start is taken out of the weight."""
+    return True
 
 
 def at_least(least: int) -> Callable[[Any, Mapping[str, Any]], str | None]:

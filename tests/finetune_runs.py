@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lowrank_ext import registry
 from lowrank_ext.cli.main import app
 from lowrank_ext.cli.settings import ADAPTER_DEFAULTS, BASELINES, method_options
-from lowrank_ext.cli.training import Trainer
+from lowrank_ext.cli.training.trainer import FinetuneTrainer
 
 STEPS = 8
 CONTEXT = 64
@@ -80,15 +80,18 @@ def check_error(result: Any, *words: str) -> None:
         assert word in lines[0]
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
-    """Ctrl-C while the given step is computed."""
-    train_step = Trainer.train_step
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1, method: str | None = None
+) -> None:
+    """Ctrl-C while the given step is computed, of a method or of any."""
+    training_step = FinetuneTrainer.training_step
 
-    def interrupted(self: Trainer, tokens: torch.Tensor) -> float:
-        loss = train_step(self, tokens)
-        if self.progress.step == step:
+    def interrupted(self: FinetuneTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = training_step(self, *arguments, **options)
+        of_method = method in (None, self.run.entry.name)
+        if of_method and self.run.progress.step + 1 == step:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
         return loss
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", interrupted)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from lowrank_ext.cli.training import Progress
+from lowrank_ext.cli.training.progress import Progress
 
 LINE_SECONDS = 5.0
 _SPEED_WINDOW = 10

@@ -92,7 +92,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         with cannot_write(path):
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             temporary.chmod(0o755)
             replace_directory(temporary, path)
     finally:
@@ -132,7 +132,8 @@ def open_log(path: Path, append: bool) -> TextIO:
         return os.fdopen(file, "a", encoding="utf-8", errors="backslashreplace")
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Makes every file below the directory last."""
     for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

@@ -14,19 +14,23 @@ import psutil
 import torch
 from torch import Tensor
 
-from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.models import CPU, CausalLM
 from lowrank_ext.cli.quantization import stored_tensors
+from lowrank_ext.cli.training.evaluation import Batch, on_device_of
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _SAMPLE_SECONDS = 0.02
 
 
-def frozen_loss(model: CausalLM, tokens: Tensor) -> Tensor:
+def frozen_loss(model: CausalLM, batch: Batch) -> Tensor:
     """Loss whose backward runs through every layer of a model without trainable weights: the
     embeddings' output requires a gradient."""
-    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    loss: Tensor = model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss
+    inputs = on_device_of(model, batch)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    loss: Tensor = model(
+        inputs_embeds=embeddings.detach().requires_grad_(), **inputs, use_cache=False
+    ).loss
     return loss
 
 
@@ -48,7 +52,7 @@ def saved_bytes(model: CausalLM, loss_of: Callable[[], Tensor]) -> int:
         return tensor.detach()  # same storage; the tensor itself would refer to its own graph
 
     with (
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
     ):
         loss = loss_of()  # keeps the graph alive, so no address is reused
@@ -83,27 +87,37 @@ def interleaved_timing(
 
 def _milliseconds(loss_of: Callable[[], Tensor]) -> float:
     started = time.perf_counter()
-    torch.autograd.backward(loss_of())
+    loss = loss_of()
+    torch.autograd.backward(loss)
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
     return 1e3 * (time.perf_counter() - started)
 
 
 def release_memory() -> None:
     """Returns freed memory to the system, so that it does not count in the next method's peak."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:
-    """Peak resident memory of the process inside a `with` block: on Linux the kernel's high-water
-    mark, reset on entry, elsewhere samples every 20 ms. `source` names which."""
+    """Peak memory inside a `with` block. On a GPU that of torch's tensors there; else the resident
+    memory of the process: on Linux the kernel's high-water mark, reset on entry, elsewhere samples
+    every 20 ms. `source` names which."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         self.num_bytes = 0
-        self.source = "VmHWM"
+        self.device = device
+        self.source = "VmHWM" if device.type == "cpu" else "max_memory_allocated"
 
     def __enter__(self) -> "PeakMemory":
         release_memory()
+        if self.device.type != "cpu":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return self
         try:
             _CLEAR_REFS.write_text("5")
             _high_water_mark()
@@ -112,7 +126,9 @@ class PeakMemory:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.source == "VmHWM":
+        if self.device.type != "cpu":
+            self.num_bytes = torch.cuda.max_memory_allocated(self.device)
+        elif self.source == "VmHWM":
             self.num_bytes = _high_water_mark()
         else:
             self._done.set()

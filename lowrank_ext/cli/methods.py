@@ -68,6 +68,16 @@ class Entry(ABC):
         with as_user_error(f"cannot load {path}", Exception):  # libraries raise many kinds
             return self._load(model, settings, path)
 
+    def changes_base(self, settings: Settings) -> bool:
+        """Whether building or training changes tensors of the base model in place."""
+        return False
+
+    def reload(self, model: CausalLM, directory: Path) -> None:
+        """Gives a model that `build` has made the values that `save` wrote to `directory`."""
+        path = directory / str(self.saved_name)
+        with as_user_error(f"cannot load {path}", Exception):
+            self._reload(model, path)
+
     @abstractmethod
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM: ...
 
@@ -76,6 +86,9 @@ class Entry(ABC):
 
     @abstractmethod
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM: ...
+
+    def _reload(self, model: CausalLM, path: Path) -> None:
+        raise NotImplementedError
 
 
 class Frozen(Entry):
@@ -99,6 +112,9 @@ class Full(Entry):
 
     saved_name = "model"
 
+    def changes_base(self, settings: Settings) -> bool:
+        return True
+
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
         return model.requires_grad_(True)
 
@@ -106,6 +122,10 @@ class Full(Entry):
         save_whole_model(model, tokenizer, directory)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
+        self._reload(model, path)
+        return model.requires_grad_(True)
+
+    def _reload(self, model: CausalLM, path: Path) -> None:
         with closing(TensorFile(path / "model.safetensors", "--resume")) as file:
             values = file.read()
         missing, unexpected = model.load_state_dict(values, strict=False)
@@ -116,7 +136,6 @@ class Full(Entry):
             raise ValueError(f"{file.path} must hold the whole model, got no {lacking[0]}")
         if unexpected:
             raise ValueError(f"{file.path} must be of this model, got {quoted(unexpected[0])}")
-        return model.requires_grad_(True)
 
 
 class PeftLoRA(Entry):
@@ -141,6 +160,9 @@ class PeftLoRA(Entry):
             )
         )
 
+    def changes_base(self, settings: Settings) -> bool:
+        return bool(settings.modules_to_save)
+
     def _accelerated(self, model: CausalLM) -> CausalLM:
         if self.accelerated:
             lr.accelerate(model)
@@ -159,6 +181,9 @@ class PeftLoRA(Entry):
                 autocast_adapter_dtype=_peft_autocast(model, settings),
             )
         )
+
+    def _reload(self, model: CausalLM, path: Path) -> None:
+        model.load_adapter(str(path), model.active_adapter, is_trainable=True)
 
 
 class Adapted(Entry):
@@ -184,6 +209,12 @@ class Adapted(Entry):
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
         return lr.load_adapter(model, path, trainable=True)
+
+    def _reload(self, model: CausalLM, path: Path) -> None:
+        lr.load_adapter(model, path, trainable=True)
+
+    def changes_base(self, settings: Settings) -> bool:
+        return bool(settings.modules_to_save) or self.recipe.changes_base(settings)
 
 
 def entry(name: str) -> Entry:

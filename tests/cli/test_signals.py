@@ -16,10 +16,14 @@ pytest.importorskip("transformers")
 
 from finetune_runs import STEPS, invoke, resume, rows, small_run
 
-from lowrank_ext.cli import finetune, training
+from lowrank_ext.cli import comparison, job
 from lowrank_ext.cli.interrupts import StoppedAtOnce, StopRequest, Terminated
 from lowrank_ext.cli.methods import Entry
-from lowrank_ext.cli.training import Optimizer, Trainer
+from lowrank_ext.cli.training import run as training_run
+from lowrank_ext.cli.training import trainer
+from lowrank_ext.cli.training.optimizer import MasterAdamW
+from lowrank_ext.cli.training.run import TrainingRun
+from lowrank_ext.cli.training.trainer import FinetuneTrainer
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 OPTIONS = {"dropout": 0.2, "method": "set-and-sequence", "set_fraction": 0.5, "save_every": 3}
@@ -52,28 +56,28 @@ def terminated(function: Callable[..., Any], call: int) -> Callable[..., Any]:
     return wrapper
 
 
-def in_backward(step: Callable[..., Any], call: int) -> Callable[..., Any]:
-    def loss(*arguments: Any) -> Any:
-        first, total = step(*arguments)
-        total.register_hook(hook)
-        return first, total
+def in_backward(compute_loss: Callable[..., Any], call: int) -> Callable[..., Any]:
+    def loss(*arguments: Any, **options: Any) -> Any:
+        found = compute_loss(*arguments, **options)
+        found.register_hook(hook)
+        return found
 
     hook = terminated(lambda gradient: None, call)
     return loss
 
 
 PLACES = {
-    "loading": (finetune, "load_model", terminated, 1, None),
-    "first evaluation": (training, "held_out_loss", terminated, 1, None),
-    "first step": (Trainer, "_train_step", terminated, 1, 0),
-    "forward": (training, "model_loss", terminated, 12, 4),
-    "backward": (training, "training_loss", in_backward, 5, 4),
-    "update": (Optimizer, "step", terminated, 5, 5),
-    "end of a stage": (Trainer, "_enter_stage", terminated, 5, 4),
-    "evaluation": (training, "held_out_loss", terminated, 3, 4),
-    "checkpoint": (finetune, "save_checkpoint", terminated, 1, 3),
-    "last evaluation": (training, "held_out_loss", terminated, 5, STEPS),
-    "measuring": (finetune, "interleaved_timing", terminated, 1, STEPS),
+    "loading": (job, "load_model", terminated, 1, None),
+    "first evaluation": (training_run, "held_out_loss", terminated, 1, None),
+    "first step": (FinetuneTrainer, "training_step", terminated, 1, 0),
+    "forward": (FinetuneTrainer, "compute_loss", terminated, 5, 4),
+    "backward": (FinetuneTrainer, "compute_loss", in_backward, 5, 4),
+    "update": (MasterAdamW, "step", terminated, 5, 5),
+    "end of a stage": (TrainingRun, "_begin_next_stage", terminated, 1, 4),
+    "evaluation": (training_run, "held_out_loss", terminated, 3, 4),
+    "checkpoint": (trainer, "save_checkpoint", terminated, 1, 3),
+    "last evaluation": (training_run, "held_out_loss", terminated, 5, STEPS),
+    "measuring": (comparison, "interleaved_timing", terminated, 1, STEPS),
 }
 
 

@@ -14,6 +14,11 @@ from lowrank_ext.cli.data.split import MIN_DOCUMENTS_TO_SPLIT, split_examples
 from lowrank_ext.cli.errors import UserError
 
 
+def text_batch(tokens: Tensor) -> dict[str, Tensor]:
+    """Tokens [..., seq_len] as the arguments of a model that is trained on all of them."""
+    return {"input_ids": tokens, "labels": tokens}
+
+
 @dataclass(frozen=True)
 class TokenBlocks:
     """Token blocks [num_blocks, seq_len], int64."""

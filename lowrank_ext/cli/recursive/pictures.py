@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from lowrank_ext.cli.report import smoothed
-from lowrank_ext.cli.training import Progress
+from lowrank_ext.cli.training.progress import Progress
 
 
 def loss_picture(

@@ -8,14 +8,11 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 
 import lowrank_ext as lr
-from lowrank_ext.cli.checkpoints import (
-    checkpoints,
-    remove_checkpoints,
-    restore_trainer,
-)
-from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks
+from lowrank_ext.cli.comparison import reporter
+from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks, text_batch
 from lowrank_ext.cli.display import Display, make_display
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
@@ -29,7 +26,6 @@ from lowrank_ext.cli.files import (
     write_bytes,
     write_json,
 )
-from lowrank_ext.cli.finetune import events_for
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.log import LOG, log_file
 from lowrank_ext.cli.methods import Entry
@@ -50,7 +46,11 @@ from lowrank_ext.cli.recursive.settings import UptrainSettings
 from lowrank_ext.cli.report import human_count
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.stopping import at_once, stop_if_requested
-from lowrank_ext.cli.training import Trainer
+from lowrank_ext.cli.training.checkpoints import checkpoints, remove_checkpoints
+from lowrank_ext.cli.training.evaluation import Batch
+from lowrank_ext.cli.training.plan import Plan
+from lowrank_ext.cli.training.run import TrainingRun
+from lowrank_ext.files import printable
 
 COMMAND = "recursive uptrain"
 _NAME = "uptrain"
@@ -76,30 +76,29 @@ class Uptrained(Entry):
         return self._build(lr.recursive.load(path), settings)
 
 
-class UptrainTrainer(Trainer):
-    """finetune's loop with the loss of uptraining."""
+class TextRows(Dataset[Batch]):
+    """Blocks of tokens [num_blocks, seq_len] as rows, every token of which is trained."""
 
-    def __init__(
-        self, entry: Entry, model: CausalLM, settings: UptrainSettings, teacher: CausalLM | None
-    ) -> None:
-        # The loop reads steps, batch, seed, save_every and the learning rate.
-        super().__init__(entry, model, cast(Settings, settings))
-        self.own, self.teacher = settings, teacher
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
 
-    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        own = self.own
-        coefficients = lr.recursive.loop_coefficients(
-            num_loops(self.model), own.exits, step=self.progress.step, warm_up=own.exit_warm_up
-        )
-        total = lr.recursive.uptrain_loss(
-            self.model,
-            self.teacher,
-            {"input_ids": tokens, "labels": tokens},
-            loss=own.loss,
-            coefficients=coefficients,
-            exit_loss=own.exit_loss,
-        ).total
-        return total, total
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Batch:
+        return text_batch(self.blocks[index])
+
+
+@dataclass
+class Text:
+    """What a TrainingRun reads of the text."""
+
+    train: TextRows
+    text_digest: str
+
+    def digest(self) -> str:
+        """Identifies the tokens."""
+        return self.text_digest
 
 
 @dataclass
@@ -221,10 +220,9 @@ def train(job: Job) -> None:
     with make_display(job.console, _NAME, settings.steps, tokens_per_step) as display:
         with stop.leaving_at_any_point():
             trainer, before = start(job, display)
-        events = events_for(job.loaded.tokenizer, job.text_digest, stop, job.out, display)
-        trainer.train(job.corpus, job.held_out, events)
+        trainer.train()
         step = trainer.progress.step
-        trainer.entry.save(trainer.model, job.loaded.tokenizer, job.out)
+        trainer.save(job.out)
         stop_if_requested(stop, job.out, _NAME, step, settings.steps, COMMAND)
         display.phase("evaluating")
         with stop.leaving_at_any_point():
@@ -234,31 +232,54 @@ def train(job: Job) -> None:
     finish(job, trainer, before, after)
 
 
-def start(job: Job, display: Display) -> tuple[UptrainTrainer, dict[str, Any]]:
-    """A trainer from the last checkpoint or a new one; and what was measured before its first
+def start(job: Job, display: Display) -> tuple[TrainingRun, dict[str, Any]]:
+    """A training from the last checkpoint or a new one; and what was measured before its first
     step."""
     settings, entry = job.settings, Uptrained(_NAME)
     found = checkpoints(job.out) if job.resume else []
     display.phase("continuing" if found else "evaluating")
     torch.manual_seed(settings.seed)
-
-    def make(own: Entry, model: CausalLM, _: Settings) -> UptrainTrainer:
-        return UptrainTrainer(own, model, settings, job.teacher)
-
+    own = cast(Settings, settings)  # recipes read steps, seed and seq_len
     if found:
-        trainer = restore_trainer(
-            entry, job.loaded.model, cast(Settings, settings), found[-1], job.text_digest, make
-        )
+        run = make_run(job, entry, entry.load(job.loaded.model, own, found[-1]), display)
+        run.resume(found[-1])
         before = read_json(job.out / _BEFORE)
-        _check_measured(before, num_loops(trainer.model), job.out / _BEFORE)
+        _check_measured(before, num_loops(run.model), job.out / _BEFORE)
     else:
         before = lr.recursive.evaluate(job.loaded.model, job.held_out).to_dict()
         write_json(job.out / _BEFORE, before)
-        own = cast(Settings, settings)
-        trainer = make(entry, entry.build(job.loaded.model, own), own)
-        trainer.evaluate(job.held_out)
-    LOG.info("from step %d, learning rate %g", trainer.progress.step, settings.lr)
-    return cast(UptrainTrainer, trainer), before
+        run = make_run(job, entry, entry.build(job.loaded.model, own), display)
+        run.evaluate()
+    LOG.info("from step %d, learning rate %g", run.progress.step, settings.lr)
+    return run, before
+
+
+def make_run(job: Job, entry: Entry, model: CausalLM, display: Display) -> TrainingRun:
+    """The training of the model with the loss of uptraining."""
+    from lowrank_ext.cli.recursive.trainer import UptrainTrainer
+
+    settings = job.settings
+    return TrainingRun(
+        entry=entry,
+        model=model,
+        plan=Plan(
+            steps=settings.steps,
+            batch=settings.batch,
+            seed=settings.seed,
+            learning_rate=settings.lr,
+            save_every=settings.save_every,
+        ),
+        settings=settings,
+        corpus=Text(TextRows(job.corpus.train), job.text_digest),
+        collate=default_collate,
+        held_out=[text_batch(tokens) for tokens in job.held_out],
+        directory=job.out,
+        tokenizer=job.loaded.tokenizer,
+        stop=job.stop,
+        on_step=reporter(display),
+        on_checkpoint=lambda path: LOG.info("saved %s", printable(str(path))),
+        trainer_class=lambda *stage: UptrainTrainer(*stage, teacher=job.teacher),
+    )
 
 
 def _check_measured(values: dict[str, Any], loops: int, path: Path) -> None:
@@ -268,9 +289,7 @@ def _check_measured(values: dict[str, Any], loops: int, path: Path) -> None:
         raise UserError(f"{path}: losses must hold a number for each of the {loops} loops")
 
 
-def finish(
-    job: Job, trainer: UptrainTrainer, before: dict[str, Any], after: dict[str, Any]
-) -> None:
+def finish(job: Job, trainer: TrainingRun, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Writes the report and the picture; prints what was gained and written."""
     progress, settings, out = trainer.progress, job.settings, job.out
     report = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from lowrank_ext.methods.goat.balance import balance_loss, expert_load
 from lowrank_ext.methods.goat.config import GOATConfig
+from lowrank_ext.methods.goat.trainer import BalanceLossMixin
 from lowrank_ext.recipe import Option, Recipe, Run, Training, at_least
 
 
@@ -57,6 +58,10 @@ def _config(init: str) -> Callable[[dict[str, Any], Run], GOATConfig]:
     return config
 
 
+def _changes_base(init: str) -> Callable[[Run], bool]:
+    return lambda run: init != "zero"
+
+
 def _check(run: Run) -> str | None:
     experts = run.options["experts"]
     if run.rank % experts:
@@ -76,8 +81,11 @@ RECIPES = tuple(
         config=_config(init),
         options=OPTIONS,
         check=_check,
-        training=Training(extra_loss=balance_loss, expert_load=expert_load),
+        training=Training(
+            extra_loss=balance_loss, trainer_mixin=BalanceLossMixin, expert_load=expert_load
+        ),
         describe=_describe,
+        changes_base=_changes_base(init),
     )
     for name, init in (("moe-lora", "zero"), ("goat", "goat"))
 )

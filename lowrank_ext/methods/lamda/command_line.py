@@ -8,7 +8,15 @@ from torch import nn
 from lowrank_ext.methods.lamda.config import LaMDAConfig
 from lowrank_ext.methods.lamda.freezing import FreezeSchedule
 from lowrank_ext.methods.lamda.module import LaMDALinear
-from lowrank_ext.recipe import Option, ParameterGroup, Recipe, Run, Training, fraction_above_zero
+from lowrank_ext.recipe import (
+    Option,
+    ParameterGroup,
+    Recipe,
+    Run,
+    Training,
+    always,
+    fraction_above_zero,
+)
 
 # Entries of a core are singular values (about 10); those of lora_b, whose columns have norm 1, are
 # about 0.04. AdamW moves every entry by the same amount, so the core needs larger steps.
@@ -43,6 +51,7 @@ RECIPES = tuple(
         config=_config(rank_budget),
         options=(FREEZE_ETA,),
         training=Training(parameter_groups=_cores, schedule=_schedule),
+        changes_base=always,
     )
     for name, rank_budget in (("lamda", None), ("lamda++", "rank"))
 )

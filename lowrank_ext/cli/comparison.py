@@ -1,0 +1,244 @@
+"""One method of a fine-tuning run: trained from the common start, measured, saved."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.cli.display import Display, make_display
+from lowrank_ext.cli.files import MEBIBYTE, require_free_space
+from lowrank_ext.cli.job import Job
+from lowrank_ext.cli.log import LOG
+from lowrank_ext.cli.measure import PeakMemory, interleaved_timing, saved_bytes
+from lowrank_ext.cli.methods import Entry, count, trainable_parameters
+from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.report import Result
+from lowrank_ext.cli.stopping import stop_if_requested
+from lowrank_ext.cli.training.checkpoints import checkpoints
+from lowrank_ext.cli.training.evaluation import count_experts, held_out_loss, training_loss
+from lowrank_ext.cli.training.progress import Progress
+from lowrank_ext.cli.training.run import TrainingRun
+from lowrank_ext.files import printable
+
+TIMING_ROUNDS = 5
+# Per parameter a run writes its value, two AdamW moments, an fp32 master and up to three statistics
+# of a freezing schedule; two checkpoints exist while the old one is replaced.
+_BYTES_PER_STORED_PARAMETER = 4 * 7
+
+
+def run_frozen(job: Job, entry: Entry) -> Result:
+    """Measures the base model: held-out loss, and the cost of forward + backward."""
+    with display_for(job, entry) as display, job.stop.leaving_at_any_point():
+        display.phase("evaluating")
+        loss = held_out_loss(job.base, job.held_out)
+        display.phase("measuring")
+        with PeakMemory(job.device) as peak:
+            # The frozen model is timed in both roles, hence half the rounds.
+            timing = interleaved_timing(
+                job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
+            )
+        milliseconds = statistics.mean((timing.milliseconds, timing.frozen_milliseconds))
+        display.phase(f"held-out loss {loss:.4f}")
+    stop_if_requested(job.stop, job.out, entry.name, 0, job.settings.steps)
+    return Result(
+        method=entry.name,
+        learning_rate=0.0,
+        trainable_at_start=0,
+        trainable_at_end=0,
+        saved_bytes_at_start=job.frozen_saved_bytes,
+        saved_bytes_at_end=job.frozen_saved_bytes,
+        frozen_saved_bytes=job.frozen_saved_bytes,
+        peak_bytes=peak.num_bytes,
+        peak_source=peak.source,
+        forward_backward_ms=milliseconds,
+        frozen_forward_backward_ms=milliseconds,
+        forward_backward_ratio=1.0,
+        optimizer_ms=None,
+        tokens_per_second=None,
+        skipped_steps=0,
+        held_out=[(0, loss)],
+        losses=[],
+        ended_early=False,
+        saved_step=0,
+        expert_load_at_start=None,
+        expert_load_at_end=None,
+        saved_to=None,
+    )
+
+
+def run_method(job: Job, entry: Entry, directory: Path) -> Result:
+    """Trains one method from the common start or from its checkpoint, saves and measures it."""
+    with display_for(job, entry) as display:
+        with job.stop.leaving_at_any_point():
+            run = start_run(job, entry, directory, display)
+        with PeakMemory(job.device) as peak:
+            finished = run.train()
+        saved_step = run.progress.step
+        if finished and job.settings.early_stop is not None:
+            saved_step = run.load_best()
+        run.save(directory)
+        stop_if_requested(job.stop, job.out, entry.name, run.progress.step, job.settings.steps)
+        display.phase("measuring")
+        with job.stop.leaving_at_any_point():
+            result = measure_method(job, run, peak, saved_step)
+        before, after = result.held_out[0][1], result.held_out_after
+        display.phase(f"held-out loss {before:.4f} > {after:.4f}")
+    stop_if_requested(job.stop, job.out, entry.name, run.progress.step, job.settings.steps)
+    return result
+
+
+def start_run(job: Job, entry: Entry, directory: Path, display: Display) -> TrainingRun:
+    """A training from a checkpoint, or a new one, evaluated and measured before its first step."""
+    found = checkpoints(directory) if job.resume else []
+    display.phase("continuing" if found else "preparing")
+    torch.manual_seed(job.settings.seed)
+    model = job.training_copy(entry)
+    state = TensorState(job.base.parameters())
+    if found:
+        model = entry.load(model, job.settings, found[-1])
+    else:
+        model = entry.build(model, job.settings)
+    state.check_unchanged(entry.name)
+    require_free_space(job.out, bytes_to_write(job, model))
+    if job.settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    if job.settings.compile:
+        model.compile()
+    run = make_run(job, entry, model.train(), directory, display)
+    if found:
+        run.resume(found[-1])
+    else:
+        record_start(job, run, display)
+    LOG.info(
+        "%s: from step %d, learning rate %g",
+        entry.name,
+        run.progress.step,
+        job.settings.learning_rate(entry.name),
+    )
+    return run
+
+
+class TensorState:
+    """Notices when a tensor is written to: methods share the frozen model's."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.states = self._states()
+
+    def _states(self) -> list[tuple[int, int, bool]]:
+        return [(t.data_ptr(), t._version, t.requires_grad) for t in self.tensors]
+
+    def check_unchanged(self, method: str) -> None:
+        """Raises RuntimeError where a method has changed what it shares with the frozen model."""
+        if self._states() != self.states:
+            raise RuntimeError(f"{method} has changed the frozen model, which it must copy first")
+
+
+def checkpoint_activations(model: CausalLM) -> None:
+    """Layers keep their input alone for backward."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # the name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def make_run(
+    job: Job, entry: Entry, model: CausalLM, directory: Path, display: Display
+) -> TrainingRun:
+    """The training of a model that the method has adapted."""
+    return TrainingRun(
+        entry=entry,
+        model=model,
+        plan=job.plan(entry.name),
+        settings=job.settings,
+        corpus=job.corpus,
+        collate=job.collate,
+        held_out=job.held_out,
+        directory=directory,
+        tokenizer=job.tokenizer,
+        stop=job.stop,
+        on_step=reporter(display),
+        on_checkpoint=lambda path: LOG.info("saved %s", printable(str(path))),
+    )
+
+
+def reporter(display: Display) -> Callable[[Progress], None]:
+    """Sends the progress after a step to the display and the log."""
+
+    def report(progress: Progress) -> None:
+        display.update(progress)
+        LOG.info(
+            "step %d loss %.6f %.3f s",
+            progress.step,
+            progress.losses[-1],
+            progress.step_seconds[-1],
+        )
+
+    return report
+
+
+def bytes_to_write(job: Job, model: CausalLM) -> int:
+    """An upper estimate of the disk space of adapter and checkpoints."""
+    added = count(model.parameters()) - job.num_parameters
+    trained = count(trainable_parameters(model))
+    copies = job.settings.keep + 1
+    return 16 * MEBIBYTE + copies * _BYTES_PER_STORED_PARAMETER * max(added, trained)
+
+
+def record_start(job: Job, run: TrainingRun, display: Display) -> None:
+    """Measures before the first step, without draws from training's random generator."""
+    progress = run.progress
+    progress.trainable_at_start = count(trainable_parameters(run.model))
+    progress.saved_bytes_at_start = saved_bytes(run.model, loss_of(job, run))
+    display.phase("evaluating")
+    run.evaluate()
+    progress.expert_load_at_start = count_experts(run.model, job.held_out, run.training)
+
+
+def loss_of(job: Job, run: TrainingRun) -> Callable[[], Tensor]:
+    """The loss for backward on the batch of all measurements."""
+    return lambda: training_loss(run.model, job.batch, run.training)[1]
+
+
+def measure_method(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int) -> Result:
+    """Measures bytes and time after the last step, in training mode, on `job.batch`."""
+    model, progress = run.model.train(), run.progress
+    loss = loss_of(job, run)
+    saved = saved_bytes(model, loss)
+    timing = interleaved_timing(loss, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested)
+    name = run.entry.saved_name
+    return Result(
+        method=run.entry.name,
+        learning_rate=run.plan.learning_rate,
+        trainable_at_start=progress.trainable_at_start,
+        trainable_at_end=count(trainable_parameters(model)),
+        saved_bytes_at_start=progress.saved_bytes_at_start,
+        saved_bytes_at_end=saved,
+        frozen_saved_bytes=job.frozen_saved_bytes,
+        peak_bytes=peak.num_bytes,
+        peak_source=peak.source,
+        forward_backward_ms=timing.milliseconds,
+        frozen_forward_backward_ms=timing.frozen_milliseconds,
+        forward_backward_ratio=timing.ratio,
+        optimizer_ms=1e3 * statistics.median(progress.optimizer_seconds),
+        tokens_per_second=job.tokens_per_step / statistics.median(progress.step_seconds),
+        skipped_steps=progress.skipped_steps,
+        held_out=progress.held_out,
+        losses=progress.losses,
+        ended_early=progress.ended_early,
+        saved_step=saved_step,
+        expert_load_at_start=progress.expert_load_at_start,
+        expert_load_at_end=count_experts(model, job.held_out, run.training),
+        saved_to=None if name is None else str(run.directory / name),
+    )
+
+
+def display_for(job: Job, entry: Entry) -> Display:
+    """The display of one method; its title counts the methods of a comparison."""
+    names, name = job.settings.methods, entry.name
+    title = f"[{names.index(name) + 1}/{len(names)}] {name}" if len(names) > 1 else name
+    steps = job.settings.steps if entry.trains else 0
+    return make_display(job.console, title, steps, job.tokens_per_step)

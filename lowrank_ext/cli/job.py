@@ -1,0 +1,226 @@
+"""What all methods of a fine-tuning run share: the frozen model, the data, the device."""
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lowrank_ext.cli.data import (
+    Corpus,
+    DataOptions,
+    check_documents_stay_apart,
+    collate,
+    load_corpus,
+    pad_id_of,
+)
+from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.interrupts import StopRequest
+from lowrank_ext.cli.measure import frozen_loss, saved_bytes
+from lowrank_ext.cli.methods import Entry, count
+from lowrank_ext.cli.models import (
+    CausalLM,
+    LoadedModel,
+    check_context,
+    check_vocabulary,
+    dtype_name,
+    find_model,
+    load_model,
+    resolve_adapter_dtype,
+    resolve_device,
+    resolve_dtype,
+)
+from lowrank_ext.cli.report import human_count
+from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.training.evaluation import Batch
+from lowrank_ext.cli.training.order import RowOrder
+from lowrank_ext.cli.training.plan import Plan, num_processes
+
+
+@dataclass
+class Job:
+    """What all methods of a run share.
+
+    Attributes:
+        base: never trained; methods train copies of it and are compared with it as the frozen
+            model.
+        held_out: the batches of all evaluations.
+    """
+
+    settings: Settings
+    out: Path
+    resume: bool
+    console: Console
+    stop: StopRequest
+    device: torch.device
+    base: CausalLM
+    tokenizer: Any
+    corpus: Corpus
+    held_out: list[Batch]
+    frozen_saved_bytes: int
+
+    @property
+    def batch(self) -> Batch:
+        """The batch of all measurements: the first one."""
+        settings = self.settings
+        order = RowOrder(len(self.corpus.train), settings.seed, 0, settings.batch)
+        return self.collate([self.corpus.train[index] for index in order])
+
+    def collate(self, rows: list[Any]) -> Batch:
+        """A batch of rows."""
+        return collate(rows, pad_id_of(self.tokenizer))
+
+    @property
+    def num_parameters(self) -> int:
+        return count(self.base.parameters())
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all processes; rows may be shorter than --seq-len."""
+        return rows_per_step(self.settings) * self.settings.seq_len
+
+    def frozen_loss(self) -> Tensor:
+        """Loss of the frozen model on `batch`."""
+        return frozen_loss(self.base, self.batch)
+
+    def plan(self, method: str) -> Plan:
+        """The numbers of a method's training."""
+        settings = self.settings
+        shared = {field.name for field in dataclasses.fields(Plan)} - {
+            "device",
+            "half",
+            "fsdp",
+            "learning_rate",
+        }
+        return Plan(
+            device=self.device,
+            half=resolve_dtype(settings.dtype, self.device) is torch.float16,
+            learning_rate=settings.learning_rate(method),
+            **{name: getattr(settings, name) for name in shared},
+        )
+
+    def training_copy(self, entry: Entry) -> CausalLM:
+        """The base model for a method to adapt: a copy, of its modules alone where the method
+        leaves the weights as they are."""
+        if entry.changes_base(self.settings):
+            return copy.deepcopy(self.base)
+        shared: dict[int, Any] = {
+            id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())
+        }
+        return copy.deepcopy(self.base, shared)
+
+
+def rows_per_step(settings: Settings) -> int:
+    """Rows of an optimizer step, over all processes."""
+    return settings.batch * settings.accumulate * num_processes()
+
+
+def prepare(
+    settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
+) -> Job:
+    """Loads model and data, with all checks that are possible before the first step."""
+    source, device = find_model(settings.model), resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    resolve_adapter_dtype(settings.adapter_dtype, dtype)
+    check_half(settings, dtype, device)
+    console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
+    loaded = load_model(source, dtype, device)
+    check_context(loaded.model, settings.seq_len)
+    corpus = load_corpus(data_options(settings), loaded.tokenizer, loaded.model.config, console)
+    check_vocabulary(loaded.model, corpus.largest_id)
+    if corpus.is_packed:
+        check_documents_stay_apart(loaded.model)
+    if settings.epochs is not None:
+        rows = settings.epochs * len(corpus.train)
+        settings = settings.with_steps(math.ceil(rows / rows_per_step(settings)))
+    job = make_job(settings, out, resume, console, stop, loaded, corpus, device)
+    describe(job)
+    return job
+
+
+def check_half(settings: Settings, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UserError for fp16 where its gradients cannot be scaled."""
+    if dtype is not torch.float16 or settings.methods == ("frozen",):
+        return
+    if device.type == "cpu":
+        raise UserError("--dtype fp16 trains on a GPU alone; give bf16 or fp32")
+    if settings.adapter_dtype == "base" or "full" in settings.methods:
+        raise UserError("--dtype fp16: what trains must be in fp32, see --adapter-dtype; give bf16")
+
+
+def data_options(settings: Settings) -> DataOptions:
+    """What the data package reads of the settings."""
+    names = ("text", "eval", "field", "seq_len", "train_on", "packing")
+    return DataOptions(**{name: getattr(settings, name) for name in names})
+
+
+def make_job(
+    settings: Settings,
+    out: Path,
+    resume: bool,
+    console: Console,
+    stop: StopRequest,
+    loaded: LoadedModel,
+    corpus: Corpus,
+    device: torch.device,
+) -> Job:
+    """Freezes the base model and measures the bytes that it keeps for backward."""
+    base = loaded.model.requires_grad_(False)
+    if settings.compile:
+        base.compile()
+    job = Job(
+        settings=settings,
+        out=out,
+        resume=resume,
+        console=console,
+        stop=stop,
+        device=device,
+        base=base,
+        tokenizer=loaded.tokenizer,
+        corpus=corpus,
+        held_out=[],
+        frozen_saved_bytes=0,
+    )
+    job.held_out = held_out_batches(corpus, settings, job.collate)
+    job.frozen_saved_bytes = saved_bytes(base, job.frozen_loss)
+    return job
+
+
+def held_out_batches(corpus: Corpus, settings: Any, collate: Any) -> list[Batch]:
+    """At most --eval-batches batches of --batch rows; a shorter one only where there is no
+    other."""
+    rows, size = len(corpus.held_out), settings.batch
+    starts = range(0, rows - size + 1, size) or range(1)
+    return [
+        collate([corpus.held_out[index] for index in range(start, min(start + size, rows))])
+        for start in starts[: settings.eval_batches]
+    ]
+
+
+def describe(job: Job) -> None:
+    """Prints what is trained, and the table of the data."""
+    settings = job.settings
+    accumulated = f" x {settings.accumulate}" if settings.accumulate > 1 else ""
+    processes = f" x {num_processes()} processes" if num_processes() > 1 else ""
+    where = f"{torch.get_num_threads()} threads" if job.device.type == "cpu" else str(job.device)
+    job.console.print(
+        f"{human_count(job.num_parameters)} parameters, {where}; "
+        f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
+        f"{settings.targets}{_details(settings)}\n"
+        f"{job.corpus.description}; {settings.steps} steps of {settings.batch}{accumulated}"
+        f"{processes} x {settings.seq_len} tokens",
+        markup=False,
+        soft_wrap=True,
+    )
+    job.console.print(job.corpus.report.table())
+
+
+def _details(settings: Settings) -> str:
+    """The methods' clauses for the line; equal ones appear once."""
+    clauses = (recipe.describe(settings) for recipe in settings.recipes())
+    return "".join(f"; {clause}" for clause in dict.fromkeys(clauses) if clause is not None)

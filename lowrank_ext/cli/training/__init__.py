@@ -1,0 +1,1 @@
+"""Training on transformers' Trainer: exact resume, complete checkpoints, stages, signals."""

@@ -1,0 +1,85 @@
+"""Losses: of a batch, of the held-out batches, and the load of experts on them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.recipe import Training
+
+# Arguments of the model: input_ids and labels [B, T], position_ids or attention_mask.
+Batch: TypeAlias = Mapping[str, Tensor]
+IGNORED = -100  # label of a token that no loss counts
+
+
+def model_loss(model: CausalLM, batch: Batch) -> Tensor:
+    """Mean next-token cross entropy over the labels of a batch."""
+    loss: Tensor = model(**on_device_of(model, batch), use_cache=False).loss
+    return loss
+
+
+def training_loss(model: CausalLM, batch: Batch, training: Training) -> tuple[Tensor, Tensor]:
+    """`model_loss`, and the loss for backward, which includes the method's extra loss."""
+    loss = model_loss(model, batch)
+    return loss, loss if training.extra_loss is None else loss + training.extra_loss(model)
+
+
+def on_device_of(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+    """The batch on the device of the model's input embeddings."""
+    device = model.get_input_embeddings().weight.device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def num_targets(batch: Batch) -> int:
+    """Number of labels that the loss counts; the first of a row is no target."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+@torch.no_grad()
+def held_out_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
+    """Mean loss per target over the batches in evaluation mode; the model goes back to its mode.
+    Several processes share the batches, and all get the same number."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sums = torch.zeros(2, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        # A sharded model must run as often on every rank: the surplus counts nothing.
+        for index in range(rank, -(-len(batches) // world) * world, world):
+            batch = batches[index % len(batches)]
+            weight = num_targets(batch) if index < len(batches) else 0
+            sums += torch.tensor([model_loss(model, batch).item() * weight, weight])
+    finally:
+        model.train(was_training)
+    if world > 1:
+        sums = summed_over_processes(sums, batch_device(model))
+    loss, weight = sums.tolist()
+    return loss / weight
+
+
+def summed_over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """The sum of every process's values, on the CPU."""
+    there = values.to(device)
+    dist.all_reduce(there)
+    return there.cpu()
+
+
+def batch_device(model: Any) -> torch.device:
+    """The device that a process's collectives run on."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+@torch.no_grad()
+def count_experts(
+    model: CausalLM, batches: Sequence[Batch], training: Training
+) -> dict[str, list[int]] | None:
+    """Number of tokens of the batches that each expert gets, by module; None without experts."""
+    if training.expert_load is None:
+        return None
+    with training.expert_load(model) as load:
+        held_out_loss(model, batches)
+    return {path: counts.tolist() for path, counts in load.counts.items()}

@@ -1,0 +1,141 @@
+"""The numbers of a training that every command has, and transformers' arguments made of them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowrank_ext.cli.models import CPU
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+NUM_EVALUATIONS = 4
+ADAMW = "adamw"  # ours, in optimizer.py; every other name is transformers'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a training goes.
+
+    Attributes:
+        steps: optimizer steps of all stages.
+        batch: rows of a process in one forward.
+        accumulate: forwards of a process per step.
+        warmup: fraction of the steps, or from 1 on their number.
+        clip: largest norm of the gradient; 0: any.
+        eval_every: steps between evaluations; None: four evaluations.
+        early_stop: evaluations without a better loss after which training ends; None: never.
+        save_every: steps between checkpoints; 0: at the end and when stopped.
+        keep: checkpoints that stay.
+        log_to: tensorboard, wandb.
+        device: where one process trains; several have one each.
+        half: whether the model is in fp16, whose gradients are scaled.
+        fsdp: whether the processes share the model's parameters (FSDP2).
+    """
+
+    steps: int
+    batch: int
+    seed: int
+    learning_rate: float
+    accumulate: int = 1
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    optimizer: str = ADAMW
+    eval_every: int | None = None
+    early_stop: int | None = None
+    save_every: int = 0
+    keep: int = 1
+    log_to: tuple[str, ...] = ()
+    device: torch.device = CPU
+    half: bool = False
+    fsdp: bool = False
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Steps between evaluations."""
+        return self.eval_every or max(1, -(-self.steps // NUM_EVALUATIONS))
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is computed after a step."""
+        return step > 0 and (step % self.evaluation_steps == 0 or step == self.steps)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of the warm-up in a stage of ``steps``."""
+        return round(self.warmup * steps) if self.warmup < 1 else min(int(self.warmup), steps)
+
+
+def training_arguments(plan: Plan, steps: int, directory: Path) -> "TrainingArguments":
+    """transformers' arguments for a stage of ``steps``. Evaluations and checkpoints are not asked
+    of them: their steps count over all stages."""
+    from transformers import TrainingArguments
+
+    on_cpu = plan.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=plan.batch,
+        gradient_accumulation_steps=plan.accumulate,
+        max_steps=steps,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type=plan.schedule,
+        warmup_steps=plan.warmup_steps(steps),
+        weight_decay=plan.weight_decay,
+        max_grad_norm=plan.clip,
+        optim="adamw_torch" if plan.optimizer == ADAMW else plan.optimizer,
+        fp16=plan.half,
+        seed=plan.seed % 2**32,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=list(plan.log_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,
+        **_sharding(plan),
+    )
+    if plan.device.type == "cuda" and arguments.world_size == 1:
+        _use_one_gpu(arguments, plan.device)
+    return arguments
+
+
+def _sharding(plan: Plan) -> dict[str, Any]:
+    if not plan.fsdp:
+        return {}
+    return {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+def _use_one_gpu(arguments: "TrainingArguments", device: torch.device) -> None:
+    """transformers takes cuda:0, and nn.DataParallel over all GPUs that it sees: a process of ours
+    uses the one that --device names."""
+    torch.cuda.set_device(device)
+    arguments._n_gpu = 1
+    vars(arguments)["_setup_devices"] = device  # what its cached property has computed
+
+
+def num_processes() -> int:
+    """Processes of this run, as torchrun and accelerate launch say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_main_process(action: Callable[[], None]) -> None:
+    """Runs ``action`` on the first process while the others wait."""
+    import torch.distributed as dist
+
+    if is_main_process():
+        action()
+    if dist.is_initialized():
+        dist.barrier()
