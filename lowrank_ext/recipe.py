@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lowrank_ext.config import AdapterConfig
 from lowrank_ext.freezing import FreezingSchedule
 
+DROPOUT = 0.05  # before lora_a, unless a recipe or the user says otherwise
+
 # Parameters, and their learning rate relative to the run's.
 ParameterGroup = tuple[list[nn.Parameter], float]
 
@@ -135,6 +137,7 @@ class Recipe:
     Attributes:
         name: the name.
         learning_rate: a value that works on the default model and text (r = 16, scaling 1).
+        dropout: the default of --dropout.
         config: makes the config from the fields that all configs share and the run.
         options: the method's own options.
         check: returns the fault of the run as a whole ("--rank must be …"), or None.
@@ -146,6 +149,7 @@ class Recipe:
 
     name: str
     learning_rate: float
+    dropout: float = DROPOUT
     config: Callable[[dict[str, Any], Run], AdapterConfig]
     options: tuple[Option, ...] = ()
     check: Callable[[Run], str | None] = _nothing

@@ -145,7 +145,7 @@ def finish(job: Job, results: list[Result]) -> None:
     where = f"{torch.get_num_threads()} threads" if job.device.type == "cpu" else str(job.device)
     title = (
         f"{model['name']}, {model['dtype']}, adapters {settings.adapter_dtype}, rank "
-        f"{settings.rank}, dropout {settings.dropout:g}, batch {settings.batch} x "
+        f"{settings.rank}, dropout {settings.dropout_text()}, batch {settings.batch} x "
         f"{settings.seq_len}, {settings.steps} steps, {where}"
     )
     job.console.print()

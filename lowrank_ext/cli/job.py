@@ -210,7 +210,7 @@ def describe(job: Job) -> None:
     where = f"{torch.get_num_threads()} threads" if job.device.type == "cpu" else str(job.device)
     job.console.print(
         f"{human_count(job.num_parameters)} parameters, {where}; "
-        f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout:g}, "
+        f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout_text()}, "
         f"{settings.targets}{_details(settings)}\n"
         f"{job.corpus.description}; {settings.steps} steps of {settings.batch}{accumulated}"
         f"{processes} x {settings.seq_len} tokens",

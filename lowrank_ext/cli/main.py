@@ -126,9 +126,10 @@ def finetune(
         float | None,
         typer.Option(help="The branch is scaled by alpha / rank.", show_default="rank"),
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout before lora_a.")] = ADAPTER_DEFAULTS[
-        "dropout"
-    ],
+    dropout: Annotated[
+        float | None,
+        typer.Option(help="Dropout before lora_a.", show_default="the method's own"),
+    ] = ADAPTER_DEFAULTS["dropout"],
     targets: Targets = ADAPTER_DEFAULTS["targets"],
     modules_to_save: Annotated[
         str | None,

@@ -151,7 +151,7 @@ class PeftLoRA(Entry):
             task_type="CAUSAL_LM",
             r=settings.rank,
             lora_alpha=whole(lr.LoRAConfig(r=settings.rank, alpha=settings.alpha).default_alpha),
-            lora_dropout=settings.dropout,
+            lora_dropout=settings.dropout_of(self.name),
             target_modules=parse_targets(settings.targets),
         )
         return self._accelerated(
@@ -198,7 +198,7 @@ class Adapted(Entry):
         shared: dict[str, Any] = {
             "r": settings.rank,
             "alpha": settings.alpha,
-            "dropout": settings.dropout,
+            "dropout": settings.dropout_of(self.name),
             "target_modules": parse_targets(settings.targets),
             "adapter_dtype": resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model)),
         }

@@ -21,11 +21,12 @@ from lowrank_ext.cli.optimizers import (
 from lowrank_ext.cli.quantization import QUANTIZATIONS, check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.files import quoted
-from lowrank_ext.recipe import Option, Recipe
+from lowrank_ext.recipe import DROPOUT, Option, Recipe
 
 # Baselines, and learning rates that work for them on the default model and text. The methods are
 # the recipes in the registry.
 BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelerated": 3e-3}
+_BARE = ("frozen", "full")  # without adapters
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
@@ -34,7 +35,7 @@ DEFAULT_STEPS = 30
 ADAPTER_DEFAULTS: dict[str, Any] = {
     "rank": 16,
     "alpha": None,
-    "dropout": 0.05,
+    "dropout": None,
     "targets": "all-linear",
     "adapter_dtype": "fp32",
     "modules_to_save": None,
@@ -72,7 +73,7 @@ class Settings:
     compare: bool
     rank: int
     alpha: float | None
-    dropout: float
+    dropout: float | None
     targets: str
     modules_to_save: tuple[str, ...]
     given_steps: int | None
@@ -152,7 +153,7 @@ class Settings:
         check_positive("--lr", self.lr)
         check_not_negative("--weight-decay", self.weight_decay)
         check_not_negative("--clip", self.clip)
-        if not 0 <= self.dropout < 1:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
 
     def _check_length(self) -> None:
@@ -211,7 +212,7 @@ class Settings:
     def read_options(self) -> set[str]:
         """The names of the options, of those that not every method reads, that the run's do."""
         read = {option.name for recipe in self.recipes() for option in recipe.options}
-        if any(name not in ("frozen", "full") for name in self.methods):
+        if any(name not in _BARE for name in self.methods):
             read |= ADAPTER_DEFAULTS.keys()
         return read
 
@@ -233,6 +234,18 @@ class Settings:
         """--lr, or the method's own default."""
         rates = BASELINES | {recipe.name: recipe.learning_rate for recipe in registry.recipes()}
         return rates[method] if self.lr is None else self.lr
+
+    def dropout_of(self, method: str) -> float:
+        """--dropout, or the method's own default."""
+        rates = {recipe.name: recipe.dropout for recipe in registry.recipes()}
+        return rates.get(method, DROPOUT) if self.dropout is None else self.dropout
+
+    def dropout_text(self) -> str:
+        """The dropout of the run's methods, the most frequent first: "0.05 (lamda 0)"."""
+        rates = {name: self.dropout_of(name) for name in self.methods if name not in _BARE}
+        most = max([*rates.values()] or [0.0], key=list(rates.values()).count)
+        others = [f"{name} {rate:g}" for name, rate in rates.items() if rate != most]
+        return f"{most:g} ({', '.join(others)})" if others else f"{most:g}"
 
     def scaling(self) -> float:
         """The factor of the low-rank branch: alpha / rank, 1 by default."""

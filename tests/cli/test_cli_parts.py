@@ -165,6 +165,20 @@ def test_scaling_and_learning_rate() -> None:
     assert some_settings().learning_rate("lora") == some_settings().learning_rate("peft-lora") > 0
 
 
+def test_dropout_is_the_methods_own_unless_it_is_given() -> None:
+    """LaMDA's branch starts as a part of the weight, on which dropout would fall."""
+
+    def of(dropout: float | None, *methods: str) -> Settings:
+        return dataclasses.replace(some_settings(), methods=methods, dropout=dropout)
+
+    own = of(None, "frozen", "peft-lora", "lora", "lamda")
+    assert [own.dropout_of(name) for name in own.methods[1:]] == [0.05, 0.05, 0.0]
+    assert own.dropout_text() == "0.05 (lamda 0)"
+    given = of(0.2, "lora", "lamda")
+    assert (given.dropout_of("lamda"), given.dropout_text()) == (0.2, "0.2")
+    assert of(None, "lamda").dropout_text() == of(None, "frozen").dropout_text() == "0"
+
+
 @pytest.mark.parametrize(
     ("features", "dtype"),
     [

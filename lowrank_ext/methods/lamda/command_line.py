@@ -48,6 +48,7 @@ RECIPES = tuple(
     Recipe(
         name=name,
         learning_rate=5e-4,
+        dropout=0.0,  # it would fall on the principal part of the weight, which the branch holds
         config=_config(rank_budget),
         options=(FREEZE_ETA,),
         training=Training(parameter_groups=_cores, schedule=_schedule),
