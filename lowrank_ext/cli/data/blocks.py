@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ext.cli.data.corpus import DEFAULT_SOURCE, default_documents, read_records
+from lowrank_ext.cli.data.examples import DEFAULT_SOURCE, default_documents, read_records
 from lowrank_ext.cli.data.formats import TEXT, TextExample, to_example
 from lowrank_ext.cli.data.split import MIN_DOCUMENTS_TO_SPLIT, split_examples
 from lowrank_ext.cli.errors import UserError

@@ -120,9 +120,7 @@ class _Template:
         """Where messages[start:end] stand in the text of all, without what the template writes
         before an answer."""
         messages = self.example.messages
-        before = self.render(messages[:start], add_generation_prompt=True) if start else ""
-        if not whole.startswith(before):
-            before = self.render(messages[:start])
+        before = self._before(whole, start)
         through = whole if end == len(messages) else self.render(messages[:end])
         if not (whole.startswith(before) and whole.startswith(through)):
             raise UserError(
@@ -132,6 +130,18 @@ class _Template:
                 "that marks answers by {% generation %}"
             )
         return len(before), len(through)
+
+    def _before(self, whole: str, start: int) -> str:
+        """The text up to messages[start], with what the template writes before an answer."""
+        if start:
+            earlier = self.example.messages[:start]
+            before = self.render(earlier, add_generation_prompt=True)
+            return before if whole.startswith(before) else self.render(earlier)
+        # Templates refuse to render no message at all.
+        question = [{"role": "user", "content": ""}]
+        plain = self.render(question)
+        header = self.render(question, add_generation_prompt=True)[len(plain) :]
+        return whole[: whole.index(header) + len(header)] if header in whole else ""
 
     def _marks_answers(self) -> bool:
         template = self.tokenizer.get_chat_template(None, self.example.tools)

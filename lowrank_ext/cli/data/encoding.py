@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_ext.cli.data.chat import Rendered, Span
-from lowrank_ext.cli.data.formats import TextExample
+from lowrank_ext.cli.data.formats import Example, TextExample
 from lowrank_ext.cli.errors import UserError, as_user_error
 
 # What a tokenizer gets in one call, during which no signal is heard.
@@ -57,53 +57,117 @@ class Cuts:
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
 
 
-def encode(
-    rendered: Iterable[Rendered], tokenizer: Any
-) -> Iterator[tuple[Rendered, list[int], list[bool]]]:
-    """(example, tokens, trained) of each, with begin and end of text where the tokenizer has them
-    and no chat template writes them."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a tokenizer gets at once: an example, or a stretch of a long document."""
+
+    rendered: Rendered
+    text: str
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of a part, and whether the loss counts each."""
+
+    part: Part
+    ids: list[int]
+    trained: list[bool]
+
+
+def parts(rendered: Iterable[Rendered]) -> Iterator[Part]:
+    """The parts of all examples in their order."""
+    for each in rendered:
+        ends = ends_of_parts(each.example) or [len(each.text)]
+        starts = [0, *ends[:-1]]
+        for start, end in zip(starts, ends, strict=True):
+            yield Part(each, each.text[start:end], start == 0, end == len(each.text))
+
+
+def ends_of_parts(example: Example) -> list[int]:
+    """Where the parts of a document end: each after a megabyte of characters at most, before a line
+    feed if there is one. Empty for what is no document, or a short one."""
+    if not isinstance(example, TextExample) or len(example.text) <= _CHARACTERS_AT_ONCE:
+        return []
+    text, ends = example.text, [0]
+    while ends[-1] < len(text):
+        limit = ends[-1] + _CHARACTERS_AT_ONCE
+        line_end = -1 if limit >= len(text) else text.rfind("\n", ends[-1] + 1, limit)
+        ends.append(min(limit, len(text)) if line_end < 0 else line_end)
+    return ends[1:]
+
+
+def encode(given: Iterable[Part], tokenizer: Any) -> Iterator[Encoded]:
+    """The tokens of each part, with begin and end of text where the tokenizer has them and no chat
+    template writes them."""
     starts = _start_tokens(tokenizer)
-    for batch in _batches(rendered):
+    for batch in _batches(given):
         # ValueError and TypeError: strings that JSON may hold, but that are no text
-        with as_user_error(batch[0].example.where, ValueError, TypeError):
-            yield from zip(batch, *_tokenized(batch, tokenizer, starts), strict=True)
+        with as_user_error(batch[0].rendered.example.where, ValueError, TypeError):
+            encoded = _encoded(batch, tokenizer, starts)
+        yield from encoded
 
 
-def cut(
-    encoded: Iterable[tuple[Rendered, list[int], list[bool]]], seq_len: int
-) -> tuple[Pieces, Cuts]:
+def cut(encoded: Iterable[Encoded], seq_len: int) -> tuple[Pieces, Cuts]:
     """Pieces of at most seq_len tokens: of plain text all of it, of other examples the beginning.
     The first token of a piece is predicted from nothing, so it is not trained on; a piece without
     any trained token is left out."""
-    tokens, trained, offsets, cuts = array("i"), bytearray(), array("q", [0]), Cuts()
-    for rendered, ids, mask in encoded:
-        cuts.examples[rendered.example.format] += 1
-        is_text = isinstance(rendered.example, TextExample)
-        if len(ids) > seq_len and not is_text:
-            cuts.truncated += 1
-            cuts.truncated_tokens += len(ids) - seq_len
-        for start in range(0, max(1, len(ids)) if is_text else 1, seq_len):
-            end = min(len(ids), start + seq_len)
-            if not any(mask[start + 1 : end]):
-                cuts.dropped[_why_dropped(is_text, start, any(mask[1:]))] += 1
-                continue
-            tokens.extend(ids[start:end])
-            trained += b"\0" + bytes(mask[start + 1 : end])
-            offsets.append(len(tokens))
-    return (
-        Pieces(
-            np.array(tokens, dtype=np.int32),
-            np.frombuffer(bytes(trained), dtype=np.bool_),
-            np.array(offsets, dtype=np.int64),
-        ),
-        cuts,
-    )
+    maker = _PieceMaker(seq_len)
+    for each in encoded:
+        maker.add(each)
+    return maker.pieces(), maker.cuts
 
 
-def _why_dropped(is_text: bool, start: int, has_trained: bool) -> str:
-    if is_text and start:
-        return REST_OF_ONE
-    return CUT_OFF if has_trained else NO_TOKEN
+class _PieceMaker:
+    """Pieces in flat arrays, and what is left of a document whose next part is to come."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len, self.cuts = seq_len, Cuts()
+        self._tokens, self._trained, self._offsets = array("i"), bytearray(), array("q", [0])
+        self._left: list[int] = []
+
+    def add(self, encoded: Encoded) -> None:
+        part, example = encoded.part, encoded.part.rendered.example
+        self.cuts.examples[example.format] += part.is_first
+        if isinstance(example, TextExample):
+            self._add_text(self._left + encoded.ids, part)
+        else:
+            self._add_whole(encoded.ids, encoded.trained)
+
+    def pieces(self) -> Pieces:
+        return Pieces(
+            np.array(self._tokens, dtype=np.int32),
+            np.frombuffer(bytes(self._trained), dtype=np.bool_),
+            np.array(self._offsets, dtype=np.int64),
+        )
+
+    def _add_text(self, ids: list[int], part: Part) -> None:
+        end = len(ids) if part.is_last else len(ids) - len(ids) % self.seq_len
+        for start in range(0, end, self.seq_len):
+            own = ids[start : min(end, start + self.seq_len)]
+            if len(own) > 1:
+                self._append(own, [True] * len(own))
+            else:
+                is_whole = part.is_first and len(ids) == 1
+                self.cuts.dropped[NO_TOKEN if is_whole else REST_OF_ONE] += 1
+        if part.is_first and not ids:
+            self.cuts.dropped[NO_TOKEN] += 1
+        self._left = ids[end:]
+
+    def _add_whole(self, ids: list[int], trained: list[bool]) -> None:
+        if len(ids) > self.seq_len:
+            self.cuts.truncated += 1
+            self.cuts.truncated_tokens += len(ids) - self.seq_len
+        if any(trained[1 : self.seq_len]):
+            self._append(ids[: self.seq_len], trained[: self.seq_len])
+        else:
+            self.cuts.dropped[CUT_OFF if any(trained[1:]) else NO_TOKEN] += 1
+
+    def _append(self, ids: list[int], trained: list[bool]) -> None:
+        self._tokens.extend(ids)
+        self._trained += b"\0" + bytes(trained[1:])
+        self._offsets.append(len(self._tokens))
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:
@@ -113,12 +177,12 @@ def _start_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and own[:1] == [bos] else []
 
 
-def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    batch: list[Rendered] = []
+def _batches(given: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
     size = 0
-    for each in rendered:
-        batch.append(each)
-        size += len(each.text)
+    for part in given:
+        batch.append(part)
+        size += len(part.text)
         if len(batch) == _EXAMPLES_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
             yield batch
             batch, size = [], 0
@@ -126,22 +190,14 @@ def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
         yield batch
 
 
-def _tokenized(
-    batch: list[Rendered], tokenizer: Any, starts: list[int]
-) -> tuple[list[list[int]], list[list[bool]]]:
-    if len(batch) == 1 and batch[0].spans is None and len(batch[0].text) > _CHARACTERS_AT_ONCE:
-        ids = [_long_text(batch[0].text, tokenizer)]
-        offsets: Any = [None]
-    else:
-        needs_offsets = any(each.spans is not None for each in batch)
-        found = _call(tokenizer, [each.text for each in batch], needs_offsets)
-        ids = found["input_ids"]
-        offsets = found.get("offset_mapping") or [None] * len(batch)
-    pairs = [
-        _with_ends(each, own, _trained(each, own, spots, tokenizer), tokenizer, starts)
-        for each, own, spots in zip(batch, ids, offsets, strict=True)
+def _encoded(batch: list[Part], tokenizer: Any, starts: list[int]) -> list[Encoded]:
+    needs_offsets = any(part.rendered.spans is not None for part in batch)
+    found = _call(tokenizer, [part.text for part in batch], needs_offsets)
+    offsets = found.get("offset_mapping") or [None] * len(batch)
+    return [
+        _with_ends(part, ids, _trained(part.rendered, ids, places, tokenizer), tokenizer, starts)
+        for part, ids, places in zip(batch, found["input_ids"], offsets, strict=True)
     ]
-    return [own for own, _ in pairs], [mask for _, mask in pairs]
 
 
 def _call(tokenizer: Any, texts: list[str], needs_offsets: bool = False) -> Any:
@@ -153,19 +209,6 @@ def _call(tokenizer: Any, texts: list[str], needs_offsets: bool = False) -> Any:
         return_offsets_mapping=needs_offsets and getattr(tokenizer, "is_fast", False),
         verbose=False,
     )
-
-
-def _long_text(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text of any length, part by part, each of which begins at a line."""
-    ids: list[int] = []
-    start = 0
-    while start < len(text):
-        limit = start + _CHARACTERS_AT_ONCE
-        end = len(text) if limit >= len(text) else text.rfind("\n", start + 1, limit)
-        end = limit if end < 0 else end
-        ids += _call(tokenizer, [text[start:end]])["input_ids"][0]
-        start = end
-    return ids
 
 
 def _trained(
@@ -204,13 +247,14 @@ def _trained_by_prefixes(rendered: Rendered, ids: list[int], tokenizer: Any) -> 
 
 
 def _with_ends(
-    rendered: Rendered, ids: list[int], mask: list[bool], tokenizer: Any, starts: list[int]
-) -> tuple[list[int], list[bool]]:
+    part: Part, ids: list[int], trained: list[bool], tokenizer: Any, starts: list[int]
+) -> Encoded:
     """With the begin-of-text token unless it is there, and the end-of-text token, which is trained
     on: it ends document or completion. A chat template writes its own."""
-    if rendered.is_template:
-        return ids, mask
-    before = starts if ids[:1] != starts else []
+    if part.rendered.is_template:
+        return Encoded(part, ids, trained)
+    before = starts if part.is_first and ids[:1] != starts else []
     eos = tokenizer.eos_token_id
-    after = [] if eos is None or ids[-1:] == [eos] else [eos]
-    return [*before, *ids, *after], [*([False] * len(before)), *mask, *([True] * len(after))]
+    after = [eos] if part.is_last and eos is not None and ids[-1:] != [eos] else []
+    mask = [*([False] * len(before)), *trained, *([True] * len(after))]
+    return Encoded(part, [*before, *ids, *after], mask)

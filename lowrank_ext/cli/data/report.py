@@ -8,6 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+_MOST_SOURCES = 12  # listed below the table; report.json has all
+
 
 @dataclass(frozen=True)
 class PartReport:
@@ -43,12 +45,14 @@ class DataReport:
     """Both parts.
 
     Attributes:
-        left_out: files that were not read, as they describe others.
+        records: how many came from each source.
+        left_out: files that were not read.
         note: what is to be said about packing.
     """
 
     parts: list[PartReport]
     seq_len: int
+    records: dict[str, int]
     left_out: list[str]
     note: str | None
 
@@ -92,6 +96,8 @@ class DataReport:
             f"rows have at most {self.seq_len:,} tokens; padding: share without a token if all had "
             "as many"
         ]
+        if 1 < len(self.records) <= _MOST_SOURCES:
+            remarks += [f"{count:,} records of {name}" for name, count in self.records.items()]
         for part in self.parts:
             if part.truncated:
                 remarks.append(

@@ -48,6 +48,13 @@ _ABOUT = re.compile(
 _ID = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?(:[\w.\[\]%:-]+)?")
 
 
+# Files of a directory that is a dataset by their names, or by those of the folders they are in.
+_SPLIT = re.compile(
+    r"(?:(train)|(validation|valid|val|dev|eval)|(test))(?:[-_.]?\d.*)?", re.IGNORECASE
+)
+TRAIN, EVALUATION = "train", "evaluation"
+
+
 @dataclass(frozen=True)
 class Source:
     """A file, a saved or a cached dataset.
@@ -58,6 +65,7 @@ class Source:
         option: the option that named it, for messages.
         split: of a dataset; None for the one that the part of the corpus asks for.
         may_be_empty: it was found in a directory.
+        part: train or evaluation for a file that its name says so of, beside others of that kind.
     """
 
     kind: str
@@ -65,6 +73,7 @@ class Source:
     option: str
     split: str | None = None
     may_be_empty: bool = False
+    part: str | None = None
 
     @property
     def is_dataset(self) -> bool:
@@ -131,11 +140,12 @@ def _suffix(name: str) -> str:
     return Path(path.stem).suffix if path.suffix == _COMPRESSED else path.suffix
 
 
-def _file(option: str, path: Path, may_be_empty: bool = False) -> Source:
+def _file(option: str, path: Path, may_be_empty: bool = False, part: str | None = None) -> Source:
     suffix = _suffix(path.name)
     if suffix in _REFUSED:
         raise UserError(f"{option} {path}: {suffix} is not read; {_REFUSED[suffix]}")
-    return Source(file_kind(path.name), str(path), option, may_be_empty=may_be_empty)
+    kind = file_kind(path.name)
+    return Source(kind, str(path), option, may_be_empty=may_be_empty, part=part)
 
 
 def _in_directory(option: str, directory: Path) -> tuple[list[Source], list[str]]:
@@ -146,7 +156,32 @@ def _in_directory(option: str, directory: Path) -> tuple[list[Source], list[str]
     own = [path for path in files if path not in about]
     if all(file_kind(path.name) == TEXT for path in own):
         own, about = files, []  # documents, of which a README is one
-    return [_file(option, path, may_be_empty=True) for path in own], [str(path) for path in about]
+    parts, unused = _parts(directory, own)
+    found = [_file(option, path, may_be_empty=True, part=parts.get(path)) for path in own]
+    return [each for each in found if Path(each.location) not in unused], [
+        str(path) for path in (*about, *unused)
+    ]
+
+
+def _parts(directory: Path, files: list[Path]) -> tuple[dict[Path, str], list[Path]]:
+    """Part by file, where names tell train and evaluation apart, and the files of neither: of test
+    beside validation."""
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        if file_kind(path.name) == TEXT and _suffix(path.name) != ".txt":
+            continue  # train.py is a document
+        relative = path.relative_to(directory)
+        for name in (path.name.partition(".")[0], *relative.parts[:-1]):
+            if found := _SPLIT.fullmatch(name):
+                split = "train" if found[1] else "validation" if found[2] else "test"
+                by_split.setdefault(split, []).append(path)
+                break
+    validation, test = by_split.get("validation", []), by_split.get("test", [])
+    if "train" not in by_split or not (validation or test):
+        return {}, []
+    parts = dict.fromkeys(files, TRAIN)
+    parts.update({path: EVALUATION for path in validation or test})
+    return parts, test if validation else []
 
 
 def _files_below(option: str, directory: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """Options to rows: the held-out part, packing, the table before training, the preview."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -107,6 +108,47 @@ def test_a_validation_split_is_held_out_where_no_eval_is_given(tmp_path, tokeniz
     assert len(load_examples(DataOptions(options.text, eval=(given,))).held_out) == 3
 
 
+SPLIT_FILES: list[tuple[list[str], list[str], list[str], list[str]]] = [
+    # files, those trained on, evaluated on (none: a part is held out), not read
+    (["train.jsonl", "validation.jsonl"], ["train.jsonl"], ["validation.jsonl"], []),
+    (["train.jsonl", "test.jsonl"], ["train.jsonl"], ["test.jsonl"], []),
+    (["train.jsonl", "dev.jsonl", "test.jsonl"], ["train.jsonl"], ["dev.jsonl"], ["test.jsonl"]),
+    (
+        ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl", "valid_0.jsonl.gz"],
+        ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl"],
+        ["valid_0.jsonl.gz"],
+        [],
+    ),
+    (["train/a.jsonl", "test/a.jsonl"], ["train/a.jsonl"], ["test/a.jsonl"], []),
+    (["Train.jsonl", "eval.jsonl", "x.jsonl"], ["Train.jsonl", "x.jsonl"], ["eval.jsonl"], []),
+    (["a.jsonl", "test.jsonl"], ["a.jsonl", "test.jsonl"], [], []),
+    (["train.jsonl", "tests.jsonl"], ["train.jsonl", "tests.jsonl"], [], []),
+    (["train.md", "test.md"], ["test.md", "train.md"], [], []),
+]
+
+
+@pytest.mark.parametrize(("files", "trained", "evaluated", "unused"), SPLIT_FILES)
+def test_files_of_a_directory_named_as_splits(tmp_path, files, trained, evaluated, unused) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = "\n".join(json.dumps({"text": f"{name} {k} " * 3}) for k in range(12)).encode()
+        content = b"of " + name.encode() if name.endswith(".md") else content
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = load_examples(DataOptions((str(tmp_path),)))
+    assert found.left_out == [str(tmp_path / name) for name in unused]
+    assert set(found.records) == {str(tmp_path / name) for name in trained + evaluated}
+    own = write(tmp_path.with_name("own.jsonl"), [{"text": "own"}])
+    with_eval = load_examples(DataOptions((str(tmp_path),), eval=(own,)))
+    assert [each.key for each in with_eval.held_out] == ["own"]
+    in_training = {each.where.partition(": ")[0] for each in with_eval.train}
+    assert in_training == {str(tmp_path / name) for name in trained}
+    if evaluated:
+        in_evaluation = {each.where.partition(": ")[0] for each in found.held_out}
+        assert in_evaluation == {str(tmp_path / name) for name in evaluated}
+        both = load_examples(DataOptions((own,), eval=(str(tmp_path),)))
+        assert [each.key for each in both.held_out] == [each.key for each in found.held_out]
+
+
 # -------------------------------------------------------------------------------------- packing
 
 
@@ -163,6 +205,7 @@ def test_the_report_counts_what_there_is(tmp_path, tokenizer) -> None:
     assert part.dropped == {"all trained tokens beyond --seq-len": 1}
     assert part.padding == pytest.approx(1 - 16 / 24)
     stored = json.loads(json.dumps(found.report.to_dict(), allow_nan=False))
+    assert stored["records"] == {names[0]: 8}
     assert stored["parts"][0]["trained_tokens"] == 11 and stored["seq_len"] == 8
     console = Console(file=io.StringIO(), width=160)
     console.print(found.report.table())

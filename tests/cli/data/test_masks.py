@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_ext.cli.data import to_example
 from lowrank_ext.cli.data.chat import render
-from lowrank_ext.cli.data.encoding import cut, encode
+from lowrank_ext.cli.data.encoding import cut, encode, parts
 from lowrank_ext.cli.data.records import Record
 from lowrank_ext.cli.errors import UserError
 
@@ -65,7 +65,9 @@ def encoded(value: Any, tokenizer: Any, train_on: str = "auto") -> tuple[str, st
     """(text of all tokens, text of those that the loss counts, tokens) of one record."""
     number = 0 if isinstance(value, str) else 1
     example = to_example(Record(value, "x.jsonl", number), "text")
-    [(_, ids, trained)] = encode([render(example, tokenizer, train_on)], tokenizer)
+    found = list(encode(parts([render(example, tokenizer, train_on)]), tokenizer))
+    ids = [token for part in found for token in part.ids]
+    trained = [is_trained for part in found for is_trained in part.trained]
     counted = [token for token, is_trained in zip(ids, trained, strict=True) if is_trained]
     return tokenizer.decode(ids), tokenizer.decode(counted), ids
 
@@ -106,6 +108,8 @@ def test_a_token_on_both_sides_of_the_border_is_trained() -> None:
 def test_answers_of_chats(tokenizer, template, end) -> None:
     tokenizer.chat_template = template
     row = {"messages": TURNS}
+    greeting = {"messages": [{"role": "assistant", "content": "hi"}, *TURNS[1:3]]}
+    assert encoded(greeting, tokenizer)[1] == f"hi{end}1{end}"
     for train_on in ("auto", "assistant"):
         text, trained, ids = encoded(row, tokenizer, train_on)
         assert (text, trained) == (WHOLE, f"1{end}2{end}")
@@ -129,9 +133,9 @@ def test_marked_answers_are_what_transformers_says(tokenizer) -> None:
         TURNS, return_dict=True, return_assistant_tokens_mask=True
     )
     example = to_example(Record({"messages": TURNS}, "x.jsonl", 1), "text")
-    [(_, ids, trained)] = encode([render(example, tokenizer, "assistant")], tokenizer)
-    assert ids == wanted["input_ids"]
-    assert [int(each) for each in trained] == wanted["assistant_masks"]
+    [found] = encode(parts([render(example, tokenizer, "assistant")]), tokenizer)
+    assert found.ids == wanted["input_ids"]
+    assert [int(each) for each in found.trained] == wanted["assistant_masks"]
 
 
 def test_a_template_that_changes_what_came_before(tokenizer) -> None:
@@ -216,7 +220,7 @@ def pieces(values: list[Any], tokenizer: Any, seq_len: int, train_on: str = "aut
         to_example(Record(value, "x", int(value != str(value))), "text") for value in values
     ]
     rendered = [render(example, tokenizer, train_on) for example in examples]
-    return cut(encode(rendered, tokenizer), seq_len)
+    return cut(encode(parts(rendered), tokenizer), seq_len)
 
 
 def test_text_is_cut_without_a_loss(tokenizer) -> None:
@@ -263,8 +267,13 @@ def test_long_texts_are_tokenized_in_parts(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(encoding, "_CHARACTERS_AT_ONCE", 100)
     monkeypatch.setattr(encoding, "_call", measured)
     assert encoded(text, tokenizer) == wanted
-    assert len(sizes) > 20 and max(sizes) <= 100
+    assert len(sizes) > 10 and max(sizes) < 200  # batches end when they have 100
     assert encoded("x" * 1_000, tokenizer)[0] == "x" * 1_000 + "<eos>"
+    whole, _ = pieces(["ab", text, "cd"], tokenizer, 64)
+    monkeypatch.undo()
+    again, cuts = pieces(["ab", text, "cd"], tokenizer, 64)
+    assert whole.tokens.tolist() == again.tokens.tolist()
+    assert whole.offsets.tolist() == again.offsets.tolist() and cuts.examples == {"text": 3}
 
 
 def test_the_tokenizer_of_the_other_tests_is_used_alike(tiny_model: Path) -> None:

@@ -22,7 +22,8 @@ BOM = b"\xef\xbb\xbf"
 
 
 def values(path: Path | str, part: str = "train") -> list[Any]:
-    return [record.value for record in read_records("--text", (str(path),), part)]
+    sources = find_sources("--text", (str(path),))[0]
+    return [record.value for source in sources for record in read_source(source, part)]
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
