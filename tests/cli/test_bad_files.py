@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
@@ -186,53 +185,6 @@ def stopped(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPath
         arguments = small_run(model=tiny_model, text=text_file, out=out, dtype="bf16")
         assert invoke("finetune", *arguments).exit_code == 130
     return out
-
-
-def first(values: dict[Any, Any]) -> Any:
-    return next(iter(values.values()))
-
-
-DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no optimizer": lambda state: state.pop("optimizer"),
-    "an extra part": lambda state: state.update(color=1),
-    "optimizer is a list": lambda state: state.update(optimizer=[1]),
-    "no adamw": lambda state: state["optimizer"].pop("adamw"),
-    "no parameter groups": lambda state: state["optimizer"]["adamw"].update(param_groups=[]),
-    "moments of another shape": lambda state: first(state["optimizer"]["adamw"]["state"]).update(
-        exp_avg=torch.zeros(3)
-    ),
-    "a moment is a text": lambda state: first(state["optimizer"]["adamw"]["state"]).update(
-        exp_avg="x"
-    ),
-    "a master too many": lambda state: state["optimizer"]["masters"].append(torch.zeros(3)),
-    "a master of one row": lambda state: state["optimizer"]["masters"].__setitem__(
-        0, torch.zeros(1)
-    ),
-    "an extra progress key": lambda state: state["progress"].update(color=1),
-    "no losses": lambda state: state["progress"].pop("losses"),
-    "a step too many": lambda state: state["progress"].update(step=4),
-    "step is a text": lambda state: state["progress"].update(step="3"),
-    "losses are texts": lambda state: state["progress"].update(losses=["a", "b", "c"]),
-    "held_out is a number": lambda state: state["progress"].update(held_out=3),
-    "no evaluation": lambda state: state["progress"].update(held_out=[]),
-    "counts are texts": lambda state: state["progress"].update(skipped_steps="0"),
-    "loads are numbers": lambda state: state["progress"].update(expert_load_at_start={"a": 1}),
-    "progress is None": lambda state: state.update(progress=None),
-    "rng is too short": lambda state: state.update(rng=torch.zeros(3, dtype=torch.uint8)),
-    "rng is float": lambda state: state.update(rng=state["rng"].float()),
-    "rng is None": lambda state: state.update(rng=None),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_resume_with_a_damaged_state(stopped, tmp_path, damage) -> None:
-    out = shutil.copytree(stopped, tmp_path / "out")
-    file = out / "checkpoint-000003" / "training_state.pt"
-    state = torch.load(file, weights_only=True)
-    DAMAGES[damage](state)
-    torch.save(state, file)
-    check_error(resume(out), "cannot continue from", str(file))
-    assert file.exists() and not (out / "result.json").exists()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", DEEP, "{"])
