@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import lowrank_ext as lr
 from lowrank_ext.cli.recursive import uptrain as module
-from lowrank_ext.cli.recursive.uptrain import UptrainTrainer
+from lowrank_ext.cli.recursive.trainer import UptrainTrainer
 
 OPTIONS: dict[str, Any] = {"exits": 0.2, "exit_warm_up": 3, "loss": "jsd"}
 
@@ -60,15 +60,15 @@ def numbers(out: Path) -> dict[str, Any]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     """A signal while the given step is computed."""
-    train_step = UptrainTrainer.train_step
+    training_step = UptrainTrainer.training_step
 
-    def stopped(self: UptrainTrainer, tokens: torch.Tensor) -> float:
-        loss = train_step(self, tokens)
-        if self.progress.step == step:
+    def stopped(self: UptrainTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = training_step(self, *arguments, **options)
+        if self.run.progress.step + 1 == step:
             os.kill(os.getpid(), number)
         return loss
 
-    monkeypatch.setattr(UptrainTrainer, "train_step", stopped)
+    monkeypatch.setattr(UptrainTrainer, "training_step", stopped)
 
 
 def test_the_model_learns_and_its_files_say_so(
@@ -157,15 +157,15 @@ class Killed(BaseException):
 def test_a_killed_run_continues_to_the_same_bits(
     run: Any, tmp_path: Path, monkeypatch: Any, whole: dict[str, Any], step: int
 ) -> None:
-    train_step = UptrainTrainer.train_step
+    training_step = UptrainTrainer.training_step
 
-    def killed(self: UptrainTrainer, tokens: torch.Tensor) -> float:
-        if self.progress.step == step:
+    def killed(self: UptrainTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        if self.run.progress.step == step:
             raise Killed
-        return train_step(self, tokens)
+        return training_step(self, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(UptrainTrainer, "train_step", killed)
+        patch.setattr(UptrainTrainer, "training_step", killed)
         run(dtype="bf16", save_every=2, **OPTIONS)
     out = tmp_path / "out"
     saved = sorted(path.name for path in out.glob("checkpoint-*"))
@@ -187,7 +187,8 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_bits(
     assert result.exit_code == code, result.output
     last = result.stderr.splitlines()[-1]
     assert f"lowrank-ext recursive uptrain --resume --out {out}" in last
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-000002"]
+    step = 2 if number == signal.SIGINT else 1  # SIGTERM does not wait for the step
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{step:06d}"]
     result = resume(out)
     assert result.exit_code == 0, result.output
     assert numbers(out) == whole
@@ -260,14 +261,19 @@ def test_damaged_state(run: Any, tmp_path: Path) -> None:
     check_error(resume(out), "losses must hold a number for each of the 2 loops")
     (out / "held_out_before.json").unlink()
     check_error(resume(out), "held_out_before.json")
-    state = out / "checkpoint-000004" / "training_state.pt"
+    state = out / "checkpoint-000004" / "progress.json"
     state.write_bytes(state.read_bytes()[:100])
-    check_error(resume(out), "cannot read", "training_state.pt")
+    check_error(resume(out), "cannot read", "progress.json")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run: Any, monkeypatch: Any) -> None:
-    infinite = torch.tensor(torch.inf)
-    monkeypatch.setattr(UptrainTrainer, "loss", lambda self, tokens: (infinite, infinite))
+    uptrain_loss = lr.recursive.uptrain_loss
+
+    def infinite(*arguments: Any, **options: Any) -> Any:
+        found = uptrain_loss(*arguments, **options)
+        return found._replace(total=found.total * torch.inf)
+
+    monkeypatch.setattr(lr.recursive, "uptrain_loss", infinite)
     check_error(run(), "uptrain: the loss is not finite at step 1")
 
 
