@@ -3,6 +3,8 @@
 ``command_line.py`` in a method's folder makes them; the command line reads them from the registry.
 """
 
+import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from lowrank_ext.freezing import FreezingSchedule
 
 DROPOUT = 0.05  # before lora_a, unless a recipe or the user says otherwise
 
+_REGEX_CHARACTERS = re.compile(r"[*+?()\[\]{}|\\^$]")
 # Parameters, and their learning rate relative to the run's.
 ParameterGroup = tuple[list[nn.Parameter], float]
 
@@ -36,24 +39,28 @@ class Run(Protocol):
         ...
 
 
+def _any_value(value: Any, options: Mapping[str, Any]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """An option of the command line. Methods may share one: same name, type, default and check.
 
     Attributes:
         name: as in Python, ``freeze_eta`` for ``--freeze-eta``.
-        type: of its value, beside which the default may be None.
+        type: of its value, beside which the default may be None; a bool has --name and --no-name.
         help: its meaning for this method, one sentence.
         shown_default: text in the help in place of the default's value.
         check: takes the value and the options of all methods; returns the fault ("must be at least
-            1"), or None.
+            1"), or None. What the method's config refuses needs no check here.
     """
 
     name: str
     type: type
     default: Any
     help: str
-    check: Callable[[Any, Mapping[str, Any]], str | None]
+    check: Callable[[Any, Mapping[str, Any]], str | None] = _any_value
     shown_default: str | None = None
 
 
@@ -81,7 +88,8 @@ class CountedLoad(Protocol):
         ...
 
 
-def _never(run: Run) -> bool:
+def never(run: Run) -> bool:
+    """``changes_base`` of a method that leaves the base's tensors alone."""
     return False
 
 
@@ -89,7 +97,7 @@ def _nothing(run: Run) -> str | None:
     return None
 
 
-def _no_groups(model: nn.Module) -> list[ParameterGroup]:
+def _no_groups(model: nn.Module, run: Run) -> list[ParameterGroup]:
     return []
 
 
@@ -115,7 +123,7 @@ class Training:
         expert_load: counts the tokens of each expert in a ``with`` block; None without experts.
     """
 
-    parameter_groups: Callable[[nn.Module], list[ParameterGroup]] = _no_groups
+    parameter_groups: Callable[[nn.Module, Run], list[ParameterGroup]] = _no_groups
     schedule: Callable[[nn.Module, Run], FreezingSchedule | None] = _no_schedule
     stages: tuple[Stage, ...] = ()
     stage_of: Callable[[nn.Module], int] = _first_stage
@@ -155,7 +163,7 @@ class Recipe:
     check: Callable[[Run], str | None] = _nothing
     training: Training = field(default_factory=Training)
     describe: Callable[[Run], str | None] = _nothing
-    changes_base: Callable[[Run], bool] = _never
+    changes_base: Callable[[Run], bool] = never
 
 
 def always(run: Run) -> bool:
@@ -172,6 +180,19 @@ def at_least(least: int) -> Callable[[Any, Mapping[str, Any]], str | None]:
     return check
 
 
+def init_option(help: str) -> Option:
+    """``--init`` of a method, with its names in ``help``; which are right says the config."""
+    return Option(name="init", type=str, default=None, help=help, shown_default="the method's own")
+
+
+SHARED_DROPOUT = Option(
+    name="shared_dropout",
+    type=bool,
+    default=False,
+    help="goat, moe-lora, reslora-bs: one dropout mask for all terms of a module.",
+)
+
+
 def one_of(choices: Collection[str]) -> Callable[[Any, Mapping[str, Any]], str | None]:
     """A check of an option that must be one of ``choices``."""
 
@@ -181,6 +202,29 @@ def one_of(choices: Collection[str]) -> Callable[[Any, Mapping[str, Any]], str |
         return f"must be one of {', '.join(choices)}"
 
     return check
+
+
+def above_zero(value: Any, options: Mapping[str, Any]) -> str | None:
+    """A check of an option that may be None: a positive number."""
+    if value is None or (value > 0 and math.isfinite(value)):
+        return None
+    return "must be a positive number"
+
+
+def parse_modules(text: str) -> str | list[str]:
+    """Modules as options name them: ``all-linear``, a regular expression when a character says so,
+    else names separated by commas."""
+    if text == "all-linear" or _REGEX_CHARACTERS.search(text):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def given(run: Run, *names: str, **renamed: str) -> dict[str, Any]:
+    """Fields of a config from the options of these names that are not None; by keywords from
+    options of another name."""
+    pairs = {**{name: name for name in names}, **renamed}
+    values = {field: run.options[option] for field, option in pairs.items()}
+    return {field: value for field, value in values.items() if value is not None}
 
 
 def fraction_above_zero(value: Any, options: Mapping[str, Any]) -> str | None:

@@ -131,6 +131,19 @@ def finetune(
         typer.Option(help="Dropout before lora_a.", show_default="the method's own"),
     ] = ADAPTER_DEFAULTS["dropout"],
     targets: Targets = ADAPTER_DEFAULTS["targets"],
+    exclude: Annotated[
+        str | None,
+        typer.Option(help="Modules that are not adapted, named as targets.", show_default="none"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of --targets, which are names then, as in 0,4-7.", show_default="all"
+        ),
+    ] = None,
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Scale the branch by alpha / sqrt(rank).")
+    ] = False,
     modules_to_save: Annotated[
         str | None,
         typer.Option(

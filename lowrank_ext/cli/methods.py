@@ -3,7 +3,6 @@
 Each has an entry, which changes the base model, saves the result and loads it again.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import closing
@@ -15,17 +14,16 @@ from torch import nn
 
 import lowrank_ext as lr
 from lowrank_ext.checkpoint.layout import whole
+from lowrank_ext.checks import matches_names
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
 from lowrank_ext.cli.quantization import num_elements
-from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.settings import Settings, lora_recipe
 from lowrank_ext.cli.whole_model import save_whole_model
 from lowrank_ext.files import TensorFile, quoted
 from lowrank_ext.recipe import Recipe, Training
 from lowrank_ext.registry import recipes
-
-_REGEX_CHARACTERS = re.compile(r"[*+?()\[\]{}|\\^$]")
 
 
 class Entry(ABC):
@@ -139,20 +137,32 @@ class Full(Entry):
 
 
 class PeftLoRA(Entry):
-    """PEFT's LoRA, plain or accelerated by ``lr.accelerate``."""
+    """PEFT's LoRA, plain or accelerated by ``lr.accelerate``, with the options of ours."""
 
     def __init__(self, name: str, accelerated: bool) -> None:
         super().__init__(name)
         self.accelerated = accelerated
+        self.recipe = lora_recipe()
+        self.training = self.recipe.training
 
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
         peft = _import_peft()
+        fields, options = settings.config_fields(self.name), settings.options
+        init = options["init"] or "kaiming"
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.rank,
             lora_alpha=whole(lr.LoRAConfig(r=settings.rank, alpha=settings.alpha).default_alpha),
-            lora_dropout=settings.dropout_of(self.name),
-            target_modules=parse_targets(settings.targets),
+            lora_dropout=fields["dropout"],
+            use_rslora=settings.rslora,
+            target_modules=fields["target_modules"],
+            exclude_modules=fields["exclude_modules"],
+            layers_to_transform=fields["layers_to_transform"],
+            modules_to_save=_paths_of(model, settings.modules_to_save) or None,
+            init_lora_weights=True if init == "kaiming" else init,
+            use_dora=options["dora"],
+            bias=options["bias"],
+            lora_bias=options["lora_bias"],
         )
         return self._accelerated(
             peft.get_peft_model(
@@ -161,7 +171,7 @@ class PeftLoRA(Entry):
         )
 
     def changes_base(self, settings: Settings) -> bool:
-        return bool(settings.modules_to_save)
+        return bool(settings.modules_to_save) or self.recipe.changes_base(settings)
 
     def _accelerated(self, model: CausalLM) -> CausalLM:
         if self.accelerated:
@@ -195,13 +205,8 @@ class Adapted(Entry):
         self.training = recipe.training
 
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
-        shared: dict[str, Any] = {
-            "r": settings.rank,
-            "alpha": settings.alpha,
-            "dropout": settings.dropout_of(self.name),
-            "target_modules": parse_targets(settings.targets),
-            "adapter_dtype": resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model)),
-        }
+        dtype = resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model))
+        shared = {**settings.config_fields(self.name), "adapter_dtype": dtype}
         return lr.adapt(model, self.recipe.config(shared, settings))
 
     def _save(self, model: CausalLM, tokenizer: Any, directory: Path) -> None:
@@ -232,15 +237,14 @@ def _entries() -> list[Entry]:
     ]
 
 
-def parse_targets(targets: str) -> str | list[str]:
-    """`all-linear`, a regular expression when a character says so, else comma-separated names."""
-    if targets == "all-linear":
-        return targets
-    if not _REGEX_CHARACTERS.search(targets):
-        return [name.strip() for name in targets.split(",") if name.strip()]
-    with as_user_error(f"--targets {targets!r} is not a regular expression", re.error):
-        re.compile(targets)
-    return targets
+def _paths_of(model: CausalLM, names: tuple[str, ...]) -> list[str]:
+    """The modules of these names as `adapt` takes them: PEFT by itself takes `norm` for
+    `input_layernorm` too, and leaves out a name that the model lacks."""
+    found = [path for path, _ in model.named_modules() if matches_names(path, names)]
+    for name in names:
+        if not any(matches_names(path, [name]) for path in found):
+            raise ValueError(f"modules_to_save must name modules of the model, got {name!r}")
+    return found
 
 
 def _peft_autocast(model: CausalLM, settings: Settings) -> bool:

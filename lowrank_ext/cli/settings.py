@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, absolute, check_source
-from lowrank_ext.cli.errors import UserError, near_matches
+from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.models import resolve_device
 from lowrank_ext.cli.optimizers import (
     LOGGERS,
@@ -20,6 +20,7 @@ from lowrank_ext.cli.optimizers import (
 )
 from lowrank_ext.cli.quantization import QUANTIZATIONS, check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
+from lowrank_ext.cli.targets import parse_layers, parse_targets
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import DROPOUT, Option, Recipe
 
@@ -39,7 +40,12 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "targets": "all-linear",
     "adapter_dtype": "fp32",
     "modules_to_save": None,
+    "rslora": False,
+    "exclude": None,
+    "layers": None,
 }
+# Baselines that have the options of our LoRA.
+_PEFT = ("peft-lora", "peft-lora-accelerated")
 # Under another name in files, where it is what the user gave.
 _STORED_NAMES = {"given_steps": "steps"}
 
@@ -75,6 +81,9 @@ class Settings:
     alpha: float | None
     dropout: float | None
     targets: str
+    exclude: str | None
+    layers: str | None
+    rslora: bool
     modules_to_save: tuple[str, ...]
     given_steps: int | None
     epochs: float | None
@@ -125,6 +134,10 @@ class Settings:
         self._check_numbers()
         self._check_length()
         self._check_names()
+        if not self.targets.strip():
+            raise UserError(
+                "--targets must be all-linear, names separated by commas, or a regular expression"
+            )
         self._check_options()
         check_quantization(self)
         for path in self.text:
@@ -192,10 +205,6 @@ class Settings:
         check_optimizer(self.optimizer)
         for name in self.log_to:
             require_package(f"--log-to {name}", name)
-        if not self.targets.strip():
-            raise UserError(
-                "--targets must be all-linear, names separated by commas, or a regular expression"
-            )
 
     def _check_options(self) -> None:
         for option in method_options():
@@ -208,10 +217,17 @@ class Settings:
             problem = recipe.check(self)
             if problem is not None:
                 raise UserError(problem)
+            with as_user_error(f"cannot set up {recipe.name}", ValueError, TypeError):
+                recipe.config(self.config_fields(recipe.name), self)
+        if set(_PEFT) & set(self.methods):
+            with as_user_error("cannot set up PEFT's LoRA", ValueError, TypeError):
+                lora_recipe().config(self.config_fields("lora"), self)
 
     def read_options(self) -> set[str]:
         """The names of the options, of those that not every method reads, that the run's do."""
         read = {option.name for recipe in self.recipes() for option in recipe.options}
+        if set(_PEFT) & set(self.methods):
+            read |= {option.name for option in lora_recipe().options}
         if any(name not in _BARE for name in self.methods):
             read |= ADAPTER_DEFAULTS.keys()
         return read
@@ -250,6 +266,19 @@ class Settings:
     def scaling(self) -> float:
         """The factor of the low-rank branch: alpha / rank, 1 by default."""
         return LoRAConfig(r=self.rank, alpha=self.alpha).scaling_for("", in_features=1)
+
+    def config_fields(self, method: str) -> dict[str, Any]:
+        """The fields that the configs of all methods share, but for adapter_dtype."""
+        return {
+            "r": self.rank,
+            "alpha": self.alpha,
+            "rslora": self.rslora,
+            "dropout": self.dropout_of(method),
+            "target_modules": parse_targets(self.targets),
+            "exclude_modules": self.exclude and parse_targets(self.exclude, "--exclude"),
+            "layers_to_transform": parse_layers(self.layers),
+            "modules_to_save": self.modules_to_save,
+        }
 
     def method_directory(self, out: Path, method: str) -> Path:
         """OUT/<method> when several methods are compared, OUT itself for one."""
@@ -328,6 +357,11 @@ def option_types() -> dict[str, Any]:
     return {"model": shared["model"], **methods, **shared, **own}
 
 
+def lora_recipe() -> Recipe:
+    """Our LoRA's, whose options and groups of parameters PEFT's LoRA gets too."""
+    return next(recipe for recipe in registry.recipes() if recipe.name == "lora")
+
+
 def method_names() -> list[str]:
     """The names that --method takes."""
     return [*BASELINES, *(recipe.name for recipe in registry.recipes())]
@@ -350,6 +384,8 @@ def _readers() -> dict[str, str]:
     readers = dict.fromkeys(ADAPTER_DEFAULTS, "methods with adapters")
     for option in method_options():
         names = [r.name for r in registry.recipes() if option.name in {o.name for o in r.options}]
+        if "lora" in names:
+            names = [*_PEFT, *names]
         readers[option.name] = ", ".join(names)
     return readers
 

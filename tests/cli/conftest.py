@@ -65,3 +65,22 @@ def run(tiny_model: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]
         return invoke("finetune", *flags, *small_run(**{**defaults, **options}))
 
     return run
+
+
+@pytest.fixture
+def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The settings that finetune with these arguments would run with."""
+    from finetune_runs import invoke
+
+    from lowrank_ext.cli import finetune
+
+    runs: list[Any] = []
+    monkeypatch.setattr(finetune, "run", lambda settings, *others, **more: runs.append(settings))
+
+    def settings_of(*arguments: str) -> Any:
+        runs.clear()
+        result = invoke("finetune", *arguments)
+        assert result.exit_code == 0, result.output
+        return runs[0]
+
+    return settings_of

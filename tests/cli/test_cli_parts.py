@@ -24,7 +24,6 @@ from lowrank_ext.cli.display import BarDisplay, LineDisplay
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, replace_directory, write_bytes
 from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.methods import parse_targets
 from lowrank_ext.cli.report import (
     Result,
     human_count,
@@ -35,6 +34,7 @@ from lowrank_ext.cli.report import (
     write_result,
 )
 from lowrank_ext.cli.settings import Settings, parse_methods
+from lowrank_ext.cli.targets import parse_targets
 from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.methods.set_and_sequence.command_line import shuffled_windows
 
@@ -154,6 +154,8 @@ def some_settings(**changes: Any) -> Settings:
         **{"modules_to_save": (), "epochs": None, "accumulate": 1, "warmup": 0.1, "keep": 1},
         **{"schedule": "cosine", "weight_decay": 0.0, "clip": 1.0, "optimizer": "adamw"},
         **{"eval_every": None, "early_stop": None, "log_to": ()},
+        **{"exclude": None, "layers": None, "rslora": False, "init": None, "dora": False},
+        **{"bias": "none", "lora_bias": False, "lora_plus_ratio": None},
     }
     return Settings.from_dict({**values, **changes})
 

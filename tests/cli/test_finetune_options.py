@@ -20,21 +20,6 @@ from lowrank_ext.cli.settings import Settings
 SettingsOf = Callable[..., Settings]
 
 
-@pytest.fixture
-def settings_of(monkeypatch: pytest.MonkeyPatch) -> SettingsOf:
-    """The settings that finetune would run with."""
-    runs: list[Settings] = []
-    monkeypatch.setattr(finetune, "run", lambda settings, *others: runs.append(settings))
-
-    def settings_of(*arguments: str) -> Settings:
-        runs.clear()
-        result = invoke("finetune", *arguments)
-        assert result.exit_code == 0, result.output
-        return runs[0]
-
-    return settings_of
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -107,7 +92,7 @@ def test_paths_are_stored_absolute(
 def test_refused(
     arguments: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "run", lambda *settings: pytest.fail("it would run"))
+    monkeypatch.setattr(finetune, "run", lambda *settings, **more: pytest.fail("it would run"))
     check_error(invoke("finetune", *arguments.split(), "--out", str(tmp_path / "out")), *words)
     assert not (tmp_path / "out").exists()
 

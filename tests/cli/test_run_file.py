@@ -22,20 +22,15 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture
-def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Settings]:
+def settings_in(settings_of: Callable[..., Settings], tmp_path: Path) -> Callable[..., Settings]:
     """The settings of a run with a config of this text."""
-    runs: list[Settings] = []
-    monkeypatch.setattr(finetune, "run", lambda settings, *others: runs.append(settings))
 
-    def settings_of(text: str, *arguments: str) -> Settings:
-        runs.clear()
+    def settings_in(text: str, *arguments: str) -> Settings:
         path = tmp_path / "my.yaml"
         path.write_text(text)
-        result = invoke("finetune", "--config", str(path), *arguments)
-        assert result.exit_code == 0, result.output
-        return runs[0]
+        return settings_of("--config", str(path), *arguments)
 
-    return settings_of
+    return settings_in
 
 
 @pytest.mark.parametrize(
@@ -67,24 +62,24 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...
         ("# only\nrank: 8  # the rank\n", {"rank": 8}),
     ],
 )
-def test_values_are_what_their_options_take(settings_of, text: str, expected: dict) -> None:
-    settings = settings_of(text)
+def test_values_are_what_their_options_take(settings_in, text: str, expected: dict) -> None:
+    settings = settings_in(text)
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
-def test_the_command_line_wins(settings_of) -> None:
+def test_the_command_line_wins(settings_in) -> None:
     text = "rank: 8\nsteps: 5\nmethod: lamda\nlr: 0.5\ncompile: true"
-    found = settings_of(text, "--rank", "4", "--epochs", "1", "--compare", "lora,full")
+    found = settings_in(text, "--rank", "4", "--epochs", "1", "--compare", "lora,full")
     assert (found.rank, found.given_steps, found.epochs, found.lr) == (4, None, 1.0, 0.5)
     assert (found.methods, found.compare, found.compile) == (("lora", "full"), True, True)
 
 
-def test_relative_paths_are_of_the_current_directory(settings_of, tmp_path, monkeypatch) -> None:
+def test_relative_paths_are_of_the_current_directory(settings_in, tmp_path, monkeypatch) -> None:
     """Not of the directory of the file: as on the command line."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path / "here")
-    assert settings_of("text: a.txt").text == (str(tmp_path / "here" / "a.txt"),)
+    assert settings_in("text: a.txt").text == (str(tmp_path / "here" / "a.txt"),)
 
 
 BAD = {
@@ -136,7 +131,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "run", lambda *settings: pytest.fail("it would run"))
+    monkeypatch.setattr(finetune, "run", lambda *settings, **more: pytest.fail("it would run"))
     text, words = BAD[name]
     (tmp_path / "my.yaml").write_text(text)
     out = tmp_path / "out"
@@ -261,6 +256,6 @@ def test_options_that_no_method_of_the_run_reads(arguments, words, tmp_path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_needs_one_method_that_reads_an_option(settings_of) -> None:
-    settings = settings_of("rank: 8\nexperts: 4", "--compare", "frozen,lora,goat")
+def test_a_comparison_needs_one_method_that_reads_an_option(settings_in) -> None:
+    settings = settings_in("rank: 8\nexperts: 4", "--compare", "frozen,lora,goat")
     assert settings.options["experts"] == 4

@@ -205,7 +205,7 @@ class TrainingRun:
         Args:
             decayed: names of the parameters that weight decay shrinks.
         """
-        own = self.training.parameter_groups(self.model)
+        own = self.training.parameter_groups(self.model, self.settings)
         rates: dict[int, float] = {id(p): factor for group, factor in own for p in group}
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():

@@ -12,9 +12,11 @@ from lowrank_ext.recipe import (
     Recipe,
     Run,
     Training,
+    above_zero,
     at_least,
     fraction_above_zero,
     one_of,
+    parse_modules,
 )
 
 
@@ -23,6 +25,10 @@ def _check_start(start: float | None, options: Mapping[str, Any]) -> str | None:
     if start is None or 0 <= start <= eta:
         return None
     return f"must be at least 0 and at most --freeze-eta {eta}"
+
+
+def _check_decay_rate(value: float, options: Mapping[str, Any]) -> str | None:
+    return None if 0 <= value < 1 else "must be at least 0 and below 1"
 
 
 OPTIONS = (
@@ -56,6 +62,33 @@ OPTIONS = (
         check=at_least(1),
         shown_default="10, less in short runs",
     ),
+    *(
+        Option(
+            name=name,
+            type=float,
+            default=default,
+            help=f"AFLoRA: decay rate of {what} in its scores.",
+            check=_check_decay_rate,
+        )
+        for name, default, what in (
+            ("freeze_beta1", 0.85, "importance"),
+            ("freeze_beta2", 0.95, "uncertainty"),
+        )
+    ),
+    Option(
+        name="rank_scale_init",
+        type=float,
+        default=0.1,
+        help="AFLoRA: start of the vector between its projections.",
+        check=above_zero,
+    ),
+    Option(
+        name="live_modules",
+        type=str,
+        default=None,
+        help="AFLoRA: modules whose projections train at first, named as in --targets.",
+        shown_default="all",
+    ),
 )
 
 
@@ -78,6 +111,17 @@ def _schedule(model: nn.Module, run: Run) -> AdaptiveFreezeSchedule:
         start=run.options["freeze_start"],
         decay=run.options["freeze_decay"],
         window=score_window(run),
+        beta1=run.options["freeze_beta1"],
+        beta2=run.options["freeze_beta2"],
+    )
+
+
+def _config(shared: dict[str, Any], run: Run) -> AFLoRAConfig:
+    live = run.options["live_modules"]
+    return AFLoRAConfig(
+        **shared,
+        rank_scale_init=run.options["rank_scale_init"],
+        live_modules=None if live is None else parse_modules(live),
     )
 
 
@@ -85,7 +129,7 @@ RECIPES = (
     Recipe(
         name="aflora",
         learning_rate=3e-2,
-        config=lambda shared, run: AFLoRAConfig(**shared),
+        config=_config,
         options=OPTIONS,
         training=Training(schedule=_schedule),
     ),

@@ -1,13 +1,25 @@
 """GOAT and plain mixtures of LoRA experts on the command line."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lowrank_ext.methods.goat.balance import balance_loss, expert_load
 from lowrank_ext.methods.goat.config import GOATConfig
 from lowrank_ext.methods.goat.trainer import BalanceLossMixin
-from lowrank_ext.recipe import Option, Recipe, Run, Training, at_least
+from lowrank_ext.recipe import (
+    SHARED_DROPOUT,
+    Option,
+    Recipe,
+    Run,
+    Training,
+    above_zero,
+    always,
+    at_least,
+    given,
+    init_option,
+    never,
+)
 
 
 def _check_top_k(top_k: int, options: Mapping[str, Any]) -> str | None:
@@ -42,24 +54,54 @@ OPTIONS = (
         help="goat, moe-lora: factor of the load balance loss; 0: none.",
         check=_check_balance,
     ),
+    Option(
+        name="scale",
+        type=str,
+        default="alpha_over_re",
+        help="goat, moe-lora: alpha_over_re, by the rank of an expert, or theory, by --eta.",
+    ),
+    Option(
+        name="eta",
+        type=float,
+        default=1.0,
+        help="goat, moe-lora: learning rate of full fine-tuning over the adapter's, for --scale "
+        "theory.",
+        check=above_zero,
+    ),
+    SHARED_DROPOUT,
 )
 
+# Of the spectral start, which moe-lora lacks.
+GOAT_OPTIONS = (
+    init_option("goat: goat or goat_mini."),
+    Option(
+        name="rho",
+        type=float,
+        default=10.0,
+        help="goat: divisor of the singular values that experts start from.",
+        check=above_zero,
+    ),
+    Option(
+        name="residual_factor",
+        type=float,
+        default=None,
+        help="goat: share of the experts that the base loses.",
+        check=at_least(0),
+        shown_default="1 / --experts",
+    ),
+)
+_FIELDS = ("top_k", "scale", "eta", "shared_dropout")
 
-def _config(init: str) -> Callable[[dict[str, Any], Run], GOATConfig]:
-    def config(shared: dict[str, Any], run: Run) -> GOATConfig:
-        return GOATConfig(
-            **shared,
-            init=init,
-            num_experts=run.options["experts"],
-            top_k=run.options["top_k"],
-            balance_coefficient=run.options["balance"],
-        )
 
-    return config
+def _config(shared: dict[str, Any], run: Run) -> GOATConfig:
+    renamed = {"num_experts": "experts", "balance_coefficient": "balance"}
+    spectral = given(run, *(option.name for option in GOAT_OPTIONS))
+    return GOATConfig(**shared, **given(run, *_FIELDS, **renamed), **spectral)
 
 
-def _changes_base(init: str) -> Callable[[Run], bool]:
-    return lambda run: init != "zero"
+def _mixture_config(shared: dict[str, Any], run: Run) -> GOATConfig:
+    renamed = {"num_experts": "experts", "balance_coefficient": "balance"}
+    return GOATConfig(**shared, **given(run, *_FIELDS, **renamed), init="zero")
 
 
 def _check(run: Run) -> str | None:
@@ -78,14 +120,17 @@ RECIPES = tuple(
     Recipe(
         name=name,
         learning_rate=3e-3,
-        config=_config(init),
-        options=OPTIONS,
+        config=config,
+        options=options,
         check=_check,
         training=Training(
             extra_loss=balance_loss, trainer_mixin=BalanceLossMixin, expert_load=expert_load
         ),
         describe=_describe,
-        changes_base=_changes_base(init),
+        changes_base=changes_base,
     )
-    for name, init in (("moe-lora", "zero"), ("goat", "goat"))
+    for name, config, options, changes_base in (
+        ("moe-lora", _mixture_config, OPTIONS, never),
+        ("goat", _config, (*OPTIONS, *GOAT_OPTIONS), always),
+    )
 )

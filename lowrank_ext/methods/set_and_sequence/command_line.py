@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_ext.methods.set_and_sequence.config import BasisLoRAConfig
 from lowrank_ext.methods.set_and_sequence.stages import begin_residual_stage
-from lowrank_ext.recipe import Option, Recipe, Run, Stage, Training, at_least
+from lowrank_ext.recipe import Option, Recipe, Run, Stage, Training, at_least, given, init_option
 from lowrank_ext.wrappers import unwrapped
 
 
@@ -32,6 +32,51 @@ OPTIONS = (
         check=at_least(1),
     ),
 )
+
+# Options of the config, under their own names.
+CONFIG_OPTIONS = (
+    init_option("set-and-sequence: kaiming or gaussian."),
+    Option(
+        name="basis",
+        type=str,
+        default="down",
+        help="set-and-sequence: the factor that the second stage keeps, down or up.",
+    ),
+    Option(
+        name="coef_dropout",
+        type=float,
+        default=0.8,
+        help="set-and-sequence: probability of dropping a coefficient in the first stage.",
+    ),
+    Option(
+        name="residual_coef_dropout",
+        type=float,
+        default=0.5,
+        help="set-and-sequence: the same in the second stage.",
+    ),
+    Option(
+        name="mask_rescale",
+        type=bool,
+        default=True,
+        help="set-and-sequence: kept coefficients are scaled up.",
+    ),
+    Option(
+        name="mask_per",
+        type=str,
+        default="call",
+        help="set-and-sequence: a mask for each call or sample.",
+    ),
+    Option(
+        name="mask_identity",
+        type=bool,
+        default=False,
+        help="set-and-sequence: in the second stage frozen coefficients are masked too.",
+    ),
+)
+
+
+def _config(shared: dict[str, Any], run: Run) -> BasisLoRAConfig:
+    return BasisLoRAConfig(**shared, **given(run, *(option.name for option in CONFIG_OPTIONS)))
 
 
 def _check(run: Run) -> str | None:
@@ -75,8 +120,8 @@ RECIPES = (
     Recipe(
         name="set-and-sequence",
         learning_rate=3e-3,
-        config=lambda shared, run: BasisLoRAConfig(**shared),
-        options=OPTIONS,
+        config=_config,
+        options=(*OPTIONS, *CONFIG_OPTIONS),
         check=_check,
         training=Training(
             stages=(
