@@ -5,7 +5,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -124,6 +124,19 @@ def prepare(
     settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
 ) -> Job:
     """Loads model and data, with all checks that are possible before the first step."""
+    loaded, device = load_base(settings, console)
+    corpus = load_corpus(data_options(settings), loaded.tokenizer, loaded.model.config, console)
+    check_vocabulary(loaded.model, corpus.largest_id)
+    if corpus.is_packed:
+        check_documents_stay_apart(loaded.model)
+    settings = with_known_steps(settings, len(corpus.train))
+    job = make_job(settings, out, resume, console, stop, loaded, corpus, device)
+    describe(job)
+    return job
+
+
+def load_base(settings: Settings, console: Console) -> tuple[LoadedModel, torch.device]:
+    """The model of a run on its device, with the checks of what the run asks of it."""
     source, device = find_model(settings.model), resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     resolve_adapter_dtype(settings.adapter_dtype, dtype)
@@ -131,16 +144,17 @@ def prepare(
     console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
     loaded = load_model(source, dtype, device)
     check_context(loaded.model, settings.seq_len)
-    corpus = load_corpus(data_options(settings), loaded.tokenizer, loaded.model.config, console)
-    check_vocabulary(loaded.model, corpus.largest_id)
-    if corpus.is_packed:
-        check_documents_stay_apart(loaded.model)
-    if settings.epochs is not None:
-        rows = settings.epochs * len(corpus.train)
-        settings = settings.with_steps(math.ceil(rows / rows_per_step(settings)))
-    job = make_job(settings, out, resume, console, stop, loaded, corpus, device)
-    describe(job)
-    return job
+    return loaded, device
+
+
+Run = TypeVar("Run", bound=Settings)
+
+
+def with_known_steps(settings: Run, rows: int) -> Run:
+    """The settings with the steps of --epochs over so many rows, if they have them."""
+    if settings.epochs is None:
+        return settings
+    return settings.with_steps(math.ceil(settings.epochs * rows / rows_per_step(settings)))
 
 
 def check_half(settings: Settings, dtype: torch.dtype, device: torch.device) -> None:

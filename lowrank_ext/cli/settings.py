@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, absolute, check_source
@@ -63,7 +63,10 @@ class Settings:
         early_stop: evaluations without improvement that end the run; None: it is not ended.
         keep: how many checkpoints stay.
         options: of all methods, by name.
+        fixed: options that a subclass's command does not have, and their values.
     """
+
+    fixed: ClassVar[Mapping[str, Any]] = {}
 
     model: str | None
     device: str
@@ -118,7 +121,7 @@ class Settings:
             raise RuntimeError("the steps of --epochs are known once the data is: with_steps")
         return steps
 
-    def with_steps(self, steps: int) -> "Settings":
+    def with_steps(self, steps: int) -> Self:
         """A copy for data in which --epochs are that many steps."""
         return dataclasses.replace(self, resolved_steps=steps)
 
@@ -287,12 +290,13 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The options of the run by their names on the command line, as run.yaml and report.json
         store them; of the methods' options those that its methods read."""
-        names = {field.name for field in _fields()} - {"methods", "compare", "options"}
+        names = {field.name for field in _fields(type(self))} - {"methods", "compare", "options"}
         values = {_STORED_NAMES.get(name, name): getattr(self, name) for name in names}
         name, value = ("compare", self.methods) if self.compare else ("method", self.methods[0])
         values |= {**self.options, name: value}
         unread = _readers().keys() - self.read_options()
-        return {name: values[name] for name in option_types() if name in values.keys() - unread}
+        types = option_types(type(self))
+        return {name: values[name] for name in types if name in values.keys() - unread}
 
     def by_option(self) -> dict[str, Any]:
         """The values of all options by name, with the methods as those of --method and --compare,
@@ -301,18 +305,19 @@ class Settings:
         return {**self.options, **vars(self), "steps": self.given_steps, **methods}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = RUN_FILE) -> "Settings":
+    def from_dict(cls, values: Mapping[str, Any], where: str = RUN_FILE) -> Self:
         """The settings of `to_dict`. Raises UserError for those of another version."""
-        settings = cls.from_options({**dict.fromkeys(option_types()), **_unread(), **values})
+        settings = cls.from_options({**dict.fromkeys(option_types(cls)), **_unread(), **values})
         _check_methods(settings.methods)
         if odd := sorted(values.keys() ^ settings.to_dict().keys()):
             raise UserError(f"{where} is not from this version of lowrank-ext: {quoted(odd)[1:-1]}")
         return settings
 
     @classmethod
-    def from_options(cls, values: Mapping[str, Any]) -> "Settings":
+    def from_options(cls, values: Mapping[str, Any]) -> Self:
         """The settings of options by their names on the command line. Paths become absolute, so
         that a run can be resumed from another directory."""
+        values = {**values, **cls.fixed}
         methods, is_comparison = parse_methods(values["method"], values["compare"])
         steps, epochs = values["steps"], values["epochs"]
         derived: dict[str, Any] = {
@@ -326,7 +331,7 @@ class Settings:
             "given_steps": DEFAULT_STEPS if steps is None and epochs is None else steps,
             "options": {option.name: values[option.name] for option in method_options()},
         }
-        plain = {field.name for field in _fields()} - derived.keys()
+        plain = {field.name for field in _fields(cls)} - derived.keys()
         return cls(**derived, **{name: values[name] for name in plain})
 
 
@@ -335,26 +340,32 @@ def _unread() -> dict[str, Any]:
     return ADAPTER_DEFAULTS | {option.name: option.default for option in method_options()}
 
 
-def _fields() -> list[dataclasses.Field[Any]]:
+def _fields(kind: type[Settings]) -> list[dataclasses.Field[Any]]:
     """The fields that are stored."""
-    return [field for field in dataclasses.fields(Settings) if field.name != "resolved_steps"]
+    return [field for field in dataclasses.fields(kind) if field.name != "resolved_steps"]
 
 
 def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(map(absolute, [names] if isinstance(names, str) else names or ()))
 
 
-def option_types() -> dict[str, Any]:
-    """The types of all options that belong to a run, by name."""
-    types = typing.get_type_hints(Settings)
-    shared = {_STORED_NAMES.get(field.name, field.name): types[field.name] for field in _fields()}
+def option_types(kind: type[Settings] = Settings) -> dict[str, Any]:
+    """The types of all options that belong to a run, by name.
+
+    Args:
+        kind: the settings of the command.
+    """
+    types = typing.get_type_hints(kind)
+    names = {field.name: _STORED_NAMES.get(field.name, field.name) for field in _fields(kind)}
+    shared = {name: types[field] for field, name in names.items()}
     del shared["options"], shared["methods"], shared["compare"]
     own = {
         option.name: option.type if option.default is not None else option.type | None
         for option in method_options()
     }
     methods = {"method": str | None, "compare": tuple[str, ...] | None}
-    return {"model": shared["model"], **methods, **shared, **own}
+    found = {"model": shared["model"], **methods, **shared, **own}
+    return {name: type for name, type in found.items() if name not in kind.fixed}
 
 
 def lora_recipe() -> Recipe:

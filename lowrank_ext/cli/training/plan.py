@@ -70,13 +70,20 @@ class Plan:
         return round(self.warmup * steps) if self.warmup < 1 else min(int(self.warmup), steps)
 
 
-def training_arguments(plan: Plan, steps: int, directory: Path) -> "TrainingArguments":
+def training_arguments(
+    plan: Plan, steps: int, directory: Path, kind: Any = None, **more: Any
+) -> "TrainingArguments":
     """transformers' arguments for a stage of ``steps``. Evaluations and checkpoints are not asked
-    of them: their steps count over all stages."""
+    of them: their steps count over all stages.
+
+    Args:
+        kind: a subclass of TrainingArguments to make.
+        more: its own arguments, and others.
+    """
     from transformers import TrainingArguments
 
     on_cpu = plan.device.type == "cpu"
-    arguments = TrainingArguments(
+    arguments = (kind or TrainingArguments)(
         output_dir=str(directory),
         per_device_train_batch_size=plan.batch,
         gradient_accumulation_steps=plan.accumulate,
@@ -101,6 +108,7 @@ def training_arguments(plan: Plan, steps: int, directory: Path) -> "TrainingArgu
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
         **_sharding(plan),
+        **more,
     )
     if plan.device.type == "cuda" and arguments.world_size == 1:
         _use_one_gpu(arguments, plan.device)

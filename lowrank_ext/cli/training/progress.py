@@ -17,6 +17,7 @@ class Progress:
         step: optimizer steps taken.
         losses: mean loss per trained token of each step, without a method's extra loss.
         held_out: (step, held-out loss) of each evaluation.
+        scores: what else each evaluation has measured; empty where that is the loss alone.
         step_seconds, optimizer_seconds: of each step, and of its update alone.
         skipped_steps: updates that fp16's overflow has skipped.
         rows_per_step: of all processes together.
@@ -26,6 +27,7 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    scores: list[dict[str, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     skipped_steps: int = 0
@@ -53,6 +55,11 @@ class Progress:
                 )
         if not progress.held_out:
             raise UserError(f"{where}: held_out must have an entry, got none")
+        if len(progress.scores) not in (0, len(progress.held_out)):
+            raise UserError(
+                f"{where}: scores must have an entry for each of held_out, got "
+                f"{len(progress.scores)} for {len(progress.held_out)}"
+            )
         return progress
 
     @property

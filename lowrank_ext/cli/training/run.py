@@ -232,8 +232,13 @@ class TrainingRun:
 
     def evaluate(self) -> float:
         """The held-out loss, which the progress gets too."""
-        loss = held_out_loss(self.model, self.held_out)
+        return self.record(held_out_loss(self.model, self.held_out))
+
+    def record(self, loss: float, scores: dict[str, float] | None = None) -> float:
+        """Adds an evaluation of the present step to the progress; its loss."""
         self.progress.held_out.append((self.progress.step, loss))
+        if scores is not None:
+            self.progress.scores.append(scores)
         return loss
 
     def save(self, directory: Path) -> None:

@@ -45,17 +45,20 @@ class FinetuneTrainer(AdapterTrainer):
         self.optimizer: Any  # made when training begins
         self.control: TrainerControl
         self.is_prepared = False
-        super().__init__(
-            model=run.model,
-            args=training_arguments(run.plan, steps, run.directory),
-            train_dataset=run.corpus.train,
-            data_collator=run.collate,
-            callbacks=[RunCallback(self)],
-        )
+        super().__init__(callbacks=[RunCallback(self)], **self.trainer_options(steps))
         self.remove_callback(PrinterCallback)
         self.task_loss = torch.zeros((), device=self.args.device)
         if self.args.world_size > 1:  # dropout differs between the processes
             set_seed((run.plan.seed + self.args.process_index) % 2**32)
+
+    def trainer_options(self, steps: int) -> dict[str, Any]:
+        """What the Trainer is made with, for a stage of ``steps``."""
+        return {
+            "model": self.run.model,
+            "args": training_arguments(self.run.plan, steps, self.run.directory),
+            "train_dataset": self.run.corpus.train,
+            "data_collator": self.run.collate,
+        }
 
     # Data
 
@@ -153,12 +156,16 @@ class FinetuneTrainer(AdapterTrainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """The held-out loss, as `eval_loss`; also in the run's progress."""
-        metrics = {"eval_loss": self.run.evaluate()}
+        metrics = {"eval_loss": self.measure()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def measure(self) -> float:
+        """The held-out loss, which the run's progress gets too."""
+        return self.run.evaluate()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         with self.run.stop.undisturbed():
@@ -230,10 +237,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        run, step = self.run, self.run.progress.step
+        if (step == 0 or run.plan.is_evaluated(step)) and not run.is_evaluated:
+            self.trainer.evaluate()  # before the first step, or a stop has cut it off
         self.trainer.is_prepared = True
-        run = self.run
-        if run.plan.is_evaluated(run.progress.step) and not run.is_evaluated:
-            self.trainer.evaluate()  # a stop has cut it off
 
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
