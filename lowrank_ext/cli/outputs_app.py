@@ -140,3 +140,31 @@ def generate(
         from lowrank_ext.cli import generate as command
 
         command.run(command.Options(**context.params))
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    adapters: Adapters = None,
+    adapter: Named = None,
+    model: Base = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    seed: Annotated[int, typer.Option(help="Of the first answer; the next has the next.")] = 0,
+    system: System = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk with a base and its adapters, a message a line.
+
+    The first adapter answers; /adapter NAME and /base go on with another, /reset begins anew, /save
+    FILE writes the conversation, /quit ends. Ctrl-C ends an answer. Reads a pipe too: then answers
+    go to standard output, all else to standard error.
+    """
+    with errors_as_lines(prints_result=True):
+        from lowrank_ext.cli import chat as command
+
+        command.run(command.Options(**context.params))

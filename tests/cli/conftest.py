@@ -84,3 +84,24 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return runs[0]
 
     return settings_of
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_model whose tokenizer has a chat template: role:content; for each message."""
+    from saved_adapters import save_chat_model
+
+    path = tmp_path_factory.mktemp("chat-model")
+    save_chat_model(tiny_model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with adapters of tiny_model that say different things: a and b (LoRA), dora,
+    goat."""
+    from saved_adapters import save_different_adapters
+
+    path = tmp_path_factory.mktemp("adapters")
+    save_different_adapters(tiny_model, path)
+    return path

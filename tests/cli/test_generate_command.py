@@ -11,42 +11,14 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from finetune_runs import CONTEXT, check_error, invoke
-from saved_adapters import load_plain, save_adapter
+from saved_adapters import LORA, load_plain, new_tokens, save_adapter
 from transformers import AutoTokenizer
 
 import lowrank_ext as lr
 from lowrank_ext.cli import generate as command
 from lowrank_ext.cli import variants
 
-LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 NEW = 8
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with adapters a and b (LoRA), dora and goat."""
-    path = tmp_path_factory.mktemp("adapters")
-    goat = lr.GOATConfig(r=4, num_experts=2, target_modules=["q_proj"])
-    save_adapter(tiny_model, path / "a", lr.LoRAConfig(**LORA), seed=1, move=0.5)
-    save_adapter(tiny_model, path / "b", lr.LoRAConfig(r=2), seed=2, move=0.5)
-    save_adapter(tiny_model, path / "dora", lr.LoRAConfig(**LORA, dora=True), seed=3, move=0.5)
-    save_adapter(tiny_model, path / "goat", goat, seed=4, move=0.5)
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_model with a chat template."""
-    path = tmp_path_factory.mktemp("chat-model")
-    load_plain(tiny_model).save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def generate(*arguments: Any, **keywords: Any) -> Any:
@@ -55,13 +27,7 @@ def generate(*arguments: Any, **keywords: Any) -> Any:
 
 
 def expected(base: Path, adapter: Path | None, prompt: str) -> list[int]:
-    """New tokens of transformers' own greedy search."""
-    model = load_plain(base)
-    if adapter is not None:
-        model = lr.load_adapter(model, adapter, trainable=False)
-    ids = AutoTokenizer.from_pretrained(base)(prompt, return_tensors="pt")
-    found = model.generate(**ids, max_new_tokens=NEW, do_sample=False, eos_token_id=256)
-    return found[0, ids.input_ids.shape[1] :].tolist()
+    return new_tokens(base, adapter, prompt, NEW)
 
 
 def records(result: Any) -> list[dict[str, Any]]:
