@@ -169,7 +169,7 @@ def check_half(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
 
 def data_options(settings: Settings) -> DataOptions:
     """What the data package reads of the settings."""
-    names = ("text", "eval", "field", "seq_len", "train_on", "packing")
+    names = ("text", "eval", "field", "format", "seq_len", "train_on", "packing")
     return DataOptions(**{name: getattr(settings, name) for name in names})
 
 

@@ -69,8 +69,27 @@ def test_finetune_trains_on_the_texts_whatever_holds_them(run, tmp_path) -> None
         result = run(text=source, out=tmp_path / f"out{number}", steps=1)
         assert result.exit_code == 0, result.output
         assert f"{source.name}: 12 documents" in result.output.replace("\n", "")
-        found.add(json.dumps(report(tmp_path / f"out{number}")["model"]))
+        found.add(json.dumps(report(tmp_path / f"out{number}")["model"]["data"]["parts"]))
     assert len(found) == 1
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_finetune_trains_on_completions(run, tmp_path) -> None:
+    file, out = tmp_path / "x.jsonl", tmp_path / "out"
+    rows = [
+        {"prompt": f"{k} and {k} is", "completion": f" {2 * k}", "text": f"t{k}"} for k in range(30)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    check_error(run(text=file), "x.jsonl: line 1", "several formats (text, completion)", "--format")
+    losses = []
+    for options in ({"train_on": "auto"}, {"train_on": "all"}, {"packing": "on"}):
+        result = run(text=file, steps=1, format="completion", seq_len=64, **options)
+        assert result.exit_code == 0, result.output
+        assert "27 completion" in result.output
+        losses.append(report(out)["methods"][0]["losses"])
+    assert losses[0] != losses[1] and losses[0] != losses[2]
+    check_error(run(text=file, format="completion", train_on="assistant"), "has no messages")
+    check_error(run(text=file, format="text", train_on="completion"), "plain text")
 
 
 def test_recursive_evaluate_reads_them_too(tmp_path, recursive_model) -> None:
