@@ -11,10 +11,11 @@ from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import require_directory
 from lowrank_ext.cli.models import CausalLM, ModelSource, find_model
+from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
+from lowrank_ext.cli.settings import option_types
 from lowrank_ext.files import quoted, read_json_object
 
 _CONFIG = "adapter_config.json"
-_SETTINGS = "settings.json"
 _INSIDE_RUN = "adapter"
 _MAX_BYTES = 64 * 2**20
 
@@ -27,7 +28,7 @@ class AdapterSource:
         path: as the user has named it.
         directory: holds adapter_config.json and adapter_model.safetensors.
         config: the content of the first.
-        run: the settings of the `lowrank-ext finetune` that wrote it, where it lies in its --out.
+        run: the options of the `lowrank-ext finetune` that wrote it, where it lies in its --out.
     """
 
     path: Path
@@ -80,12 +81,12 @@ def _run_of(directory: Path) -> dict[str, Any] | None:
         return None
     for out in directory.parents[:2]:
         try:
-            settings = read_json_object(out / _SETTINGS, "settings", _MAX_BYTES)
-        except (OSError, ValueError):
+            settings = read_run_file(out / RUN_FILE, "settings", option_types())
+        except UserError:
             continue
         compared = directory.parent.name if out != directory.parent else None
-        methods = settings.get("methods")
-        if isinstance(methods, list) and (compared is None or compared in methods):
+        methods = settings.get("compare") or (settings.get("method"),)
+        if "model" in settings and (compared is None or compared in methods):
             return settings
     return None
 

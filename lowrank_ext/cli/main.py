@@ -79,7 +79,7 @@ def common(
 
 
 @app.command()
-@with_method_options(after="lr")
+@with_method_options
 def finetune(
     context: typer.Context,
     model: Model = None,
@@ -218,10 +218,10 @@ def finetune(
     """Fine-tune a causal language model and show what was gained.
 
     Without options: LoRA on SmolLM2-135M and the language topics of Python's manual. Writes
-    adapter/ (PEFT's format), report.json, loss.png and finetune.log to --out, and for methods with
-    experts expert_load.png. Ctrl-C stops after the current step and saves, SIGTERM in the middle
-    of one; --resume continues to the same numbers. A larger --steps extends a run: the steps to
-    come get the learning rates of a run of that length.
+    adapter/ (PEFT's format), report.json, loss.png, run.yaml (these options) and finetune.log to
+    --out, and for methods with experts expert_load.png. Ctrl-C stops after the current step and
+    saves, SIGTERM in the middle of one; --resume continues to the same numbers. A larger --steps
+    extends a run: the steps to come get the learning rates of a run of that length.
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command

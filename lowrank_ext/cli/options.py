@@ -1,6 +1,8 @@
 """Options that commands share, and the methods' own, added to a command."""
 
+import copy
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -52,30 +54,47 @@ Device = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
+# The panels of finetune's help, and what is in them; the methods' own options are in "Methods".
+PANELS = {
+    "Model": "model device dtype quantize threads compile gradient_checkpointing",
+    "Data": "text eval field format train_on packing seq_len",
+    "Training": "steps epochs batch accumulate lr warmup schedule weight_decay clip optimizer seed",
+    "Adapters": "method compare rank alpha rslora dropout targets exclude layers modules_to_save "
+    "adapter_dtype",
+    "Methods": "",
+    "Evaluation and logs": "eval_batches eval_every early_stop log_to",
+    "Output": "out save_every keep resume config",
+}
+METHODS_PANEL = "Methods"
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def with_method_options(after: str) -> Callable[[Command], Command]:
-    """Replace a command's ``**keywords`` by the options of all methods.
+def with_method_options(command: Command) -> Command:
+    """A command whose ``**keywords`` are replaced by the options of all methods, and whose options
+    are sorted into PANELS. typer reads a command's options from its signature."""
+    signature = inspect.signature(command)
+    named = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    own = {option.name: _parameter(option) for option in method_options()}
+    ordered = [named.pop("context")]
+    for panel, names in PANELS.items():
+        group = own.values() if panel == METHODS_PANEL else [named.pop(n) for n in names.split()]
+        ordered += [_in_panel(parameter, panel) for parameter in group]
+    ordered += named.values()
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
+    command.__signature__ = signature.replace(parameters=keyword_only)  # type: ignore[attr-defined]
+    return command
 
-    typer reads a command's options from its signature.
 
-    Args:
-        after: the option of the command that precedes them in its help.
-    """
-
-    def decorate(command: Command) -> Command:
-        signature = inspect.signature(command)
-        parameters = []
-        for parameter in signature.parameters.values():
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                parameters.append(parameter)
-            if parameter.name == after:
-                parameters += [_parameter(option) for option in method_options()]
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
+def _in_panel(parameter: inspect.Parameter, panel: str) -> inspect.Parameter:
+    kind, option = typing.get_args(parameter.annotation)
+    shown = copy.copy(option)  # other commands share it
+    shown.rich_help_panel = panel
+    return parameter.replace(annotation=Annotated[kind, shown])
 
 
 def _parameter(option: Option) -> inspect.Parameter:

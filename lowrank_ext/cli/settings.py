@@ -125,12 +125,6 @@ class Settings:
         """A copy for data in which --epochs are that many steps."""
         return dataclasses.replace(self, resolved_steps=steps)
 
-    def warmup_steps(self) -> int:
-        """Steps over which the learning rate rises: at least one where --warmup is above 0."""
-        if self.warmup >= 1 or self.warmup == 0:
-            return int(self.warmup)
-        return max(1, round(self.warmup * self.steps))
-
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
         _check_methods(self.methods)

@@ -121,15 +121,8 @@ def test_steps_of_epochs_are_known_once_the_data_is(settings_of: SettingsOf) -> 
     with pytest.raises(RuntimeError, match="steps of --epochs"):
         print(settings.steps)
     known = settings.with_steps(40)
-    assert (known.steps, known.warmup_steps()) == (40, 4)
+    assert known.steps == 40
     assert known.to_dict() == settings.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("warmup", "steps"), [("0", 0), ("0.1", 3), ("0.001", 1), ("1", 1), ("7", 7)]
-)
-def test_warmup_is_a_fraction_or_a_number(settings_of: SettingsOf, warmup: str, steps: int) -> None:
-    assert settings_of("--warmup", warmup).warmup_steps() == steps
 
 
 # -------------------------------------------------------------------------- transformers' names

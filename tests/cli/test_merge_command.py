@@ -164,16 +164,14 @@ def test_the_model_of_the_run_is_used_and_that_of_the_option_wins(
     )
     check_error(merge(adapter, tmp_path / "out"), "gone' is not there; give it by --model")
     assert merge(adapter, tmp_path / "out", model=tiny_model).exit_code == 0
-    settings = {"model": str(tiny_model), "methods": ["lora"]}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "run.yaml").write_text(f"model: {tiny_model}\nmethod: lora\n")
     assert merge(adapter, tmp_path / "out").exit_code == 0
-    settings["model"] = str(tmp_path / "gone too")
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "run.yaml").write_text(f"model: {tmp_path / 'gone too'}\nmethod: lora\n")
     check_error(merge(adapter, tmp_path / "out"), "gone too' is not there")
     (adapter / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": None})
     )
-    (tmp_path / "settings.json").unlink()
+    (tmp_path / "run.yaml").unlink()
     check_error(merge(adapter, tmp_path / "out"), "names no base model; give it by --model")
 
 
