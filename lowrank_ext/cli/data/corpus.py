@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from lowrank_ext.cli.data.chat import render
@@ -127,9 +126,9 @@ def _part_report(part: str, rows: Rows, cuts: Cuts, seq_len: int) -> PartReport:
         packed_rows=rows.num_packed,
         tokens=rows.num_tokens,
         trained_tokens=rows.num_trained,
-        shortest=int(lengths.min(initial=seq_len)),
-        median=int(np.median(lengths)) if len(lengths) else 0,
-        longest=int(lengths.max(initial=0)),
+        shortest=int(lengths.min()) if len(lengths) else 0,
+        median=int(lengths.median()) if len(lengths) else 0,
+        longest=int(lengths.max()) if len(lengths) else 0,
         truncated=cuts.truncated,
         truncated_tokens=cuts.truncated_tokens,
         dropped=dict(cuts.dropped),

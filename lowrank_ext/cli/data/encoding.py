@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from lowrank_ext.cli.data.chat import Rendered, Span
 from lowrank_ext.cli.data.formats import Example, TextExample
@@ -34,17 +34,17 @@ class Pieces:
         offsets: int64 [num_pieces + 1], where each piece begins.
     """
 
-    tokens: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
-    offsets: npt.NDArray[np.int64]
+    tokens: Tensor
+    trained: Tensor
+    offsets: Tensor
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
+    def lengths(self) -> Tensor:
         """int64 [num_pieces]."""
-        return np.diff(self.offsets)
+        return self.offsets.diff()
 
 
 @dataclass
@@ -137,9 +137,9 @@ class _PieceMaker:
 
     def pieces(self) -> Pieces:
         return Pieces(
-            np.array(self._tokens, dtype=np.int32),
-            np.frombuffer(bytes(self._trained), dtype=np.bool_),
-            np.array(self._offsets, dtype=np.int64),
+            _tensor(self._tokens, torch.int32),
+            _tensor(self._trained, torch.bool),
+            _tensor(self._offsets, torch.int64),
         )
 
     def _add_text(self, ids: list[int], part: Part) -> None:
@@ -168,6 +168,11 @@ class _PieceMaker:
         self._tokens.extend(ids)
         self._trained += b"\0" + bytes(trained[1:])
         self._offsets.append(len(self._tokens))
+
+
+def _tensor(values: "array[int] | bytearray", dtype: torch.dtype) -> Tensor:
+    # The memory of the values; frombuffer takes no empty one.
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:

@@ -2,11 +2,10 @@
 
 import bisect
 
-import numpy as np
-import numpy.typing as npt
+from torch import Tensor
 
 
-def pack(lengths: npt.NDArray[np.int64], seq_len: int) -> list[list[int]]:
+def pack(lengths: Tensor, seq_len: int) -> list[list[int]]:
     """Rows of pieces, as their numbers, whose lengths add up to at most seq_len each.
 
     Best fit, longest first: a piece goes to the fullest row that has room. Depends on the lengths
@@ -18,8 +17,8 @@ def pack(lengths: npt.NDArray[np.int64], seq_len: int) -> list[list[int]]:
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # free tokens -> rows
     rooms: list[int] = []  # its keys, sorted
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
+    longest_first = lengths.sort(descending=True, stable=True)
+    for length, piece in zip(*map(Tensor.tolist, longest_first), strict=True):
         at = bisect.bisect_left(rooms, length)
         if at == len(rooms):
             row, room = len(rows), seq_len

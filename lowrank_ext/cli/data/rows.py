@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,8 +27,8 @@ class Rows(Dataset[Row]):
 
     def __init__(self, pieces: Pieces, rows: list[list[int]]) -> None:
         self.pieces = pieces
-        self._order = np.array([piece for row in rows for piece in row], dtype=np.int64)
-        self._starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        self._order = torch.tensor([piece for row in rows for piece in row], dtype=torch.int64)
+        self._starts = torch.tensor([0, *map(len, rows)]).cumsum(0)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -48,10 +47,9 @@ class Rows(Dataset[Row]):
 
     def piece(self, number: int) -> Row:
         """A piece by itself, as a row."""
-        start, end = self.pieces.offsets[number : number + 2]
-        ids = torch.from_numpy(self.pieces.tokens[start:end].astype(np.int64))
-        trained = torch.from_numpy(self.pieces.trained[start:end].copy())
-        labels = torch.where(trained, ids, NOT_TRAINED)
+        start, end = self.pieces.offsets[number : number + 2].tolist()
+        ids = self.pieces.tokens[start:end].long()
+        labels = torch.where(self.pieces.trained[start:end], ids, NOT_TRAINED)
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(len(ids))}
 
     @property
@@ -66,27 +64,26 @@ class Rows(Dataset[Row]):
     @property
     def num_packed(self) -> int:
         """Rows of more than one piece."""
-        return int((np.diff(self._starts) > 1).sum())
+        return int((self._starts.diff() > 1).sum())
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row, int64 [num_rows]."""
-        if not len(self):
-            return torch.zeros(0, dtype=torch.int64)
-        lengths = self.pieces.lengths[self._order]
-        return torch.from_numpy(np.add.reduceat(lengths, self._starts[:-1]))
+        before = self.pieces.lengths[self._order].cumsum(0)
+        sums = torch.cat([before.new_zeros(1), before])
+        return sums[self._starts].diff()
 
     @property
     def largest_id(self) -> int:
-        return int(self.pieces.tokens.max(initial=0))
+        return int(self.pieces.tokens.max()) if self.num_tokens else 0
 
     def digest(self) -> str:
         """Identifies tokens, labels and positions of all rows."""
         digest = hashlib.sha256()
         parts = (self.pieces.tokens, self.pieces.trained, self.pieces.offsets)
-        for array in (*parts, self._order, self._starts):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(array.tobytes())
+        for tensor in (*parts, self._order, self._starts):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
 
