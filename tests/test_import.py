@@ -33,3 +33,14 @@ def test_star_import_needs_no_transformers() -> None:
         "assert adapt and LoRAConfig and guard and motion and style"
     )
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+def test_the_command_line_starts_without_its_extras() -> None:
+    """doctor needs none of them, and torch itself not even numpy."""
+    command = (
+        "import sys\n"
+        "for name in ('numpy', 'transformers', 'datasets', 'pyarrow', 'psutil', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import lowrank_ext.cli.main"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)

@@ -33,8 +33,9 @@ def check_documents_stay_apart(model: Any) -> None:
     """Raises UserError when what a loaded model says of the second document of a row depends on the
     first, or is not what it says of that document alone: its attention is not transformers' own.
     Costs two forwards of 16 tokens and less, without draws from the random generator."""
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(1, 17, device=device).view(2, 8)
+    embedding = model.get_input_embeddings().weight
+    device = embedding.device
+    tokens = torch.arange(1, 17, device=device).remainder(embedding.shape[0]).view(2, 8)
     tokens[1, 4:] = tokens[0, 4:]
     positions = torch.arange(4, device=device).repeat(2, 2)
     was_training = model.training
