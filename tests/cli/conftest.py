@@ -26,6 +26,41 @@ def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "release_memory", lambda: None)
 
 
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """A machine with two GPUs, as far as is asked; the calls that would change one."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from lowrank_ext.cli import models
+
+    calls: list[tuple[str, Any]] = []
+
+    def records(name: str, value: Any = None) -> Callable[..., Any]:
+        return lambda *arguments, **_: calls.append((name, *arguments)) or value
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(models._build_info, "CUDA_VERSION", "12.9")
+    for name, value in (
+        ("set_device", None),
+        ("reset_peak_memory_stats", None),
+        ("max_memory_allocated", 12345),
+        ("get_rng_state", torch.tensor([7], dtype=torch.uint8)),
+        ("set_rng_state", None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, records(name, value))
+    states = (PartialState, AcceleratorState)
+    shared = [state._shared_state.copy() for state in states]
+    for state in states:  # accelerate keeps the first device that it has seen
+        state._shared_state.clear()
+    yield calls
+    for state, values in zip(states, shared, strict=True):
+        state._shared_state.clear()
+        state._shared_state.update(values)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See save_byte_llama."""

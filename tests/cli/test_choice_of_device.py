@@ -12,15 +12,6 @@ from lowrank_ext.cli import models
 from lowrank_ext.cli.errors import UserError
 
 
-@pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of a machine with two GPUs, with the answers of one."""
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(models._build_info, "CUDA_VERSION", "12.9")
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("auto", "cuda"), ("cpu", "cpu"), ("cuda", "cuda"), ("cuda:0", "cuda:0"), ("cuda:1",) * 2],
