@@ -93,20 +93,11 @@ def start_run(job: Job, entry: Entry, directory: Path, display: Display) -> Trai
     """A training from a checkpoint, or a new one, evaluated and measured before its first step."""
     found = checkpoints(directory) if job.resume else []
     display.phase("continuing" if found else "preparing")
-    torch.manual_seed(job.settings.seed)
-    model = job.training_copy(entry)
-    state = TensorState(job.base.parameters())
-    if found:
-        model = entry.load(model, job.settings, found[-1])
-    else:
-        model = entry.build(model, job.settings)
-    state.check_unchanged(entry.name)
+    model = adapted_model(job, entry, found[-1] if found else None)
     require_free_space(job.out, bytes_to_write(job, model))
-    if job.settings.gradient_checkpointing:
-        checkpoint_activations(model)
     if job.settings.compile:
         model.compile()
-    run = make_run(job, entry, model.train(), directory, display)
+    run = make_run(job, entry, model, directory, display)
     if found:
         run.resume(found[-1])
     else:
@@ -118,6 +109,21 @@ def start_run(job: Job, entry: Entry, directory: Path, display: Display) -> Trai
         job.settings.learning_rate(entry.name),
     )
     return run
+
+
+def adapted_model(job: Job, entry: Entry, checkpoint: Path | None = None) -> CausalLM:
+    """The model of a method, new or from a checkpoint, in training mode."""
+    torch.manual_seed(job.settings.seed)
+    model = job.training_copy(entry)
+    state = TensorState(job.base.parameters())
+    if checkpoint is None:
+        model = entry.build(model, job.settings)
+    else:
+        model = entry.load(model, job.settings, checkpoint)
+    state.check_unchanged(entry.name)
+    if job.settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model.train()
 
 
 class TensorState:

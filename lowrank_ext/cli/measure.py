@@ -78,14 +78,15 @@ def interleaved_timing(
     """Times forward + backward of both in turns, so that a busy machine slows both; after one
     warm-up round each."""
     pairs: list[tuple[float, float]] = []
-    _milliseconds(method), _milliseconds(frozen)
+    milliseconds(method), milliseconds(frozen)
     while len(pairs) < rounds and not (pairs and stop()):
-        pairs.append((_milliseconds(method), _milliseconds(frozen)))
+        pairs.append((milliseconds(method), milliseconds(frozen)))
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     return Timing(ours, theirs, ours / theirs)
 
 
-def _milliseconds(loss_of: Callable[[], Tensor]) -> float:
+def milliseconds(loss_of: Callable[[], Tensor]) -> float:
+    """Milliseconds of one forward + backward."""
     started = time.perf_counter()
     loss = loss_of()
     torch.autograd.backward(loss)
