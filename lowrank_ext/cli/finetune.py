@@ -1,12 +1,14 @@
 """`lowrank-ext finetune`: load, train and measure each method from the same start, report."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from lowrank_ext.cli.comparison import run_frozen, run_method
+from lowrank_ext.cli.dry_run import show
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import (
     cannot_write,
@@ -16,7 +18,7 @@ from lowrank_ext.cli.files import (
 )
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.job import Job, prepare
-from lowrank_ext.cli.log import LOG, log_file
+from lowrank_ext.cli.log import LOG, hush_libraries, log_file
 from lowrank_ext.cli.measure import release_memory
 from lowrank_ext.cli.methods import base_dtype, entry
 from lowrank_ext.cli.models import dtype_name, find_model
@@ -30,8 +32,12 @@ from lowrank_ext.cli.training.plan import is_main_process, on_main_process
 _RESULT = "result.json"
 
 
-def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
-    """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
+def run(settings: Settings, out: Path, resume: bool, console: Console, preview: int = 0) -> None:
+    """The whole command. Raises UserError for bad input and Interrupted after a clean stop.
+
+    Args:
+        preview: number of examples that are printed as the model sees them.
+    """
     if not resume:
         check_replaced(
             out,
@@ -41,13 +47,25 @@ def run(settings: Settings, out: Path, resume: bool, console: Console) -> None:
         )
     prepare_output(out)
     with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
         with at_once(out if resume else None, stop), stop.leaving_at_any_point():
             job = prepare(settings, out, resume, console, stop)
+            if preview:
+                job.corpus.preview(preview, console)
         store_settings(job)
         results = [run_or_reuse(job, method) for method in settings.methods]
         finish(job, results)
+
+
+def estimate(settings: Settings, out: Path, console: Console, preview: int = 0) -> None:
+    """--dry-run: the table of the data, and what would train at which cost."""
+    hush_libraries()
+    with warnings.catch_warnings(), StopRequest() as stop, at_once(None, stop):
+        warnings.simplefilter("ignore")  # there is no log for those of libraries
+        with stop.leaving_at_any_point():
+            job = prepare(settings, out, False, console, stop)
+            if preview:
+                job.corpus.preview(preview, console)
+            show(job, console)
 
 
 def results_of(settings: Settings, out: Path) -> list[Path]:

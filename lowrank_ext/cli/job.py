@@ -137,10 +137,13 @@ def prepare(
 
 def load_base(settings: Settings, console: Console) -> tuple[LoadedModel, torch.device]:
     """The model of a run on its device, with the checks of what the run asks of it."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     source, device = find_model(settings.model), resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     resolve_adapter_dtype(settings.adapter_dtype, dtype)
     check_half(settings, dtype, device)
+    check_early_stop(settings)
     console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
     loaded = load_model(source, dtype, device)
     check_context(loaded.model, settings.seq_len)
@@ -165,6 +168,13 @@ def check_half(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
         raise UserError("--dtype fp16 trains on a GPU alone; give bf16 or fp32")
     if settings.adapter_dtype == "base" or "full" in settings.methods:
         raise UserError("--dtype fp16: what trains must be in fp32, see --adapter-dtype; give bf16")
+
+
+def check_early_stop(settings: Settings) -> None:
+    """Raises UserError for a method whose later stages cannot go back to an earlier one."""
+    staged = [recipe.name for recipe in settings.recipes() if recipe.training.stages]
+    if settings.early_stop is not None and staged:
+        raise UserError(f"--early-stop: {staged[0]} trains in stages, which all must end")
 
 
 def data_options(settings: Settings) -> DataOptions:

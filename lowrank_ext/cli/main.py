@@ -14,6 +14,7 @@ import lowrank_ext as lr
 from lowrank_ext.cli.data import FORMATS
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
+from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.optimizers import SCHEDULES
 from lowrank_ext.cli.options import (
     Batch,
@@ -207,6 +208,15 @@ def finetune(
     ] = False,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("finetune-output"),
     resume: Resume = False,
+    preview: Annotated[
+        int, typer.Option(help="Examples to print as the model sees them.", min=0)
+    ] = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would train, and its memory and time; write nothing."
+        ),
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -226,6 +236,8 @@ def finetune(
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command
 
+        if dry_run and resume:
+            raise UserError("give --dry-run or --resume, not both")
         console = make_console()
         options, given = with_config(context, config, option_types())
         settings = Settings.from_options(options)
@@ -237,7 +249,10 @@ def finetune(
                 settings = command.extended(settings, asked.steps, out, console)
         settings.check()
         settings.check_all_read(given)
-        command.run(settings, out, resume, console)
+        if dry_run:
+            command.estimate(settings, out, console, preview)
+        else:
+            command.run(settings, out, resume, console, preview)
 
 
 @app.command()
