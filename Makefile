@@ -7,6 +7,8 @@ TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 MUTANTS_ARGS ?=
 DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --out demo-output
+DEMO_QUESTION ?= What does the with statement of Python do?
+DEMO_ANSWER_ARGS ?= demo-output/lora --compare-base --max-new-tokens 60
 CSRC      := $(wildcard $(foreach kind,cpp cu cuh h,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind) tests/simt/*/*.$(kind) tests/simt/*/*/*.$(kind)))
 
 BIN    := .venv/bin
@@ -53,8 +55,10 @@ simt: $(STAMPS)/dependencies ## compile csrc/cuda for the CPU, to run under the 
 	  -DPYBIND11_CMAKE_DIR="$$($(BIN)/pybind11-config --cmakedir)" >/dev/null
 	@$(BIN)/cmake --build build/simt --parallel $(JOBS) -- --quiet
 
-demo: build ## fine-tune SmolLM2-135M by several methods and compare them (results in demo-output/)
+# Within ten minutes on two slow cores. An --out in DEMO_ARGS is named in DEMO_ANSWER_ARGS too.
+demo: build ## fine-tune SmolLM2-135M by several methods, compare them (results in demo-output/), ask one and the base
 	$(BIN)/lowrank-ext finetune $(DEMO_ARGS)
+	$(BIN)/lowrank-ext generate $(DEMO_ANSWER_ARGS) --prompt "$(DEMO_QUESTION)"
 
 examples: build ## run every example on the CPU; its pictures go to build/examples/
 	@for example in examples/*.py; do \

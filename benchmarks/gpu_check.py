@@ -505,7 +505,7 @@ def print_finetune(console: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="lowrank-ext finetune --device cuda, a tiny Llama", title_justify="left")
-    for name in ("run", "method", "held-out loss", "from the CPU's", "tokens/s", "peak MiB of run"):
+    for name in ("run", "method", "held-out loss", "from the CPU's", "tokens/s", "peak MiB"):
         table.add_column(name, justify="left" if name in ("run", "method") else "right")
     for row in rows:
         speed = row["tokens_per_second"]
@@ -515,7 +515,7 @@ def print_finetune(console: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['held_out'][0]:.4f} > {row['held_out'][-1]:.4f}",
             f"{row['difference']:.2%}{'' if row['agrees'] else ' NO'}",
             "-" if speed is None else f"{speed:,.0f}",
-            f"{row['peak_cuda_bytes'] / 2**20:,.1f}",
+            f"{row['peak_bytes'] / 2**20:,.1f}",
         )
     console.print(table)
 

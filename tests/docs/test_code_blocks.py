@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -150,6 +151,16 @@ def check_pip(arguments: list[str]) -> None:
 def test_wrong_commands_are_seen(command: str) -> None:
     with pytest.raises((AssertionError, ValueError, OSError, USAGE_ERROR)):
         check_command(shlex.split(command))
+
+
+def test_commands_of_the_demo_parse() -> None:
+    said = subprocess.run(
+        ["make", "-n", "-o", "build", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    commands = [shlex.split(line) for line in said.splitlines() if "/lowrank-ext " in line]
+    assert [words[1] for words in commands] == ["finetune", "generate"]
+    for _, *arguments in commands:
+        check_cli(arguments)
 
 
 def test_blocks_are_found() -> None:
