@@ -4,20 +4,34 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import lowrank_ext as lr
 from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
-from lowrank_ext.cli.files import require_directory
+from lowrank_ext.cli.files import exists, require_directory
 from lowrank_ext.cli.models import CausalLM, ModelSource, find_model
-from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
-from lowrank_ext.cli.settings import option_types
+from lowrank_ext.cli.run_file import RUN_FILE, read_some_options
 from lowrank_ext.files import quoted, read_json_object
 
 _CONFIG = "adapter_config.json"
 _INSIDE_RUN = "adapter"
 _MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Run:
+    """Of the options of the run that wrote an adapter those by which it is used again."""
+
+    model: str | None = None
+    quantize: str | None = None
+    compare: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    eval: tuple[str, ...] = ()
+    field: str = "text"
+    train_on: str = "auto"
+    packing: str = "auto"
+    seq_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -28,13 +42,13 @@ class AdapterSource:
         path: as the user has named it.
         directory: holds adapter_config.json and adapter_model.safetensors.
         config: the content of the first.
-        run: the options of the `lowrank-ext finetune` that wrote it, where it lies in its --out.
+        run: what the run that wrote it says in its run.yaml, where it lies in its --out.
     """
 
     path: Path
     directory: Path
     config: dict[str, Any]
-    run: dict[str, Any] | None
+    run: Run | None
 
     @property
     def name(self) -> str:
@@ -74,20 +88,17 @@ def _what_it_holds(path: Path) -> str:
     return "lowrank-ext finetune and lr.save_adapter write one"
 
 
-def _run_of(directory: Path) -> dict[str, Any] | None:
-    """The settings of the run that wrote the adapter: OUT/adapter, or OUT/METHOD/adapter."""
+def _run_of(directory: Path) -> Run | None:
+    """The run that wrote the adapter: OUT/adapter, or OUT/METHOD/adapter of a comparison. Raises
+    UserError where its run.yaml cannot be read."""
     directory = directory.resolve()
     if directory.name != _INSIDE_RUN:
         return None
-    for out in directory.parents[:2]:
-        try:
-            settings = read_run_file(out / RUN_FILE, "settings", option_types())
-        except UserError:
-            continue
-        compared = directory.parent.name if out != directory.parent else None
-        methods = settings.get("compare") or (settings.get("method"),)
-        if "model" in settings and (compared is None or compared in methods):
-            return settings
+    for out, method in ((directory.parent, None), (directory.parents[1], directory.parent.name)):
+        if exists(str(out), out / RUN_FILE):
+            run = Run(**read_some_options(out / RUN_FILE, get_type_hints(Run)))
+            if (method in run.compare) if method else not run.compare:
+                return run
     return None
 
 
@@ -106,7 +117,7 @@ def find_base(adapters: Sequence[AdapterSource], model: str | None) -> ModelSour
 def _own_base(adapter: AdapterSource) -> ModelSource:
     name = adapter.config.get("base_model_name_or_path")
     if adapter.run is not None:
-        name = adapter.run.get("model")
+        name = adapter.run.model
         if name is None:
             return find_model(None)
     if not isinstance(name, str) or not name:

@@ -7,7 +7,7 @@ import typer
 
 from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
-from lowrank_ext.cli.options import Device, Dtype, Threads
+from lowrank_ext.cli.options import Device, Dtype, Field, Threads
 
 app = typer.Typer()
 
@@ -166,5 +166,53 @@ def chat(
     """
     with errors_as_lines(prints_result=True):
         from lowrank_ext.cli import chat as command
+
+        command.run(command.Options(**context.params))
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    adapters: Adapters = None,
+    adapter: Named = None,
+    model: Base = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, directory or dataset, all of which is evaluated on; may be repeated.",
+            show_default="the held-out part of the run's own data",
+        ),
+    ] = None,
+    field: Field = "text",
+    train_on: Annotated[
+        str,
+        typer.Option(help="Which tokens the loss counts: auto, all, completion or assistant."),
+    ] = "auto",
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per row, at most.", show_default="the run's, or 256")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm_eval, separated by commas.", show_default=False),
+    ] = None,
+    tasks_from: Annotated[
+        Path | None,
+        typer.Option(help="Directory with tasks in lm_eval's YAML.", show_default=False),
+    ] = None,
+    few_shots: Annotated[
+        int | None, typer.Option(help="Examples before a task's question.", show_default="its own")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Rows of text, and questions of a task.", show_default="all")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure a base and its adapters: loss and perplexity on the same text, tasks of lm_eval."""
+    with errors_as_lines(prints_result=True):
+        from lowrank_ext.cli import evaluate as command
 
         command.run(command.Options(**context.params))

@@ -67,6 +67,20 @@ def read_run_file(path: Path, option: str, types: Mapping[str, Any]) -> dict[str
     return values
 
 
+def read_some_options(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options in the file of a finished run that `types` names; the file of any
+    command may be read, and options of its own are passed over. Raises UserError as
+    `read_run_file`."""
+    with as_user_error("cannot read", OSError, ValueError):
+        data = read_bytes(path, "the run's", MAX_BYTES)
+    named = ((key.text, key.line, value) for key, value in _entries(data, str(path)))
+    return {
+        name: _typed(value, types[name], f"{path}: line {line}: {name}")
+        for name, line, value in named
+        if name in types
+    }
+
+
 def write_run_file(out: Path, values: Mapping[str, Any]) -> None:
     """Writes the options of a run to `out`/run.yaml, below its command."""
     yaml = _import_yaml()

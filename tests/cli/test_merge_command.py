@@ -164,14 +164,17 @@ def test_the_model_of_the_run_is_used_and_that_of_the_option_wins(
     )
     check_error(merge(adapter, tmp_path / "out"), "gone' is not there; give it by --model")
     assert merge(adapter, tmp_path / "out", model=tiny_model).exit_code == 0
-    (tmp_path / "run.yaml").write_text(f"model: {tiny_model}\nmethod: lora\n")
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {tiny_model}\nmethod: lora\nbeta: 0.1\n")
     assert merge(adapter, tmp_path / "out").exit_code == 0
-    (tmp_path / "run.yaml").write_text(f"model: {tmp_path / 'gone too'}\nmethod: lora\n")
+    run.write_text(f"model: {tmp_path}/gone too\nmethod: lora\n")
     check_error(merge(adapter, tmp_path / "out"), "gone too' is not there")
+    run.write_text("model: [1, 2]\n")
+    check_error(merge(adapter, tmp_path / "out"), "run.yaml: line 1: model must be a text or null")
     (adapter / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": None})
     )
-    (tmp_path / "run.yaml").unlink()
+    run.unlink()
     check_error(merge(adapter, tmp_path / "out"), "names no base model; give it by --model")
 
 

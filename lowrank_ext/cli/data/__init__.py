@@ -16,7 +16,7 @@ blocks      plain text in blocks of equal length
 """
 
 from lowrank_ext.cli.data.chat import TRAIN_ON
-from lowrank_ext.cli.data.corpus import Corpus, load_corpus
+from lowrank_ext.cli.data.corpus import Corpus, load_corpus, load_held_out
 from lowrank_ext.cli.data.examples import Examples, load_examples, read_records
 from lowrank_ext.cli.data.formats import FORMATS, PreferenceExample, to_example
 from lowrank_ext.cli.data.options import PACKING, DataOptions
@@ -41,6 +41,7 @@ __all__ = [
     "collate",
     "load_corpus",
     "load_examples",
+    "load_held_out",
     "pad_id_of",
     "read_records",
     "to_example",

@@ -82,6 +82,27 @@ def load_corpus(
     return Corpus(train, held_out, examples.description, report, tokenizer)
 
 
+def load_held_out(
+    options: DataOptions,
+    tokenizer: Any,
+    model_config: Any = None,
+    console: Console | None = None,
+) -> tuple[Rows, DataReport]:
+    """The rows to evaluate on alone, and what is to be said about them; otherwise as
+    `load_corpus`, whose held-out rows they are."""
+    options.check()
+    examples = load_examples(options, console)
+    packed, note = _packing(options, examples, model_config)
+    rows, part = _rows(examples.held_out, options, tokenizer, packed, "held out", console)
+    report = DataReport([part], options.seq_len, examples.records, examples.left_out, note)
+    if not len(rows):
+        raise UserError(
+            "the text is too short: nothing is left to evaluate on; give more text or a smaller "
+            f"--seq-len{report.reasons()}"
+        )
+    return rows, report
+
+
 def _packing(
     options: DataOptions, examples: Examples, model_config: Any
 ) -> tuple[bool, str | None]:
