@@ -28,11 +28,12 @@ from lowrank_ext.nn.base_layer import (
 )
 from lowrank_ext.nn.biases import merged_bias, sum_of_biases
 from lowrank_ext.nn.call_arguments import split_call
+from lowrank_ext.nn.merged_state import MergedState
 from lowrank_ext.nn.merged_weight import merged_weight, without_gradient
 from lowrank_ext.nn.residual_base import ResidualBase
 
 
-class LowRankLinear(ResidualBase):
+class LowRankLinear(MergedState, ResidualBase):
     """Base class of all methods' modules: owns the base, forward, merging, state dict.
 
     Args:
@@ -461,37 +462,12 @@ class LowRankLinear(ResidualBase):
         base = {"weight", "bias", *self._non_persistent_buffers_set}
         return {name: t for name, t in named.items() if t is not None and name not in base}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A copy is not in the block of disable_adapter that it was made in.
-        self.blocks, self.merges_after_blocks = 0, False
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            for name in self.adapter_tensors():
-                del destination[prefix + name]
-
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        if self.merged:
-            where = prefix.removesuffix(".") or type(self).__name__
-            error_msgs.append(f"{where} is merged: call unmerge() before loading a state dict")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
         weight_key = "weight" if self.base_layer is None else "base_layer.weight"
         starts = {prefix + name for name in self.residual_starts}
-        if prefix + weight_key in state_dict and not starts.isdisjoint(state_dict):
-            self.residual_taken = True  # the weight that came with the buffer is the residual
+        if not self.merged and prefix + weight_key in state_dict:
+            # The weight that came with the start's buffers is the residual.
+            self.residual_taken = self.residual_taken or not starts.isdisjoint(state_dict)

@@ -5,7 +5,7 @@
 W' is W with the rows ``token_ids`` replaced by ``rows`` [t, N]. PEFT's ``trainable_token_indices``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lowrank_ext.nn.base_layer import (
     looks_up_its_ids,
 )
 from lowrank_ext.nn.fixed_size import FixedVocabulary, check_stays
+from lowrank_ext.nn.merged_state import MergedState
 from lowrank_ext.nn.merged_weight import check_finite, without_gradient
 from lowrank_ext.wrappers import replace_wrapped
 
@@ -129,7 +130,7 @@ class WithRows(FixedVocabulary, Adapter):
         return y.index_copy(-1, self.token_ids, z.to(y.dtype))
 
 
-class TokenRows(WithRows):
+class TokenRows(MergedState, WithRows):
     """Owns the rows, which start as the base's.
 
     Args:
@@ -243,39 +244,20 @@ class TokenRows(WithRows):
         merged = ", merged=True" if self.merged else ""
         return f"in_features={self.in_features}, tokens={len(self.indices)}{merged}"
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.blocks, self.merges_after_blocks = 0, False  # a copy is in no block
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            del destination[prefix + "rows"], destination[prefix + "token_ids"]
+    def _names_of_adapter(self) -> Iterable[str]:
+        return "rows", "token_ids"
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        where, given = prefix.removesuffix(".") or type(self).__name__, prefix + "token_ids"
-        if self.merged:
-            error_msgs.append(f"{where} is merged: call unmerge() before loading a state dict")
-            return
-        if given in state_dict and state_dict[given].tolist() != list(self.indices):
+        given = state_dict.get(prefix + "token_ids")
+        if not self.merged and given is not None and given.tolist() != list(self.indices):
+            where, error_msgs = prefix.removesuffix(".") or type(self).__name__, arguments[-1]
             error_msgs.append(
-                f"{where}: token_ids must be {list(self.indices)}, got {state_dict[given].tolist()}"
+                f"{where}: token_ids must be {list(self.indices)}, got {given.tolist()}"
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class TiedTokenRows(WithRows):
