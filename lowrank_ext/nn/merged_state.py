@@ -1,4 +1,4 @@
-"""The state dict of a module that can be merged: while it is, the adapter is in the weight alone."""
+"""State dicts of modules that can be merged: while one is, its adapter is in the weight alone."""
 
 from collections.abc import Iterable
 from typing import Any

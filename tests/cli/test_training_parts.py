@@ -1,6 +1,7 @@
 """Pieces of the training loop of the command line: order of rows, optimizer, progress, plan."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 pytest.importorskip("typer")
 
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.training.evaluation import held_out_loss
 from lowrank_ext.cli.training.optimizer import MasterAdamW, forget_frozen
 from lowrank_ext.cli.training.order import RowOrder
 from lowrank_ext.cli.training.plan import Plan
@@ -94,6 +96,27 @@ def test_frozen_parameters_lose_their_moments_and_stay(kind: Any) -> None:
     optimizer.step()
     assert len(optimizer.state) == 1
     assert torch.equal(first.detach(), before)
+
+
+def test_held_out_loss_is_a_mean_over_targets(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from byte_llama import save_byte_llama
+    from transformers import AutoModelForCausalLM
+
+    save_byte_llama(tmp_path, context=32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(0, 200, (4, 9), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[1:, 2:] = -100
+    batches = [
+        {"input_ids": tokens[rows], "labels": labels[rows]} for rows in (slice(1), slice(1, 4))
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits[:, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    assert model.training is False
+    assert held_out_loss(model, batches) == pytest.approx(expected.item(), rel=1e-5)
+    assert model.training is False, "the model goes back to its mode"
 
 
 def test_four_evaluations_or_one_every_given_number_of_steps() -> None:
