@@ -57,7 +57,7 @@ def test_options_named_on_the_page_exist() -> None:
 
 def test_no_option_of_the_command_is_left_out() -> None:
     """But the methods' own, which their pages describe."""
-    named = {code.split()[0] for cells in rows() for code in spans(cells[0])}
+    named = {code.split()[0] for code in spans(PROSE)}
     own = {"--" + option.name.replace("_", "-") for option in method_options()}
     assert options_of("finetune") - own - named == set()
 

@@ -76,6 +76,7 @@ def test_it_runs(
     assert len({loss for name, loss in losses if name != "base"}) == 1
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "there" / "merged")
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    LlamaForCausalLM.from_pretrained(tmp_path / "there" / "merged-too")
     compared = json.loads((tmp_path / "there" / "compared" / "report.json").read_text())
     assert [row["method"] for row in compared["methods"]] == ["frozen", "lora", "lamda"]
 
