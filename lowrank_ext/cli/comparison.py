@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,19 +90,31 @@ def run_method(job: Job, entry: Entry, directory: Path) -> Result:
     return result
 
 
-def start_run(job: Job, entry: Entry, directory: Path, display: Display) -> TrainingRun:
-    """A training from a checkpoint, or a new one, evaluated and measured before its first step."""
+def start_run(
+    job: Job,
+    entry: Entry,
+    directory: Path,
+    display: Display,
+    make: Callable[..., TrainingRun] | None = None,
+    begin: Callable[[Job, TrainingRun, Display], None] | None = None,
+) -> TrainingRun:
+    """A training from a checkpoint, or a new one, measured before its first step.
+
+    Args:
+        make: makes it of the adapted model; None: `make_run`.
+        begin: measures a new one; None: `record_start`.
+    """
     found = checkpoints(directory) if job.resume else []
     display.phase("continuing" if found else "preparing")
     model = adapted_model(job, entry, found[-1] if found else None)
     require_free_space(job.out, bytes_to_write(job, model))
     if job.settings.compile:
         model.compile()
-    run = make_run(job, entry, model, directory, display)
+    run = (make or make_run)(job, entry, model, directory, display)
     if found:
         run.resume(found[-1])
     else:
-        record_start(job, run, display)
+        (begin or record_start)(job, run, display)
     LOG.info(
         "%s: from step %d, learning rate %g",
         entry.name,
@@ -152,9 +165,14 @@ def checkpoint_activations(model: CausalLM) -> None:
 
 
 def make_run(
-    job: Job, entry: Entry, model: CausalLM, directory: Path, display: Display
+    job: Job,
+    entry: Entry,
+    model: CausalLM,
+    directory: Path,
+    display: Display,
+    trainer_class: Callable[..., Any] | None = None,
 ) -> TrainingRun:
-    """The training of a model that the method has adapted."""
+    """The training of a model that the method has adapted, by finetune's trainer or another."""
     return TrainingRun(
         entry=entry,
         model=model,
@@ -168,6 +186,7 @@ def make_run(
         stop=job.stop,
         on_step=reporter(display),
         on_checkpoint=lambda path: LOG.info("saved %s", printable(str(path))),
+        trainer_class=trainer_class,
     )
 
 

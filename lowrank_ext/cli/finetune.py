@@ -1,6 +1,5 @@
 """`lowrank-ext finetune`: load, train and measure each method from the same start, report."""
 
-import dataclasses
 import warnings
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from rich.console import Console
 
 from lowrank_ext.cli.comparison import run_frozen, run_method
 from lowrank_ext.cli.dry_run import show
-from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import (
     cannot_write,
     check_replaced,
@@ -23,13 +21,12 @@ from lowrank_ext.cli.measure import release_memory
 from lowrank_ext.cli.methods import base_dtype, entry
 from lowrank_ext.cli.models import dtype_name, find_model
 from lowrank_ext.cli.report import Result, read_result, results_table, write_report, write_result
-from lowrank_ext.cli.run_file import RUN_FILE, read_run_file, write_run_file
-from lowrank_ext.cli.settings import Settings, option_types
+from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
+from lowrank_ext.cli.run_settings import RESULT
+from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.stopping import at_once
-from lowrank_ext.cli.training.checkpoints import checkpoints, remove_checkpoints
+from lowrank_ext.cli.training.checkpoints import remove_checkpoints
 from lowrank_ext.cli.training.plan import is_main_process, on_main_process
-
-_RESULT = "result.json"
 
 
 def run(settings: Settings, out: Path, resume: bool, console: Console, preview: int = 0) -> None:
@@ -79,36 +76,6 @@ def _inputs(settings: Settings) -> list[str]:
     return [*settings.text, *settings.eval, *model]
 
 
-def stored_settings(out: Path) -> Settings:
-    """The settings of the run in `out`."""
-    if not exists(f"--resume: {out}", out / RUN_FILE):
-        raise UserError(f"--resume: {out} holds no run to continue")
-    return Settings.from_dict(read_run_file(out / RUN_FILE, "--resume", option_types()))
-
-
-def extended(stored: Settings, steps: int, out: Path, console: Console) -> Settings:
-    """The settings of the run in `out` with more steps. Raises UserError for a method whose
-    schedule depends on their number, and for a finished one without its last checkpoint."""
-    for method in stored.methods:
-        found, directory = entry(method), stored.method_directory(out, method)
-        fault = None
-        if not found.training.can_be_extended:
-            fault = f"what {method} freezes or begins depends on the number of steps"
-        elif found.trains and (directory / _RESULT).exists() and not checkpoints(directory):
-            fault = f"{directory} holds no checkpoint to continue from"
-        if fault is not None:
-            raise UserError(
-                f"--resume: --steps was {stored.steps}, got {steps}, but {fault}; leave it out or "
-                "start anew"
-            )
-    console.print(
-        f"{steps} steps instead of {stored.steps}: from here on the learning rate is that of a run "
-        f"of {steps} steps, steps taken before keep theirs",
-        soft_wrap=True,
-    )
-    return dataclasses.replace(stored, given_steps=steps)
-
-
 def store_settings(job: Job) -> None:
     """Stores the settings; of an earlier run that is not resumed, removes checkpoints and results
     first."""
@@ -118,7 +85,7 @@ def store_settings(job: Job) -> None:
             for method in job.settings.methods:
                 directory = job.settings.method_directory(job.out, method)
                 remove_checkpoints(directory)
-                (directory / _RESULT).unlink(missing_ok=True)
+                (directory / RESULT).unlink(missing_ok=True)
         write_run_file(job.out, job.settings.to_dict())  # --steps may have been raised
 
     on_main_process(store)
@@ -129,8 +96,8 @@ def run_or_reuse(job: Job, method: str) -> Result:
     stops."""
     directory = job.settings.method_directory(job.out, method)
     found = entry(method)
-    if job.resume and (directory / _RESULT).is_file():
-        result = read_result(directory / _RESULT)
+    if job.resume and (directory / RESULT).is_file():
+        result = read_result(directory / RESULT)
         finished = len(result.losses) == job.settings.steps or result.ended_early
         if not found.trains or finished:
             job.console.print(f"{method}: already finished", markup=False)
@@ -140,7 +107,7 @@ def run_or_reuse(job: Job, method: str) -> Result:
     release_memory()
     with at_once(job.out, job.stop):
         result = run_method(job, found, directory) if found.trains else run_frozen(job, found)
-    on_main_process(lambda: write_result(directory / _RESULT, result))
+    on_main_process(lambda: write_result(directory / RESULT, result))
     if not found.training.can_be_extended:
         on_main_process(lambda: remove_checkpoints(directory))
     LOG.info("%s: finished, held-out loss %.6f", method, result.held_out_after)

@@ -215,7 +215,7 @@ def make_job(
     return job
 
 
-def held_out_batches(corpus: Corpus, settings: Any, collate: Any) -> list[Batch]:
+def held_out_batches(corpus: Any, settings: Any, collate: Any) -> list[Batch]:
     """At most --eval-batches batches of --batch rows; a shorter one only where there is no
     other."""
     rows, size = len(corpus.held_out), settings.batch

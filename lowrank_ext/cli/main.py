@@ -13,6 +13,7 @@ except ImportError:
 import lowrank_ext as lr
 from lowrank_ext.cli.data import FORMATS
 from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
+from lowrank_ext.cli.dpo.app import dpo_command
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.optimizers import SCHEDULES
@@ -33,13 +34,11 @@ from lowrank_ext.cli.options import (
 )
 from lowrank_ext.cli.outputs_app import app as outputs
 from lowrank_ext.cli.recursive.app import app as recursive
-from lowrank_ext.cli.resumed import check_same_settings, with_config
 from lowrank_ext.cli.settings import (
     ADAPTER_DEFAULTS,
     DEFAULT_STEPS,
     Settings,
     method_names,
-    option_types,
 )
 
 
@@ -235,24 +234,19 @@ def finetune(
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command
+        from lowrank_ext.cli.run_settings import chosen_settings
 
         if dry_run and resume:
             raise UserError("give --dry-run or --resume, not both")
         console = make_console()
-        options, given = with_config(context, config, option_types())
-        settings = Settings.from_options(options)
-        if resume:
-            asked, settings = settings, command.stored_settings(out)
-            settings.check_all_read(given)
-            check_same_settings(given, asked.by_option(), settings.by_option())
-            if "steps" in given and asked.steps > settings.steps:
-                settings = command.extended(settings, asked.steps, out, console)
-        settings.check()
-        settings.check_all_read(given)
+        settings = chosen_settings(Settings, context, config, out, resume, console)
         if dry_run:
             command.estimate(settings, out, console, preview)
         else:
             command.run(settings, out, resume, console, preview)
+
+
+app.command()(dpo_command(finetune))
 
 
 @app.command()

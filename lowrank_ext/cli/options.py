@@ -3,7 +3,7 @@
 import copy
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -95,6 +95,53 @@ def _in_panel(parameter: inspect.Parameter, panel: str) -> inspect.Parameter:
     shown = copy.copy(option)  # other commands share it
     shown.rich_help_panel = panel
     return parameter.replace(annotation=Annotated[kind, shown])
+
+
+def with_options_of(
+    other: Callable[..., None],
+    *,
+    without: Collection[str],
+    defaults: Mapping[str, Any],
+    shown: Mapping[str, str],
+) -> Callable[[Command], Command]:
+    """Replace a command's ``**keywords`` by the options of another one that it does not have.
+
+    Args:
+        without: names of options that are left out.
+        defaults: of options, in place of the other command's.
+        shown: in place of the default that its help shows.
+    """
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command)
+        own = {
+            name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        theirs = inspect.signature(other).parameters.items()
+        ordered = [
+            own.pop(name) if name in own else _changed(parameter, defaults, shown)
+            for name, parameter in theirs
+            if name not in without
+        ]
+        command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*ordered, *own.values()]
+        )
+        return command
+
+    return decorate
+
+
+def _changed(
+    parameter: inspect.Parameter, defaults: Mapping[str, Any], shown: Mapping[str, str]
+) -> inspect.Parameter:
+    if parameter.name in shown:
+        kind, option = typing.get_args(parameter.annotation)
+        option = copy.copy(option)
+        option.show_default = shown[parameter.name]
+        parameter = parameter.replace(annotation=Annotated[kind, option])
+    return parameter.replace(default=defaults.get(parameter.name, parameter.default))
 
 
 def _parameter(option: Option) -> inspect.Parameter:

@@ -81,15 +81,15 @@ def read_some_options(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_run_file(out: Path, values: Mapping[str, Any]) -> None:
-    """Writes the options of a run to `out`/run.yaml, below its command."""
+def write_run_file(out: Path, values: Mapping[str, Any], command: str = "finetune") -> None:
+    """Writes the options of a run of `command` to `out`/run.yaml, below its command line."""
     yaml = _import_yaml()
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     text = yaml.safe_dump(listed, sort_keys=False, allow_unicode=True, width=2**20)
-    command = one_line(Exception(shlex.join(["lowrank-ext", *sys.argv[1:]])))
+    line = one_line(Exception(shlex.join(["lowrank-ext", *sys.argv[1:]])))
     head = (
-        f"# lowrank-ext {__version__}: {command}\n"
-        f"# Again: lowrank-ext finetune --config {RUN_FILE} --out ANOTHER\n"
+        f"# lowrank-ext {__version__}: {line}\n"
+        f"# Again: lowrank-ext {command} --config {RUN_FILE} --out ANOTHER\n"
     )
     write_bytes(out / RUN_FILE, (head + text).encode())
 

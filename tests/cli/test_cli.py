@@ -23,10 +23,12 @@ from typer.testing import CliRunner
 
 import lowrank_ext as lr
 from lowrank_ext import ops
-from lowrank_ext.cli import comparison, doctor, finetune, job
+from lowrank_ext.cli import comparison, doctor, job
 from lowrank_ext.cli.data import collate, load_corpus, pad_id_of
 from lowrank_ext.cli.main import app
 from lowrank_ext.cli.methods import entry
+from lowrank_ext.cli.run_settings import stored_settings
+from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.training.evaluation import Batch, held_out_loss
 from lowrank_ext.cli.training.trainer import FinetuneTrainer, RunCallback
 
@@ -92,7 +94,7 @@ def test_default_method_is_lora_and_its_adapter_gives_the_reported_loss_in_peft(
 
 def held_out_batches(out: Path) -> list[Batch]:
     """The batches that the run in `out` evaluated on."""
-    settings = finetune.stored_settings(out)
+    settings = stored_settings(Settings, out)
     loaded = job.load_model(job.find_model(settings.model), torch.float32)
     corpus = load_corpus(job.data_options(settings), loaded.tokenizer)
     pad_id = pad_id_of(loaded.tokenizer)
@@ -179,7 +181,7 @@ def test_set_and_sequence_changes_its_stage(run, tmp_path, monkeypatch) -> None:
 
 def stored(out: Path) -> torch.nn.Module:
     """The adapted model that a run has written."""
-    settings = finetune.stored_settings(out)
+    settings = stored_settings(Settings, out)
     base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     return lr.load_adapter(base, out / "adapter")
 

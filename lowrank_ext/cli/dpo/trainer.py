@@ -1,0 +1,86 @@
+"""TRL's DPOTrainer on the loop of finetune."""
+
+from typing import Any
+
+import torch
+import trl
+
+from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.training.evaluation import on_device_of
+from lowrank_ext.cli.training.plan import training_arguments
+from lowrank_ext.cli.training.trainer import FinetuneTrainer
+
+# What an evaluation measures, as report.json names it, by TRL's names.
+SCORES = {
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "logps/chosen": "chosen_log_probability",
+    "logps/rejected": "rejected_log_probability",
+}
+
+
+class DpoTrainer(FinetuneTrainer, trl.DPOTrainer):  # type: ignore[misc]  # untyped base
+    """finetune's loop with TRL's loss and TRL's numbers.
+
+    Attributes:
+        reference: the frozen model. It shares the weights of the model that trains, as long as the
+            method leaves these as they are.
+    """
+
+    reference: CausalLM
+
+    def trainer_options(self, steps: int) -> dict[str, Any]:
+        settings = self.run.settings
+        arguments = training_arguments(
+            self.run.plan,
+            steps,
+            self.run.directory,
+            trl.DPOConfig,
+            bf16=False,  # TRL's default is autocast; the model is in its dtype
+            gradient_checkpointing=False,  # the run has switched it on in the model
+            # TRL switches it off for the reference, and on again with these.
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            max_length=None,  # the pairs are cut
+            beta=settings.beta,
+            loss_type=[settings.loss],
+        )
+        return {
+            **super().trainer_options(steps),
+            "args": arguments,
+            "ref_model": self.reference,
+            "processing_class": self.run.tokenizer,
+        }
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        """The dataset, which has TRL's columns."""
+        return dataset
+
+    def measure(self) -> float:
+        """The loss on the held-out pairs, with their rewards and log-probabilities."""
+        run, model = self.run, self.run.model
+        losses = []
+        was_training = model.training
+        model.eval()
+        self._metrics["eval"].clear()
+        try:
+            with torch.no_grad():
+                for batch in run.held_out:
+                    inputs = on_device_of(model, batch)
+                    losses.append(trl.DPOTrainer.compute_loss(self, model, inputs).item())
+        finally:
+            model.train(was_training)
+        found = self._metrics["eval"]
+        scores = {own: _mean(found[name]) for name, own in SCORES.items()}
+        found.clear()
+        return run.record(_mean(losses), scores)
+
+
+def trainer_with(reference: CausalLM) -> type[DpoTrainer]:
+    """The trainer for this reference: a class, to which methods add their mixins."""
+    return type("DpoTrainer", (DpoTrainer,), {"reference": reference})
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

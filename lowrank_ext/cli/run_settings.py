@@ -1,0 +1,79 @@
+"""The settings of a run: of the command line, of --config, or with --resume of the run itself."""
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+from rich.console import Console
+
+from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.files import exists
+from lowrank_ext.cli.methods import entry
+from lowrank_ext.cli.resumed import check_same_settings, with_config
+from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
+from lowrank_ext.cli.settings import Settings, option_types
+from lowrank_ext.cli.training.checkpoints import checkpoints
+
+RESULT = "result.json"  # of a method that has been trained and measured
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def chosen_settings(
+    kind: type[Kind],
+    context: typer.Context,
+    config: Path | None,
+    out: Path,
+    resume: bool,
+    console: Console,
+) -> Kind:
+    """The settings of a command's run, checked.
+
+    Args:
+        kind: the command's settings.
+        context: with the options of the command line.
+        config: the file of --config.
+        out: the directory of the run.
+    """
+    options, given = with_config(context, config, option_types(kind))
+    settings = kind.from_options(options)
+    if resume:
+        asked, settings = settings, stored_settings(kind, out)
+        settings.check_all_read(given)
+        check_same_settings(given, asked.by_option(), settings.by_option())
+        if "steps" in given and asked.steps > settings.steps:
+            settings = extended(settings, asked.steps, out, console)
+    settings.check()
+    settings.check_all_read(given)
+    return settings
+
+
+def stored_settings(kind: type[Kind], out: Path) -> Kind:
+    """The settings of the run in `out`."""
+    if not exists(f"--resume: {out}", out / RUN_FILE):
+        raise UserError(f"--resume: {out} holds no run to continue")
+    return kind.from_dict(read_run_file(out / RUN_FILE, "--resume", option_types(kind)))
+
+
+def extended(stored: Kind, steps: int, out: Path, console: Console) -> Kind:
+    """The settings of the run in `out` with more steps. Raises UserError for a method whose
+    schedule depends on their number, and for a finished one without its last checkpoint."""
+    for method in stored.methods:
+        found, directory = entry(method), stored.method_directory(out, method)
+        fault = None
+        if not found.training.can_be_extended:
+            fault = f"what {method} freezes or begins depends on the number of steps"
+        elif found.trains and (directory / RESULT).exists() and not checkpoints(directory):
+            fault = f"{directory} holds no checkpoint to continue from"
+        if fault is not None:
+            raise UserError(
+                f"--resume: --steps was {stored.steps}, got {steps}, but {fault}; leave it out or "
+                "start anew"
+            )
+    console.print(
+        f"{steps} steps instead of {stored.steps}: from here on the learning rate is that of a run "
+        f"of {steps} steps, steps taken before keep theirs",
+        soft_wrap=True,
+    )
+    return dataclasses.replace(stored, given_steps=steps)
