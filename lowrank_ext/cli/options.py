@@ -57,13 +57,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="
 # The panels of finetune's help, and what is in them; the methods' own options are in "Methods".
 PANELS = {
     "Model": "model device dtype quantize threads compile gradient_checkpointing",
-    "Data": "text eval field format train_on packing seq_len",
+    "Data": "text eval field format train_on packing seq_len preview",
     "Training": "steps epochs batch accumulate lr warmup schedule weight_decay clip optimizer seed",
     "Adapters": "method compare rank alpha rslora dropout targets exclude layers modules_to_save "
     "adapter_dtype",
     "Methods": "",
     "Evaluation and logs": "eval_batches eval_every early_stop log_to",
-    "Output": "out save_every keep resume config",
+    "Output": "out save_every keep resume dry_run config",
 }
 METHODS_PANEL = "Methods"
 
