@@ -11,9 +11,12 @@ from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import exists, require_directory
 from lowrank_ext.cli.models import CausalLM, ModelSource, find_model
+from lowrank_ext.cli.quantization import QUANTIZATIONS
 from lowrank_ext.cli.run_file import RUN_FILE, read_some_options
+from lowrank_ext.cli.settings import check_choice
 from lowrank_ext.files import quoted, read_json_object
 
+NOT_QUANTIZED = "none"
 _CONFIG = "adapter_config.json"
 _INSIDE_RUN = "adapter"
 _MAX_BYTES = 64 * 2**20
@@ -25,6 +28,7 @@ class Run:
 
     model: str | None = None
     quantize: str | None = None
+    dtype: str = "auto"
     compare: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
@@ -130,6 +134,19 @@ def _own_base(adapter: AdapterSource) -> ModelSource:
         return find_model(name)
     except UserError as error:
         raise UserError(f"{adapter.path}: its base model: {error}") from None
+
+
+def find_quantization(adapters: Sequence[AdapterSource], quantize: str | None) -> str | None:
+    """How the base is quantized: as --quantize says, else as in the adapters' runs. Raises
+    UserError for a wrong value, and where the runs differ."""
+    if quantize is not None:
+        check_choice("--quantize", quantize, (NOT_QUANTIZED, *QUANTIZATIONS))
+        return None if quantize == NOT_QUANTIZED else quantize
+    found = {each.path: each.run.quantize for each in adapters if each.run is not None}
+    if len(set(found.values())) > 1:
+        named = ", ".join(f"{how or NOT_QUANTIZED} ({path})" for path, how in found.items())
+        raise UserError(f"the runs must have one base, got {named}; give it by --quantize")
+    return next(iter(found.values()), None)
 
 
 def load_adapter(model: CausalLM, adapter: AdapterSource) -> CausalLM:

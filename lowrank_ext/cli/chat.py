@@ -42,6 +42,7 @@ class Options:
     adapters: list[Path] | None
     adapter: list[str] | None
     model: str | None
+    quantize: str | None
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -75,7 +76,12 @@ def run(options: Options) -> None:
     if sys.stdin is None:
         raise UserError("stdin is closed, where the messages would come from")
     variants = load_variants(
-        adapters, model=options.model, with_base=True, device=options.device, dtype=options.dtype
+        adapters,
+        model=options.model,
+        with_base=True,
+        quantize=options.quantize,
+        device=options.device,
+        dtype=options.dtype,
     )
     if options.system is not None and not has_template(variants.loaded.tokenizer):
         raise UserError("--system needs a tokenizer with a chat template, this one has none")

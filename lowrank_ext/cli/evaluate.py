@@ -41,6 +41,7 @@ class Options:
     adapters: list[Path] | None
     adapter: list[str] | None
     model: str | None
+    quantize: str | None
     text: list[str] | None
     field: str
     train_on: str
@@ -93,7 +94,12 @@ def run(options: Options) -> None:
     console = make_console()
     adapters = named_adapters(options.adapters, options.adapter)
     variants = load_variants(
-        adapters, model=options.model, with_base=True, device=options.device, dtype=options.dtype
+        adapters,
+        model=options.model,
+        with_base=True,
+        quantize=options.quantize,
+        device=options.device,
+        dtype=options.dtype,
     )
     shown = None if options.json else console
     try:

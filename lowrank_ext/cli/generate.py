@@ -33,6 +33,7 @@ class Options:
     adapters: list[Path] | None
     adapter: list[str] | None
     model: str | None
+    quantize: str | None
     prompt: list[str] | None
     file: Path | None
     compare_base: bool
@@ -79,6 +80,7 @@ def run(options: Options) -> None:
         adapters,
         model=options.model,
         with_base=options.compare_base,
+        quantize=options.quantize,
         device=options.device,
         dtype=options.dtype,
     )

@@ -13,7 +13,13 @@ from torch import nn
 
 import lowrank_ext as lr
 from lowrank_ext.adapt import lowrank_modules, replace_modules
-from lowrank_ext.cli.adapters import AdapterSource, find_adapter, find_base, load_adapter
+from lowrank_ext.cli.adapters import (
+    AdapterSource,
+    find_adapter,
+    find_base,
+    find_quantization,
+    load_adapter,
+)
 from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import MEBIBYTE, cannot_write, new_directory, require_free_space
@@ -27,13 +33,14 @@ from lowrank_ext.cli.models import (
     holds_quantized,
     load_model,
     resolve_device,
+    resolve_dtype,
 )
 from lowrank_ext.cli.results import check_replaceable, write_record
 from lowrank_ext.cli.settings import check_choice
 from lowrank_ext.cli.whole_model import save_whole_model
 from lowrank_ext.merging import dense_dtype, forget_quantization
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
-from lowrank_ext.nn.quantized import dequantized_weight
+from lowrank_ext.nn.quantized import dequantized_weight, is_quantized
 from lowrank_ext.targets import shared_tensors
 
 RECORD = "merged_from.json"
@@ -48,6 +55,7 @@ class Options:
     adapter: Path
     out: Path
     model: str | None
+    quantize: str | None
     dtype: str
     dequantize: bool
     max_shard_size: str
@@ -71,12 +79,17 @@ def run(options: Options, console: Console) -> None:
     base = find_base([adapter], options.model)
     inputs = [str(adapter.directory), base.location]
     check_replaceable(options.out, RECORD, inputs)
+    quantize = find_quantization([adapter], options.quantize)
+    if quantize is not None and not options.dequantize:
+        raise _needs_dequantize(f"the base is in {quantize}")
     device = resolve_device(options.device)
     with sigterm_raises():
-        console.print(f"loading {base.name} in fp32", markup=False, soft_wrap=True)
-        loaded = load_model(base, torch.float32, device)
+        how = f"fp32, linears in {quantize}" if quantize else "fp32"
+        console.print(f"loading {base.name} in {how}", markup=False, soft_wrap=True)
+        loaded = load_model(base, _loaded_dtype(adapter, quantize, device), device, quantize)
+        _make_fp32(loaded.model)
         dtype = _dtype(options.dtype, base)
-        _check_quantized(loaded.model, base, options.dequantize)
+        _check_dequantize(loaded.model, base, options.dequantize)
         adapted = load_adapter(loaded.model, adapter)
         with warnings_as_lines():
             model = merged(adapted, adapter).to(dtype)
@@ -98,14 +111,37 @@ def _dtype(name: str, base: ModelSource) -> torch.dtype:
     return found if found in TORCH_DTYPES.values() else torch.float32
 
 
-def _check_quantized(model: CausalLM, base: ModelSource, dequantize: bool) -> None:
+def _loaded_dtype(
+    adapter: AdapterSource, quantize: str | None, device: torch.device
+) -> torch.dtype:
+    """fp32; of what is quantized on loading that of the run, of whose values the codes are."""
+    if quantize is None:
+        return torch.float32
+    return resolve_dtype("auto" if adapter.run is None else adapter.run.dtype, device)
+
+
+@torch.no_grad()
+def _make_fp32(model: CausalLM) -> None:
+    """Gives all modules but the quantized ones fp32, in which the merge is done."""
+    for module in model.modules():
+        if not is_quantized(module):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+
+
+def _needs_dequantize(what: str) -> UserError:
+    return UserError(
+        f"{what}, and a merged weight is dense: give --dequantize to merge into its weights made "
+        "dense, or the model before quantization, by --quantize none or --model"
+    )
+
+
+def _check_dequantize(model: CausalLM, base: ModelSource, dequantize: bool) -> None:
     """Raises UserError unless --dequantize is given for a quantized base, and for no other."""
     quantized = holds_quantized(model)
     if quantized and not dequantize:
-        raise UserError(
-            f"{base.name} is quantized, and a merged weight is dense: give --dequantize to merge "
-            "into its weights made dense, or --model with the model before quantization"
-        )
+        raise _needs_dequantize(f"{base.name} is quantized")
     if dequantize and not quantized:
         raise UserError(f"--dequantize is for a quantized base, {base.name} is none; leave it out")
 

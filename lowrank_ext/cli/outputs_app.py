@@ -41,6 +41,10 @@ TopP = Annotated[float, typer.Option(help="The smallest set of tokens with this 
 TopK = Annotated[int, typer.Option(help="The most likely tokens to choose from; 0: all.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Per text, at most.")]
 System = Annotated[str | None, typer.Option(help="A system message.", show_default=False)]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="The base in nf4, int8 or none.", show_default="as in the adapter's run"),
+]
 Out = Annotated[Path, typer.Option(help="Directory of the result: new, empty, or an earlier one.")]
 
 
@@ -50,6 +54,7 @@ def merge(
     adapter: Adapter,
     out: Out,
     model: Base = None,
+    quantize: Quantize = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -108,6 +113,7 @@ def generate(
     adapters: Adapters = None,
     adapter: Named = None,
     model: Base = None,
+    quantize: Quantize = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be repeated.", show_default="stdin")
     ] = None,
@@ -148,6 +154,7 @@ def chat(
     adapters: Adapters = None,
     adapter: Named = None,
     model: Base = None,
+    quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
@@ -176,6 +183,7 @@ def evaluate(
     adapters: Adapters = None,
     adapter: Named = None,
     model: Base = None,
+    quantize: Quantize = None,
     text: Annotated[
         list[str] | None,
         typer.Option(

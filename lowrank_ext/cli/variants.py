@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 
 import lowrank_ext as lr
-from lowrank_ext.cli.adapters import AdapterSource, find_adapter, find_base, load_adapter
+from lowrank_ext.cli.adapters import (
+    AdapterSource,
+    find_adapter,
+    find_base,
+    find_quantization,
+    load_adapter,
+)
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.methods import base_dtype
 from lowrank_ext.cli.models import (
@@ -117,11 +123,13 @@ def load_variants(
     *,
     model: str | None,
     with_base: bool,
+    quantize: str | None,
     device: str,
     dtype: str,
 ) -> Variants:
     """Loads the base onto the device, and the adapters. Raises UserError for what is not there."""
     base = find_base(list(adapters.values()), model)
+    how = find_quantization(list(adapters.values()), quantize)
     where = resolve_device(device)
-    loaded = load_model(base, resolve_dtype(dtype, where), where)
+    loaded = load_model(base, resolve_dtype(dtype, where), where, how)
     return Variants(loaded, adapters, with_base)

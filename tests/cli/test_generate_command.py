@@ -183,7 +183,7 @@ def test_models_and_prompts_are_on_the_device(tiny_model, adapters, monkeypatch)
     monkeypatch.setattr("lowrank_ext._build_info.CUDA_VERSION", "12.9")
     load = variants.load_model
 
-    def on_cpu(source: Any, dtype: Any, device: torch.device) -> Any:
+    def on_cpu(source: Any, dtype: Any, device: torch.device, quantize: str | None) -> Any:
         asked.append(str(device))
         return load(source, dtype)
 
@@ -191,3 +191,21 @@ def test_models_and_prompts_are_on_the_device(tiny_model, adapters, monkeypatch)
     result = generate(adapters / "a", "--prompt", "x", "--device", "cuda:1", "--compare-base")
     assert result.exit_code == 0, result.output
     assert asked == ["cuda:1"]
+
+
+def test_the_base_is_quantized_as_in_the_run(tiny_model, tmp_path, monkeypatch) -> None:
+    save_adapter(tiny_model, tmp_path / "run" / "adapter", lr.LoRAConfig(**LORA))
+    (tmp_path / "run" / "run.yaml").write_text(f"model: {tiny_model}\nquantize: nf4\n")
+    asked: list[str | None] = []
+    load = variants.load_model
+
+    def dense(source: Any, dtype: Any, device: torch.device, quantize: str | None) -> Any:
+        asked.append(quantize)
+        return load(source, dtype, device)
+
+    monkeypatch.setattr(variants, "load_model", dense)
+    ask = (tmp_path / "run", "--prompt", "x")
+    for flags in ([], ["--quantize", "int8"], ["--quantize", "none"]):
+        assert generate(*ask, *flags).exit_code == 0
+    assert asked == ["nf4", "int8", None]
+    check_error(generate(*ask, "--quantize", "nf"), "--quantize must be one of none, nf4, int8")

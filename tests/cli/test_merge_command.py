@@ -17,6 +17,8 @@ from saved_adapters import IDS, load_plain, save_adapter
 from transformers import AutoTokenizer
 
 import lowrank_ext as lr
+from lowrank_ext.cli import models
+from lowrank_ext.nn.quantized import dequantized_weight
 
 LINEAR = ["q_proj", "down_proj"]
 LORA = {"r": 4, "target_modules": LINEAR}
@@ -274,3 +276,32 @@ def test_a_quantized_base_is_merged_once_it_may_become_dense(tiny_model, tmp_pat
     merged = load_plain(tmp_path / "out")
     assert not any(type(m).__module__.startswith(bitsandbytes.__name__) for m in merged.modules())
     torch.testing.assert_close(merged(IDS).logits, expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_run_over_a_quantized_base_is_merged_into_it_or_into_the_base_before(
+    tiny_model, text_file, tmp_path, quantize
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    run, source = tmp_path / "run", models.find_model(str(tiny_model))
+    options = small_run(model=tiny_model, text=text_file, out=run, steps=4, quantize=quantize)
+    assert invoke("finetune", *options).exit_code == 0
+    check_error(merge(run, tmp_path / "out"), f"the base is in {quantize}", "give --dequantize")
+    check_error(merge(run, tmp_path / "out", quantize="nf5"), "--quantize must be one of none, nf4")
+    quantized = models.load_model(source, torch.float32, quantize=quantize).model
+    for flags, base, apart in (
+        (["--dequantize"], quantized, 1e-2),
+        (["--quantize", "none"], load_plain(tiny_model), 1e-5),
+    ):
+        result = merge(run, tmp_path / "out", *flags, dtype="fp32")
+        assert result.exit_code == 0, result.output
+        adapted = lr.load_adapter(base, run / "adapter", trainable=False)
+        got = load_plain(tmp_path / "out")(IDS).logits
+        torch.testing.assert_close(got, adapted(IDS).logits, atol=apart, rtol=apart)
+    exact = models.load_model(source, torch.float32, quantize=quantize).model
+    assert merge(run, tmp_path / "dense", "--dequantize", dtype="fp32").exit_code == 0
+    module = lr.load_adapter(exact, run / "adapter").model.layers[0].mlp.up_proj
+    weight = dequantized_weight(module.base_layer) + module.delta_weight().detach()
+    written = load_plain(tmp_path / "dense").model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(written, weight, atol=1e-6, rtol=1e-6)
