@@ -61,6 +61,28 @@ def test_one_adapter_needs_no_copy_of_the_base(tiny_model, adapters, monkeypatch
     assert record["tokens"] == expected(tiny_model, adapters / name, "first")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lr.LoRAConfig(**LORA, trainable_token_indices=[0, 30]),
+        lr.LoRAConfig(r=2, target_modules=["embed_tokens"]),
+        lr.LoRAConfig(**LORA, modules_to_save=["embed_tokens", "lm_head"]),
+    ],
+    ids=["rows", "embeddings", "saved embeddings"],
+)
+def test_adapters_of_embeddings_answer_alone_and_beside_the_base(
+    tiny_model, tmp_path, config
+) -> None:
+    save_adapter(tiny_model, tmp_path / "it", config, move=0.5)
+    answer = expected(tiny_model, tmp_path / "it", "first")
+    ask = (tmp_path / "it", "--prompt", "first", "--json")
+    (record,) = records(generate(*ask))
+    assert record["tokens"] == answer
+    base, record = records(generate(*ask, "--compare-base"))
+    assert record["tokens"] == answer
+    assert base["tokens"] == expected(tiny_model, None, "first")
+
+
 def test_text_is_streamed_to_stdout_with_headings_where_there_are_several(
     tiny_model, adapters
 ) -> None:
