@@ -15,6 +15,7 @@ from lowrank_ext.cli.log import LOG
 from lowrank_ext.cli.measure import PeakMemory, interleaved_timing, saved_bytes
 from lowrank_ext.cli.methods import Entry, count, trainable_parameters
 from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.quantization import keep_from_ddp
 from lowrank_ext.cli.report import Result
 from lowrank_ext.cli.stopping import stop_if_requested
 from lowrank_ext.cli.training.checkpoints import checkpoints
@@ -108,6 +109,7 @@ def start_run(
     display.phase("continuing" if found else "preparing")
     model = adapted_model(job, entry, found[-1] if found else None)
     require_free_space(job.out, bytes_to_write(job, model))
+    keep_from_ddp(model)
     if job.settings.compile:
         model.compile()
     run = (make or make_run)(job, entry, model, directory, display)

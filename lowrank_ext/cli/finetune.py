@@ -20,6 +20,7 @@ from lowrank_ext.cli.log import LOG, hush_libraries, log_file
 from lowrank_ext.cli.measure import release_memory
 from lowrank_ext.cli.methods import base_dtype, entry
 from lowrank_ext.cli.models import dtype_name, find_model
+from lowrank_ext.cli.quantization import num_quantized, weight_bytes
 from lowrank_ext.cli.report import Result, read_result, results_table, write_report, write_result
 from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
 from lowrank_ext.cli.run_settings import RESULT
@@ -123,13 +124,17 @@ def finish(job: Job, results: list[Result]) -> None:
         "name": find_model(settings.model).name,
         "dtype": dtype_name(base_dtype(job.base)),
         "device": str(job.device),
+        "quantize": settings.quantize,
         "parameters": job.num_parameters,
+        "quantized_parameters": num_quantized(job.base),
+        "weight_bytes": weight_bytes(job.base),
         "data": job.corpus.report.to_dict(),
     }
     paths = write_report(job.out, settings, model, results)
     where = f"{torch.get_num_threads()} threads" if job.device.type == "cpu" else str(job.device)
+    linears = "" if settings.quantize is None else f", linears {settings.quantize}"
     title = (
-        f"{model['name']}, {model['dtype']}, adapters {settings.adapter_dtype}, rank "
+        f"{model['name']}, {model['dtype']}{linears}, adapters {settings.adapter_dtype}, rank "
         f"{settings.rank}, dropout {settings.dropout_text()}, batch {settings.batch} x "
         f"{settings.seq_len}, {settings.steps} steps, {where}"
     )

@@ -20,6 +20,7 @@ from lowrank_ext.cli.data import (
     pad_id_of,
 )
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.files import MEBIBYTE
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.measure import frozen_loss, saved_bytes
 from lowrank_ext.cli.methods import Entry, count
@@ -30,11 +31,13 @@ from lowrank_ext.cli.models import (
     check_vocabulary,
     dtype_name,
     find_model,
+    holds_quantized,
     load_model,
     resolve_adapter_dtype,
     resolve_device,
     resolve_dtype,
 )
+from lowrank_ext.cli.quantization import check_methods, num_quantized, weight_bytes
 from lowrank_ext.cli.report import human_count
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.training.evaluation import Batch
@@ -144,8 +147,11 @@ def load_base(settings: Settings, console: Console) -> tuple[LoadedModel, torch.
     resolve_adapter_dtype(settings.adapter_dtype, dtype)
     check_half(settings, dtype, device)
     check_early_stop(settings)
-    console.print(f"loading {source.name} in {dtype_name(dtype)}", markup=False)
-    loaded = load_model(source, dtype, device)
+    linears = "" if settings.quantize is None else f", its linears in {settings.quantize}"
+    console.print(f"loading {source.name} in {dtype_name(dtype)}{linears}", markup=False)
+    loaded = load_model(source, dtype, device, settings.quantize)
+    if holds_quantized(loaded.model):
+        check_methods(settings, f"{source.name} is quantized")
     check_context(loaded.model, settings.seq_len)
     return loaded, device
 
@@ -233,7 +239,7 @@ def describe(job: Job) -> None:
     processes = f" x {num_processes()} processes" if num_processes() > 1 else ""
     where = f"{torch.get_num_threads()} threads" if job.device.type == "cpu" else str(job.device)
     job.console.print(
-        f"{human_count(job.num_parameters)} parameters, {where}; "
+        f"{human_count(job.num_parameters)} parameters{_quantized(job)}, {where}; "
         f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout_text()}, "
         f"{settings.targets}{_details(settings)}\n"
         f"{job.corpus.description}; {settings.steps} steps of {settings.batch}{accumulated}"
@@ -242,6 +248,15 @@ def describe(job: Job) -> None:
         soft_wrap=True,
     )
     job.console.print(job.corpus.report.table())
+
+
+def _quantized(job: Job) -> str:
+    """Of a quantized base, what is and what all weights take."""
+    quantized = num_quantized(job.base)
+    if not quantized:
+        return ""
+    size = weight_bytes(job.base) / MEBIBYTE
+    return f", {human_count(quantized)} of them quantized, in {size:,.1f} MiB"
 
 
 def _details(settings: Settings) -> str:

@@ -164,16 +164,22 @@ class PeftLoRA(Entry):
             bias=options["bias"],
             lora_bias=options["lora_bias"],
         )
-        return self._accelerated(
+        return self._finished(
             peft.get_peft_model(
                 model, config, autocast_adapter_dtype=_peft_autocast(model, settings)
-            )
+            ),
+            settings,
         )
 
     def changes_base(self, settings: Settings) -> bool:
         return bool(settings.modules_to_save) or self.recipe.changes_base(settings)
 
-    def _accelerated(self, model: CausalLM) -> CausalLM:
+    def _finished(self, model: CausalLM, settings: Settings) -> CausalLM:
+        if not _peft_autocast(model, settings):
+            # Over weights in 4 bits, which have no dtype, PEFT's adapters are in fp32 all the same.
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_" in name:
+                    parameter.data = parameter.data.to(base_dtype(model))
         if self.accelerated:
             lr.accelerate(model)
         return model
@@ -183,13 +189,14 @@ class PeftLoRA(Entry):
         model.save_pretrained(str(directory), save_embedding_layers=False)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
-        return self._accelerated(
+        return self._finished(
             _import_peft().PeftModel.from_pretrained(
                 model,
                 str(path),
                 is_trainable=True,
                 autocast_adapter_dtype=_peft_autocast(model, settings),
-            )
+            ),
+            settings,
         )
 
     def _reload(self, model: CausalLM, path: Path) -> None:

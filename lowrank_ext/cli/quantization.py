@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowrank_ext.cli.errors import UserError
@@ -25,14 +26,24 @@ _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 
 def check_quantization(settings: "Settings") -> None:
-    """Raises UserError for a method that trains the base's weights, and where a package that
-    --quantize needs is not installed."""
-    if settings.quantize is None:
-        return
-    option = f"--quantize {settings.quantize}"
+    """Raises UserError for a method that --quantize does not suit, and where a package that it
+    needs is not installed."""
+    if settings.quantize is not None:
+        check_methods(settings, f"--quantize {settings.quantize}")
+        require_packages(settings.quantize)
+
+
+def check_methods(settings: "Settings", what: str) -> None:
+    """Raises UserError, which begins with ``what``, for a method that changes the base's weights:
+    quantized ones stay as they are."""
     if "full" in settings.methods:
-        raise UserError(f"{option}: full trains the base's weights, which cannot be quantized")
-    require_packages(settings.quantize)
+        raise UserError(f"{what}: full trains the base's weights, and quantized ones cannot train")
+    for recipe in settings.recipes():
+        if recipe.changes_base(settings):
+            raise UserError(
+                f"{what}: {recipe.name} takes its start out of the base's weights, which must be "
+                "dense for it; choose a method that leaves them as they are, such as lora"
+            )
 
 
 def require_packages(quantize: str) -> None:
@@ -111,11 +122,34 @@ def _with_index(device: torch.device) -> str:
 
 def make_trainable(model: nn.Module) -> None:
     """Has the quantized linears of a model, ours or the model's own, keep no dense weight for
-    backward and compute gradients in every mode."""
+    backward and compute gradients in every mode. Raises UserError for one whose values the library
+    gets wrong."""
+    _check_4bit_rows(model)
     keep_unpacked(model)
     for module in model.modules():
         if type(module) is nn.Linear and _has_row_scales(module):
             module.__class__ = Int8Linear
+
+
+def keep_from_ddp(model: nn.Module) -> None:
+    """Has DDP leave torchao's weights alone: it would send the first process's to the others, which
+    these do not support. Each process has quantized the same file."""
+    parameters: Any = model.named_parameters()
+    names = [name for name, each in parameters if is_traceable_wrapper_subclass(each)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def _check_4bit_rows(model: nn.Module) -> None:
+    """bitsandbytes (0.50) gives each 64 elements a scale, over the ends of rows; its kernel for
+    CPUs takes them for blocks of a row, and is silently wrong where rows are no multiples."""
+    for path, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is not None and weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            raise UserError(
+                f"{path}: in_features must be a multiple of {state.blocksize} for 4 bits by "
+                f"bitsandbytes on a CPU, got {state.shape[-1]}; give --quantize int8 or a GPU"
+            )
 
 
 def _has_row_scales(module: nn.Module) -> bool:

@@ -73,6 +73,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def quantizable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_model with sizes that bitsandbytes takes on a CPU: multiples of 64."""
+    from byte_llama import save_byte_llama
+    from finetune_runs import CONTEXT
+
+    path = tmp_path_factory.mktemp("quantizable-model")
+    save_byte_llama(path, context=CONTEXT, intermediate_size=128)
+    return path
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))

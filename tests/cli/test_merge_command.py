@@ -259,16 +259,20 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, adapter) ->
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantized_base_is_merged_once_it_may_become_dense(tiny_model, tmp_path, kind) -> None:
+def test_a_quantized_base_is_merged_once_it_may_become_dense(
+    quantizable_model, tmp_path, kind
+) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
     quantization = BitsAndBytesConfig(**options.get(kind, {"load_in_8bit": True}))
     base = tmp_path / "base"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        quantizable_model, quantization_config=quantization
+    )
     model.save_pretrained(base)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    AutoTokenizer.from_pretrained(quantizable_model).save_pretrained(base)
     expected = save_adapter(base, tmp_path / "adapter", MERGEABLE["lora"])
     check_error(merge(tmp_path / "adapter", tmp_path / "out"), "is quantized", "--dequantize")
     result = merge(tmp_path / "adapter", tmp_path / "out", "--dequantize")
