@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_ext.cli.adapters import AdapterSource
+from lowrank_ext.cli.checks import check_at_least, check_choice
 from lowrank_ext.cli.data import (
     TRAIN_ON,
     DataOptions,
@@ -27,7 +28,6 @@ from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.methods import base_dtype
 from lowrank_ext.cli.models import check_context, check_vocabulary, dtype_name
-from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.cli.training.evaluation import held_out_loss, num_targets
 from lowrank_ext.cli.variants import BASE, Variants, load_variants, named_adapters
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 import lowrank_ext as lr
 from lowrank_ext.cli.adapters import find_adapter, find_base, load_adapter
+from lowrank_ext.cli.checks import check_at_least
 from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import as_user_error
 from lowrank_ext.cli.files import MEBIBYTE, cannot_write, new_directory, require_free_space
@@ -16,7 +17,6 @@ from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.methods import count
 from lowrank_ext.cli.models import load_model, resolve_device
 from lowrank_ext.cli.results import check_replaceable, write_record
-from lowrank_ext.cli.settings import check_at_least
 
 RECORD = "exported_from.json"
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lowrank_ext.cli.checks import DTYPES, MOST_THREADS
 from lowrank_ext.cli.data.lines import Line, lines_of
 from lowrank_ext.cli.data.records import Record, open_binary, read_file
 from lowrank_ext.cli.data.sources import JSON_LINES, TEXT, file_kind
@@ -21,7 +22,6 @@ from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_m
 from lowrank_ext.cli.files import require_directory
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
-from lowrank_ext.cli.settings import DTYPES, MOST_THREADS
 from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 

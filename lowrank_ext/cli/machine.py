@@ -2,7 +2,7 @@
 
 import torch
 
-from lowrank_ext.cli.settings import DTYPES, MOST_THREADS, check_at_least, check_choice
+from lowrank_ext.cli.checks import DTYPES, MOST_THREADS, check_at_least, check_choice
 
 
 def check_machine(dtype: str, threads: int | None) -> None:

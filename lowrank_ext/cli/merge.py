@@ -20,6 +20,7 @@ from lowrank_ext.cli.adapters import (
     find_quantization,
     load_adapter,
 )
+from lowrank_ext.cli.checks import check_choice
 from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import MEBIBYTE, cannot_write, new_directory, require_free_space
@@ -36,7 +37,6 @@ from lowrank_ext.cli.models import (
     resolve_dtype,
 )
 from lowrank_ext.cli.results import check_replaceable, write_record
-from lowrank_ext.cli.settings import check_choice
 from lowrank_ext.cli.whole_model import save_whole_model
 from lowrank_ext.merging import dense_dtype, forget_quantization
 from lowrank_ext.nn.low_rank_linear import LowRankLinear

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lowrank_ext.cli.checks import check_at_least
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import require_file
 from lowrank_ext.cli.models import CausalLM, check_vocabulary
-from lowrank_ext.cli.settings import check_at_least
 
 Message: TypeAlias = dict[str, str]
 

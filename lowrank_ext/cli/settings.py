@@ -1,7 +1,6 @@
 """The settings of a run, which are checked before anything is loaded."""
 
 import dataclasses
-import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lowrank_ext import LoRAConfig, registry
-from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON, absolute, check_source
+from lowrank_ext.cli.data import absolute, check_source
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
-from lowrank_ext.cli.models import resolve_device
-from lowrank_ext.cli.optimizers import (
-    LOGGERS,
-    SCHEDULES,
-    check_optimizer,
-    require_package,
-)
-from lowrank_ext.cli.quantization import QUANTIZATIONS, check_quantization
+from lowrank_ext.cli.quantization import check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
+from lowrank_ext.cli.setting_checks import check_length, check_names, check_numbers
 from lowrank_ext.cli.targets import parse_layers, parse_targets
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import DROPOUT, Option, Recipe
@@ -28,9 +21,6 @@ from lowrank_ext.recipe import DROPOUT, Option, Recipe
 # the recipes in the registry.
 BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelerated": 3e-3}
 _BARE = ("frozen", "full")  # without adapters
-DTYPES = ("auto", "bf16", "fp32", "fp16")
-MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
-ADAPTER_DTYPES = ("fp32", "bf16", "base")
 DEFAULT_STEPS = 30
 # Of methods with adapters; frozen and full have none.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -128,9 +118,9 @@ class Settings:
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
         _check_methods(self.methods)
-        self._check_numbers()
-        self._check_length()
-        self._check_names()
+        check_numbers(self)
+        check_length(self)
+        check_names(self)
         if not self.targets.strip():
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"
@@ -141,67 +131,6 @@ class Settings:
             check_source("--text", path)
         for path in self.eval:
             check_source("--eval", path)
-
-    def _check_numbers(self) -> None:
-        for option, value, least in (
-            ("--rank", self.rank, 1),
-            ("--batch", self.batch, 1),
-            ("--accumulate", self.accumulate, 1),
-            ("--seq-len", self.seq_len, 2),
-            ("--eval-batches", self.eval_batches, 1),
-            ("--eval-every", self.eval_every, 1),
-            ("--early-stop", self.early_stop, 1),
-            ("--save-every", self.save_every, 0),
-            ("--keep", self.keep, 1),
-        ):
-            if value is not None:
-                check_at_least(option, value, least)
-        check_at_least("--seed", self.seed, 0, most=2**40)
-        if self.threads is not None:
-            check_at_least("--threads", self.threads, 1, most=MOST_THREADS)
-        check_positive("--alpha", self.alpha)
-        check_positive("--lr", self.lr)
-        check_not_negative("--weight-decay", self.weight_decay)
-        check_not_negative("--clip", self.clip)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
-
-    def _check_length(self) -> None:
-        if self.given_steps is not None and self.epochs is not None:
-            raise UserError("give --steps or --epochs, not both")
-        if self.given_steps is None and self.epochs is None:
-            raise UserError("give --steps or --epochs")
-        if self.given_steps is not None:
-            check_at_least("--steps", self.given_steps, 1)
-        check_positive("--epochs", self.epochs)
-        check_not_negative("--warmup", self.warmup)
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise UserError(
-                "--warmup must be a fraction of the steps below 1 or a whole number of steps, got "
-                f"{self.warmup:g}"
-            )
-        if self.given_steps is not None and self.warmup > self.given_steps:
-            raise UserError(
-                f"--warmup must be at most --steps {self.given_steps}, got {self.warmup:g}"
-            )
-
-    def _check_names(self) -> None:
-        resolve_device(self.device)
-        for option, value, choices in (
-            ("--dtype", self.dtype, DTYPES),
-            ("--adapter-dtype", self.adapter_dtype, ADAPTER_DTYPES),
-            ("--quantize", self.quantize, QUANTIZATIONS),
-            ("--schedule", self.schedule, SCHEDULES),
-            ("--format", self.format, FORMATS),
-            ("--train-on", self.train_on, TRAIN_ON),
-            ("--packing", self.packing, PACKING),
-            *(("--log-to", name, LOGGERS) for name in self.log_to),
-        ):
-            if value is not None:
-                check_choice(option, value, choices)
-        check_optimizer(self.optimizer)
-        for name in self.log_to:
-            require_package(f"--log-to {name}", name)
 
     def _check_options(self) -> None:
         for option in method_options():
@@ -426,32 +355,3 @@ def _check_methods(methods: tuple[str, ...]) -> None:
             )
         if methods.count(name) > 1:
             raise UserError(f"--compare names {name} twice")
-
-
-def check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:
-    """Raises UserError unless ``least <= value <= most``."""
-    if value < least:
-        raise UserError(f"{option} must be at least {least}, got {value}")
-    if value > most:
-        raise UserError(f"{option} must be at most {most}, got {value}")
-
-
-def check_positive(option: str, value: float | None) -> None:
-    """Raises UserError unless the value is None or a positive number."""
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        raise UserError(f"{option} must be a positive number, got {value}")
-
-
-def check_not_negative(option: str, value: float) -> None:
-    """Raises UserError unless the value is 0 or a positive number."""
-    if not 0 <= value < math.inf:
-        raise UserError(f"{option} must be at least 0 and finite, got {value}")
-
-
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises UserError, with near matches, unless the value is one of the choices."""
-    if value not in choices:
-        raise UserError(
-            f"{option} must be one of {', '.join(choices)}, got {value!r}"
-            f"{near_matches(value, choices)}"
-        )

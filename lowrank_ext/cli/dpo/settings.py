@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
+from lowrank_ext.cli.checks import check_choice, check_positive
 from lowrank_ext.cli.data.formats import PREFERENCE
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.settings import Settings, check_choice, check_positive
+from lowrank_ext.cli.settings import Settings
 
 # Those of TRL's that need no option beside beta. Left out: robust and exo_pair, which need the
 # share of wrong labels, and sft, which reads the chosen answer alone.

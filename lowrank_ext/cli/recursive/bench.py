@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 import lowrank_ext as lr
+from lowrank_ext.cli.checks import check_at_least, check_choice
 from lowrank_ext.cli.data.blocks import load_documents
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error
@@ -18,7 +19,6 @@ from lowrank_ext.cli.recursive.evaluate import new_table
 from lowrank_ext.cli.recursive.generate import encoded
 from lowrank_ext.cli.recursive.models import load_recursive, num_loops, parse_rule
 from lowrank_ext.cli.sampling import read_prompts
-from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.methods.recursive.exits import SKIPPED
 
 DEFAULT_PROMPTS = 16

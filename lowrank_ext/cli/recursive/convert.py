@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import lowrank_ext as lr
+from lowrank_ext.cli.checks import check_at_least, check_choice
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import (
     MEBIBYTE,
@@ -26,7 +27,6 @@ from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.models import dtype_name, find_model, is_recursive, load_model, resolve_dtype
 from lowrank_ext.cli.recursive.models import num_bytes, numel
 from lowrank_ext.cli.report import human_count
-from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.cli.targets import parse_targets
 from lowrank_ext.methods.recursive.config import LORA_STARTS, TIED_STARTS
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lowrank_ext as lr
+from lowrank_ext.cli.checks import check_at_least, check_choice
 from lowrank_ext.cli.data.blocks import TokenBlocks, load_blocks
 from lowrank_ext.cli.data.sources import check_source
 from lowrank_ext.cli.environment import environment
@@ -23,7 +24,6 @@ from lowrank_ext.cli.recursive.models import (
     parse_rule,
     shown_rule,
 )
-from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.methods.recursive.calibration import LEAST_SEQUENCES
 from lowrank_ext.methods.recursive.exits import MEASURES
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 import lowrank_ext as lr
+from lowrank_ext.cli.checks import check_at_least, check_choice
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.models import LoadedModel
 from lowrank_ext.cli.recursive.models import load_recursive, num_loops, parse_rule
 from lowrank_ext.cli.sampling import read_prompts
-from lowrank_ext.cli.settings import check_at_least, check_choice
 from lowrank_ext.methods.recursive.engine.engine import POLICIES
 from lowrank_ext.methods.recursive.exits import SKIPPED
 

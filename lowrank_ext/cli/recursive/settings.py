@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank_ext.cli.checks import check_at_least, check_choice, check_positive
 from lowrank_ext.cli.data.sources import check_source
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import require_directory
 from lowrank_ext.cli.machine import check_machine
-from lowrank_ext.cli.settings import check_at_least, check_choice, check_positive
 from lowrank_ext.cli.typed import check_types
 from lowrank_ext.files import quoted
 from lowrank_ext.methods.recursive.losses import LOSSES
