@@ -64,7 +64,7 @@ def test_it_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_byte_llama(tmp_path / "base", context=64)
-    sizes = {"rank": 4, "steps": 6, "batch": 2, "seq_len": 32, "out": "there"}
+    sizes = {"rank": 4, "steps": 6, "batch": 2, "seq_len": 32, "num_texts": 3, "out": "there"}
     torch.manual_seed(0)
     names = run_cells({"base": str(tmp_path / "base"), **sizes})
 
