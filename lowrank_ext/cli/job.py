@@ -99,11 +99,13 @@ class Job:
             "half",
             "fsdp",
             "learning_rate",
+            "betas",
         }
         return Plan(
             device=self.device,
             half=resolve_dtype(settings.dtype, self.device) is torch.float16,
             learning_rate=settings.learning_rate(method),
+            betas=settings.adam_betas,
             **{name: getattr(settings, name) for name in shared},
         )
 

@@ -16,7 +16,7 @@ from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.dpo.app import dpo_command
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.optimizers import SCHEDULES
+from lowrank_ext.cli.optimizers import LOGGERS, SCHEDULES
 from lowrank_ext.cli.options import (
     Batch,
     Data,
@@ -171,12 +171,32 @@ def finetune(
     schedule: Annotated[
         str, typer.Option(help=f"The learning rate after that: {', '.join(SCHEDULES)}.")
     ] = "cosine",
+    min_lr: Annotated[
+        float, typer.Option(help="Where --schedule cosine ends, as a fraction of the peak.")
+    ] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: any.")] = 1.0,
     optimizer: Annotated[
         str,
         typer.Option(help="adamw in fp32, or a name of transformers' such as paged_adamw_8bit."),
     ] = "adamw",
+    betas: Annotated[
+        str | None,
+        typer.Option(
+            help="Of Adam and Lion, as 0.9,0.95: how slowly they forget.",
+            show_default="the optimizer's own",
+        ),
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="Of Adam.", show_default="the optimizer's own")
+    ] = None,
+    neftune: Annotated[
+        float | None,
+        typer.Option(
+            help="Noise on the embeddings in training (NEFTune), its alpha, as 5.",
+            show_default="none",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     adapter_dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or base; PEFT's adapters get the same.")
@@ -197,8 +217,15 @@ def finetune(
     log_to: Annotated[
         str | None,
         typer.Option(
-            help="Also tensorboard or wandb, separated by commas.", show_default="finetune.log"
+            help=f"Also {', '.join(LOGGERS)}; several are separated by commas.",
+            show_default="finetune.log",
         ),
+    ] = None,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between losses to --log-to, which are means of these steps.")
+    ] = 1,
+    run_name: Annotated[
+        str | None, typer.Option(help="In --log-to.", show_default="as --log-to has it")
     ] = None,
     save_every: SaveEvery = 0,
     keep: Annotated[int, typer.Option(help="Checkpoints that stay, the newest.")] = 1,

@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, str | None] = {
     **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
 }
 
-# Left out: those that need the lowest rate or the steps of each part, or look at the loss.
+# Left out: those that need the steps of each part, or look at the loss. cosine takes --min-lr.
 SCHEDULES = (
     "linear",
     "cosine",
@@ -48,8 +48,35 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
-# Where losses are sent, by the package that is needed for it.
-LOGGERS = ("tensorboard", "wandb")
+# Where transformers sends losses, and the module and the package that each needs. kubeflow is left
+# out: a server that starts runs asks for it.
+LOGGERS = {
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "clearml": ("clearml", "clearml"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "dagshub": ("dagshub", "dagshub"),
+    "dvclive": ("dvclive", "dvclive"),
+    "flyte": ("flytekit", "flytekit"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "swanlab": ("swanlab", "swanlab"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+}
+# Those of them that call a run by the name of --run-name.
+LOGGERS_WITH_NAMES = ("comet_ml", "mlflow", "swanlab", "trackio", "wandb")
+
+
+def takes_betas(optimizer: str) -> bool:
+    """Whether --betas are of this optimizer."""
+    return takes_eps(optimizer) or "lion" in optimizer
+
+
+def takes_eps(optimizer: str) -> bool:
+    """Whether --eps is of this optimizer."""
+    return "adamw" in optimizer or "ademamix" in optimizer
 
 
 def check_optimizer(name: str) -> None:
@@ -65,7 +92,11 @@ def check_optimizer(name: str) -> None:
         require_package(f"--optimizer {name}", package)
 
 
-def require_package(what: str, package: str) -> None:
-    """Raises UserError unless the package is installed."""
-    if find_spec(package) is None:
+def require_package(what: str, package: str, module: str | None = None) -> None:
+    """Raises UserError unless the package is installed.
+
+    Args:
+        module: what it is imported as, if by another name.
+    """
+    if find_spec(module or package) is None:
         raise UserError(f"{what} needs the package {package}: pip install {package}")

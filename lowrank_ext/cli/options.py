@@ -58,11 +58,12 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="
 PANELS = {
     "Model": "model device dtype quantize threads compile gradient_checkpointing",
     "Data": "text eval field format train_on packing seq_len preview",
-    "Training": "steps epochs batch accumulate lr warmup schedule weight_decay clip optimizer seed",
+    "Training": "steps epochs batch accumulate lr warmup schedule min_lr weight_decay clip "
+    "optimizer betas eps neftune seed",
     "Adapters": "method compare rank alpha rslora dropout targets exclude layers modules_to_save "
     "adapter_dtype",
     "Methods": "",
-    "Evaluation and logs": "eval_batches eval_every early_stop log_to",
+    "Evaluation and logs": "eval_batches eval_every early_stop log_to log_every run_name",
     "Output": "out save_every keep resume dry_run config",
 }
 METHODS_PANEL = "Methods"

@@ -13,8 +13,18 @@ from lowrank_ext.cli.checks import (
 from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.models import resolve_device
-from lowrank_ext.cli.optimizers import LOGGERS, SCHEDULES, check_optimizer, require_package
+from lowrank_ext.cli.optimizers import (
+    LOGGERS,
+    LOGGERS_WITH_NAMES,
+    OPTIMIZERS,
+    SCHEDULES,
+    check_optimizer,
+    require_package,
+    takes_betas,
+    takes_eps,
+)
 from lowrank_ext.cli.quantization import QUANTIZATIONS
+from lowrank_ext.files import quoted
 
 if TYPE_CHECKING:
     from lowrank_ext.cli.settings import Settings
@@ -34,6 +44,7 @@ def check_numbers(settings: "Settings") -> None:
         ("--early-stop", settings.early_stop, 1),
         ("--save-every", settings.save_every, 0),
         ("--keep", settings.keep, 1),
+        ("--log-every", settings.log_every, 1),
     ):
         if value is not None:
             check_at_least(option, value, least)
@@ -44,6 +55,8 @@ def check_numbers(settings: "Settings") -> None:
     check_positive("--lr", settings.lr)
     check_not_negative("--weight-decay", settings.weight_decay)
     check_not_negative("--clip", settings.clip)
+    check_positive("--eps", settings.eps)
+    check_positive("--neftune", settings.neftune)
     if settings.dropout is not None and not 0 <= settings.dropout < 1:
         raise UserError(f"--dropout must be at least 0 and below 1, got {settings.dropout}")
 
@@ -80,10 +93,52 @@ def check_names(settings: "Settings") -> None:
         ("--format", settings.format, FORMATS),
         ("--train-on", settings.train_on, TRAIN_ON),
         ("--packing", settings.packing, PACKING),
-        *(("--log-to", name, LOGGERS) for name in settings.log_to),
+        *(("--log-to", name, tuple(LOGGERS)) for name in settings.log_to),
     ):
         if value is not None:
             check_choice(option, value, choices)
     check_optimizer(settings.optimizer)
     for name in settings.log_to:
-        require_package(f"--log-to {name}", name)
+        module, package = LOGGERS[name]
+        require_package(f"--log-to {name}", package, module)
+
+
+def check_combinations(settings: "Settings") -> None:
+    """Raises UserError for an option that another one leaves without effect."""
+    for option, value, takes in (
+        ("--betas", settings.betas, takes_betas),
+        ("--eps", settings.eps, takes_eps),
+    ):
+        if value and not takes(settings.optimizer):
+            known = ", ".join(name for name in OPTIMIZERS if takes(name))
+            raise UserError(f"{option} is of {known}; the run has --optimizer {settings.optimizer}")
+    if settings.min_lr and settings.schedule != "cosine":
+        raise UserError(f"--min-lr is of --schedule cosine, got {settings.schedule}")
+    if settings.log_every > 1 and not settings.log_to:
+        raise UserError("--log-every is of --log-to, which the run has not")
+    if settings.run_name is not None and not set(LOGGERS_WITH_NAMES) & set(settings.log_to):
+        raise UserError(
+            f"--run-name is of --log-to {', '.join(LOGGERS_WITH_NAMES)}; the run has "
+            f"{', '.join(settings.log_to) or 'none'}"
+        )
+    if settings.neftune is not None and settings.compile:
+        raise UserError("--neftune adds noise by a hook, which --compile leaves out; give one")
+
+
+def check_rates(settings: "Settings") -> None:
+    """Raises UserError for --betas and --min-lr that are no rates."""
+    if settings.betas:
+        try:
+            betas = [float(beta) for beta in settings.betas]
+        except ValueError:
+            betas = []
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(
+                "--betas must be two numbers of at least 0 and below 1, as 0.9,0.95, got "
+                f"{quoted(','.join(settings.betas))}"
+            )
+    if not 0 <= settings.min_lr < 1:
+        raise UserError(
+            "--min-lr must be a fraction of the peak, at least 0 and below 1, got "
+            f"{settings.min_lr}"
+        )

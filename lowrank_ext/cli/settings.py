@@ -12,7 +12,13 @@ from lowrank_ext.cli.data import absolute, check_source
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.quantization import check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
-from lowrank_ext.cli.setting_checks import check_length, check_names, check_numbers
+from lowrank_ext.cli.setting_checks import (
+    check_combinations,
+    check_length,
+    check_names,
+    check_numbers,
+    check_rates,
+)
 from lowrank_ext.cli.targets import parse_layers, parse_targets
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import DROPOUT, Option, Recipe
@@ -48,6 +54,9 @@ class Settings:
         given_steps: --steps; None with --epochs, whose steps are known once the data is.
         resolved_steps: those of --epochs, see `with_steps`; not stored.
         warmup: below 1 a fraction of the steps, from 1 their number.
+        min_lr: where cosine ends, as a fraction of the peak.
+        betas: two numbers, as the user wrote them; none: the optimizer's own.
+        neftune: alpha of the noise on the embeddings in training; None: no noise.
         clip: the largest norm of the gradient; 0: any.
         eval_every: steps between evaluations; None: four in a run.
         early_stop: evaluations without improvement that end the run; None: it is not ended.
@@ -86,9 +95,13 @@ class Settings:
     lr: float | None
     warmup: float
     schedule: str
+    min_lr: float
     weight_decay: float
     clip: float
     optimizer: str
+    betas: tuple[str, ...]
+    eps: float | None
+    neftune: float | None
     options: Mapping[str, Any]
     dtype: str
     adapter_dtype: str
@@ -98,6 +111,8 @@ class Settings:
     eval_every: int | None
     early_stop: int | None
     log_to: tuple[str, ...]
+    log_every: int
+    run_name: str | None
     save_every: int
     keep: int
     compile: bool
@@ -111,6 +126,14 @@ class Settings:
             raise RuntimeError("the steps of --epochs are known once the data is: with_steps")
         return steps
 
+    @property
+    def adam_betas(self) -> tuple[float, float] | None:
+        """--betas as numbers; None: the optimizer's own."""
+        if not self.betas:
+            return None
+        first, second = self.betas
+        return float(first), float(second)
+
     def with_steps(self, steps: int) -> Self:
         """A copy for data in which --epochs are that many steps."""
         return dataclasses.replace(self, resolved_steps=steps)
@@ -121,6 +144,8 @@ class Settings:
         check_numbers(self)
         check_length(self)
         check_names(self)
+        check_rates(self)
+        check_combinations(self)
         if not self.targets.strip():
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"
@@ -251,6 +276,7 @@ class Settings:
             "eval": _paths(values["eval"]),
             "modules_to_save": comma_separated(values["modules_to_save"]),
             "log_to": comma_separated(values["log_to"]),
+            "betas": comma_separated(values["betas"]),
             "given_steps": DEFAULT_STEPS if steps is None and epochs is None else steps,
             "options": {option.name: values[option.name] for option in method_options()},
         }

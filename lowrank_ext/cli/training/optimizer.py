@@ -19,9 +19,10 @@ class MasterAdamW(torch.optim.AdamW):
 
     Args:
         groups: dicts with `params`, `lr` and `weight_decay`.
+        options: AdamW's own, as `betas`.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.masters = [
             parameter
@@ -33,6 +34,7 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__(
             [{**group, "params": [next(masters) for _ in group["params"]]} for group in groups],
             fused=True,
+            **options,
         )
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

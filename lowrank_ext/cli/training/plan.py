@@ -26,12 +26,17 @@ class Plan:
         batch: rows of a process in one forward.
         accumulate: forwards of a process per step.
         warmup: fraction of the steps, or from 1 on their number.
+        min_lr: where cosine ends, as a fraction of the learning rate.
         clip: largest norm of the gradient; 0: any.
+        betas, eps: of the optimizers that have them; None: their own.
+        neftune: alpha of the noise on the embeddings in training; None: no noise.
         eval_every: steps between evaluations; None: four evaluations.
         early_stop: evaluations without a better loss after which training ends; None: never.
         save_every: steps between checkpoints; 0: at the end and when stopped.
         keep: checkpoints that stay.
-        log_to: tensorboard, wandb.
+        log_to: names of transformers' integrations.
+        log_every: steps between what they get.
+        run_name: what they call the run; None: their own choice.
         device: where one process trains; several have one each.
         half: whether the model is in fp16, whose gradients are scaled.
         fsdp: whether the processes share the model's parameters (FSDP2).
@@ -46,12 +51,18 @@ class Plan:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     clip: float = 1.0
+    min_lr: float = 0.0
     optimizer: str = ADAMW
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    neftune: float | None = None
     eval_every: int | None = None
     early_stop: int | None = None
     save_every: int = 0
     keep: int = 1
     log_to: tuple[str, ...] = ()
+    log_every: int = 1
+    run_name: str | None = None
     device: torch.device = CPU
     half: bool = False
     fsdp: bool = False
@@ -89,7 +100,6 @@ def training_arguments(
         gradient_accumulation_steps=plan.accumulate,
         max_steps=steps,
         learning_rate=plan.learning_rate,
-        lr_scheduler_type=plan.schedule,
         warmup_steps=plan.warmup_steps(steps),
         weight_decay=plan.weight_decay,
         max_grad_norm=plan.clip,
@@ -97,7 +107,9 @@ def training_arguments(
         fp16=plan.half,
         seed=plan.seed % 2**32,
         logging_strategy="steps",
-        logging_steps=1,
+        logging_steps=plan.log_every,
+        run_name=plan.run_name,
+        neftune_noise_alpha=plan.neftune,
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",
@@ -107,12 +119,28 @@ def training_arguments(
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
+        **_rates(plan),
         **_sharding(plan),
         **more,
     )
     if plan.device.type == "cuda" and arguments.world_size == 1:
         _use_one_gpu(arguments, plan.device)
     return arguments
+
+
+def _rates(plan: Plan) -> dict[str, Any]:
+    """The schedule of the learning rate, and what Adam averages over."""
+    found: dict[str, Any] = {"lr_scheduler_type": plan.schedule}
+    if plan.min_lr:
+        found |= {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": plan.min_lr},
+        }
+    if plan.betas is not None:
+        found |= dict(zip(("adam_beta1", "adam_beta2"), plan.betas, strict=True))
+    if plan.eps is not None:
+        found["adam_epsilon"] = plan.eps
+    return found
 
 
 def _sharding(plan: Plan) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """transformers' Trainer as the loop of our commands: one stage of a TrainingRun."""
 
 import math
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,11 @@ class FinetuneTrainer(AdapterTrainer):
         return self.optimizer
 
     def _new_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        if self.run.plan.optimizer == ADAMW:
-            return MasterAdamW(groups)
-        with as_user_error(f"--optimizer {self.run.plan.optimizer}", Exception):
+        plan = self.run.plan
+        if plan.optimizer == ADAMW:
+            own = {"betas": plan.betas, "eps": plan.eps}
+            return MasterAdamW(groups, **{k: v for k, v in own.items() if v is not None})
+        with as_user_error(f"--optimizer {plan.optimizer}", Exception):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             optimizer: torch.optim.Optimizer = kind(groups, **options)
         return optimizer
@@ -149,7 +152,8 @@ class FinetuneTrainer(AdapterTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, "loss": self.run.progress.losses[-1]}
+            recent = self.run.progress.losses[-self.run.plan.log_every :]
+            logs = {**logs, "loss": statistics.mean(recent)}
         super().log(logs, *args, **options)
 
     # Evaluation and checkpoints
