@@ -15,9 +15,9 @@ from torch import nn
 import lowrank_ext as lr
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matches_names
-from lowrank_ext.cli.errors import as_user_error
+from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import new_directory
-from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
+from lowrank_ext.cli.models import CausalLM, holds_quantized, resolve_adapter_dtype
 from lowrank_ext.cli.quantization import num_elements
 from lowrank_ext.cli.settings import Settings, lora_recipe
 from lowrank_ext.cli.whole_model import save_whole_model
@@ -48,6 +48,7 @@ class Entry(ABC):
         exist."""
         # RuntimeError: memory that is not there, which is how torch says it
         with as_user_error(f"cannot set up {self.name}", ValueError, TypeError, RuntimeError):
+            _check_saved_modules(model, settings)
             return self._build(model, settings)
 
     def save(self, model: CausalLM, tokenizer: Any, directory: Path) -> Path | None:
@@ -252,6 +253,16 @@ def _paths_of(model: CausalLM, names: tuple[str, ...]) -> list[str]:
         if not any(matches_names(path, [name]) for path in found):
             raise ValueError(f"modules_to_save must name modules of the model, got {name!r}")
     return found
+
+
+def _check_saved_modules(model: CausalLM, settings: Settings) -> None:
+    """Raises UserError for --modules-to-save of quantized modules, which would get no gradients."""
+    for path in _paths_of(model, settings.modules_to_save):
+        if holds_quantized(model.get_submodule(path)):
+            raise UserError(
+                f"--modules-to-save: {path} is quantized, and only dense modules train: embeddings,"
+                " head and norms, or any without --quantize"
+            )
 
 
 def _peft_autocast(model: CausalLM, settings: Settings) -> bool:

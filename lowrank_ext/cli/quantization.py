@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.merging import forget_quantization
 from lowrank_ext.nn.quantized import is_quantized, keep_unpacked
+from lowrank_ext.registry import method_for
 
 if TYPE_CHECKING:
     from lowrank_ext.cli.settings import Settings
@@ -34,15 +35,15 @@ def check_quantization(settings: "Settings") -> None:
 
 
 def check_methods(settings: "Settings", what: str) -> None:
-    """Raises UserError, which begins with ``what``, for a method that changes the base's weights:
-    quantized ones stay as they are."""
+    """Raises UserError, which begins with ``what``, for a method that needs dense weights."""
     if "full" in settings.methods:
         raise UserError(f"{what}: full trains the base's weights, and quantized ones cannot train")
-    for recipe in settings.recipes():
-        if recipe.changes_base(settings):
+    for name, recipe in settings.adapter_recipes().items():
+        config = recipe.config(settings.config_fields(recipe.name), settings)
+        if config.init in method_for(config, "finetune").module_class.svd_inits:
             raise UserError(
-                f"{what}: {recipe.name} takes its start out of the base's weights, which must be "
-                "dense for it; choose a method that leaves them as they are, such as lora"
+                f"{what}: {name} starts from an SVD of the base's weights (init {config.init}), "
+                "which must be dense for it; choose another --init or method"
             )
 
 

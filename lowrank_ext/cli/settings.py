@@ -197,6 +197,12 @@ class Settings:
         """The recipes of the run's methods, baselines left out, in the order of the list."""
         return [recipe for recipe in registry.recipes() if recipe.name in self.methods]
 
+    def adapter_recipes(self) -> dict[str, Recipe]:
+        """The recipe of every method with adapters, by the method's name; PEFT's LoRA has ours."""
+        recipes = {recipe.name: recipe for recipe in registry.recipes()}
+        recipes |= dict.fromkeys(_PEFT, lora_recipe())
+        return {name: recipes[name] for name in self.methods if name in recipes}
+
     def learning_rate(self, method: str) -> float:
         """--lr, or the method's own default."""
         rates = BASELINES | {recipe.name: recipe.learning_rate for recipe in registry.recipes()}

@@ -324,6 +324,35 @@ def test_a_method_runs_over_a_quantized_base_or_is_refused_before_it_is_loaded(
                 entry(method).build(model, settings[0])
 
 
+@by_kind
+@pytest.mark.parametrize(
+    ("method", "init"),
+    [("peft-lora", "pissa"), ("lora", "pissa"), ("lamda", "svd_zero_core")],
+)
+def test_a_start_that_needs_dense_weights(run, tmp_path, kind, method, init) -> None:
+    check_error(run("--init", init, quantize=kind, method=method), method, f"(init {init})")
+    assert not (tmp_path / "out").exists()
+
+
+@by_kind
+@pytest.mark.parametrize("method", ["peft-lora", "lora"])
+def test_modules_that_train_whole_are_dense_ones(run, tmp_path, kind, method) -> None:
+    options = {"method": method, "quantize": kind, "steps": 2, "targets": "q_proj"}
+    check_error(
+        run(modules_to_save="up_proj", **options),
+        "--modules-to-save: model.layers.0.mlp.up_proj is quantized",
+    )
+    result = run(modules_to_save="input_layernorm", **options)
+    assert result.exit_code == 0, result.output
+    row = rows(tmp_path / "out")[method]
+    assert row["trainable_at_start"] == 2 * (4 * (64 + 64) + 64)
+
+
+def test_biases_train_over_a_quantized_base(run) -> None:
+    """They are not quantized; this model has none."""
+    assert run(quantize="nf4", bias="all", steps=1).exit_code == 0
+
+
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao", "accelerate"])
 def test_a_package_that_is_not_there(monkeypatch, run, tmp_path, package) -> None:
     real = importlib.util.find_spec
@@ -346,7 +375,7 @@ def test_a_model_that_is_quantized_already(run, tmp_path, tiny_model) -> None:
     base = tmp_path / "base"
     save_quantized(base, tiny_model)
     check_error(run(model=base, quantize="int8"), "--quantize int8", "base is quantized already")
-    check_error(run(model=base, method="lamda"), "base is quantized: lamda takes its start")
+    check_error(run(model=base, method="lamda"), "base is quantized: lamda starts from an SVD")
     assert run(model=base, steps=2).exit_code == 0
     model = report(tmp_path / "out")["model"]
     assert (model["quantize"], model["quantized_parameters"]) == (None, LINEARS)
