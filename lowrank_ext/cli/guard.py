@@ -99,15 +99,17 @@ def read_lines(options: Options) -> list[Line]:
             if kind == TEXT and not options.jsonl:
                 return list(lines_of(file, name))
             records = read_file(file, name, JSON_LINES if options.jsonl else kind)
-            return [Line(each.number, _text_of(each, options.field)) for each in records]
+            return [Line(each.number, text_of(each, options.field)) for each in records]
 
 
-def _text_of(record: Record, field: str) -> str:
+def text_of(record: Record, field: str) -> str:
+    """The text of a record, of `field`, or of prompt and response. Raises UserError naming the
+    record when it has neither."""
     row = record.value
     if isinstance(row, dict):
         if isinstance(text := row.get(field), str):
             return text
-        turns = {key: row[key] for key in ("prompt", "response") if key in row}
+        turns = {key: row[key] for key in ("prompt", "response") if row.get(key) is not None}
         if turns and all(isinstance(turn, str) for turn in turns.values()):
             return conversation(**turns)
     there = ", ".join(row) if isinstance(row, dict) else type(row).__name__

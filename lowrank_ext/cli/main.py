@@ -16,6 +16,7 @@ from lowrank_ext.cli.display import escape_what_cannot_be_shown, make_console
 from lowrank_ext.cli.dpo.app import dpo_command
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.guard_train.app import guard_train_command
 from lowrank_ext.cli.optimizers import LOGGERS, SCHEDULES
 from lowrank_ext.cli.options import (
     Batch,
@@ -41,6 +42,8 @@ from lowrank_ext.cli.settings import (
     method_names,
 )
 
+GUARD_TRAIN = "guard train"
+
 
 class Commands(TyperGroup):
     """The commands, on streams that show every character in some way."""
@@ -48,6 +51,12 @@ class Commands(TyperGroup):
     def main(self, *arguments: Any, **options: Any) -> Any:
         escape_what_cannot_be_shown()
         return super().main(*arguments, **options)
+
+    def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        """`guard train` is a command of two words, beside `guard FILE`."""
+        if arguments[:2] == GUARD_TRAIN.split():
+            arguments = [GUARD_TRAIN, *arguments[2:]]
+        return super().resolve_command(context, arguments)
 
 
 app = typer.Typer(
@@ -321,12 +330,15 @@ def guard(
     """Score texts with a guard: the probability that each is unsafe.
 
     Prints line number, score and verdict, separated by tabs, in the order of the input; empty lines
-    are left out. A line has at most 16 MiB. examples/guard.py trains a guard.
+    are left out. A line has at most 16 MiB. `lowrank-ext guard train` makes a guard.
     """
     with errors_as_lines(prints_result=True):
         from lowrank_ext.cli import guard as command
 
         command.run(command.Options(**context.params))
+
+
+app.command(GUARD_TRAIN)(guard_train_command(finetune))
 
 
 @app.command()

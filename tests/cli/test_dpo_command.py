@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ext as lr
 from lowrank_ext.cli.data import DataOptions
-from lowrank_ext.cli.dpo import report as report_module
+from lowrank_ext.cli.dpo import picture as picture_module
 from lowrank_ext.cli.dpo import settings as settings_module
 from lowrank_ext.cli.dpo.pairs import LONG_PROMPT, SAME, SAME_BEGINNING, load_pairs
 
 STEPS = 6
-DRAW = report_module.rewards_picture
+DRAW = picture_module.rewards_picture
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run; one test draws."""
-    monkeypatch.setattr(report_module, "rewards_picture", lambda progress: b"")
+    monkeypatch.setattr(picture_module, "rewards_picture", lambda progress: b"")
 
 
 def rows(count: int = 40, start: int = 0) -> list[Row]:
@@ -196,7 +196,7 @@ def test_the_reference_is_the_model_with_its_adapter_off(
 def test_what_is_written_and_shown(
     dpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "rewards_picture", DRAW)
+    monkeypatch.setattr(picture_module, "rewards_picture", DRAW)
     result = dpo(loss="ipo", beta=0.2, save_every=2, keep=2)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"

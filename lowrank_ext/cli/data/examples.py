@@ -1,8 +1,9 @@
 """The examples of a command's data, and which of them are held out."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 
@@ -34,14 +35,23 @@ class Examples:
     left_out: list[str] = field(default_factory=list)
 
 
-def load_examples(options: DataOptions, console: Console | None = None) -> Examples:
+def load_examples(
+    options: DataOptions,
+    console: Console | None = None,
+    read: Callable[[Record], Any] | None = None,
+) -> Examples:
     """Training and evaluation examples: the latter those of --eval, of what --text itself has for
-    evaluation (a validation split), or a part of --text. Raises UserError where there is none."""
+    evaluation (a validation split), or a part of --text. Raises UserError where there is none.
+
+    Args:
+        read: makes an example of a record; None: `to_example`.
+    """
+    read = read or (lambda record: to_example(record, options.field, options.format))
     if not options.text:
-        return _default_examples(options, console)
+        return _default_examples(options, read, console)
     sources, left_out = find_sources("--text", options.text)
     counts: Counter[str] = Counter()
-    train = list(_examples(_of_part(sources, TRAIN), options, TRAIN, counts, console))
+    train = list(_examples(_of_part(sources, TRAIN), read, TRAIN, counts, console))
     description = _described(", ".join(options.text), train)
     if not train:
         raise UserError(f"{description}: the text is too short: it holds no example")
@@ -51,7 +61,7 @@ def load_examples(options: DataOptions, console: Console | None = None) -> Examp
         own, about = _evaluation_sources(options)
         left_out += about
     if own:
-        held_out = list(_examples(own, options, EVALUATION, counts, console))
+        held_out = list(_examples(own, read, EVALUATION, counts, console))
     else:
         train, held_out = split_examples(train)
     return Examples(train, held_out, description, dict(counts), left_out)
@@ -71,14 +81,16 @@ def read_records(option: str, names: tuple[str, ...]) -> Iterator[Record]:
         yield from read_source(source)
 
 
-def _default_examples(options: DataOptions, console: Console | None) -> Examples:
+def _default_examples(
+    options: DataOptions, read: Callable[[Record], Any], console: Console | None
+) -> Examples:
     documents: list[Example] = [TextExample(text, where) for where, text in default_documents()]
     counts = Counter({DEFAULT_SOURCE: len(documents)})
     description = _described(DEFAULT_SOURCE, documents)
     if not options.eval:
         return Examples(*split_examples(documents), description, dict(counts))
     sources, left_out = _evaluation_sources(options)
-    held_out = list(_examples(sources, options, EVALUATION, counts, console))
+    held_out = list(_examples(sources, read, EVALUATION, counts, console))
     return Examples(documents, held_out, description, dict(counts), left_out)
 
 
@@ -99,7 +111,7 @@ def _of_part(sources: Sequence[Source], part: str) -> list[Source]:
 
 def _examples(
     sources: Sequence[Source],
-    options: DataOptions,
+    read: Callable[[Record], Any],
     part: str,
     counts: Counter[str],
     console: Console | None,
@@ -109,7 +121,7 @@ def _examples(
     )
     for source, record in counted(records, "reading", console):
         counts[source.location] += 1
-        yield to_example(record, options.field, options.format)
+        yield read(record)
 
 
 def _described(names: str, examples: Sequence[Example]) -> str:

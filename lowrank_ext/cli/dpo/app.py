@@ -57,11 +57,11 @@ def dpo_command(finetune: Callable[..., None]) -> Callable[..., None]:
         finetune.
         """
         with errors_as_lines():
-            from lowrank_ext.cli.dpo import command
+            from lowrank_ext.cli.dpo.command import Dpo
             from lowrank_ext.cli.run_settings import chosen_settings
 
             console, out, resume = make_console(), shared["out"], shared["resume"]
             settings = chosen_settings(DpoSettings, context, shared["config"], out, resume, console)
-            command.run(settings, out, resume, console)
+            Dpo().run(settings, out, resume, console)
 
     return dpo

@@ -1,0 +1,48 @@
+"""guard.png: loss and scores over the steps, and the guard's precision-recall curve."""
+
+import io
+
+import torch
+from torch import Tensor
+
+from lowrank_ext.cli.report import smoothed
+from lowrank_ext.cli.single_run import evaluations
+from lowrank_ext.cli.training.run import TrainingRun
+from lowrank_ext.methods.lora_guard import average_precision, precision_recall
+
+
+def guard_picture(unsafe: Tensor, scores: Tensor, run: TrainingRun) -> bytes:
+    """PNG.
+
+    Args:
+        unsafe: bool [N], of the held-out texts.
+        scores: [N], the guard's.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)  # opens no window, whatever backend is configured
+    loss, quality, curve = figure.subplots(1, 3)
+    measured, losses = evaluations(run.progress), run.progress.losses
+    steps = [each.step for each in measured]
+    loss.plot(range(1, len(losses) + 1), smoothed(losses), color="C0", label="training, smoothed")
+    loss.plot(steps, [each.loss for each in measured], "o-", color="C1", label="held out")
+    loss.set(title="Loss", xlabel="step")
+    for name, label in (("auprc", "AUPRC"), ("f1", "F1"), ("accuracy", "accuracy")):
+        quality.plot(steps, [each.scores[name] for each in measured], "o-", label=label)
+    quality.set(title="Held-out texts", xlabel="step", ylim=(-0.02, 1.02))
+    found = precision_recall(unsafe, scores)
+    recall = torch.cat([torch.zeros(1), found.recall])
+    precision = torch.cat([found.precision[:1], found.precision])
+    area, share = average_precision(unsafe, scores), float(unsafe.double().mean())
+    curve.step(recall, precision, where="pre", label=f"the guard: AUPRC {area:.3f}")
+    curve.axhline(share, color="gray", linestyle="--", label=f"everything unsafe: {share:.3f}")
+    curve.set(title=f"{len(unsafe)} held-out texts", xlabel="recall", ylabel="precision")
+    curve.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    for axes in (loss, quality, curve):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
