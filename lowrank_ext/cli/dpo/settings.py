@@ -41,7 +41,8 @@ class DpoSettings(Settings):
         loss: TRL's loss_type.
     """
 
-    # Dropout would be noise in the log-ratios, so TRL switches it off, and so is ours.
+    # Dropout, and noise on the embeddings, would be noise in the log-ratios: TRL switches its own
+    # dropout off, and so is ours.
     fixed: ClassVar[Mapping[str, Any]] = {
         "compare": None,
         "train_on": "completion",
@@ -49,6 +50,7 @@ class DpoSettings(Settings):
         "format": PREFERENCE,
         "field": "text",
         "dropout": 0.0,
+        "neftune": None,
         "compile": False,
     }
 

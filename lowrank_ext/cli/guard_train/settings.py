@@ -34,6 +34,7 @@ class GuardSettings(Settings):
         "gradient_checkpointing": False,
         "compile": False,
         "early_stop": None,
+        "neftune": None,
         "modules_to_save": None,
         "exclude": None,
         "layers": None,
