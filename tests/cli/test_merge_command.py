@@ -284,19 +284,21 @@ def test_a_quantized_base_is_merged_once_it_may_become_dense(
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_run_over_a_quantized_base_is_merged_into_it_or_into_the_base_before(
-    tiny_model, text_file, tmp_path, quantize
+    quantizable_model, text_file, tmp_path, quantize
 ) -> None:
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("torchao")
-    run, source = tmp_path / "run", models.find_model(str(tiny_model))
-    options = small_run(model=tiny_model, text=text_file, out=run, steps=4, quantize=quantize)
+    run, source = tmp_path / "run", models.find_model(str(quantizable_model))
+    options = small_run(
+        model=quantizable_model, text=text_file, out=run, steps=4, quantize=quantize
+    )
     assert invoke("finetune", *options).exit_code == 0
     check_error(merge(run, tmp_path / "out"), f"the base is in {quantize}", "give --dequantize")
     check_error(merge(run, tmp_path / "out", quantize="nf5"), "--quantize must be one of none, nf4")
     quantized = models.load_model(source, torch.float32, quantize=quantize).model
     for flags, base, apart in (
         (["--dequantize"], quantized, 1e-2),
-        (["--quantize", "none"], load_plain(tiny_model), 1e-5),
+        (["--quantize", "none"], load_plain(quantizable_model), 1e-5),
     ):
         result = merge(run, tmp_path / "out", *flags, dtype="fp32")
         assert result.exit_code == 0, result.output
