@@ -27,6 +27,7 @@ class Run:
     """Of the options of the run that wrote an adapter those by which it is used again."""
 
     model: str | None = None
+    revision: str | None = None
     quantize: str | None = None
     dtype: str = "auto"
     compare: tuple[str, ...] = ()
@@ -35,6 +36,8 @@ class Run:
     field: str = "text"
     train_on: str = "auto"
     packing: str = "auto"
+    eval_split: float | None = None
+    max_rows: int | None = None
     seq_len: int | None = None
 
 
@@ -130,8 +133,9 @@ def _own_base(adapter: AdapterSource) -> ModelSource:
         raise UserError(
             f"{adapter.path}: its base model {quoted(name)} is not there; give it by --model"
         )
+    revision = None if adapter.run is None else adapter.run.revision
     try:
-        return find_model(name)
+        return find_model(name, revision)
     except UserError as error:
         raise UserError(f"{adapter.path}: its base model: {error}") from None
 

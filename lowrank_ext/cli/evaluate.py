@@ -164,6 +164,8 @@ def data_options(
         seq_len=options.seq_len or own.seq_len or usual,
         train_on=own.train_on,
         packing=own.packing,
+        eval_split=own.eval_split,
+        max_rows=own.max_rows,
     )
 
 

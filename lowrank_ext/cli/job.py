@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lowrank_ext.cli.chat_template import use_template
 from lowrank_ext.cli.data import (
     Corpus,
     DataOptions,
@@ -37,8 +38,10 @@ from lowrank_ext.cli.models import (
     resolve_device,
     resolve_dtype,
 )
+from lowrank_ext.cli.optimizers import require_package
 from lowrank_ext.cli.quantization import check_methods, num_quantized, weight_bytes
 from lowrank_ext.cli.report import human_count
+from lowrank_ext.cli.setting_checks import FLASH
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.training.evaluation import Batch
 from lowrank_ext.cli.training.order import RowOrder
@@ -130,7 +133,7 @@ def prepare(
 ) -> Job:
     """Loads model and data, with all checks that are possible before the first step."""
     loaded, device = load_base(settings, console)
-    corpus = load_corpus(data_options(settings), loaded.tokenizer, loaded.model.config, console)
+    corpus = load_corpus(DataOptions.of(settings), loaded.tokenizer, loaded.model.config, console)
     check_vocabulary(loaded.model, corpus.largest_id)
     if corpus.is_packed:
         check_documents_stay_apart(loaded.model)
@@ -144,14 +147,17 @@ def load_base(settings: Settings, console: Console) -> tuple[LoadedModel, torch.
     """The model of a run on its device, with the checks of what the run asks of it."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    source, device = find_model(settings.model), resolve_device(settings.device)
+    source, device = find_model(settings.model, settings.revision), resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     resolve_adapter_dtype(settings.adapter_dtype, dtype)
     check_half(settings, dtype, device)
     check_early_stop(settings)
+    check_attention(settings.attention, dtype, device)
     linears = "" if settings.quantize is None else f", its linears in {settings.quantize}"
     console.print(f"loading {source.name} in {dtype_name(dtype)}{linears}", markup=False)
-    loaded = load_model(source, dtype, device, settings.quantize)
+    loaded = load_model(source, dtype, device, settings.quantize, settings.attention)
+    if settings.chat_template is not None:
+        use_template(loaded.tokenizer, settings.chat_template)
     if holds_quantized(loaded.model):
         check_methods(settings, f"{source.name} is quantized")
     check_context(loaded.model, settings.seq_len)
@@ -178,17 +184,22 @@ def check_half(settings: Settings, dtype: torch.dtype, device: torch.device) -> 
         raise UserError("--dtype fp16: what trains must be in fp32, see --adapter-dtype; give bf16")
 
 
+def check_attention(attention: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UserError for an attention that this machine or dtype has not."""
+    if attention != FLASH:
+        return
+    if device.type != "cuda":
+        raise UserError(f"--attention {FLASH} needs a GPU, the run is on {device}; give sdpa")
+    if dtype is torch.float32:
+        raise UserError(f"--attention {FLASH} needs --dtype bf16 or fp16, got fp32")
+    require_package(f"--attention {FLASH}", "flash-attn", "flash_attn")
+
+
 def check_early_stop(settings: Settings) -> None:
     """Raises UserError for a method whose later stages cannot go back to an earlier one."""
     staged = [recipe.name for recipe in settings.recipes() if recipe.training.stages]
     if settings.early_stop is not None and staged:
         raise UserError(f"--early-stop: {staged[0]} trains in stages, which all must end")
-
-
-def data_options(settings: Settings) -> DataOptions:
-    """What the data package reads of the settings."""
-    names = ("text", "eval", "field", "format", "seq_len", "train_on", "packing")
-    return DataOptions(**{name: getattr(settings, name) for name in names})
 
 
 def make_job(

@@ -92,9 +92,24 @@ def common(
 def finetune(
     context: typer.Context,
     model: Model = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a cached model.", show_default="main"),
+    ] = None,
     device: Device = "auto",
     quantize: Annotated[
         str | None, typer.Option(help="Of the base: nf4 or int8.", show_default="none")
+    ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(help="auto, sdpa, eager or flash_attention_2; auto is transformers' choice."),
+    ] = "auto",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="A file with a template (Jinja) of conversations, which the adapter keeps.",
+            show_default="the tokenizer's",
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool,
@@ -123,6 +138,17 @@ def finetune(
     packing: Annotated[
         str, typer.Option(help="auto, on or off: several documents in a sequence.")
     ] = "auto",
+    eval_split: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of --text that is held out; 0: none, with --eval.",
+            show_default="0.1, unless --text or --eval has more",
+        ),
+    ] = None,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(help="Records to read of --text, and of --eval.", show_default="all"),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(method_names())}.", show_default="lora")
     ] = None,

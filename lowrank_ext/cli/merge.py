@@ -20,6 +20,7 @@ from lowrank_ext.cli.adapters import (
     find_quantization,
     load_adapter,
 )
+from lowrank_ext.cli.chat_template import use_templates_in
 from lowrank_ext.cli.checks import check_choice
 from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
@@ -90,6 +91,7 @@ def run(options: Options, console: Console) -> None:
         _make_fp32(loaded.model)
         dtype = _dtype(options.dtype, base)
         _check_dequantize(loaded.model, base, options.dequantize)
+        use_templates_in(loaded.tokenizer, [adapter.directory])
         adapted = load_adapter(loaded.model, adapter)
         with warnings_as_lines():
             model = merged(adapted, adapter).to(dtype)

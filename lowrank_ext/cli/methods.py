@@ -15,6 +15,7 @@ from torch import nn
 import lowrank_ext as lr
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matches_names
+from lowrank_ext.cli.chat_template import save_template
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, holds_quantized, resolve_adapter_dtype
@@ -57,6 +58,7 @@ class Entry(ABC):
             return None
         with new_directory(directory / self.saved_name) as temporary:
             self._save(model, tokenizer, temporary)
+            save_template(tokenizer, temporary)
         return directory / self.saved_name
 
     def load(self, model: CausalLM, settings: Settings, directory: Path) -> CausalLM:

@@ -1,5 +1,6 @@
 """Loading the base model and its tokenizer; the device, and the dtype that suits it."""
 
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -41,10 +42,15 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What from_pretrained needs: a directory or id, and the name of a GGUF file in it."""
+    """What from_pretrained needs: a directory or id, and the name of a GGUF file in it.
+
+    Attributes:
+        revision: of an id: a branch, tag or commit; None: main.
+    """
 
     location: str
     gguf_file: str | None = None
+    revision: str | None = None
 
     @property
     def name(self) -> str:
@@ -122,9 +128,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {value: key for key, value in TORCH_DTYPES.items()}[dtype]
 
 
-def find_model(model: str | None) -> ModelSource:
+def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     """A directory, a GGUF file, a directory that holds one, an id in the local cache, or the
-    default model."""
+    default model.
+
+    Args:
+        revision: of an id.
+    """
+    source = _find_model(model)
+    if revision is None:
+        return source
+    if os.path.exists(source.location):
+        raise UserError(f"--revision is of ids of cached models, --model is {source.location}")
+    return dataclasses.replace(source, revision=revision)
+
+
+def _find_model(model: str | None) -> ModelSource:
     if model is None:
         return _in_directory(_default_model_directory())
     path, what = Path(model), f"--model {model}"
@@ -170,9 +189,11 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device = CPU,
     quantize: str | None = None,
+    attention: str = "auto",
 ) -> LoadedModel:
     """The model on `device` and its tokenizer, from local files only. GGUF is dequantized in fp32
-    and rounded once to `dtype`. `quantize`: of --quantize, for the linears."""
+    and rounded once to `dtype`. `quantize`: of --quantize, for the linears. `attention`: of
+    --attention."""
     prepare_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,6 +206,9 @@ def load_model(
         "gguf_file": source.gguf_file,
         "trust_remote_code": False,  # the default asks on a terminal, and takes what stdin answers
     }
+    if source.revision is not None:
+        options["revision"] = source.revision
+    how = {} if attention == "auto" else {"attn_implementation": attention}
     # Exception, as a damaged file raises errors that depend on its format and library.
     # stderr is redirected, as the GGUF reader's progress bar would disturb ours.
     with (
@@ -196,11 +220,11 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model: CausalLM
         if quantize is not None:
-            model = load_quantized(source.location, quantize, dtype, device, **options)
+            model = load_quantized(source.location, quantize, dtype, device, how, **options)
         else:
             load_dtype = torch.float32 if source.gguf_file else dtype
             model = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype=load_dtype, **options
+                source.location, dtype=load_dtype, **how, **options
             )
             # Rounded first, so that a GPU needs no room for fp32. A GPU without room raises here.
             if not holds_quantized(model):  # those keep their dtype: libraries refuse to change it

@@ -56,8 +56,10 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="
 
 # The panels of finetune's help, and what is in them; the methods' own options are in "Methods".
 PANELS = {
-    "Model": "model device dtype quantize threads compile gradient_checkpointing",
-    "Data": "text eval field format train_on packing seq_len preview",
+    "Model": "model revision device dtype quantize attention threads compile "
+    "gradient_checkpointing",
+    "Data": "text eval eval_split max_rows field format chat_template train_on packing seq_len "
+    "preview",
     "Training": "steps epochs batch accumulate lr warmup schedule min_lr weight_decay clip "
     "optimizer betas eps neftune seed",
     "Adapters": "method compare rank alpha rslora dropout targets exclude layers modules_to_save "

@@ -4,7 +4,7 @@ Embeddings and head keep the run's dtype, as the libraries' defaults have it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,20 @@ def require_packages(quantize: str) -> None:
 
 
 def load_quantized(
-    location: str, quantize: str, dtype: torch.dtype, device: torch.device, **options: Any
+    location: str,
+    quantize: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    more: Mapping[str, Any],
+    **options: Any,
 ) -> Any:
     """The causal language model at ``location``, its linears quantized while it is read, so that
     it is never dense as a whole; one from a .gguf file, which transformers reads in one piece, is
     made dense on the CPU and then quantized.
+
+    Args:
+        more: arguments of the model's own from_pretrained, as attn_implementation.
+        options: those that its config is read with too.
 
     Raises:
         UserError: a package is not installed; the model is quantized already; it has nothing to
@@ -75,6 +84,7 @@ def load_quantized(
         "dtype": dtype,
         "quantization_config": _configuration(quantize, dtype),
         "device_map": {"": _with_index(device)},
+        **more,
     }
     if options.get("gguf_file"):
         dense = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32, **options)

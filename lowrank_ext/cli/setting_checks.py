@@ -10,9 +10,8 @@ from lowrank_ext.cli.checks import (
     check_not_negative,
     check_positive,
 )
-from lowrank_ext.cli.data import FORMATS, PACKING, TRAIN_ON
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.models import resolve_device
+from lowrank_ext.cli.models import find_model, resolve_device
 from lowrank_ext.cli.optimizers import (
     LOGGERS,
     LOGGERS_WITH_NAMES,
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from lowrank_ext.cli.settings import Settings
 
 ADAPTER_DTYPES = ("fp32", "bf16", "base")
+FLASH = "flash_attention_2"
+ATTENTIONS = ("auto", "sdpa", "eager", FLASH)
 
 
 def check_numbers(settings: "Settings") -> None:
@@ -38,7 +39,6 @@ def check_numbers(settings: "Settings") -> None:
         ("--rank", settings.rank, 1),
         ("--batch", settings.batch, 1),
         ("--accumulate", settings.accumulate, 1),
-        ("--seq-len", settings.seq_len, 2),
         ("--eval-batches", settings.eval_batches, 1),
         ("--eval-every", settings.eval_every, 1),
         ("--early-stop", settings.early_stop, 1),
@@ -85,14 +85,14 @@ def check_length(settings: "Settings") -> None:
 def check_names(settings: "Settings") -> None:
     """Raises UserError for a name that is none of those that its option takes."""
     resolve_device(settings.device)
+    if settings.revision is not None:
+        find_model(settings.model, settings.revision)
     for option, value, choices in (
         ("--dtype", settings.dtype, DTYPES),
         ("--adapter-dtype", settings.adapter_dtype, ADAPTER_DTYPES),
         ("--quantize", settings.quantize, QUANTIZATIONS),
+        ("--attention", settings.attention, ATTENTIONS),
         ("--schedule", settings.schedule, SCHEDULES),
-        ("--format", settings.format, FORMATS),
-        ("--train-on", settings.train_on, TRAIN_ON),
-        ("--packing", settings.packing, PACKING),
         *(("--log-to", name, tuple(LOGGERS)) for name in settings.log_to),
     ):
         if value is not None:

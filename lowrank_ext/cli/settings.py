@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lowrank_ext import LoRAConfig, registry
-from lowrank_ext.cli.data import absolute, check_source
+from lowrank_ext.cli.chat_template import check_template
+from lowrank_ext.cli.data import DataOptions, absolute
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.quantization import check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
@@ -68,8 +69,11 @@ class Settings:
     fixed: ClassVar[Mapping[str, Any]] = {}
 
     model: str | None
+    revision: str | None
     device: str
     quantize: str | None
+    attention: str
+    chat_template: str | None
     gradient_checkpointing: bool
     text: tuple[str, ...]
     eval: tuple[str, ...]
@@ -77,6 +81,8 @@ class Settings:
     format: str
     train_on: str
     packing: str
+    eval_split: float | None
+    max_rows: int | None
     methods: tuple[str, ...]
     compare: bool
     rank: int
@@ -152,10 +158,9 @@ class Settings:
             )
         self._check_options()
         check_quantization(self)
-        for path in self.text:
-            check_source("--text", path)
-        for path in self.eval:
-            check_source("--eval", path)
+        DataOptions.of(self).check()
+        if self.chat_template is not None:
+            check_template(self.chat_template)
 
     def _check_options(self) -> None:
         for option in method_options():
@@ -278,6 +283,7 @@ class Settings:
             "methods": methods,
             "compare": is_comparison,
             "model": values["model"] and absolute(values["model"]),
+            "chat_template": values["chat_template"] and absolute(values["chat_template"]),
             "text": _paths(values["text"]),
             "eval": _paths(values["eval"]),
             "modules_to_save": comma_separated(values["modules_to_save"]),

@@ -14,6 +14,7 @@ from lowrank_ext.cli.adapters import (
     find_quantization,
     load_adapter,
 )
+from lowrank_ext.cli.chat_template import use_templates_in
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.methods import base_dtype
 from lowrank_ext.cli.models import (
@@ -132,4 +133,5 @@ def load_variants(
     how = find_quantization(list(adapters.values()), quantize)
     where = resolve_device(device)
     loaded = load_model(base, resolve_dtype(dtype, where), where, how)
+    use_templates_in(loaded.tokenizer, [each.directory for each in adapters.values()])
     return Variants(loaded, adapters, with_base)

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import lowrank_ext as lr
 from lowrank_ext import ops
 from lowrank_ext.cli import comparison, doctor, job
-from lowrank_ext.cli.data import collate, load_corpus, pad_id_of
+from lowrank_ext.cli.data import DataOptions, collate, load_corpus, pad_id_of
 from lowrank_ext.cli.main import app
 from lowrank_ext.cli.methods import entry
 from lowrank_ext.cli.run_settings import stored_settings
@@ -96,7 +96,7 @@ def held_out_batches(out: Path) -> list[Batch]:
     """The batches that the run in `out` evaluated on."""
     settings = stored_settings(Settings, out)
     loaded = job.load_model(job.find_model(settings.model), torch.float32)
-    corpus = load_corpus(job.data_options(settings), loaded.tokenizer)
+    corpus = load_corpus(DataOptions.of(settings), loaded.tokenizer)
     pad_id = pad_id_of(loaded.tokenizer)
     return job.held_out_batches(corpus, settings, lambda found: collate(found, pad_id))
 

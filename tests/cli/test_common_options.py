@@ -1,19 +1,29 @@
 """Options that other trainers have too: what they do to a run, and what is refused."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import check_error, invoke, resume, rows, stop_at
+from finetune_runs import check_error, invoke, report, resume, rows, stop_at
+from saved_adapters import TEMPLATE
 
-from lowrank_ext.cli import finetune, optimizers
+from lowrank_ext.cli import finetune, job, optimizers
+from lowrank_ext.cli.adapters import _own_base, find_adapter
+from lowrank_ext.cli.chat_template import use_templates_in
+from lowrank_ext.cli.data import DataOptions, load_examples
+from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.training.trainer import RunCallback
+from lowrank_ext.cli.variants import load_variants
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -36,6 +46,12 @@ def losses(out: Path, method: str = "lora") -> list[float]:
         ("--min-lr 0.1 --schedule linear", ["--min-lr is of --schedule cosine, got linear"]),
         ("--neftune 0", ["--neftune must be a positive number"]),
         ("--neftune 5 --compile", ["--neftune", "--compile"]),
+        ("--attention spda", ["--attention must be one of", "did you mean sdpa"]),
+        ("--revision v1", ["--revision is of ids of cached models"]),
+        ("--chat-template no.jinja", ["--chat-template no.jinja: no such file"]),
+        ("--eval-split 1", ["--eval-split must be a fraction", "got 1.0"]),
+        ("--eval-split 0.1 --eval .", ["--eval-split", "or --eval, not both"]),
+        ("--max-rows 0", ["--max-rows must be at least 1, got 0"]),
         ("--log-every 0", ["--log-every must be at least 1"]),
         ("--log-every 2", ["--log-every is of --log-to"]),
         ("--run-name mine", ["--run-name is of --log-to", "the run has none"]),
@@ -145,3 +161,142 @@ def test_means_of_losses_go_to_a_logger_by_name(run, tmp_path, monkeypatch) -> N
     found = losses(tmp_path / "out")
     assert seen[0] == "mine"
     assert seen[1:] == [(3, pytest.approx(mean(found[:3]))), (6, pytest.approx(mean(found[3:6])))]
+
+
+# ------------------------------------------------------------------------------- model and template
+
+
+@pytest.fixture
+def loaded_models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that runs have loaded."""
+    found: list[Any] = []
+    load = job.load_model
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        found.append(load(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(job, "load_model", noted)
+    return found
+
+
+def test_attention_is_that_of_the_model_and_keeps_documents_apart(
+    run, tmp_path, loaded_models
+) -> None:
+    text = tmp_path / "short.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} is {n}"}) + "\n" for n in range(60)))
+    for name in ("sdpa", "eager"):
+        assert run(out=tmp_path / name, text=text, attention=name, dropout=0).exit_code == 0
+    kinds = [loaded.model.config._attn_implementation for loaded in loaded_models]
+    assert kinds == ["sdpa", "eager"]
+    assert report(tmp_path / "eager")["model"]["data"]["parts"][0]["packed_rows"] > 0
+    assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "sdpa"), rel=1e-5)
+
+
+def test_flash_attention_says_what_it_needs(run, monkeypatch) -> None:
+    check_error(run(attention="flash_attention_2"), "flash_attention_2 needs a GPU", "cpu")
+    gpu = torch.device("cuda")
+    with pytest.raises(UserError, match="needs --dtype bf16 or fp16, got fp32"):
+        job.check_attention("flash_attention_2", torch.float32, gpu)
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package flash-attn: pip install flash-attn"):
+        job.check_attention("flash_attention_2", torch.bfloat16, gpu)
+
+
+def test_a_revision_is_that_of_the_cache(run, tiny_model, tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+    from transformers.utils import hub
+
+    commits = {"v1": "1" * 40, "main": "2" * 40}
+    cached = tmp_path / "cache" / "models--owner--tiny"
+    shutil.copytree(tiny_model, cached / "snapshots" / commits["v1"])
+    (cached / "snapshots" / commits["main"]).mkdir()
+    (cached / "refs").mkdir()
+    for name, commit in commits.items():
+        (cached / "refs" / name).write_text(commit)
+    for module, name in ((constants, "HF_HUB_CACHE"), (hub, "HF_HUB_CACHE")):
+        monkeypatch.setattr(module, name, str(tmp_path / "cache"), raising=False)
+    check_error(run(model="owner/tiny"), "cannot load owner/tiny")
+    check_error(run(model="owner/tiny", revision="v2"), "cannot load owner/tiny")
+    result = run(model="owner/tiny", revision="v1")
+    assert result.exit_code == 0, result.output
+    assert run(out=tmp_path / "local").exit_code == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "local")
+    found = _own_base(find_adapter(tmp_path / "out"))
+    assert (found.location, found.revision) == ("owner/tiny", "v1")
+
+
+def test_a_chat_template_is_used_and_kept(run, tmp_path, chat_model, tiny_model) -> None:
+    from transformers import AutoTokenizer
+
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(_chat(n) for n in range(30)))
+    template = tmp_path / "own.jinja"
+    template.write_text(TEMPLATE)
+    options = {"text": chats, "seq_len": 32}
+    check_error(run(**options), "no chat template", "--chat-template")
+    assert run(chat_template=template, **options).exit_code == 0
+    assert run(model=chat_model, out=tmp_path / "own", **options).exit_code == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "own")
+    template.unlink()
+    adapter = tmp_path / "out" / "adapter"
+    variants = load_variants(
+        {"a": find_adapter(adapter)},
+        model=str(tiny_model), with_base=False, quantize=None, device="cpu", dtype="fp32",
+    )  # fmt: skip
+    assert variants.loaded.tokenizer.chat_template == TEMPLATE
+    merged = tmp_path / "merged"
+    assert invoke("merge", str(adapter), "--out", str(merged)).exit_code == 0
+    assert AutoTokenizer.from_pretrained(merged).chat_template == TEMPLATE
+
+
+def _chat(n: int) -> str:
+    turns = {"user": f"{n}+{n}", "assistant": str(2 * n)}
+    messages = [{"role": role, "content": text} for role, text in turns.items()]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def test_a_damaged_chat_template_is_refused(run, tmp_path) -> None:
+    template = tmp_path / "bad.jinja"
+    template.write_text("{{ messages }}\n{% for m in %}")
+    check_error(run(chat_template=template), "--chat-template", "bad.jinja: line 2")
+
+
+def test_adapters_of_different_templates_are_refused(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+    tokenizer = SimpleNamespace(chat_template=None)
+    use_templates_in(tokenizer, [tmp_path / "a", tmp_path])
+    assert tokenizer.chat_template == "a"
+    with pytest.raises(UserError, match="must have one chat_template"):
+        use_templates_in(tokenizer, [tmp_path / "a", tmp_path / "b"])
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def test_the_part_that_is_held_out(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n:04}"}) + "\n" for n in range(100)))
+    for fraction, expected in ((None, 10), (0.25, 25), (0.01, 1)):
+        found = load_examples(DataOptions((str(path),), eval_split=fraction))
+        assert (len(found.train), len(found.held_out)) == (100 - expected, expected)
+    own = DataOptions((str(path),), eval=(str(path),), eval_split=0)
+    assert [len(part) for part in (load_examples(own).train, load_examples(own).held_out)] == [
+        100,
+        100,
+    ]
+    with pytest.raises(UserError, match="--eval-split 0 leaves nothing to evaluate on"):
+        load_examples(DataOptions((str(path),), eval_split=0))
+
+
+def test_no_more_records_are_read_than_asked_for(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"{n:04}"}) for n in range(20)]
+    path.write_text("\n".join([*lines, "this is not read"]))
+    found = load_examples(DataOptions((str(path),), eval=(str(path),), max_rows=15))
+    assert [example.key for example in found.train] == [f"{n:04}" for n in range(15)]
+    assert len(found.held_out) == 15
+    assert "15 documents" in found.description
+    assert len(load_examples(DataOptions((), max_rows=12)).train) < 12

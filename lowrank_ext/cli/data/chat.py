@@ -98,7 +98,8 @@ class _Template:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"{example.where} holds messages, but the tokenizer has no chat template; use a "
-                "model that has one, or write the texts yourself and name them by --field"
+                "model that has one, give one by --chat-template, or write the texts yourself and "
+                "name them by --field"
             )
         self.tokenizer, self.example = tokenizer, example
 

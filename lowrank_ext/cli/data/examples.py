@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from lowrank_ext.cli.data.options import DataOptions
 from lowrank_ext.cli.data.progress import counted
 from lowrank_ext.cli.data.records import Record, read_source
 from lowrank_ext.cli.data.sources import EVALUATION, TRAIN, Source, find_sources
-from lowrank_ext.cli.data.split import split_examples
+from lowrank_ext.cli.data.split import HELD_OUT_FRACTION, split_examples
 from lowrank_ext.cli.errors import UserError
 
 DEFAULT_SOURCE = "pydoc_data.topics"
@@ -51,7 +52,9 @@ def load_examples(
         return _default_examples(options, read, console)
     sources, left_out = find_sources("--text", options.text)
     counts: Counter[str] = Counter()
-    train = list(_examples(_of_part(sources, TRAIN), read, TRAIN, counts, console))
+    train = list(
+        _examples(_of_part(sources, TRAIN), read, TRAIN, counts, console, options.max_rows)
+    )
     description = _described(", ".join(options.text), train)
     if not train:
         raise UserError(f"{description}: the text is too short: it holds no example")
@@ -60,10 +63,10 @@ def load_examples(
         left_out += [source.location for source in own if source.part]
         own, about = _evaluation_sources(options)
         left_out += about
-    if own:
-        held_out = list(_examples(own, read, EVALUATION, counts, console))
+    if own and not options.eval_split:
+        held_out = list(_examples(own, read, EVALUATION, counts, console, options.max_rows))
     else:
-        train, held_out = split_examples(train)
+        train, held_out = _split(train, options)
     return Examples(train, held_out, description, dict(counts), left_out)
 
 
@@ -84,14 +87,23 @@ def read_records(option: str, names: tuple[str, ...]) -> Iterator[Record]:
 def _default_examples(
     options: DataOptions, read: Callable[[Record], Any], console: Console | None
 ) -> Examples:
-    documents: list[Example] = [TextExample(text, where) for where, text in default_documents()]
+    named = default_documents()[: options.max_rows]
+    documents: list[Example] = [TextExample(text, where) for where, text in named]
     counts = Counter({DEFAULT_SOURCE: len(documents)})
     description = _described(DEFAULT_SOURCE, documents)
     if not options.eval:
-        return Examples(*split_examples(documents), description, dict(counts))
+        return Examples(*_split(documents, options), description, dict(counts))
     sources, left_out = _evaluation_sources(options)
-    held_out = list(_examples(sources, read, EVALUATION, counts, console))
+    held_out = list(_examples(sources, read, EVALUATION, counts, console, options.max_rows))
     return Examples(documents, held_out, description, dict(counts), left_out)
+
+
+def _split(
+    examples: Sequence[Example], options: DataOptions
+) -> tuple[list[Example], list[Example]]:
+    if options.eval_split == 0:
+        raise UserError("--eval-split 0 leaves nothing to evaluate on; name data by --eval")
+    return split_examples(examples, options.eval_split or HELD_OUT_FRACTION)
 
 
 def _evaluation_sources(options: DataOptions) -> tuple[list[Source], list[str]]:
@@ -115,11 +127,12 @@ def _examples(
     part: str,
     counts: Counter[str],
     console: Console | None,
+    most: int | None,
 ) -> Iterator[Example]:
     records: Iterable[tuple[Source, Record]] = (
         (source, record) for source in sources for record in read_source(source, part)
     )
-    for source, record in counted(records, "reading", console):
+    for source, record in counted(islice(records, most), "reading", console):
         counts[source.location] += 1
         yield read(record)
 

@@ -15,16 +15,19 @@ MIN_DOCUMENTS_TO_SPLIT = 10
 AnyExample = TypeVar("AnyExample", bound=Example)
 
 
-def split_examples(examples: Sequence[AnyExample]) -> tuple[list[AnyExample], list[AnyExample]]:
-    """(train, held-out), the first in its order. Whole examples are held out, a tenth of all
+def split_examples(
+    examples: Sequence[AnyExample], fraction: float = HELD_OUT_FRACTION
+) -> tuple[list[AnyExample], list[AnyExample]]:
+    """(train, held-out), the first in its order. Whole examples are held out, that fraction of all
     characters, chosen by a hash of their content, so that the choice depends on neither the order
     of the files nor --seed, and equal ones stay together; of a few documents the tails."""
     are_texts = all(isinstance(example, TextExample) for example in examples)
     if are_texts and len(examples) < MIN_DOCUMENTS_TO_SPLIT:
-        return _parts_of_each(examples, tail=False), _parts_of_each(examples, tail=True)
+        train = _parts_of_each(examples, fraction, tail=False)
+        return train, _parts_of_each(examples, fraction, tail=True)
     keys = [example.key for example in examples]
     hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
-    wanted = HELD_OUT_FRACTION * sum(map(len, keys))
+    wanted = fraction * sum(map(len, keys))
     held_out: list[int] = []
     size = 0
     for index in sorted(range(len(keys)), key=hashes.__getitem__):
@@ -42,11 +45,11 @@ def split_examples(examples: Sequence[AnyExample]) -> tuple[list[AnyExample], li
     return train, [examples[index] for index in held_out]
 
 
-def _parts_of_each(examples: Sequence[AnyExample], tail: bool) -> list[AnyExample]:
+def _parts_of_each(examples: Sequence[AnyExample], fraction: float, tail: bool) -> list[AnyExample]:
     parts: list[AnyExample] = []
     for example in examples:
         assert isinstance(example, TextExample)
-        cut = round(len(example.text) * (1 - HELD_OUT_FRACTION))
+        cut = round(len(example.text) * (1 - fraction))
         part = example.text[cut:] if tail else example.text[:cut]
         parts.append(replace(example, text=part))
     return parts

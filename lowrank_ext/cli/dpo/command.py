@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_ext.cli.comparison import make_run
-from lowrank_ext.cli.data import pad_id_of
+from lowrank_ext.cli.data import DataOptions, pad_id_of
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.dpo import picture
 from lowrank_ext.cli.dpo.pairs import load_pairs
@@ -17,7 +17,6 @@ from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.job import (
     Job,
-    data_options,
     describe,
     held_out_batches,
     load_base,
@@ -78,7 +77,7 @@ class Dpo(SingleRun):
         self, settings: DpoSettings, out: Path, resume: bool, console: Console, stop: StopRequest
     ) -> DpoJob:
         loaded, device = load_base(settings, console)
-        pairs = load_pairs(data_options(settings), loaded.tokenizer, console)
+        pairs = load_pairs(DataOptions.of(settings), loaded.tokenizer, console)
         check_vocabulary(loaded.model, pairs.largest_id)
         job = DpoJob(
             settings=with_known_steps(settings, len(pairs.train)),

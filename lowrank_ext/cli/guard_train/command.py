@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_ext.cli.comparison import make_run
+from lowrank_ext.cli.data import DataOptions
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.guard_train.labels import load_labelled
 from lowrank_ext.cli.guard_train.picture import guard_picture
 from lowrank_ext.cli.guard_train.settings import GuardSettings
 from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import Job, data_options, describe, load_base, with_known_steps
+from lowrank_ext.cli.job import Job, describe, load_base, with_known_steps
 from lowrank_ext.cli.methods import Entry, base_dtype
 from lowrank_ext.cli.models import CausalLM, check_vocabulary, resolve_adapter_dtype
 from lowrank_ext.cli.settings import Settings
@@ -98,7 +99,7 @@ class GuardTraining(SingleRun):
         self, settings: GuardSettings, out: Path, resume: bool, console: Console, stop: StopRequest
     ) -> GuardJob:
         loaded, device = load_base(settings, console)
-        texts = load_labelled(data_options(settings), loaded.tokenizer, console)
+        texts = load_labelled(DataOptions.of(settings), loaded.tokenizer, console)
         check_vocabulary(loaded.model, texts.largest_id)
         job = GuardJob(
             settings=with_known_steps(settings, len(texts.train)),

@@ -30,6 +30,7 @@ class GuardSettings(Settings):
         "train_on": "all",
         "packing": "off",
         "format": "auto",
+        "chat_template": None,
         "quantize": None,
         "gradient_checkpointing": False,
         "compile": False,
