@@ -22,8 +22,14 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor on the CPU, contiguous, without its graph."""
+    return full_tensor(tensor).cpu().contiguous()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor on its device, for which every rank must call this; any other tensor
+    as it is; without their graph."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu().contiguous()
+    return full.detach()
 
 
 def shard_groups(parameter: nn.Parameter) -> Groups:
@@ -46,11 +52,17 @@ def gathered_like(local: Tensor, like: nn.Parameter) -> Tensor:
 
 def local_part_like(whole: Tensor, like: nn.Parameter) -> Tensor:
     """This rank's part of a whole tensor, sharded like ``like``."""
+    return local_part(divided_like(whole, like))
+
+
+def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, as a DTensor that is sharded like ``like``; as it is
+    where ``like`` is not sharded."""
     if (layout := _layout(like)) is None:
-        return whole
+        return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return local_part(distribute_tensor(whole.to(like.device), *layout))
+    return distribute_tensor(tensor.to(like.device), *layout)
 
 
 def _layout(parameter: Any) -> tuple[Any, Any] | None:

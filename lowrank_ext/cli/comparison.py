@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lowrank_ext.cli.display import Display, make_display
 from lowrank_ext.cli.files import MEBIBYTE, require_free_space
-from lowrank_ext.cli.job import Job
+from lowrank_ext.cli.job import Job, rows_per_step
 from lowrank_ext.cli.log import LOG
-from lowrank_ext.cli.measure import PeakMemory, interleaved_timing, saved_bytes
+from lowrank_ext.cli.measure import PeakMemory, Timing, interleaved_timing, saved_bytes
 from lowrank_ext.cli.methods import Entry, count, trainable_parameters
 from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.processes import on_main_process
 from lowrank_ext.cli.quantization import keep_from_ddp
 from lowrank_ext.cli.report import Result
+from lowrank_ext.cli.sharded import shard
 from lowrank_ext.cli.stopping import stop_if_requested
 from lowrank_ext.cli.training.checkpoints import checkpoints
 from lowrank_ext.cli.training.evaluation import count_experts, held_out_loss, training_loss
@@ -36,14 +38,20 @@ def run_frozen(job: Job, entry: Entry) -> Result:
         display.phase("evaluating")
         loss = held_out_loss(job.base, job.held_out)
         display.phase("measuring")
-        with PeakMemory(job.device) as peak:
-            # The frozen model is timed in both roles, hence half the rounds.
-            timing = interleaved_timing(
-                job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
-            )
-        milliseconds = statistics.mean((timing.milliseconds, timing.frozen_milliseconds))
+        result = on_main_process(lambda: measure_frozen(job, entry, loss))
         display.phase(f"held-out loss {loss:.4f}")
     stop_if_requested(job.stop, job.out, entry.name, 0, job.settings.steps)
+    return result
+
+
+def measure_frozen(job: Job, entry: Entry, loss: float) -> Result:
+    """Measures the time of the base model, whose held-out loss is known."""
+    with PeakMemory(job.device) as peak:
+        # The frozen model is timed in both roles, hence half the rounds.
+        timing = interleaved_timing(
+            job.frozen_loss, job.frozen_loss, TIMING_ROUNDS // 2, lambda: job.stop.requested
+        )
+    milliseconds = statistics.mean((timing.milliseconds, timing.frozen_milliseconds))
     return Result(
         method=entry.name,
         learning_rate=0.0,
@@ -60,6 +68,7 @@ def run_frozen(job: Job, entry: Entry) -> Result:
         optimizer_ms=None,
         tokens_per_second=None,
         skipped_steps=0,
+        rows_per_step=rows_per_step(job.settings),
         held_out=[(0, loss)],
         losses=[],
         ended_early=False,
@@ -84,7 +93,7 @@ def run_method(job: Job, entry: Entry, directory: Path) -> Result:
         stop_if_requested(job.stop, job.out, entry.name, run.progress.step, job.settings.steps)
         display.phase("measuring")
         with job.stop.leaving_at_any_point():
-            result = measure_method(job, run, peak, saved_step)
+            result = measured(job, run, peak, saved_step)
         before, after = result.held_out[0][1], result.held_out_after
         display.phase(f"held-out loss {before:.4f} > {after:.4f}")
     stop_if_requested(job.stop, job.out, entry.name, run.progress.step, job.settings.steps)
@@ -109,7 +118,10 @@ def start_run(
     display.phase("continuing" if found else "preparing")
     model = adapted_model(job, entry, found[-1] if found else None)
     require_free_space(job.out, bytes_to_write(job, model))
-    keep_from_ddp(model)
+    if job.settings.fsdp:
+        shard(model, job.device)
+    else:
+        keep_from_ddp(model)
     if job.settings.compile:
         model.compile()
     run = (make or make_run)(job, entry, model, directory, display)
@@ -130,7 +142,8 @@ def adapted_model(job: Job, entry: Entry, checkpoint: Path | None = None) -> Cau
     """The model of a method, new or from a checkpoint, in training mode."""
     torch.manual_seed(job.settings.seed)
     model = job.training_copy(entry)
-    state = TensorState(job.base.parameters())
+    # With --fsdp the model is the base itself.
+    state = TensorState(() if job.settings.fsdp else job.base.parameters())
     if checkpoint is None:
         model = entry.build(model, job.settings)
     else:
@@ -219,7 +232,8 @@ def record_start(job: Job, run: TrainingRun, display: Display) -> None:
     """Measures before the first step, without draws from training's random generator."""
     progress = run.progress
     progress.trainable_at_start = count(trainable_parameters(run.model))
-    progress.saved_bytes_at_start = saved_bytes(run.model, loss_of(job, run))
+    if not job.settings.fsdp:
+        progress.saved_bytes_at_start = saved_bytes(run.model, loss_of(job, run))
     display.phase("evaluating")
     run.evaluate()
     progress.expert_load_at_start = count_experts(run.model, job.held_out, run.training)
@@ -230,13 +244,34 @@ def loss_of(job: Job, run: TrainingRun) -> Callable[[], Tensor]:
     return lambda: training_loss(run.model, job.batch, run.training)[1]
 
 
-def measure_method(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int) -> Result:
-    """Measures bytes and time after the last step, in training mode, on `job.batch`."""
-    model, progress = run.model.train(), run.progress
-    loss = loss_of(job, run)
-    saved = saved_bytes(model, loss)
-    timing = interleaved_timing(loss, job.frozen_loss, TIMING_ROUNDS, lambda: job.stop.requested)
-    name = run.entry.saved_name
+def measured(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int) -> Result:
+    """Measures bytes and time after the last step, in training mode, on `job.batch`: the first
+    process while the others wait. A sharded model has no frozen one to be compared with."""
+    experts = count_experts(run.model, job.held_out, run.training)
+    if job.settings.fsdp:
+        return result_of(job, run, peak, saved_step, experts, None, None)
+
+    def measure() -> Result:
+        loss = loss_of(job, run)
+        saved = saved_bytes(run.model.train(), loss)
+        stop = job.stop
+        timing = interleaved_timing(loss, job.frozen_loss, TIMING_ROUNDS, lambda: stop.requested)
+        return result_of(job, run, peak, saved_step, experts, saved, timing)
+
+    return on_main_process(measure)
+
+
+def result_of(
+    job: Job,
+    run: TrainingRun,
+    peak: PeakMemory,
+    saved_step: int,
+    experts: dict[str, list[int]] | None,
+    saved: int | None,
+    timing: Timing | None,
+) -> Result:
+    """What a method's training has given."""
+    model, progress, name = run.model, run.progress, run.entry.saved_name
     return Result(
         method=run.entry.name,
         learning_rate=run.plan.learning_rate,
@@ -247,18 +282,19 @@ def measure_method(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int
         frozen_saved_bytes=job.frozen_saved_bytes,
         peak_bytes=peak.num_bytes,
         peak_source=peak.source,
-        forward_backward_ms=timing.milliseconds,
-        frozen_forward_backward_ms=timing.frozen_milliseconds,
-        forward_backward_ratio=timing.ratio,
+        forward_backward_ms=timing and timing.milliseconds,
+        frozen_forward_backward_ms=timing and timing.frozen_milliseconds,
+        forward_backward_ratio=timing and timing.ratio,
         optimizer_ms=1e3 * statistics.median(progress.optimizer_seconds),
         tokens_per_second=job.tokens_per_step / statistics.median(progress.step_seconds),
         skipped_steps=progress.skipped_steps,
+        rows_per_step=progress.rows_per_step,
         held_out=progress.held_out,
         losses=progress.losses,
         ended_early=progress.ended_early,
         saved_step=saved_step,
         expert_load_at_start=progress.expert_load_at_start,
-        expert_load_at_end=count_experts(model, job.held_out, run.training),
+        expert_load_at_end=experts,
         saved_to=None if name is None else str(run.directory / name),
     )
 

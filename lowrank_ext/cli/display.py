@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from lowrank_ext.cli.processes import is_main_process
 from lowrank_ext.cli.training.progress import Progress
 
 LINE_SECONDS = 5.0
@@ -39,7 +40,10 @@ def escape_what_cannot_be_shown() -> None:
 
 
 def make_console() -> Console:
-    """A console on stdout, without a terminal wide enough for the table."""
+    """A console on stdout, without a terminal wide enough for the table; the first of several
+    processes alone prints."""
+    if not is_main_process():
+        return Console(quiet=True, force_terminal=False)
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=NON_TERMINAL_WIDTH)
 

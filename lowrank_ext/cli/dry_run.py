@@ -69,7 +69,7 @@ def estimate(job: Job, found: Entry) -> Estimate:
             weights=weight_bytes(job.base),
             gradients=0,
             optimizer=0,
-            kept=job.frozen_saved_bytes,
+            kept=job.frozen_saved_bytes or 0,
             step_ms=accumulate * milliseconds(job.frozen_loss),
         )
     model = adapted_model(job, found)

@@ -18,8 +18,9 @@ from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.job import Job, prepare
 from lowrank_ext.cli.log import LOG, hush_libraries, log_file
 from lowrank_ext.cli.measure import release_memory
-from lowrank_ext.cli.methods import base_dtype, entry
-from lowrank_ext.cli.models import dtype_name, find_model
+from lowrank_ext.cli.methods import Entry, base_dtype, entry
+from lowrank_ext.cli.models import dtype_name, find_model, resolve_device
+from lowrank_ext.cli.processes import connect, on_main_process
 from lowrank_ext.cli.quantization import num_quantized, weight_bytes
 from lowrank_ext.cli.report import Result, read_result, results_table, write_report, write_result
 from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
@@ -27,7 +28,6 @@ from lowrank_ext.cli.run_settings import RESULT
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.stopping import at_once
 from lowrank_ext.cli.training.checkpoints import remove_checkpoints
-from lowrank_ext.cli.training.plan import is_main_process, on_main_process
 
 
 def run(settings: Settings, out: Path, resume: bool, console: Console, preview: int = 0) -> None:
@@ -36,6 +36,21 @@ def run(settings: Settings, out: Path, resume: bool, console: Console, preview: 
     Args:
         preview: number of examples that are printed as the model sees them.
     """
+    connect(resolve_device(settings.device))
+    on_main_process(lambda: prepare_directory(settings, out, resume))
+    with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
+        with at_once(out if resume else None, stop), stop.leaving_at_any_point():
+            job = prepare(settings, out, resume, console, stop)
+            if preview:
+                job.corpus.preview(preview, console)
+        store_settings(job)
+        results = [run_or_reuse(job, method) for method in settings.methods]
+        on_main_process(lambda: finish(job, results))
+
+
+def prepare_directory(settings: Settings, out: Path, resume: bool) -> None:
+    """Makes `out`. Raises UserError where the run cannot write, or would replace what is not of a
+    run."""
     if not resume:
         check_replaced(
             out,
@@ -44,14 +59,6 @@ def run(settings: Settings, out: Path, resume: bool, console: Console, preview: 
             _inputs(settings),
         )
     prepare_output(out)
-    with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
-        with at_once(out if resume else None, stop), stop.leaving_at_any_point():
-            job = prepare(settings, out, resume, console, stop)
-            if preview:
-                job.corpus.preview(preview, console)
-        store_settings(job)
-        results = [run_or_reuse(job, method) for method in settings.methods]
-        finish(job, results)
 
 
 def estimate(settings: Settings, out: Path, console: Console, preview: int = 0) -> None:
@@ -97,14 +104,10 @@ def run_or_reuse(job: Job, method: str) -> Result:
     stops."""
     directory = job.settings.method_directory(job.out, method)
     found = entry(method)
-    if job.resume and (directory / RESULT).is_file():
-        result = read_result(directory / RESULT)
-        finished = len(result.losses) == job.settings.steps or result.ended_early
-        if not found.trains or finished:
-            job.console.print(f"{method}: already finished", markup=False)
-            return result
-    with cannot_write(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    stored = on_main_process(lambda: stored_result(job, found, directory))
+    if stored is not None:
+        job.console.print(f"{method}: already finished", markup=False)
+        return stored
     release_memory()
     with at_once(job.out, job.stop):
         result = run_method(job, found, directory) if found.trains else run_frozen(job, found)
@@ -115,10 +118,20 @@ def run_or_reuse(job: Job, method: str) -> Result:
     return result
 
 
+def stored_result(job: Job, entry: Entry, directory: Path) -> Result | None:
+    """The result of a method that a resumed run has finished; else its directory is made."""
+    if job.resume and (directory / RESULT).is_file():
+        result = read_result(directory / RESULT)
+        finished = len(result.losses) == job.settings.steps or result.ended_early
+        if not entry.trains or finished:
+            return result
+    with cannot_write(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    return None
+
+
 def finish(job: Job, results: list[Result]) -> None:
     """Writes the report, prints the table and what was written."""
-    if not is_main_process():
-        return
     settings = job.settings
     model = {
         "name": find_model(settings.model).name,

@@ -3,10 +3,13 @@ signal ends it without saving."""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from lowrank_ext.cli.processes import is_main_process, largest, num_processes
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -15,6 +18,9 @@ _MESSAGES = {
     signal.SIGINT: b"\nstopping after this step; press Ctrl-C again to stop at once\n",
     signal.SIGTERM: b"\nstopping and saving\n",
 }
+
+# torchrun sends Ctrl-C to its processes, which the terminal has sent them too.
+_SENT_TWICE_SECONDS = 1.0
 
 
 class StoppedAtOnce(KeyboardInterrupt):
@@ -41,6 +47,7 @@ class StopRequest:
         self.requested = False
         self.exit_code = EXIT_INTERRUPTED
         self._may_leave = False
+        self._heard_at = float("-inf")
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -82,13 +89,24 @@ class StopRequest:
         finally:
             self._may_leave = before
 
+    def agree(self) -> bool:
+        """Whether any process of the run is to stop; then all of them know, and why."""
+        code = largest(self.exit_code if self.requested else 0)
+        if code:
+            self.requested, self.exit_code = True, code
+        return self.requested
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first_sigterm = number == signal.SIGTERM and not self.terminated
         if self.requested and not first_sigterm:
+            if num_processes() > 1 and time.monotonic() - self._heard_at < _SENT_TWICE_SECONDS:
+                return
             raise StoppedAtOnce(self.exit_code)
         self.requested = True
-        # os.write, because the handler may run while the console holds its lock.
-        os.write(2, _MESSAGES[signal.Signals(number)])
+        self._heard_at = time.monotonic()
+        if is_main_process():
+            # os.write, because the handler may run while the console holds its lock.
+            os.write(2, _MESSAGES[signal.Signals(number)])
         if number == signal.SIGTERM:
             self.exit_code = EXIT_TERMINATED
             if self._may_leave:

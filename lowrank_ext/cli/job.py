@@ -21,11 +21,12 @@ from lowrank_ext.cli.data import (
     pad_id_of,
 )
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.files import MEBIBYTE
+from lowrank_ext.cli.files import MEBIBYTE, exists, read_json
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.measure import frozen_loss, saved_bytes
 from lowrank_ext.cli.methods import Entry, count
 from lowrank_ext.cli.models import (
+    CPU,
     CausalLM,
     LoadedModel,
     check_context,
@@ -39,13 +40,18 @@ from lowrank_ext.cli.models import (
     resolve_dtype,
 )
 from lowrank_ext.cli.optimizers import require_package
+from lowrank_ext.cli.processes import check_equal, num_processes
 from lowrank_ext.cli.quantization import check_methods, num_quantized, weight_bytes
 from lowrank_ext.cli.report import human_count
+from lowrank_ext.cli.run_settings import RESULT
 from lowrank_ext.cli.setting_checks import FLASH
 from lowrank_ext.cli.settings import Settings
+from lowrank_ext.cli.training.checkpoints import checkpoints
 from lowrank_ext.cli.training.evaluation import Batch
 from lowrank_ext.cli.training.order import RowOrder
-from lowrank_ext.cli.training.plan import Plan, num_processes
+from lowrank_ext.cli.training.plan import Plan
+from lowrank_ext.cli.training.progress import PROGRESS_NAME
+from lowrank_ext.files import quoted
 
 
 @dataclass
@@ -54,8 +60,10 @@ class Job:
 
     Attributes:
         base: never trained; methods train copies of it and are compared with it as the frozen
-            model.
+            model. With --fsdp it is the model that the method adapts and trains.
         held_out: the batches of all evaluations.
+        frozen_saved_bytes: what the base keeps for backward; None with --fsdp.
+        num_parameters: of the base.
     """
 
     settings: Settings
@@ -68,7 +76,11 @@ class Job:
     tokenizer: Any
     corpus: Corpus
     held_out: list[Batch]
-    frozen_saved_bytes: int
+    frozen_saved_bytes: int | None
+    num_parameters: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_parameters = count(self.base.parameters())
 
     @property
     def batch(self) -> Batch:
@@ -80,10 +92,6 @@ class Job:
     def collate(self, rows: list[Any]) -> Batch:
         """A batch of rows."""
         return collate(rows, pad_id_of(self.tokenizer))
-
-    @property
-    def num_parameters(self) -> int:
-        return count(self.base.parameters())
 
     @property
     def tokens_per_step(self) -> int:
@@ -100,7 +108,6 @@ class Job:
         shared = {field.name for field in dataclasses.fields(Plan)} - {
             "device",
             "half",
-            "fsdp",
             "learning_rate",
             "betas",
         }
@@ -115,6 +122,8 @@ class Job:
     def training_copy(self, entry: Entry) -> CausalLM:
         """The base model for a method to adapt: a copy, of its modules alone where the method
         leaves the weights as they are."""
+        if self.settings.fsdp:
+            return self.base
         if entry.changes_base(self.settings):
             return copy.deepcopy(self.base)
         shared: dict[int, Any] = {
@@ -132,9 +141,12 @@ def prepare(
     settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
 ) -> Job:
     """Loads model and data, with all checks that are possible before the first step."""
+    if resume:
+        settings = with_rows_of_run(settings, out)
     loaded, device = load_base(settings, console)
     corpus = load_corpus(DataOptions.of(settings), loaded.tokenizer, loaded.model.config, console)
     check_vocabulary(loaded.model, corpus.largest_id)
+    check_equal("the rows of --text", corpus.digest())
     if corpus.is_packed:
         check_documents_stay_apart(loaded.model)
     settings = with_known_steps(settings, len(corpus.train))
@@ -155,13 +167,50 @@ def load_base(settings: Settings, console: Console) -> tuple[LoadedModel, torch.
     check_attention(settings.attention, dtype, device)
     linears = "" if settings.quantize is None else f", its linears in {settings.quantize}"
     console.print(f"loading {source.name} in {dtype_name(dtype)}{linears}", markup=False)
-    loaded = load_model(source, dtype, device, settings.quantize, settings.attention)
+    where = CPU if settings.fsdp else device
+    loaded = load_model(source, dtype, where, settings.quantize, settings.attention)
     if settings.chat_template is not None:
         use_template(loaded.tokenizer, settings.chat_template)
     if holds_quantized(loaded.model):
         check_methods(settings, f"{source.name} is quantized")
+        if settings.fsdp:
+            raise UserError(f"{source.name} is quantized, which --fsdp cannot share out")
     check_context(loaded.model, settings.seq_len)
     return loaded, device
+
+
+def with_rows_of_run(settings: Settings, out: Path) -> Settings:
+    """The settings of a resumed run for the processes that it has now: --accumulate becomes what
+    gives a step its rows. Raises UserError where they cannot be shared among the processes."""
+    rows, processes = rows_of_run(settings, out), num_processes()
+    if rows is None or rows == rows_per_step(settings):
+        return settings
+    accumulate, rest = divmod(rows, settings.batch * processes)
+    if rest:
+        batches = rows // settings.batch
+        able = [str(n) for n in range(1, batches + 1) if batches % n == 0]
+        raise UserError(
+            f"--resume: a step of the run has {rows} rows in batches of {settings.batch}, which "
+            f"{processes} processes cannot share; start {' or '.join(able)}"
+        )
+    return dataclasses.replace(settings, accumulate=accumulate)
+
+
+def rows_of_run(settings: Settings, out: Path) -> int | None:
+    """Rows of a step of the run in `out`; None where it has neither a checkpoint nor a result."""
+    for method in settings.methods:
+        directory = settings.method_directory(out, method)
+        files = [path / PROGRESS_NAME for path in checkpoints(directory)]
+        for path in (*files, directory / RESULT):
+            if exists(str(path), path):
+                rows = read_json(path).get("rows_per_step")
+                if type(rows) is not int or rows < 1 or rows % settings.batch:
+                    raise UserError(
+                        f"{path}: rows_per_step must be a multiple of --batch {settings.batch}, "
+                        f"got {quoted(rows)}"
+                    )
+                return rows
+    return None
 
 
 Run = TypeVar("Run", bound=Settings)
@@ -227,10 +276,11 @@ def make_job(
         tokenizer=loaded.tokenizer,
         corpus=corpus,
         held_out=[],
-        frozen_saved_bytes=0,
+        frozen_saved_bytes=None,
     )
     job.held_out = held_out_batches(corpus, settings, job.collate)
-    job.frozen_saved_bytes = saved_bytes(base, job.frozen_loss)
+    if not settings.fsdp:
+        job.frozen_saved_bytes = saved_bytes(base, job.frozen_loss)
     return job
 
 

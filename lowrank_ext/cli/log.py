@@ -1,12 +1,14 @@
 """finetune.log: what a run did, the warnings of libraries, and the traceback of a fault."""
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank_ext.cli.errors import Interrupted, UserError
 from lowrank_ext.cli.files import open_log
+from lowrank_ext.cli.processes import is_main_process, process_index
 
 LOG = logging.getLogger("lowrank_ext.finetune")
 # What these log when they are imported, by other libraries and for models that do not need them,
@@ -26,8 +28,11 @@ def hush_libraries() -> None:
 
 @contextmanager
 def log_file(path: Path, append: bool) -> Iterator[None]:
-    """Sends the log of this run, and the warnings of libraries, to a file only."""
-    handler = logging.StreamHandler(open_log(path, append))
+    """Sends the log of this run, and the warnings of libraries, to a file only. Of several
+    processes the first one logs, of the others a fault alone."""
+    is_main = is_main_process()
+    stream = open_log(path, append) if is_main else None
+    handler = logging.NullHandler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = (LOG, logging.getLogger("py.warnings"))
     hush_libraries()
@@ -43,6 +48,8 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
         raise
     except Exception:
         LOG.exception("the run ended by a fault")
+        if stream is None:
+            _append_fault(path)
         raise
     finally:
         logging.captureWarnings(False)
@@ -50,4 +57,10 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
             logger.removeHandler(handler)
         for logger in loggers:
             logger.propagate = True
-        handler.stream.close()
+        if stream is not None:
+            stream.close()
+
+
+def _append_fault(path: Path) -> None:
+    with open_log(path, append=True) as file:
+        file.write(f"process {process_index()} ended by a fault\n{traceback.format_exc()}")

@@ -34,6 +34,7 @@ from lowrank_ext.cli.options import (
     with_method_options,
 )
 from lowrank_ext.cli.outputs_app import app as outputs
+from lowrank_ext.cli.processes import check_alone, join, leave
 from lowrank_ext.cli.recursive.app import app as recursive
 from lowrank_ext.cli.settings import (
     ADAPTER_DEFAULTS,
@@ -43,6 +44,8 @@ from lowrank_ext.cli.settings import (
 )
 
 GUARD_TRAIN = "guard train"
+# Commands that torchrun and accelerate launch may start.
+IN_SEVERAL_PROCESSES = ("finetune",)
 
 
 class Commands(TyperGroup):
@@ -50,7 +53,11 @@ class Commands(TyperGroup):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         escape_what_cannot_be_shown()
-        return super().main(*arguments, **options)
+        try:
+            return super().main(*arguments, **options)
+        except SystemExit as end:
+            leave(end.code if isinstance(end.code, int) else bool(end.code))
+            raise
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
         """`guard train` is a command of two words, beside `guard FILE`."""
@@ -77,6 +84,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -85,6 +93,10 @@ def common(
     ] = False,
 ) -> None:
     """Low-rank adapters on fused ops."""
+    command = context.invoked_subcommand
+    if command not in IN_SEVERAL_PROCESSES:
+        with errors_as_lines():
+            check_alone(f"lowrank-ext {command}")
 
 
 @app.command()
@@ -267,6 +279,10 @@ def finetune(
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile, also for the frozen model.")
     ] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp/--no-fsdp", help="Share the model among several processes (FSDP2)."),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("finetune-output"),
     resume: Resume = False,
     preview: Annotated[
@@ -298,6 +314,9 @@ def finetune(
         from lowrank_ext.cli import finetune as command
         from lowrank_ext.cli.run_settings import chosen_settings
 
+        join()
+        if dry_run:
+            check_alone("--dry-run")
         if dry_run and resume:
             raise UserError("give --dry-run or --resume, not both")
         console = make_console()

@@ -19,12 +19,14 @@ from lowrank_ext.cli.chat_template import save_template
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, holds_quantized, resolve_adapter_dtype
+from lowrank_ext.cli.processes import is_main_process
 from lowrank_ext.cli.quantization import num_elements
 from lowrank_ext.cli.settings import Settings, lora_recipe
 from lowrank_ext.cli.whole_model import save_whole_model
 from lowrank_ext.files import TensorFile, quoted
 from lowrank_ext.recipe import Recipe, Training
 from lowrank_ext.registry import recipes
+from lowrank_ext.sharding import is_sharded
 
 
 class Entry(ABC):
@@ -53,13 +55,18 @@ class Entry(ABC):
             return self._build(model, settings)
 
     def save(self, model: CausalLM, tokenizer: Any, directory: Path) -> Path | None:
-        """Writes the result to `directory`/`saved_name`."""
+        """Writes the result to `directory`/`saved_name`. Every process calls it, the first one
+        writes."""
         if self.saved_name is None:
             return None
-        with new_directory(directory / self.saved_name) as temporary:
-            self._save(model, tokenizer, temporary)
-            save_template(tokenizer, temporary)
-        return directory / self.saved_name
+        path = directory / self.saved_name
+        if is_main_process():
+            with new_directory(path) as temporary:
+                self._save(model, tokenizer, temporary)
+                save_template(tokenizer, temporary)
+        elif any(is_sharded(parameter) for parameter in model.parameters()):
+            self._save(model, tokenizer, path)  # takes part in gathering, and writes nothing
+        return path
 
     def load(self, model: CausalLM, settings: Settings, directory: Path) -> CausalLM:
         """Loads what `save` wrote into the base model, in place, ready to continue training."""

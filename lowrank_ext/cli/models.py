@@ -20,6 +20,7 @@ from lowrank_ext import _build_info
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
 from lowrank_ext.cli.files import exists, require_directory, require_file
 from lowrank_ext.cli.log import hush_libraries
+from lowrank_ext.cli.processes import device_of_process
 from lowrank_ext.cli.quantization import load_quantized, make_trainable
 from lowrank_ext.nn.quantized import is_quantized
 
@@ -66,7 +67,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         usable = torch.cuda.is_available() and _build_info.CUDA_VERSION is not None
-        return torch.device("cuda") if usable else CPU
+        return device_of_process(torch.device("cuda"), name) if usable else CPU
     if name == "cpu":
         return CPU
     if re.fullmatch(r"cuda(:\d{1,3})?", name, re.ASCII) is None:
@@ -80,7 +81,7 @@ def resolve_device(name: str) -> torch.device:
     if device.index is not None and device.index >= count:
         there = "cuda:0 is the only GPU" if count == 1 else f"GPUs are cuda:0 to cuda:{count - 1}"
         raise UserError(f"--device {name}: {there}")
-    return device
+    return device_of_process(device, name)
 
 
 def _check_cuda(name: str) -> None:

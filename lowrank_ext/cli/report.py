@@ -26,23 +26,25 @@ _METHOD_WIDTH = 12  # longer names are broken at a hyphen
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """All measurements of one method. "At start" is before the first step, "at end" after the
-    last: they differ where a method freezes tensors during training, as LaMDA does."""
+    last: they differ where a method freezes tensors during training, as LaMDA does. Of several
+    processes the first one's. None: not measured, as --fsdp has no frozen model beside it."""
 
     method: str
     learning_rate: float
     trainable_at_start: int
     trainable_at_end: int
-    saved_bytes_at_start: int
-    saved_bytes_at_end: int
-    frozen_saved_bytes: int
+    saved_bytes_at_start: int | None
+    saved_bytes_at_end: int | None
+    frozen_saved_bytes: int | None
     peak_bytes: int
     peak_source: str
-    forward_backward_ms: float
-    frozen_forward_backward_ms: float
-    forward_backward_ratio: float
+    forward_backward_ms: float | None
+    frozen_forward_backward_ms: float | None
+    forward_backward_ratio: float | None
     optimizer_ms: float | None
     tokens_per_second: float | None
     skipped_steps: int
+    rows_per_step: int
     held_out: list[tuple[int, float]]
     losses: list[float]
     ended_early: bool
@@ -57,8 +59,10 @@ class Result:
         return next(loss for step, loss in reversed(self.held_out) if step <= self.saved_step)
 
     @property
-    def saved_ratio(self) -> float:
+    def saved_ratio(self) -> float | None:
         """Bytes kept for backward at the end, as a multiple of the frozen model's."""
+        if self.saved_bytes_at_end is None or self.frozen_saved_bytes is None:
+            return None
         return self.saved_bytes_at_end / self.frozen_saved_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,20 +156,26 @@ def _cells(result: Result) -> list[str]:
     return [
         "\n".join(textwrap.wrap(result.method, _METHOD_WIDTH)),
         _from_to(human_count(result.trainable_at_start), human_count(result.trainable_at_end)),
-        f"{result.saved_bytes_at_end / MEBIBYTE:,.1f}",
-        f"{result.saved_ratio:.3f}",
+        _number(result.saved_bytes_at_end, ",.1f", MEBIBYTE),
+        _number(result.saved_ratio, ".3f"),
         f"{result.peak_bytes / MEBIBYTE:,.0f}",
         _milliseconds(result),
-        f"{result.forward_backward_ratio:.2f}",
-        "-" if result.optimizer_ms is None else f"{result.optimizer_ms:.1f}",
+        _number(result.forward_backward_ratio, ".2f"),
+        _number(result.optimizer_ms, ".1f"),
         f"{result.held_out[0][1]:.4f}",
         f"{result.held_out_after:.4f}",
     ]
 
 
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else format(value / unit, form)
+
+
 def _milliseconds(result: Result) -> str:
     """Forward + backward, and below it that of the frozen model in the same rounds."""
     ours, frozen = result.forward_backward_ms, result.frozen_forward_backward_ms
+    if ours is None or frozen is None:
+        return "-"
     digits = 0 if min(ours, frozen) >= 100 else 1
     if ours == frozen:
         return f"{ours:,.{digits}f}"

@@ -20,7 +20,7 @@ def check_same_settings(
     arguments: Iterable[str] = (),
 ) -> None:
     """Raises UserError when an option given with --resume differs from the resumed run's; --steps
-    may be larger.
+    may be larger, and --fsdp may be left out.
 
     Args:
         given: the names of the options on the command line.
@@ -29,7 +29,7 @@ def check_same_settings(
         arguments: those that are no options.
     """
     for option in given:
-        if option in ("out", "resume"):
+        if option in ("out", "resume", "fsdp"):
             continue
         was, now = stored[option], asked[option]
         extends = option == "steps" and was is not None and now is not None and now > was

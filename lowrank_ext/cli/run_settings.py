@@ -42,6 +42,8 @@ def chosen_settings(
         asked, settings = settings, stored_settings(kind, out)
         settings.check_all_read(given)
         check_same_settings(given, asked.by_option(), settings.by_option())
+        if "fsdp" in given:
+            settings = dataclasses.replace(settings, fsdp=asked.fsdp)
         if "steps" in given and asked.steps > settings.steps:
             settings = extended(settings, asked.steps, out, console)
     settings.check()

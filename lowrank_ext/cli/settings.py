@@ -20,6 +20,7 @@ from lowrank_ext.cli.setting_checks import (
     check_numbers,
     check_rates,
 )
+from lowrank_ext.cli.sharded import check_fsdp
 from lowrank_ext.cli.targets import parse_layers, parse_targets
 from lowrank_ext.files import quoted
 from lowrank_ext.recipe import DROPOUT, Option, Recipe
@@ -122,6 +123,7 @@ class Settings:
     save_every: int
     keep: int
     compile: bool
+    fsdp: bool
     resolved_steps: int | None = None
 
     @property
@@ -161,6 +163,8 @@ class Settings:
         DataOptions.of(self).check()
         if self.chat_template is not None:
             check_template(self.chat_template)
+        if self.fsdp:
+            check_fsdp(self)
 
     def _check_options(self) -> None:
         for option in method_options():

@@ -21,11 +21,11 @@ from lowrank_ext.cli.job import Job
 from lowrank_ext.cli.log import log_file
 from lowrank_ext.cli.methods import Entry, base_dtype, count, trainable_parameters
 from lowrank_ext.cli.models import CausalLM, dtype_name, find_model
+from lowrank_ext.cli.processes import on_main_process
 from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.stopping import at_once, stop_if_requested
 from lowrank_ext.cli.training.checkpoints import remove_checkpoints
-from lowrank_ext.cli.training.plan import on_main_process
 from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.cli.training.run import TrainingRun
 

@@ -14,8 +14,9 @@ FINETUNE = "finetune"
 def stop_if_requested(
     stop: StopRequest, out: Path, name: str, step: int, steps: int, command: str = FINETUNE
 ) -> None:
-    """Raises Interrupted, with the command that resumes the run, if a signal has stopped it."""
-    if stop.requested:
+    """Raises Interrupted, with the command that resumes the run, if a signal has stopped it, or
+    another of its processes."""
+    if stop.agree():
         done = f"stopped {name} after step {step} of {steps}, everything is saved"
         raise Interrupted(f"{done}; {how_to_resume(out, command)}", stop.exit_code)
 

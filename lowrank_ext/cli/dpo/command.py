@@ -90,7 +90,7 @@ class Dpo(SingleRun):
             tokenizer=loaded.tokenizer,
             corpus=pairs,
             held_out=[],
-            frozen_saved_bytes=0,
+            frozen_saved_bytes=None,
         )
         job.held_out = held_out_batches(pairs, settings, job.collate)
         describe(job)

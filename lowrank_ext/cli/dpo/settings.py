@@ -52,6 +52,7 @@ class DpoSettings(Settings):
         "dropout": 0.0,
         "neftune": None,
         "compile": False,
+        "fsdp": False,
     }
 
     beta: float

@@ -34,6 +34,7 @@ class GuardSettings(Settings):
         "quantize": None,
         "gradient_checkpointing": False,
         "compile": False,
+        "fsdp": False,
         "early_stop": None,
         "neftune": None,
         "modules_to_save": None,

@@ -20,7 +20,7 @@ from lowrank_ext.cli.files import (
     sync_tree,
     write_json,
 )
-from lowrank_ext.cli.training.plan import on_main_process
+from lowrank_ext.cli.processes import on_main_process
 from lowrank_ext.cli.training.progress import PROGRESS_NAME, Progress
 from lowrank_ext.cli.typed import check_types
 from lowrank_ext.files import quoted, read_torch_file
@@ -75,12 +75,14 @@ def save_checkpoint(trainer: "FinetuneTrainer") -> Path:
         trainer._save_optimizer_and_scheduler(str(temporary))
         trainer._save_scaler(str(temporary))
         trainer._save_rng_state(str(temporary))
+    # Of a sharded model its statistics are gathered.
+    freezing = None if run.freezing is None else run.freezing.state_dict()
 
     def complete() -> None:
         with cannot_write(path):
             trainer.state.save_to_json(str(temporary / _TRAINER_STATE))
-            if run.freezing is not None:
-                torch.save(run.freezing.state_dict(), temporary / _FREEZING)
+            if freezing is not None:
+                torch.save(freezing, temporary / _FREEZING)
             write_json(temporary / "identity.json", dataclasses.asdict(run.identity))
             write_json(temporary / PROGRESS_NAME, run.progress.to_dict())
             sync_tree(temporary)

@@ -1,13 +1,13 @@
 """Losses: of a batch, of the held-out batches, and the load of experts on them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.processes import num_processes, process_index, summed
 from lowrank_ext.recipe import Training
 
 # Arguments of the model: input_ids and labels [B, T], position_ids or attention_mask.
@@ -38,42 +38,35 @@ def num_targets(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-@torch.no_grad()
 def held_out_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
     """Mean loss per target over the batches in evaluation mode; the model goes back to its mode.
     Several processes share the batches, and all get the same number."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world = num_processes()
+    # A sharded model must run as often in every process: the surplus counts nothing.
+    own = range(process_index(), -(-len(batches) // world) * world, world)
+    weighted = []
+    for index in own:
+        batch = batches[index % len(batches)]
+        weight = num_targets(batch) if index < len(batches) else 0
+        weighted.append((batch, weight))
+    loss, total = summed(_weighted_loss(model, weighted)).tolist()
+    return loss / total
+
+
+@torch.no_grad()
+def _weighted_loss(model: CausalLM, batches: Sequence[tuple[Batch, int]]) -> Tensor:
+    """The sum of weighted losses in evaluation mode, and that of the weights."""
     sums = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
-        # A sharded model must run as often on every rank: the surplus counts nothing.
-        for index in range(rank, -(-len(batches) // world) * world, world):
-            batch = batches[index % len(batches)]
-            weight = num_targets(batch) if index < len(batches) else 0
+        for batch, weight in batches:
             sums += torch.tensor([model_loss(model, batch).item() * weight, weight])
     finally:
         model.train(was_training)
-    if world > 1:
-        sums = summed_over_processes(sums, batch_device(model))
-    loss, weight = sums.tolist()
-    return loss / weight
+    return sums
 
 
-def summed_over_processes(values: Tensor, device: torch.device) -> Tensor:
-    """The sum of every process's values, on the CPU."""
-    there = values.to(device)
-    dist.all_reduce(there)
-    return there.cpu()
-
-
-def batch_device(model: Any) -> torch.device:
-    """The device that a process's collectives run on."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
-
-
-@torch.no_grad()
 def count_experts(
     model: CausalLM, batches: Sequence[Batch], training: Training
 ) -> dict[str, list[int]] | None:
@@ -81,5 +74,5 @@ def count_experts(
     if training.expert_load is None:
         return None
     with training.expert_load(model) as load:
-        held_out_loss(model, batches)
+        _weighted_loss(model, [(batch, 1) for batch in batches])
     return {path: counts.tolist() for path, counts in load.counts.items()}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank_ext.cli.typed import has_type
 from lowrank_ext.files import quoted
 from lowrank_ext.files.tensor_file import is_finite
+from lowrank_ext.sharding import divided_like, full_tensor
 
 _MASTERS = "masters"
 
@@ -64,19 +65,34 @@ class MasterAdamW(torch.optim.AdamW):
                 self.state.pop(master, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state and the fp32 masters, None for parameters that are their own."""
+        """AdamW's state and the fp32 masters, None for parameters that are their own. Sharded ones
+        are gathered, so every process must call it."""
         pairs = zip(self.parameters, self.masters, strict=True)
-        masters = [None if master is parameter else master.detach() for parameter, master in pairs]
-        return {**super().state_dict(), _MASTERS: masters}
+        masters = [
+            None if master is parameter else full_tensor(master) for parameter, master in pairs
+        ]
+        own = super().state_dict()
+        state = {
+            index: {name: full_tensor(tensor) for name, tensor in moments.items()}
+            for index, moments in own["state"].items()
+        }
+        return {**own, "state": state, _MASTERS: masters}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave. Raises ValueError for the state of other parameters."""
         check_state(state_dict, self)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        state = {
+            index: {
+                name: tensor if name == "step" else divided_like(tensor, self.masters[index])
+                for name, tensor in moments.items()
+            }
+            for index, moments in state_dict["state"].items()
+        }
+        super().load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
         for master, stored in zip(self.masters, state_dict[_MASTERS], strict=True):
             if stored is not None:
-                master.copy_(stored)
+                master.copy_(divided_like(stored, master))
 
 
 def check_state(state: dict[str, Any], optimizer: MasterAdamW) -> None:

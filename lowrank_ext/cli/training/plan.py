@@ -1,7 +1,5 @@
 """The numbers of a training that every command has, and transformers' arguments made of them."""
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +118,6 @@ def training_arguments(
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
         **_rates(plan),
-        **_sharding(plan),
         **more,
     )
     if plan.device.type == "cuda" and arguments.world_size == 1:
@@ -143,35 +140,9 @@ def _rates(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _sharding(plan: Plan) -> dict[str, Any]:
-    if not plan.fsdp:
-        return {}
-    return {"fsdp": True, "fsdp_config": {"version": 2}}
-
-
 def _use_one_gpu(arguments: "TrainingArguments", device: torch.device) -> None:
     """transformers takes cuda:0, and nn.DataParallel over all GPUs that it sees: a process of ours
     uses the one that --device names."""
     torch.cuda.set_device(device)
     arguments._n_gpu = 1
     vars(arguments)["_setup_devices"] = device  # what its cached property has computed
-
-
-def num_processes() -> int:
-    """Processes of this run, as torchrun and accelerate launch say."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def on_main_process(action: Callable[[], None]) -> None:
-    """Runs ``action`` on the first process while the others wait."""
-    import torch.distributed as dist
-
-    if is_main_process():
-        action()
-    if dist.is_initialized():
-        dist.barrier()

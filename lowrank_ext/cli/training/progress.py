@@ -34,7 +34,7 @@ class Progress:
     rows_per_step: int = 0
     ended_early: bool = False
     trainable_at_start: int = 0
-    saved_bytes_at_start: int = 0
+    saved_bytes_at_start: int | None = None
     expert_load_at_start: dict[str, list[int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.interrupts import StopRequest, Terminated
 from lowrank_ext.cli.methods import Entry
 from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.processes import num_processes
 from lowrank_ext.cli.training.checkpoints import (
     Identity,
     checkpoint_of_step,
@@ -23,7 +24,7 @@ from lowrank_ext.cli.training.checkpoints import (
     restore_freezing,
 )
 from lowrank_ext.cli.training.evaluation import Batch, held_out_loss
-from lowrank_ext.cli.training.plan import Plan, num_processes
+from lowrank_ext.cli.training.plan import Plan
 from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.recipe import Stage
 

@@ -3,23 +3,26 @@
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import set_seed
 
 from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.processes import summed
 from lowrank_ext.cli.training.checkpoints import save_checkpoint
-from lowrank_ext.cli.training.evaluation import summed_over_processes
 from lowrank_ext.cli.training.optimizer import MasterAdamW, forget_frozen
 from lowrank_ext.cli.training.order import RowOrder
 from lowrank_ext.cli.training.plan import ADAMW, training_arguments
 from lowrank_ext.files import quoted
 from lowrank_ext.integrations.transformers import AdapterTrainer
 from lowrank_ext.recipe import Stage
+from lowrank_ext.sharding import full_tensor
 
 if TYPE_CHECKING:
     from lowrank_ext.cli.training.run import TrainingRun
@@ -128,15 +131,14 @@ class FinetuneTrainer(AdapterTrainer):
 
     def take_task_loss(self) -> float:
         """The task's loss of the step so far, a mean over processes; begins a new sum."""
-        total = self.task_loss.double().cpu()
+        total = summed(self.task_loss.double().cpu()) / self.args.world_size
         self.task_loss.zero_()
-        if self.args.world_size > 1:
-            total = summed_over_processes(total, self.args.device) / self.args.world_size
         return total.item()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once per step, before its update."""
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = full_tensor(norm) if isinstance(norm, Tensor) else norm  # of shares, every process's
         # A scaled gradient may overflow occasionally; that step is skipped.
         if self.accelerator.scaler is None:
             self._check_finite("loss", self.task_loss.item())
@@ -175,6 +177,15 @@ class FinetuneTrainer(AdapterTrainer):
         with self.run.stop.undisturbed():
             self.run.on_checkpoint(save_checkpoint(self))
             self.run.saved_step = self.run.progress.step
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.run.plan.fsdp:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self.optimizer.state_dict()  # every process takes part in gathering
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the run has loaded the model before it made the Trainer."""
@@ -220,15 +231,6 @@ class FinetuneTrainer(AdapterTrainer):
         """Waits for the GPU, so that a time is that of the work."""
         if self.args.device.type == "cuda":
             torch.cuda.synchronize(self.args.device)
-
-    def stop_is_requested(self) -> bool:
-        """Whether a signal has reached any of the processes."""
-        requested = self.run.stop.requested
-        if self.args.world_size > 1:
-            flag = torch.tensor(float(requested))
-            requested = summed_over_processes(flag, self.args.device).item() > 0
-            self.run.stop.requested = requested
-        return requested
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
@@ -287,7 +289,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
 
     def _decide(self, control: TrainerControl, state: TrainerState) -> None:
         run, step = self.run, self.run.progress.step
-        run.stopped = stopped = self.trainer.stop_is_requested()
+        run.stopped = stopped = run.stop.agree()
         ends = state.global_step >= state.max_steps
         control.should_evaluate = run.plan.is_evaluated(step)
         every = run.plan.save_every
