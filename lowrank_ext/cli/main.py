@@ -308,7 +308,7 @@ def finetune(
     adapter/ (PEFT's format), report.json, loss.png, run.yaml (these options) and finetune.log to
     --out, and for methods with experts expert_load.png. Ctrl-C stops after the current step and
     saves, SIGTERM in the middle of one; --resume continues to the same numbers. A larger --steps
-    extends a run: the steps to come get the learning rates of a run of that length.
+    or --epochs extends a run: the steps to come get the learning rates of a run of that length.
     """
     with errors_as_lines():
         from lowrank_ext.cli import finetune as command

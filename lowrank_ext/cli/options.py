@@ -39,7 +39,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Continue the run in --out with its own settings; a larger --steps extends it.",
+        help="Continue the run in --out with its own settings; more steps extend it.",
     ),
 ]
 Dtype = Annotated[

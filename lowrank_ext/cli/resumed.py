@@ -20,7 +20,7 @@ def check_same_settings(
     arguments: Iterable[str] = (),
 ) -> None:
     """Raises UserError when an option given with --resume differs from the resumed run's; --steps
-    may be larger, and --fsdp may be left out.
+    and --epochs may be larger, and --fsdp may be left out.
 
     Args:
         given: the names of the options on the command line.
@@ -32,7 +32,8 @@ def check_same_settings(
         if option in ("out", "resume", "fsdp"):
             continue
         was, now = stored[option], asked[option]
-        extends = option == "steps" and was is not None and now is not None and now > was
+        is_length = option in ("steps", "epochs") and was is not None and now is not None
+        extends = is_length and now > was
         if was != now and not extends:
             flag = option.upper() if option in arguments else "--" + option.replace("_", "-")
             raise UserError(

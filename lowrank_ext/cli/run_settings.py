@@ -1,6 +1,7 @@
 """The settings of a run: of the command line, of --config, or with --resume of the run itself."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,8 +45,7 @@ def chosen_settings(
         check_same_settings(given, asked.by_option(), settings.by_option())
         if "fsdp" in given:
             settings = dataclasses.replace(settings, fsdp=asked.fsdp)
-        if "steps" in given and asked.steps > settings.steps:
-            settings = extended(settings, asked.steps, out, console)
+        settings = extended(settings, asked, given, out, console)
     settings.check()
     settings.check_all_read(given)
     return settings
@@ -58,9 +58,16 @@ def stored_settings(kind: type[Kind], out: Path) -> Kind:
     return kind.from_dict(read_run_file(out / RUN_FILE, "--resume", option_types(kind)))
 
 
-def extended(stored: Kind, steps: int, out: Path, console: Console) -> Kind:
-    """The settings of the run in `out` with more steps. Raises UserError for a method whose
-    schedule depends on their number, and for a finished one without its last checkpoint."""
+def extended(
+    stored: Kind, asked: Kind, given: Collection[str], out: Path, console: Console
+) -> Kind:
+    """The settings of the run in `out`, with more steps or epochs where these are given. Raises
+    UserError for a method whose schedule depends on their number, and for a finished one without
+    its last checkpoint."""
+    unit = "steps" if stored.epochs is None else "epochs"
+    was, now = (settings.by_option()[unit] for settings in (stored, asked))
+    if unit not in given or now == was:
+        return stored
     for method in stored.methods:
         found, directory = entry(method), stored.method_directory(out, method)
         fault = None
@@ -70,12 +77,12 @@ def extended(stored: Kind, steps: int, out: Path, console: Console) -> Kind:
             fault = f"{directory} holds no checkpoint to continue from"
         if fault is not None:
             raise UserError(
-                f"--resume: --steps was {stored.steps}, got {steps}, but {fault}; leave it out or "
-                "start anew"
+                f"--resume: --{unit} was {was:g}, got {now:g}, but {fault}; leave it out or start "
+                "anew"
             )
     console.print(
-        f"{steps} steps instead of {stored.steps}: from here on the learning rate is that of a run "
-        f"of {steps} steps, steps taken before keep theirs",
+        f"{now:g} {unit} instead of {was:g}: from here on the learning rate is that of a run of "
+        f"{now:g} {unit}, steps taken before keep theirs",
         soft_wrap=True,
     )
-    return dataclasses.replace(stored, given_steps=steps)
+    return dataclasses.replace(stored, given_steps=asked.given_steps, epochs=asked.epochs)

@@ -300,3 +300,24 @@ def test_no_more_records_are_read_than_asked_for(tmp_path) -> None:
     assert len(found.held_out) == 15
     assert "15 documents" in found.description
     assert len(load_examples(DataOptions((), max_rows=12)).train) < 12
+
+
+# ------------------------------------------------------------------------------------------- length
+
+
+def test_more_epochs_extend_a_run(run, tmp_path, monkeypatch) -> None:
+    """To the numbers of a run that was stopped on its way, whose steps so far were the same."""
+    text = tmp_path / "few.txt"
+    text.write_text("0123456789abcdef" * 12)
+    options = {"text": text, "batch": 3, "schedule": "constant_with_warmup", "warmup": 1}
+    assert run(epochs=3, out=tmp_path / "whole", **options).exit_code == 0
+    assert run(epochs=1.5, **options).exit_code == 0
+    out = tmp_path / "out"
+    check_error(resume(out, "--epochs", "1"), "--epochs was 1.5, got 1")
+    check_error(resume(out, "--steps", "50"), "--steps was None, got 50")
+    result = resume(out, "--epochs", "3")
+    assert result.exit_code == 0, result.output
+    assert "3 epochs instead of 1.5" in result.stdout
+    assert losses(out) == losses(tmp_path / "whole")
+    assert "\nepochs: 3.0\n" in (out / "run.yaml").read_text()
+    assert "already finished" in resume(out).stdout
