@@ -57,7 +57,7 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="
 # The panels of finetune's help, and what is in them; the methods' own options are in "Methods".
 PANELS = {
     "Model": "model revision device dtype quantize attention threads compile "
-    "gradient_checkpointing",
+    "gradient_checkpointing fsdp",
     "Data": "text eval eval_split max_rows field format chat_template train_on packing seq_len "
     "preview",
     "Training": "steps epochs batch accumulate lr warmup schedule min_lr weight_decay clip "
