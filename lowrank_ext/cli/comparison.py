@@ -21,7 +21,7 @@ from lowrank_ext.cli.report import Result
 from lowrank_ext.cli.sharded import shard
 from lowrank_ext.cli.stopping import stop_if_requested
 from lowrank_ext.cli.training.checkpoints import checkpoints
-from lowrank_ext.cli.training.evaluation import count_experts, held_out_loss, training_loss
+from lowrank_ext.cli.training.evaluation import count_experts, held_out_loss
 from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.cli.training.run import TrainingRun
 from lowrank_ext.files import printable
@@ -233,15 +233,10 @@ def record_start(job: Job, run: TrainingRun, display: Display) -> None:
     progress = run.progress
     progress.trainable_at_start = count(trainable_parameters(run.model))
     if not job.settings.fsdp:
-        progress.saved_bytes_at_start = saved_bytes(run.model, loss_of(job, run))
+        progress.saved_bytes_at_start = saved_bytes(run.model, job.loss_of(run.model, run.entry))
     display.phase("evaluating")
     run.evaluate()
     progress.expert_load_at_start = count_experts(run.model, job.held_out, run.training)
-
-
-def loss_of(job: Job, run: TrainingRun) -> Callable[[], Tensor]:
-    """The loss for backward on the batch of all measurements."""
-    return lambda: training_loss(run.model, job.batch, run.training)[1]
 
 
 def measured(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int) -> Result:
@@ -252,7 +247,7 @@ def measured(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int) -> R
         return result_of(job, run, peak, saved_step, experts, None, None)
 
     def measure() -> Result:
-        loss = loss_of(job, run)
+        loss = job.loss_of(run.model, run.entry)
         saved = saved_bytes(run.model.train(), loss)
         stop = job.stop
         timing = interleaved_timing(loss, job.frozen_loss, TIMING_ROUNDS, lambda: stop.requested)

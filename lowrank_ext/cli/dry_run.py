@@ -1,7 +1,6 @@
 """`--dry-run`: what would train, and the memory and time of a step, without training."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,10 +11,9 @@ from lowrank_ext.cli.comparison import adapted_model
 from lowrank_ext.cli.files import MEBIBYTE
 from lowrank_ext.cli.job import Job
 from lowrank_ext.cli.measure import milliseconds, release_memory, saved_bytes
-from lowrank_ext.cli.methods import Entry, count, entry, trainable_parameters
+from lowrank_ext.cli.methods import Entry, count, trainable_parameters
 from lowrank_ext.cli.quantization import weight_bytes
 from lowrank_ext.cli.report import human_count
-from lowrank_ext.cli.training.evaluation import training_loss
 
 # AdamW's two moments, in fp32; of a parameter in half precision an fp32 value too.
 _MOMENT_BYTES = 2 * 4
@@ -50,9 +48,9 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.kept
 
 
-def show(job: Job, console: Console) -> None:
-    """Prints an estimate of every method of the run."""
-    estimates = [estimate(job, entry(method)) for method in job.settings.methods]
+def show(job: Job, console: Console, entries: list[Entry]) -> None:
+    """Prints an estimate of every entry of the run."""
+    estimates = [estimate(job, each) for each in entries]
     console.print(table(job, estimates))
     console.print("nothing was trained and nothing was written: --dry-run", markup=False)
 
@@ -73,10 +71,7 @@ def estimate(job: Job, found: Entry) -> Estimate:
             step_ms=accumulate * milliseconds(job.frozen_loss),
         )
     model = adapted_model(job, found)
-
-    def loss() -> Any:
-        return training_loss(model, job.batch, found.training)[1]
-
+    loss = job.loss_of(model, found)
     trained = trainable_parameters(model)
     halves = count(p for p in trained if p.element_size() == 2)
     beside = weight_bytes(job.base) if found.changes_base(job.settings) else 0

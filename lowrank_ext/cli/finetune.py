@@ -70,7 +70,7 @@ def estimate(settings: Settings, out: Path, console: Console, preview: int = 0) 
             job = prepare(settings, out, False, console, stop)
             if preview:
                 job.corpus.preview(preview, console)
-            show(job, console)
+            show(job, console, [entry(method) for method in settings.methods])
 
 
 def results_of(settings: Settings, out: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ from lowrank_ext.cli.run_settings import RESULT
 from lowrank_ext.cli.setting_checks import FLASH
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.training.checkpoints import checkpoints
-from lowrank_ext.cli.training.evaluation import Batch
+from lowrank_ext.cli.training.evaluation import Batch, training_loss
 from lowrank_ext.cli.training.order import RowOrder
 from lowrank_ext.cli.training.plan import Plan
 from lowrank_ext.cli.training.progress import PROGRESS_NAME
@@ -101,6 +102,10 @@ class Job:
     def frozen_loss(self) -> Tensor:
         """Loss of the frozen model on `batch`."""
         return frozen_loss(self.base, self.batch)
+
+    def loss_of(self, model: CausalLM, entry: Entry) -> Callable[[], Tensor]:
+        """The loss for backward of a model of the run, on `batch`."""
+        return lambda: training_loss(model, self.batch, entry.training)[1]
 
     def plan(self, method: str) -> Plan:
         """The numbers of a method's training."""

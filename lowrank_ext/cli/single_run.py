@@ -1,28 +1,32 @@
 """A command that trains one model and reports what it has measured on held-out data, on the loop
 of finetune: dpo, guard train."""
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_ext.cli.comparison import display_for, start_run
-from lowrank_ext.cli.display import Display
+from lowrank_ext.cli.display import Display, make_console
+from lowrank_ext.cli.dry_run import show
 from lowrank_ext.cli.environment import environment
-from lowrank_ext.cli.errors import as_user_error
+from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import check_replaced, exists, prepare_output, write_bytes, write_json
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.job import Job
-from lowrank_ext.cli.log import log_file
+from lowrank_ext.cli.log import hush_libraries, log_file
 from lowrank_ext.cli.methods import Entry, base_dtype, count, trainable_parameters
 from lowrank_ext.cli.models import CausalLM, dtype_name, find_model
 from lowrank_ext.cli.processes import on_main_process
 from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
+from lowrank_ext.cli.run_settings import chosen_settings
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.stopping import at_once, stop_if_requested
 from lowrank_ext.cli.training.checkpoints import remove_checkpoints
@@ -87,6 +91,10 @@ class SingleRun(ABC):
         """The training of a model that the entry has built."""
 
     @abstractmethod
+    def preview(self, job: Any, count: int) -> None:
+        """Prints the first examples as the model sees them."""
+
+    @abstractmethod
     def results(self, before: Evaluation, after: Evaluation) -> Table:
         """The table at the end."""
 
@@ -94,8 +102,38 @@ class SingleRun(ABC):
     def draw(self, job: Any, run: TrainingRun) -> bytes:
         """The picture, a PNG."""
 
-    def run(self, settings: Settings, out: Path, resume: bool, console: Console) -> None:
-        """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
+    def chosen(self, kind: type[Settings], context: typer.Context, options: Any) -> None:
+        """The command, as its options say. Raises UserError for bad input and Interrupted after a
+        clean stop.
+
+        Args:
+            kind: its settings.
+            options: those beside the settings.
+        """
+        console, out, resume = make_console(), options["out"], options["resume"]
+        if options["dry_run"] and resume:
+            raise UserError("give --dry-run or --resume, not both")
+        settings = chosen_settings(kind, context, options["config"], out, resume, console)
+        if options["dry_run"]:
+            self.estimate(settings, out, console, options["preview"])
+        else:
+            self.run(settings, out, resume, console, options["preview"])
+
+    def estimate(self, settings: Settings, out: Path, console: Console, preview: int) -> None:
+        """--dry-run: the table of the data, and what would train at which cost."""
+        hush_libraries()
+        with warnings.catch_warnings(), StopRequest() as stop, at_once(None, stop):
+            warnings.simplefilter("ignore")  # there is no log for those of libraries
+            with stop.leaving_at_any_point():
+                job = self.prepare(settings, out, False, console, stop)
+                if preview:
+                    self.preview(job, preview)
+                show(job, console, [self.entry(job)])
+
+    def run(
+        self, settings: Settings, out: Path, resume: bool, console: Console, preview: int
+    ) -> None:
+        """Trains, or goes on with it."""
         if not resume:
             inputs = [*settings.text, *settings.eval, *([settings.model] if settings.model else [])]
             has_run = exists(f"--out {out}", out / RUN_FILE)
@@ -104,6 +142,8 @@ class SingleRun(ABC):
         with log_file(out / self.log, append=resume), StopRequest() as stop:
             with at_once(out if resume else None, stop, self.name), stop.leaving_at_any_point():
                 job = self.prepare(settings, out, resume, console, stop)
+                if preview:
+                    self.preview(job, preview)
             on_main_process(lambda: self._store_settings(job))
             with at_once(out, stop, self.name):
                 self._train(job)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("trl")
 
 import trl
+from byte_llama import save_byte_llama
 from char_tokenizer import char_tokenizer
 from datasets import Dataset
 from finetune_runs import check_error, invoke, stop_at
@@ -229,6 +232,44 @@ def test_ways_to_save_memory_change_no_loss(
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
 
 
+def test_preview_shows_what_is_trained_on(dpo: Any) -> None:
+    result = dpo("--preview", "1", steps=1)
+    assert result.exit_code == 0, result.output
+    assert "pair 1, chosen: 17 tokens, 7 trained" in result.stdout
+    assert "⟦0 plus 0? ⟧yes, 0<eos>" in result.stdout
+    assert "⟦0 plus 0? ⟧no: 0<eos>" in result.stdout
+
+
+def test_dry_run_measures_and_writes_nothing(dpo: Any, tmp_path: Path) -> None:
+    result = dpo("--dry-run", method="lamda")
+    assert result.exit_code == 0, result.output
+    assert "What would train" in result.stdout and "lamda" in result.stdout
+    assert not (tmp_path / "out").exists()
+    check_error(resume(tmp_path / "out", "--dry-run"), "--dry-run or --resume, not both")
+
+
+def test_over_a_4_bit_base(dpo: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    save_byte_llama(tmp_path / "model", context=64, intermediate_size=128)
+    result = dpo(quantize="nf4", model=tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    found = report(tmp_path / "out")
+    assert found["held_out_before"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert found["held_out_after"]["margin"] > 0.01
+
+
+def test_early_stop_saves_the_best(dpo: Any, tmp_path: Path) -> None:
+    # A rate that grows the loss after the first steps.
+    options = {"steps": 20, "eval_every": 1, "early_stop": 2, "schedule": "constant"}
+    assert dpo(lr=1.0, warmup=0, clip=0, keep=1, **options).exit_code == 0
+    found = report(tmp_path / "out")
+    steps = {each["step"]: each["loss"] for each in found["held_out"]}
+    assert found["ended_early"] and len(steps) < 21
+    assert found["held_out_after"]["step"] == found["saved_step"]
+    trained = {step: loss for step, loss in steps.items() if step}
+    assert found["held_out_after"]["loss"] == min(trained.values())
+
+
 def test_default_rate_is_a_share_of_the_methods_own(dpo: Any, tmp_path: Path) -> None:
     assert dpo(lr=None, steps=1).exit_code == 0
     assert report(tmp_path / "out")["learning_rate"] == pytest.approx(1e-5)
@@ -302,6 +343,36 @@ def test_what_is_cut_or_left_out_is_said(tmp_path: Path, tiny_model: Path) -> No
 
 
 # ------------------------------------------------------------------------------------- resuming
+
+
+def test_a_terminated_run_continues_to_the_same_bits(
+    dpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the first evaluation, then in the middle of a step."""
+    from lowrank_ext.cli.dpo.trainer import DpoTrainer
+
+    assert dpo(out=tmp_path / "whole").exit_code == 0
+    loss_of_pairs, compute_loss = DpoTrainer.loss_of_pairs, DpoTrainer.compute_loss
+
+    def in_evaluation(self: Any, inputs: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss_of_pairs(self, inputs)
+
+    def in_step(self: Any, *arguments: Any, **options: Any) -> Tensor:
+        if self.run.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DpoTrainer, "loss_of_pairs", in_evaluation)
+        assert dpo().exit_code == 143
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(DpoTrainer, "compute_loss", in_step)
+        assert resume(tmp_path / "out").exit_code == 143
+    assert (tmp_path / "out" / "checkpoint-000002").is_dir()
+    assert resume(tmp_path / "out").exit_code == 0
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", ["lora", "lamda"])

@@ -163,6 +163,15 @@ def test_the_loss_is_the_guards_over_all_held_out_texts(
     assert report(tmp_path / "out")["held_out_after"]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_preview_and_dry_run(train: Any, tmp_path: Path) -> None:
+    result = train("--dry-run", "--preview", "2")
+    assert result.exit_code == 0, result.output
+    assert "text 1: 5 tokens, safe: add 0" in result.stdout
+    assert "text 2: 9 tokens, even: zap 1 now" in result.stdout
+    assert "What would train" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_accumulated_batches_are_one(train: Any, tmp_path: Path) -> None:
     assert train(dropout=0).exit_code == 0
     assert train(dropout=0, batch=2, accumulate=2, out=tmp_path / "other").exit_code == 0

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.dpo.settings import LOSSES, DpoSettings
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.options import with_options_of
@@ -37,7 +36,7 @@ def dpo_command(finetune: Callable[..., None]) -> Callable[..., None]:
 
     @with_options_of(
         finetune,
-        without={*DpoSettings.fixed, "preview", "dry_run"},
+        without=DpoSettings.fixed,
         defaults={"seq_len": 512, "eval_batches": 25, "out": Path("dpo-output")},
         shown={"lr": "a 300th of the method's own for text", "log_to": "dpo.log"},
     )
@@ -58,10 +57,7 @@ def dpo_command(finetune: Callable[..., None]) -> Callable[..., None]:
         """
         with errors_as_lines():
             from lowrank_ext.cli.dpo.command import Dpo
-            from lowrank_ext.cli.run_settings import chosen_settings
 
-            console, out, resume = make_console(), shared["out"], shared["resume"]
-            settings = chosen_settings(DpoSettings, context, shared["config"], out, resume, console)
-            Dpo().run(settings, out, resume, console)
+            Dpo().chosen(DpoSettings, context, shared)
 
     return dpo

@@ -1,14 +1,18 @@
 """`lowrank-ext dpo`: trains on pairs, reports the rewards before and after."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from lowrank_ext.cli.comparison import make_run
+from lowrank_ext.cli.comparison import display_for, make_run
 from lowrank_ext.cli.data import DataOptions, pad_id_of
+from lowrank_ext.cli.data.preview import preview_sequences
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.dpo import picture
 from lowrank_ext.cli.dpo.pairs import load_pairs
@@ -25,7 +29,7 @@ from lowrank_ext.cli.job import (
 from lowrank_ext.cli.methods import Entry, entry
 from lowrank_ext.cli.models import CausalLM, check_vocabulary
 from lowrank_ext.cli.single_run import Evaluation, SingleRun, results_table
-from lowrank_ext.cli.training.evaluation import Batch
+from lowrank_ext.cli.training.evaluation import Batch, on_device_of
 from lowrank_ext.cli.training.run import TrainingRun
 
 _ROWS = {
@@ -60,6 +64,18 @@ class DpoJob(Job):
 
         batch: Batch = DataCollatorForPreference(pad_token_id=pad_id_of(self.tokenizer))(rows)
         return batch
+
+    def loss_of(self, model: CausalLM, entry: Entry) -> Callable[[], Tensor]:
+        """TRL's, which needs its trainer, and that a directory."""
+        from lowrank_ext.cli.dpo.trainer import trainer_with
+
+        kind = trainer_with(self.base.eval())
+        with TemporaryDirectory() as directory:
+            display = display_for(self, entry)
+            run = make_run(self, entry, model, Path(directory), display, kind)
+            trainer = kind(run, None, 0, self.settings.steps)
+        inputs = on_device_of(model, self.batch)
+        return lambda: trainer.loss_of_pairs(inputs)
 
 
 class Dpo(SingleRun):
@@ -115,6 +131,9 @@ class Dpo(SingleRun):
                 "an adapter"
             )
         return make_run(job, entry, model, directory, display, trainer_with(job.base.eval()))
+
+    def preview(self, job: DpoJob, count: int) -> None:
+        preview_sequences(job.corpus.sequences(count), job.tokenizer, job.console)
 
     def results(self, before: Evaluation, after: Evaluation) -> Table:
         return results_table("held-out pairs", _ROWS, before, after, _CAPTION)

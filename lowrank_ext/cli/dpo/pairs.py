@@ -121,6 +121,14 @@ class Pairs:
         both = (self.train, self.held_out)
         return max(int(values.max(initial=0)) for part in both for values in _flat(part))
 
+    def sequences(self, count: int) -> Iterator[tuple[str, list[int], list[bool]]]:
+        """Title, tokens, and whether they belong to the answer, of the first pairs."""
+        for number, row in enumerate(self.train.select(range(min(count, len(self.train)))), 1):
+            for name in ("chosen", "rejected"):
+                prompt, answer = row["prompt_ids"], row[f"{name}_ids"]
+                is_answer = [False] * len(prompt) + [True] * len(answer)
+                yield f"pair {number}, {name}", prompt + answer, is_answer
+
     def digest(self) -> str:
         """Identifies the tokens of both parts, so that --resume notices changed data."""
         found = hashlib.sha256()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import trl
+from torch import Tensor
 
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.training.evaluation import on_device_of
@@ -57,6 +58,11 @@ class DpoTrainer(FinetuneTrainer, trl.DPOTrainer):  # type: ignore[misc]  # unty
         """The dataset, which has TRL's columns."""
         return dataset
 
+    def loss_of_pairs(self, inputs: dict[str, Tensor]) -> Tensor:
+        """TRL's loss of a batch on the model's device, without a method's extra loss."""
+        loss: Tensor = trl.DPOTrainer.compute_loss(self, self.run.model, inputs)
+        return loss
+
     def measure(self) -> float:
         """The loss on the held-out pairs, with their rewards and log-probabilities."""
         run, model = self.run, self.run.model
@@ -67,8 +73,7 @@ class DpoTrainer(FinetuneTrainer, trl.DPOTrainer):  # type: ignore[misc]  # unty
         try:
             with torch.no_grad():
                 for batch in run.held_out:
-                    inputs = on_device_of(model, batch)
-                    losses.append(trl.DPOTrainer.compute_loss(self, model, inputs).item())
+                    losses.append(self.loss_of_pairs(on_device_of(model, batch)).item())
         finally:
             model.train(was_training)
         found = self._metrics["eval"]

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.guard_train.settings import DEFAULTS, GuardSettings
 from lowrank_ext.cli.options import with_options_of
@@ -33,7 +32,7 @@ def guard_train_command(finetune: Callable[..., None]) -> Callable[..., None]:
 
     @with_options_of(
         finetune,
-        without={*GuardSettings.fixed, "preview", "dry_run"},
+        without=GuardSettings.fixed,
         defaults={**DEFAULTS, "out": Path("guard-output")},
         shown={"lr": "0.001", "log_to": "guard.log", "alpha": "16", "dropout": "0.05"},
     )
@@ -52,12 +51,7 @@ def guard_train_command(finetune: Callable[..., None]) -> Callable[..., None]:
         """
         with errors_as_lines():
             from lowrank_ext.cli.guard_train.command import GuardTraining
-            from lowrank_ext.cli.run_settings import chosen_settings
 
-            console, out, resume = make_console(), shared["out"], shared["resume"]
-            settings = chosen_settings(
-                GuardSettings, context, shared["config"], out, resume, console
-            )
-            GuardTraining().run(settings, out, resume, console)
+            GuardTraining().chosen(GuardSettings, context, shared)
 
     return guard_train

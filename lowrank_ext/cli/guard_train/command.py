@@ -1,5 +1,6 @@
 """`lowrank-ext guard train`: trains a guard, reports how well it judges before and after."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lowrank_ext.cli.comparison import make_run
 from lowrank_ext.cli.data import DataOptions
 from lowrank_ext.cli.display import Display
+from lowrank_ext.cli.errors import one_line
 from lowrank_ext.cli.guard_train.labels import load_labelled
 from lowrank_ext.cli.guard_train.picture import guard_picture
 from lowrank_ext.cli.guard_train.settings import GuardSettings
@@ -23,6 +26,7 @@ from lowrank_ext.cli.single_run import Evaluation, SingleRun, results_table
 from lowrank_ext.cli.targets import parse_targets
 from lowrank_ext.cli.training.evaluation import Batch
 from lowrank_ext.cli.training.run import TrainingRun
+from lowrank_ext.files import printable
 from lowrank_ext.methods.lora_guard import GuardLoss, GuardModel
 from lowrank_ext.methods.lora_guard.screening import pad
 
@@ -83,6 +87,13 @@ class GuardJob(Job):
         categories = torch.stack([row["categories"] for row in rows])
         return {"input_ids": ids, "attention_mask": mask, "categories": categories}
 
+    def loss_of(self, model: CausalLM, entry: Entry) -> Callable[[], Tensor]:
+        from lowrank_ext.cli.guard_train.trainer import judged
+
+        criterion = GuardLoss(self.corpus.train.labels).to(self.device)
+        batch = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
+        return lambda: judged(model, batch, criterion)[0]
+
 
 class GuardTraining(SingleRun):
     """A run of the command."""
@@ -129,6 +140,22 @@ class GuardTraining(SingleRun):
 
         job.console.print(model.summary())
         return make_run(job, entry, model, directory, display, GuardTrainer)
+
+    def preview(self, job: GuardJob, count: int) -> None:
+        """Texts with their labels."""
+        rows, names = job.corpus.train, job.corpus.categories
+        for index in range(min(count, len(rows))):
+            row = rows[index]
+            labels = [
+                name for name, own in zip(names, row["categories"].tolist(), strict=True) if own
+            ]
+            text = one_line(Exception(job.tokenizer.decode(row["input_ids"])))
+            job.console.print(
+                f"text {index + 1}: {len(row['input_ids']):,} tokens, "
+                f"{', '.join(map(printable, labels)) or 'safe'}: {text}",
+                markup=False,
+                soft_wrap=True,
+            )
 
     def results(self, before: Evaluation, after: Evaluation) -> Table:
         return results_table("held-out texts", _ROWS, before, after, _CAPTION)
