@@ -9,6 +9,7 @@ from torch import Tensor
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.training.evaluation import on_device_of
 from lowrank_ext.cli.training.plan import training_arguments
+from lowrank_ext.cli.training.run import TrainingRun
 from lowrank_ext.cli.training.trainer import FinetuneTrainer
 
 # What an evaluation measures, as report.json names it, by TRL's names.
@@ -31,6 +32,14 @@ class DpoTrainer(FinetuneTrainer, trl.DPOTrainer):  # type: ignore[misc]  # unty
     """
 
     reference: CausalLM
+
+    def __init__(self, run: TrainingRun, *stage: Any) -> None:
+        trained = [(p, p.data) for p in run.model.parameters() if p.requires_grad]
+        super().__init__(run, *stage)
+        # TRL rounds what trains over a 4-bit base to bf16; here --adapter-dtype says its dtype.
+        for parameter, values in trained:
+            if parameter.dtype is not values.dtype:
+                parameter.data = values
 
     def trainer_options(self, steps: int) -> dict[str, Any]:
         settings = self.run.settings
