@@ -439,6 +439,7 @@ def test_plain_text_is_refused_and_so_are_pairs_in_finetune(
         ({"method": "frozen", "rank": None}, ["--method frozen trains nothing"]),
         ({"method": "set-and-sequence", "window": 4}, ["stages", "use finetune"]),
         ({"loss": "sigmoit"}, ["--loss must be one of", "did you mean sigmoid"]),
+        ({"eval_split": 0, "eval": None}, ["--eval-split must be above 0"]),
         ({"beta": 0}, ["--beta must be a positive number, got 0"]),
         ({"seq_len": 2}, ["no pair is left to train on", LONG_PROMPT]),
         ({"targets": "lm_head,q_proj"}, ["--targets: must leave the output embeddings out"]),

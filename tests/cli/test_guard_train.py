@@ -308,6 +308,7 @@ def test_a_file_called_train_is_scored(tiny_model: Path, tmp_path: Path, train: 
         ({"text": None}, ["guard train needs --text"]),
         ({"targets": "nothing"}, ["nothing"]),
         ({"seq_len": 100}, ["--seq-len must be at most 64"]),
+        ({"eval_split": 0, "eval": None}, ["--eval-split must be above 0"]),
         ({"rank": 0}, ["--rank must be at least 1, got 0"]),
     ],
 )

@@ -65,6 +65,8 @@ class DpoSettings(Settings):
         check_choice("--loss", self.loss, LOSSES)
         if not self.text:
             raise UserError("dpo needs --text: preference pairs, of 'chosen' and 'rejected'")
+        if self.eval_split == 0:
+            raise UserError("--eval-split must be above 0 for dpo, which reports on held-out pairs")
         [method] = self.methods
         if method == "frozen":
             raise UserError("--method frozen trains nothing, and is the reference of dpo")

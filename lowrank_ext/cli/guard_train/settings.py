@@ -50,6 +50,10 @@ class GuardSettings(Settings):
         super().check()
         if not self.text:
             raise UserError("guard train needs --text: records of a text and a label")
+        if self.eval_split == 0:
+            raise UserError(
+                "--eval-split must be above 0 for guard train, which reports on held-out texts"
+            )
 
     def learning_rate(self, method: str) -> float:
         """--lr, or a rate that works on SmolLM2-135M."""
