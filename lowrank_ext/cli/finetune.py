@@ -21,7 +21,7 @@ from lowrank_ext.cli.measure import release_memory
 from lowrank_ext.cli.methods import Entry, base_dtype, entry
 from lowrank_ext.cli.models import dtype_name, find_model, resolve_device
 from lowrank_ext.cli.processes import connect, on_main_process
-from lowrank_ext.cli.quantization import num_quantized, weight_bytes
+from lowrank_ext.cli.quantization import num_quantized
 from lowrank_ext.cli.report import Result, read_result, results_table, write_report, write_result
 from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
 from lowrank_ext.cli.run_settings import RESULT
@@ -140,7 +140,7 @@ def finish(job: Job, results: list[Result]) -> None:
         "quantize": settings.quantize,
         "parameters": job.num_parameters,
         "quantized_parameters": num_quantized(job.base),
-        "weight_bytes": weight_bytes(job.base),
+        "weight_bytes": job.weight_bytes,
         "data": job.corpus.report.to_dict(),
     }
     paths = write_report(job.out, settings, model, results)

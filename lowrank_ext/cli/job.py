@@ -64,7 +64,7 @@ class Job:
             model. With --fsdp it is the model that the method adapts and trains.
         held_out: the batches of all evaluations.
         frozen_saved_bytes: what the base keeps for backward; None with --fsdp.
-        num_parameters: of the base.
+        num_parameters, weight_bytes: of the base.
     """
 
     settings: Settings
@@ -79,9 +79,11 @@ class Job:
     held_out: list[Batch]
     frozen_saved_bytes: int | None
     num_parameters: int = dataclasses.field(init=False)
+    weight_bytes: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.num_parameters = count(self.base.parameters())
+        self.weight_bytes = weight_bytes(self.base)
 
     @property
     def batch(self) -> Batch:
@@ -323,7 +325,7 @@ def _quantized(job: Job) -> str:
     quantized = num_quantized(job.base)
     if not quantized:
         return ""
-    size = weight_bytes(job.base) / MEBIBYTE
+    size = job.weight_bytes / MEBIBYTE
     return f", {human_count(quantized)} of them quantized, in {size:,.1f} MiB"
 
 

@@ -218,7 +218,9 @@ def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
     wrapper: Any = tensor
     if is_traceable_wrapper_subclass(wrapper):
         for name in wrapper.__tensor_flatten__()[0]:
-            yield from stored_tensors(getattr(wrapper, name))
+            inner = getattr(wrapper, name)
+            if isinstance(inner, Tensor):  # a DTensor names its device mesh too
+                yield from stored_tensors(inner)
         return
     yield tensor
     state = getattr(tensor, "quant_state", None)

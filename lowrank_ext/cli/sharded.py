@@ -35,6 +35,7 @@ def check_fsdp(settings: "Settings") -> None:
     for option, refused in (
         ("--quantize", settings.quantize is not None),
         ("--compile", settings.compile),
+        ("--early-stop", settings.early_stop is not None),
         ("--dtype fp16", settings.dtype == "fp16"),
         (f"--optimizer {settings.optimizer}", settings.optimizer != "adamw"),
     ):
