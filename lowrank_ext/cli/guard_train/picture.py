@@ -40,9 +40,9 @@ def guard_picture(unsafe: Tensor, scores: Tensor, run: TrainingRun) -> bytes:
     curve.axhline(share, color="gray", linestyle="--", label=f"everything unsafe: {share:.3f}")
     curve.set(title=f"{len(unsafe)} held-out texts", xlabel="recall", ylabel="precision")
     curve.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    for axes in (loss, quality, curve):
+    for axes, place in ((loss, "upper right"), (quality, "lower right"), (curve, "lower left")):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc=place)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
