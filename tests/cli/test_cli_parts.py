@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,36 +143,22 @@ def test_methods() -> None:
         parse_methods("lora", "lora")
 
 
-def some_settings(**changes: Any) -> Settings:
-    """Of --method lora by default."""
-    values: dict[str, Any] = {
-        **{"model": None, "text": ("a.txt",), "field": "text", "format": "auto", "method": "lora"},
-        **{"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"},
-        **{"steps": 1, "batch": 1, "seq_len": 8, "lr": None, "dtype": "auto"},
-        **{"adapter_dtype": "fp32", "seed": 0, "threads": None, "eval_batches": 1},
-        **{"save_every": 0, "compile": False, "fsdp": False, "device": "auto", "quantize": None},
-        **{"gradient_checkpointing": False, "eval": (), "train_on": "auto", "packing": "auto"},
-        **{"modules_to_save": (), "epochs": None, "accumulate": 1, "warmup": 0.1, "keep": 1},
-        **{"schedule": "cosine", "weight_decay": 0.0, "clip": 1.0, "optimizer": "adamw"},
-        **{"eval_every": None, "early_stop": None, "log_to": ()},
-        **{"exclude": None, "layers": None, "rslora": False, "init": None, "dora": False},
-        **{"bias": "none", "lora_bias": False, "lora_plus_ratio": None},
-    }
-    return Settings.from_dict({**values, **changes})
+def test_scaling_and_learning_rate(settings_of: Callable[..., Settings]) -> None:
+    own = settings_of("--rank", "8")
+    assert own.scaling() == 1.0
+    assert settings_of("--rank", "8", "--alpha", "16").scaling() == 2.0
+    assert settings_of("--lr", "0.5").learning_rate("full") == 0.5
+    assert own.learning_rate("lora") == own.learning_rate("peft-lora") > 0
 
 
-def test_scaling_and_learning_rate() -> None:
-    assert some_settings().scaling() == 2.0
-    assert some_settings(alpha=None).scaling() == 1.0
-    assert some_settings(lr=0.5).learning_rate("full") == 0.5
-    assert some_settings().learning_rate("lora") == some_settings().learning_rate("peft-lora") > 0
-
-
-def test_dropout_is_the_methods_own_unless_it_is_given() -> None:
+def test_dropout_is_the_methods_own_unless_it_is_given(
+    settings_of: Callable[..., Settings],
+) -> None:
     """LaMDA's branch starts as a part of the weight, on which dropout would fall."""
 
     def of(dropout: float | None, *methods: str) -> Settings:
-        return dataclasses.replace(some_settings(), methods=methods, dropout=dropout)
+        given = () if dropout is None else ("--dropout", str(dropout))
+        return settings_of("--compare", ",".join(methods), *given)
 
     own = of(None, "frozen", "peft-lora", "lora", "lamda")
     assert [own.dropout_of(name) for name in own.methods[1:]] == [0.05, 0.05, 0.0]
