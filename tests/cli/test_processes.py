@@ -18,11 +18,13 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import typer
 from finetune_runs import check_error, invoke, report, resume, rows, small_run
 from safetensors.torch import load_file
 
 import lowrank_ext as lr
 from lowrank_ext.cli import processes
+from lowrank_ext.cli.error_lines import errors_as_lines
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.interrupts import StoppedAtOnce, StopRequest
 from lowrank_ext.cli.models import resolve_device
@@ -51,7 +53,6 @@ def options(tiny_model: Path, text_file: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def one(folder: Path, options: dict[str, Any]) -> Path:
     """A comparison in one process, which accumulates two batches."""
-    torch.set_num_threads(1)
     compared = small_run(
         compare=f"frozen,{','.join(METHODS)}", accumulate=2, out=folder / "one", **SAVES, **options
     )
@@ -307,6 +308,28 @@ def test_processes_that_nobody_has_started(monkeypatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE is 2, but MASTER_ADDR is not set"):
         processes.join()
+
+
+@pytest.mark.usefixtures("of_two")
+def test_a_process_that_ends_second_is_silent(monkeypatch, capfd) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(processes._Joined, "store", store)
+    assert processes.first_to_end(143) == (True, 143)
+    with pytest.raises(typer.Exit) as ended, errors_as_lines():
+        raise RuntimeError("connection closed by peer")
+    assert ended.value.exit_code == 143
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("of_two")
+def test_processes_with_other_data_are_refused(monkeypatch) -> None:
+    def gather(values: list[str], value: str) -> None:
+        values[:] = ["a", value]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    processes.check_equal("the rows of --text", "a")
+    with pytest.raises(UserError, match="rows of --text of process 1 must be those of process 0"):
+        processes.check_equal("the rows of --text", "b")
 
 
 @pytest.mark.usefixtures("of_two")
