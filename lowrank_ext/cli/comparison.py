@@ -144,10 +144,12 @@ def adapted_model(job: Job, entry: Entry, checkpoint: Path | None = None) -> Cau
     model = job.training_copy(entry)
     # With --fsdp the model is the base itself.
     state = TensorState(() if job.settings.fsdp else job.base.parameters())
-    if checkpoint is None:
-        model = entry.build(model, job.settings)
-    else:
+    if checkpoint is not None:
         model = entry.load(model, job.settings, checkpoint)
+    elif job.settings.adapter is not None:
+        model = entry.begin_with(model, job.settings, Path(job.settings.adapter))
+    else:
+        model = entry.build(model, job.settings)
     state.check_unchanged(entry.name)
     if job.settings.gradient_checkpointing:
         checkpoint_activations(model)

@@ -168,6 +168,13 @@ def finetune(
         str | None,
         typer.Option(help="Several methods, separated by commas, each from the same start."),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="A saved adapter to begin with, whose options hold; one method.",
+            show_default="a new one",
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = ADAPTER_DEFAULTS["rank"],
     alpha: Annotated[
         float | None,

@@ -3,6 +3,7 @@
 Each has an entry, which changes the base model, saves the result and loads it again.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import closing
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import lowrank_ext as lr
+from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matches_names
 from lowrank_ext.cli.chat_template import save_template
@@ -75,6 +77,20 @@ class Entry(ABC):
         path = directory / self.saved_name
         with as_user_error(f"cannot load {path}", Exception):  # libraries raise many kinds
             return self._load(model, settings, path)
+
+    def begin_with(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
+        """Loads the adapter in a directory into the base model, in place, as the start of a run.
+        Raises UserError for one of another dtype."""
+        with as_user_error(f"--adapter {path}: cannot load it", Exception):
+            model = self._load(model, settings, path)
+        wanted = resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" in name and parameter.dtype is not wanted:
+                raise UserError(
+                    f"--adapter {path} is in {parameter.dtype}: --adapter-dtype must be the same, "
+                    f"got {settings.adapter_dtype}"
+                )
+        return model
 
     def changes_base(self, settings: Settings) -> bool:
         """Whether building or training changes tensors of the base model in place."""
@@ -199,11 +215,15 @@ class PeftLoRA(Entry):
         model.save_pretrained(str(directory), save_embedding_layers=False)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
+        peft = _import_peft()
+        config = peft.PeftConfig.from_pretrained(str(path))
+        config.lora_dropout = settings.dropout_of(self.name)
         return self._finished(
-            _import_peft().PeftModel.from_pretrained(
+            peft.PeftModel.from_pretrained(
                 model,
                 str(path),
                 is_trainable=True,
+                config=config,
                 autocast_adapter_dtype=_peft_autocast(model, settings),
             ),
             settings,
@@ -230,7 +250,12 @@ class Adapted(Entry):
         lr.save_adapter(model, directory)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
-        return lr.load_adapter(model, path, trainable=True)
+        lr.load_adapter(model, path, trainable=True)
+        dropout = settings.dropout_of(self.name)
+        for module in lowrank_modules(model, "load_adapter").values():
+            module.dropout = dropout
+        model.lowrank_config = dataclasses.replace(model.lowrank_config, dropout=dropout)
+        return model
 
     def _reload(self, model: CausalLM, path: Path) -> None:
         lr.load_adapter(model, path, trainable=True)

@@ -62,8 +62,8 @@ PANELS = {
     "preview",
     "Training": "steps epochs batch accumulate lr warmup schedule min_lr weight_decay clip "
     "optimizer betas eps neftune seed",
-    "Adapters": "method compare rank alpha rslora dropout targets exclude layers modules_to_save "
-    "adapter_dtype",
+    "Adapters": "method compare adapter rank alpha rslora dropout targets exclude layers "
+    "modules_to_save adapter_dtype",
     "Methods": "",
     "Evaluation and logs": "eval_batches eval_every early_stop log_to log_every run_name",
     "Output": "out save_every keep resume dry_run config",

@@ -14,6 +14,7 @@ from lowrank_ext.cli.methods import entry
 from lowrank_ext.cli.resumed import check_same_settings, with_config
 from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
 from lowrank_ext.cli.settings import Settings, option_types
+from lowrank_ext.cli.start_adapter import with_adapter
 from lowrank_ext.cli.training.checkpoints import checkpoints
 
 RESULT = "result.json"  # of a method that has been trained and measured
@@ -38,6 +39,8 @@ def chosen_settings(
         out: the directory of the run.
     """
     options, given = with_config(context, config, option_types(kind))
+    if options.get("adapter") is not None and not resume:
+        options = with_adapter({**options, **kind.fixed}, given)
     settings = kind.from_options(options)
     if resume:
         asked, settings = settings, stored_settings(kind, out)

@@ -43,7 +43,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "layers": None,
 }
 # Baselines that have the options of our LoRA.
-_PEFT = ("peft-lora", "peft-lora-accelerated")
+PEFT_METHODS = ("peft-lora", "peft-lora-accelerated")
 # Under another name in files, where it is what the user gave.
 _STORED_NAMES = {"given_steps": "steps"}
 
@@ -63,6 +63,7 @@ class Settings:
         eval_every: steps between evaluations; None: four in a run.
         early_stop: evaluations without improvement that end the run; None: it is not ended.
         keep: how many checkpoints stay.
+        adapter: directory of the one that the run begins with; None: a new one.
         options: of all methods, by name.
         fixed: options that a subclass's command does not have, and their values.
     """
@@ -86,6 +87,7 @@ class Settings:
     max_rows: int | None
     methods: tuple[str, ...]
     compare: bool
+    adapter: str | None
     rank: int
     alpha: float | None
     dropout: float | None
@@ -179,14 +181,14 @@ class Settings:
                 raise UserError(problem)
             with as_user_error(f"cannot set up {recipe.name}", ValueError, TypeError):
                 recipe.config(self.config_fields(recipe.name), self)
-        if set(_PEFT) & set(self.methods):
+        if set(PEFT_METHODS) & set(self.methods):
             with as_user_error("cannot set up PEFT's LoRA", ValueError, TypeError):
                 lora_recipe().config(self.config_fields("lora"), self)
 
     def read_options(self) -> set[str]:
         """The names of the options, of those that not every method reads, that the run's do."""
         read = {option.name for recipe in self.recipes() for option in recipe.options}
-        if set(_PEFT) & set(self.methods):
+        if set(PEFT_METHODS) & set(self.methods):
             read |= {option.name for option in lora_recipe().options}
         if any(name not in _BARE for name in self.methods):
             read |= ADAPTER_DEFAULTS.keys()
@@ -209,7 +211,7 @@ class Settings:
     def adapter_recipes(self) -> dict[str, Recipe]:
         """The recipe of every method with adapters, by the method's name; PEFT's LoRA has ours."""
         recipes = {recipe.name: recipe for recipe in registry.recipes()}
-        recipes |= dict.fromkeys(_PEFT, lora_recipe())
+        recipes |= dict.fromkeys(PEFT_METHODS, lora_recipe())
         return {name: recipes[name] for name in self.methods if name in recipes}
 
     def learning_rate(self, method: str) -> float:
@@ -361,7 +363,7 @@ def _readers() -> dict[str, str]:
     for option in method_options():
         names = [r.name for r in registry.recipes() if option.name in {o.name for o in r.options}]
         if "lora" in names:
-            names = [*_PEFT, *names]
+            names = [*PEFT_METHODS, *names]
         readers[option.name] = ", ".join(names)
     return readers
 

@@ -48,12 +48,12 @@ def dpo_command(finetune: Callable[..., None]) -> Callable[..., None]:
         loss: Loss = "sigmoid",
         **shared: Any,
     ) -> None:
-        """Train on preference pairs, against the model without its adapter (DPO, by TRL).
+        """Train on preference pairs, against the model as it was before (DPO, by TRL).
 
-        The reference is the base model: no second one is loaded. Writes adapter/ (PEFT's format),
-        report.json, rewards.png and dpo.log to --out, with rewards, margins and accuracy on
-        held-out pairs before and after. Signals, --resume, --config and a larger --steps as in
-        finetune.
+        The reference is the base model, with --adapter the base with that adapter. Writes adapter/
+        (PEFT's format), report.json, rewards.png and dpo.log to --out, with rewards, margins and
+        accuracy on held-out pairs before and after. Signals, --resume, --config and a larger
+        --steps as in finetune.
         """
         with errors_as_lines():
             from lowrank_ext.cli.dpo.command import Dpo

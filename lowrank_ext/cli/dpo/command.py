@@ -112,8 +112,8 @@ class Dpo(SingleRun):
         describe(job)
         console.print(
             f"loss {settings.loss}, beta {settings.beta:g}, learning rate "
-            f"{settings.learning_rate(settings.methods[0]):g}; the reference is the model without "
-            "its adapter",
+            f"{settings.learning_rate(settings.methods[0]):g}; the reference is the model "
+            f"{'without its' if settings.adapter is None else 'with the given'} adapter",
             markup=False,
             soft_wrap=True,
         )
@@ -130,7 +130,8 @@ class Dpo(SingleRun):
                 "--targets: must leave the output embeddings out, whose weight TRL reads without "
                 "an adapter"
             )
-        return make_run(job, entry, model, directory, display, trainer_with(job.base.eval()))
+        reference = reference_of(job, entry).requires_grad_(False).eval()
+        return make_run(job, entry, model, directory, display, trainer_with(reference))
 
     def preview(self, job: DpoJob, count: int) -> None:
         preview_sequences(job.corpus.sequences(count), job.tokenizer, job.console)
@@ -140,3 +141,11 @@ class Dpo(SingleRun):
 
     def draw(self, job: DpoJob, run: TrainingRun) -> bytes:
         return picture.rewards_picture(run.progress)
+
+
+def reference_of(job: DpoJob, entry: Entry) -> CausalLM:
+    """The model that the run begins with: the base, or with --adapter the base with it."""
+    adapter = job.settings.adapter
+    if adapter is None:
+        return job.base
+    return entry.begin_with(job.training_copy(entry), job.settings, Path(adapter))

@@ -27,6 +27,7 @@ class GuardSettings(Settings):
     fixed: ClassVar[Mapping[str, Any]] = {
         "method": "lora",
         "compare": None,
+        "adapter": None,
         "train_on": "all",
         "packing": "off",
         "format": "auto",
