@@ -53,7 +53,6 @@ class Entry(ABC):
         exist."""
         # RuntimeError: memory that is not there, which is how torch says it
         with as_user_error(f"cannot set up {self.name}", ValueError, TypeError, RuntimeError):
-            _check_saved_modules(model, settings)
             return self._build(model, settings)
 
     def save(self, model: CausalLM, tokenizer: Any, directory: Path) -> Path | None:
@@ -173,6 +172,7 @@ class PeftLoRA(Entry):
 
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
         peft = _import_peft()
+        _check_saved_modules(model, settings)
         fields, options = settings.config_fields(self.name), settings.options
         init = options["init"] or "kaiming"
         config = peft.LoraConfig(
@@ -242,6 +242,7 @@ class Adapted(Entry):
         self.training = recipe.training
 
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
+        _check_saved_modules(model, settings)
         dtype = resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model))
         shared = {**settings.config_fields(self.name), "adapter_dtype": dtype}
         return lr.adapt(model, self.recipe.config(shared, settings))
