@@ -393,7 +393,7 @@ def test_linears_that_are_not_torchs(tmp_path) -> None:
 
 def loaded_only(path: Path, kind: str) -> Any:
     """A model without a tokenizer."""
-    return quantization.load_quantized(str(path), kind, torch.float32, CPU)
+    return quantization.load_quantized(str(path), kind, torch.float32, CPU, {})
 
 
 def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu(tmp_path) -> None:
