@@ -314,7 +314,7 @@ def test_report_says_what_was_run_where(run, tmp_path) -> None:
     assert run(method="frozen", threads=2).exit_code == 0
     found = report(tmp_path / "out")
     assert found["environment"]["threads"] == 2
-    assert found["settings"]["rank"] == 4
+    assert found["settings"]["batch"] == 2
     assert found["environment"]["torch"] == torch.__version__
     assert found["environment"]["lowrank_ext"] == lr.__version__
     assert found["environment"]["cpu"]
