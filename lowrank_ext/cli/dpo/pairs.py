@@ -1,6 +1,5 @@
 """Preference pairs: records to the tokens that TRL's DPOTrainer takes."""
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,10 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lowrank_ext.cli.data import DataOptions, PreferenceExample
 from lowrank_ext.cli.data.chat import COMPLETION, Rendered, render
@@ -19,6 +15,7 @@ from lowrank_ext.cli.data.encoding import Encoded, encode, parts
 from lowrank_ext.cli.data.examples import load_examples
 from lowrank_ext.cli.data.formats import ChatExample, CompletionExample, Example
 from lowrank_ext.cli.data.progress import counted
+from lowrank_ext.cli.data.report import PartsReport, counts
 from lowrank_ext.cli.errors import UserError
 
 SAME, NO_ANSWER, LONG_PROMPT, SAME_BEGINNING = (
@@ -57,52 +54,19 @@ class PartOfPairs:
 
 
 @dataclass(frozen=True)
-class PairsReport:
-    """Both parts.
+class PairsReport(PartsReport):
+    """Of pairs."""
 
-    Attributes:
-        left_out: files that were not read.
-    """
+    kind = "pairs"
+    columns = ("pairs", "tokens", "shortest", "median", "longest", "prompt", "chosen", "rejected")
 
     parts: list[PartOfPairs]
-    seq_len: int
-    records: dict[str, int]
-    left_out: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable."""
-        return dataclasses.asdict(self)
-
-    def table(self) -> Table:
-        """A row for each part; below it what was cut or left out."""
-        found = Table(
-            caption=Text("\n".join(self._remarks())),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-        )
-        names = ("pairs", "tokens", "shortest", "median", "longest", "prompt", "chosen", "rejected")
-        found.add_column("data")
-        for name in names:
-            found.add_column(name, justify="right")
-        for part in self.parts:
-            found.add_row(part.part, *(f"{getattr(part, name):,}" for name in names))
-        return found
-
-    def _remarks(self) -> list[str]:
-        remarks = [
+    def opening(self) -> list[str]:
+        return [
             f"tokens of a sequence, at most {self.seq_len:,}; of prompt, chosen and rejected the "
             "medians"
         ]
-        for part in self.parts:
-            if part.truncated:
-                remarks.append(
-                    f"{part.part}: {part.truncated:,} pairs cut to {self.seq_len:,} tokens, "
-                    f"{part.truncated_tokens:,} tokens lost"
-                )
-            if part.dropped:
-                remarks.append(f"{part.part}: left out: {_counts(part.dropped)}")
-        return remarks + [f"not read: {name}" for name in self.left_out]
 
 
 @dataclass(frozen=True)
@@ -157,7 +121,7 @@ def load_pairs(options: DataOptions, tokenizer: Any, console: Console | None = N
     ]
     for maker, what in zip(made, ("to train", "to evaluate"), strict=True):
         if not maker.rows:
-            reasons = f" (left out: {_counts(maker.dropped)})" if maker.dropped else ""
+            reasons = f" (left out: {counts(maker.dropped)})" if maker.dropped else ""
             raise UserError(f"no pair is left {what} on; give more, or a larger --seq-len{reasons}")
     train, held_out = (maker.dataset() for maker in made)
     report = PairsReport(
@@ -298,7 +262,3 @@ def both_answers(pair: PreferenceExample) -> tuple[Example, Example]:
 def _common_prefix(first: list[int], second: list[int]) -> int:
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())

@@ -1,6 +1,5 @@
 """Labelled records: texts with whether they are unsafe, and of which categories."""
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -11,10 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,6 +18,7 @@ from lowrank_ext.cli.data import DataOptions
 from lowrank_ext.cli.data.examples import load_examples
 from lowrank_ext.cli.data.progress import counted
 from lowrank_ext.cli.data.records import Record
+from lowrank_ext.cli.data.report import PartsReport, counts
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.guard import text_of
 from lowrank_ext.files import quoted
@@ -181,51 +178,21 @@ class PartOfTexts:
 
 
 @dataclass(frozen=True)
-class TextsReport:
-    """Both parts.
+class TextsReport(PartsReport):
+    """Of labelled texts."""
 
-    Attributes:
-        left_out: files that were not read.
-    """
+    kind = "texts"
+    columns = ("texts", "unsafe", "tokens", "shortest", "median", "longest")
 
     parts: list[PartOfTexts]
-    seq_len: int
-    records: dict[str, int]
-    left_out: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable."""
-        return dataclasses.asdict(self)
+    def opening(self) -> list[str]:
+        return [f"texts have at most {self.seq_len:,} tokens"]
 
-    def table(self) -> Table:
-        """A row for each part; below it the categories, and what was cut or left out."""
-        found = Table(
-            caption=Text("\n".join(self._remarks())),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-        )
-        names = ("texts", "unsafe", "tokens", "shortest", "median", "longest")
-        found.add_column("data")
-        for name in names:
-            found.add_column(name, justify="right")
-        for part in self.parts:
-            found.add_row(part.part, *(f"{getattr(part, name):,}" for name in names))
-        return found
-
-    def _remarks(self) -> list[str]:
-        remarks = [f"texts have at most {self.seq_len:,} tokens"]
-        for part in self.parts:
-            if list(part.categories) != [UNSAFE]:
-                remarks.append(f"{part.part}: {_counts(part.categories)}")
-            if part.truncated:
-                remarks.append(
-                    f"{part.part}: {part.truncated:,} texts cut to {self.seq_len:,} tokens, "
-                    f"{part.truncated_tokens:,} tokens lost"
-                )
-            if part.dropped:
-                remarks.append(f"{part.part}: left out: {_counts(part.dropped)}")
-        return remarks + [f"not read: {name}" for name in self.left_out]
+    def remarks_on(self, part: PartOfTexts) -> list[str]:
+        has_categories = list(part.categories) != [UNSAFE]
+        categories = [f"{part.part}: {counts(part.categories)}"] if has_categories else []
+        return categories + super().remarks_on(part)
 
 
 @dataclass(frozen=True)
@@ -339,7 +306,3 @@ def _rows(
         categories=dict(zip(categories, rows.labels.sum(0).tolist(), strict=True)),
     )
     return rows, report
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
