@@ -63,7 +63,7 @@ class Job:
         base: never trained; methods train copies of it and are compared with it as the frozen
             model. With --fsdp it is the model that the method adapts and trains.
         held_out: the batches of all evaluations.
-        frozen_saved_bytes: what the base keeps for backward; None with --fsdp.
+        frozen_saved_bytes: what the base keeps for backward; None where it was not measured.
         num_parameters, weight_bytes: of the base.
     """
 
@@ -76,14 +76,19 @@ class Job:
     base: CausalLM
     tokenizer: Any
     corpus: Corpus
-    held_out: list[Batch]
-    frozen_saved_bytes: int | None
+    held_out: list[Batch] = dataclasses.field(init=False)
+    frozen_saved_bytes: int | None = None
     num_parameters: int = dataclasses.field(init=False)
     weight_bytes: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.num_parameters = count(self.base.parameters())
         self.weight_bytes = weight_bytes(self.base)
+        self.held_out = self.all_held_out()
+
+    def all_held_out(self) -> list[Batch]:
+        """The batches of all evaluations."""
+        return held_out_batches(self.corpus, self.settings, self.collate)
 
     @property
     def batch(self) -> Batch:
@@ -156,8 +161,11 @@ def prepare(
     check_equal("the rows of --text", corpus.digest())
     if corpus.is_packed:
         check_documents_stay_apart(loaded.model)
-    settings = with_known_steps(settings, len(corpus.train))
-    job = make_job(settings, out, resume, console, stop, loaded, corpus, device)
+    job = make_job(Job, settings, out, resume, console, stop, loaded, corpus, device)
+    if settings.compile:
+        job.base.compile()
+    if not settings.fsdp:
+        job.frozen_saved_bytes = saved_bytes(job.base, job.frozen_loss)
     describe(job)
     return job
 
@@ -220,10 +228,7 @@ def rows_of_run(settings: Settings, out: Path) -> int | None:
     return None
 
 
-Run = TypeVar("Run", bound=Settings)
-
-
-def with_known_steps(settings: Run, rows: int) -> Run:
+def with_known_steps(settings: Settings, rows: int) -> Settings:
     """The settings with the steps of --epochs over so many rows, if they have them."""
     if settings.epochs is None:
         return settings
@@ -258,37 +263,32 @@ def check_early_stop(settings: Settings) -> None:
         raise UserError(f"--early-stop: {staged[0]} trains in stages, which all must end")
 
 
+Kind = TypeVar("Kind", bound=Job)
+
+
 def make_job(
+    kind: type[Kind],
     settings: Settings,
     out: Path,
     resume: bool,
     console: Console,
     stop: StopRequest,
     loaded: LoadedModel,
-    corpus: Corpus,
+    corpus: Any,
     device: torch.device,
-) -> Job:
-    """Freezes the base model and measures the bytes that it keeps for backward."""
-    base = loaded.model.requires_grad_(False)
-    if settings.compile:
-        base.compile()
-    job = Job(
-        settings=settings,
+) -> Kind:
+    """A job whose base is frozen, and whose settings have the steps of --epochs."""
+    return kind(
+        settings=with_known_steps(settings, len(corpus.train)),
         out=out,
         resume=resume,
         console=console,
         stop=stop,
         device=device,
-        base=base,
+        base=loaded.model.requires_grad_(False),
         tokenizer=loaded.tokenizer,
         corpus=corpus,
-        held_out=[],
-        frozen_saved_bytes=None,
     )
-    job.held_out = held_out_batches(corpus, settings, job.collate)
-    if not settings.fsdp:
-        job.frozen_saved_bytes = saved_bytes(base, job.frozen_loss)
-    return job
 
 
 def held_out_batches(corpus: Any, settings: Any, collate: Any) -> list[Batch]:

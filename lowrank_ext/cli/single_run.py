@@ -3,6 +3,7 @@ of finetune: dpo, guard train."""
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,16 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_ext.cli.comparison import display_for, start_run
+from lowrank_ext.cli.data import DataOptions
 from lowrank_ext.cli.display import Display, make_console
 from lowrank_ext.cli.dry_run import show
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import check_replaced, exists, prepare_output, write_bytes, write_json
 from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import Job
+from lowrank_ext.cli.job import Job, describe, load_base, make_job
 from lowrank_ext.cli.log import hush_libraries, log_file
 from lowrank_ext.cli.methods import Entry, base_dtype, count, trainable_parameters
-from lowrank_ext.cli.models import CausalLM, dtype_name, find_model
+from lowrank_ext.cli.models import CausalLM, check_vocabulary, dtype_name, find_model
 from lowrank_ext.cli.processes import on_main_process
 from lowrank_ext.cli.run_file import RUN_FILE, write_run_file
 from lowrank_ext.cli.run_settings import chosen_settings
@@ -64,21 +66,19 @@ class SingleRun(ABC):
     Attributes:
         name: as users type it.
         log, picture: names of files in --out.
+        job: its kind.
+        load: gets DataOptions, a tokenizer and a console; the data, like `load_corpus`.
     """
 
     name: ClassVar[str]
     log: ClassVar[str]
     picture: ClassVar[str]
+    job: ClassVar[type[Job]]
+    load: ClassVar[Callable[..., Any]]
 
     @abstractmethod
     def saved_name(self, settings: Any) -> str:
         """Name of the directory that the result is saved to."""
-
-    @abstractmethod
-    def prepare(
-        self, settings: Any, out: Path, resume: bool, console: Console, stop: StopRequest
-    ) -> Job:
-        """Loads model and data, with all checks that are possible before the first step."""
 
     @abstractmethod
     def entry(self, job: Any) -> Entry:
@@ -129,6 +129,21 @@ class SingleRun(ABC):
                 if preview:
                     self.preview(job, preview)
                 show(job, console, [self.entry(job)])
+
+    def prepare(
+        self, settings: Settings, out: Path, resume: bool, console: Console, stop: StopRequest
+    ) -> Job:
+        """Loads model and data, with all checks that are possible before the first step."""
+        loaded, device = load_base(settings, console)
+        corpus = self.load(DataOptions.of(settings), loaded.tokenizer, console)
+        check_vocabulary(loaded.model, corpus.largest_id)
+        job = make_job(self.job, settings, out, resume, console, stop, loaded, corpus, device)
+        self.describe(job)
+        return job
+
+    def describe(self, job: Any) -> None:
+        """Prints what is trained, and the table of the data."""
+        describe(job)
 
     def run(
         self, settings: Settings, out: Path, resume: bool, console: Console, preview: int

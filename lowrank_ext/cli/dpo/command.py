@@ -6,28 +6,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from lowrank_ext.cli.comparison import display_for, make_run
-from lowrank_ext.cli.data import DataOptions, pad_id_of
+from lowrank_ext.cli.data import pad_id_of
 from lowrank_ext.cli.data.preview import preview_sequences
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.dpo import picture
 from lowrank_ext.cli.dpo.pairs import load_pairs
 from lowrank_ext.cli.dpo.settings import DpoSettings
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import (
-    Job,
-    describe,
-    held_out_batches,
-    load_base,
-    with_known_steps,
-)
+from lowrank_ext.cli.job import Job
 from lowrank_ext.cli.methods import Entry, entry
-from lowrank_ext.cli.models import CausalLM, check_vocabulary
+from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.single_run import Evaluation, SingleRun, results_table
 from lowrank_ext.cli.training.evaluation import Batch, on_device_of
 from lowrank_ext.cli.training.run import TrainingRun
@@ -82,6 +74,7 @@ class Dpo(SingleRun):
     """A run of the command."""
 
     name, log, picture = "dpo", "dpo.log", "rewards.png"
+    job, load = DpoJob, staticmethod(load_pairs)
 
     def saved_name(self, settings: DpoSettings) -> str:
         return str(entry(settings.methods[0]).saved_name)
@@ -89,35 +82,16 @@ class Dpo(SingleRun):
     def entry(self, job: DpoJob) -> Entry:
         return entry(job.settings.methods[0])
 
-    def prepare(
-        self, settings: DpoSettings, out: Path, resume: bool, console: Console, stop: StopRequest
-    ) -> DpoJob:
-        loaded, device = load_base(settings, console)
-        pairs = load_pairs(DataOptions.of(settings), loaded.tokenizer, console)
-        check_vocabulary(loaded.model, pairs.largest_id)
-        job = DpoJob(
-            settings=with_known_steps(settings, len(pairs.train)),
-            out=out,
-            resume=resume,
-            console=console,
-            stop=stop,
-            device=device,
-            base=loaded.model.requires_grad_(False),
-            tokenizer=loaded.tokenizer,
-            corpus=pairs,
-            held_out=[],
-            frozen_saved_bytes=None,
-        )
-        job.held_out = held_out_batches(pairs, settings, job.collate)
-        describe(job)
-        console.print(
+    def describe(self, job: DpoJob) -> None:
+        super().describe(job)
+        settings = job.settings
+        job.console.print(
             f"loss {settings.loss}, beta {settings.beta:g}, learning rate "
             f"{settings.learning_rate(settings.methods[0]):g}; the reference is the model "
             f"{'without its' if settings.adapter is None else 'with the given'} adapter",
             markup=False,
             soft_wrap=True,
         )
-        return job
 
     def make(
         self, job: DpoJob, entry: Entry, model: CausalLM, directory: Path, display: Display

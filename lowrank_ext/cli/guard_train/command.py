@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from lowrank_ext.cli.comparison import make_run
-from lowrank_ext.cli.data import DataOptions
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.errors import one_line
 from lowrank_ext.cli.guard_train.labels import load_labelled
 from lowrank_ext.cli.guard_train.picture import guard_picture
 from lowrank_ext.cli.guard_train.settings import GuardSettings
-from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import Job, describe, load_base, with_known_steps
+from lowrank_ext.cli.job import Job
 from lowrank_ext.cli.methods import Entry, base_dtype
-from lowrank_ext.cli.models import CausalLM, check_vocabulary, resolve_adapter_dtype
+from lowrank_ext.cli.models import CausalLM, resolve_adapter_dtype
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.single_run import Evaluation, SingleRun, results_table
 from lowrank_ext.cli.targets import parse_targets
@@ -87,6 +84,12 @@ class GuardJob(Job):
         categories = torch.stack([row["categories"] for row in rows])
         return {"input_ids": ids, "attention_mask": mask, "categories": categories}
 
+    def all_held_out(self) -> list[Batch]:
+        """All texts: a score needs safe and unsafe ones."""
+        texts, size = self.corpus.held_out, self.settings.batch
+        rows = [texts[index] for index in range(len(texts))]
+        return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
     def loss_of(self, model: CausalLM, entry: Entry) -> Callable[[], Tensor]:
         from lowrank_ext.cli.guard_train.trainer import judged
 
@@ -99,39 +102,13 @@ class GuardTraining(SingleRun):
     """A run of the command."""
 
     name, log, picture = "guard train", "guard.log", "guard.png"
+    job, load = GuardJob, staticmethod(load_labelled)
 
     def saved_name(self, settings: GuardSettings) -> str:
         return _SAVED
 
     def entry(self, job: GuardJob) -> Entry:
         return GuardEntry(job.corpus.categories)
-
-    def prepare(
-        self, settings: GuardSettings, out: Path, resume: bool, console: Console, stop: StopRequest
-    ) -> GuardJob:
-        loaded, device = load_base(settings, console)
-        texts = load_labelled(DataOptions.of(settings), loaded.tokenizer, console)
-        check_vocabulary(loaded.model, texts.largest_id)
-        job = GuardJob(
-            settings=with_known_steps(settings, len(texts.train)),
-            out=out,
-            resume=resume,
-            console=console,
-            stop=stop,
-            device=device,
-            base=loaded.model.requires_grad_(False),
-            tokenizer=loaded.tokenizer,
-            corpus=texts,
-            held_out=[],
-            frozen_saved_bytes=0,
-        )
-        rows = [texts.held_out[index] for index in range(len(texts.held_out))]
-        size = settings.batch
-        job.held_out = [
-            job.collate(rows[start : start + size]) for start in range(0, len(rows), size)
-        ]
-        describe(job)
-        return job
 
     def make(
         self, job: GuardJob, entry: Entry, model: CausalLM, directory: Path, display: Display
