@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import typer
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches, one_line
 from lowrank_ext.cli.files import exists, write_bytes
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
-from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.sampling import (
+    AnswerOptions,
     Message,
-    Sampling,
     answer,
     check_room,
     encoded_messages,
@@ -35,54 +33,13 @@ HELP = """\
 Ctrl-C ends an answer, a second one the command. A line that begins with a space is no command."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of the command."""
-
-    adapters: list[Path] | None
-    adapter: list[str] | None
-    model: str | None
-    quantize: str | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    system: str | None
-    device: str
-    dtype: str
-    threads: int | None
-
-    def check(self) -> None:
-        """Raises UserError naming the option, what it must be, and what it was."""
-        self.sampling(0).check()
-        check_machine(self.dtype, self.threads)
-
-    def sampling(self, number: int) -> Sampling:
-        """How an answer is chosen; each has a seed of its own."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed + number,
-        )
-
-
-def run(options: Options) -> None:
+def run(options: AnswerOptions) -> None:
     """Answers line by line, until /quit or the end of the input."""
     options.check()
     adapters = named_adapters(options.adapters, options.adapter)
     if sys.stdin is None:
         raise UserError("stdin is closed, where the messages would come from")
-    variants = load_variants(
-        adapters,
-        model=options.model,
-        with_base=True,
-        quantize=options.quantize,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    variants = load_variants(options, adapters, with_base=True)
     if options.system is not None and not has_template(variants.loaded.tokenizer):
         raise UserError("--system needs a tokenizer with a chat template, this one has none")
     chat = Chat(variants, options)
@@ -138,7 +95,7 @@ class Chat:
         ended: whether the user has asked for the end.
     """
 
-    def __init__(self, variants: Variants, options: Options) -> None:
+    def __init__(self, variants: Variants, options: AnswerOptions) -> None:
         self.variants = variants
         self.options = options
         self.name = variants.names[1] if len(variants.names) > 1 else BASE

@@ -25,23 +25,24 @@ from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.errors import Interrupted, UserError
 from lowrank_ext.cli.harness import check_tasks, run_tasks
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
-from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.methods import base_dtype
 from lowrank_ext.cli.models import check_context, check_vocabulary, dtype_name
 from lowrank_ext.cli.training.evaluation import held_out_loss, num_targets
-from lowrank_ext.cli.variants import BASE, Variants, load_variants, named_adapters
+from lowrank_ext.cli.variants import (
+    BASE,
+    VariantOptions,
+    Variants,
+    load_variants,
+    named_adapters,
+)
 
 DEFAULT_SEQ_LEN = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(VariantOptions):
     """The options of the command."""
 
-    adapters: list[Path] | None
-    adapter: list[str] | None
-    model: str | None
-    quantize: str | None
     text: list[str] | None
     field: str
     train_on: str
@@ -52,9 +53,6 @@ class Options:
     few_shots: int | None
     limit: int | None
     json: bool
-    device: str
-    dtype: str
-    threads: int | None
 
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
@@ -74,7 +72,7 @@ class Options:
             )
         for name in self.text or ():
             check_source("--text", name)
-        check_machine(self.dtype, self.threads)
+        super().check()
         if self.task_names:
             check_tasks(self.task_names, self.tasks_from)
 
@@ -93,14 +91,7 @@ def run(options: Options) -> None:
     options.check()
     console = make_console()
     adapters = named_adapters(options.adapters, options.adapter)
-    variants = load_variants(
-        adapters,
-        model=options.model,
-        with_base=True,
-        quantize=options.quantize,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    variants = load_variants(options, adapters, with_base=True)
     shown = None if options.json else console
     try:
         found = _measured(options, variants, adapters, shown)

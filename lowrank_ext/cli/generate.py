@@ -8,10 +8,9 @@ from typing import Any
 
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
-from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.sampling import (
     Answer,
-    Sampling,
+    AnswerOptions,
     answer,
     check_room,
     encoded_messages,
@@ -27,27 +26,14 @@ _LONGEST_STDIN = 2**24  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(AnswerOptions):
     """The options of the command."""
 
-    adapters: list[Path] | None
-    adapter: list[str] | None
-    model: str | None
-    quantize: str | None
     prompt: list[str] | None
     file: Path | None
     compare_base: bool
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    system: str | None
     raw: bool
     json: bool
-    device: str
-    dtype: str
-    threads: int | None
 
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
@@ -57,18 +43,7 @@ class Options:
             raise UserError(
                 "--system is a message of a conversation, and --raw has none; leave out one"
             )
-        self.sampling(0).check()
-        check_machine(self.dtype, self.threads)
-
-    def sampling(self, number: int) -> Sampling:
-        """How the text of a prompt is chosen; each prompt has a seed of its own."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed + number,
-        )
+        super().check()
 
 
 def run(options: Options) -> None:
@@ -76,14 +51,7 @@ def run(options: Options) -> None:
     options.check()
     adapters = named_adapters(options.adapters, options.adapter)
     prompts = _prompts(options)
-    variants = load_variants(
-        adapters,
-        model=options.model,
-        with_base=options.compare_base,
-        quantize=options.quantize,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    variants = load_variants(options, adapters, options.compare_base)
     tokenizer, model = variants.loaded.tokenizer, variants.loaded.model
     ids = [_encoded(tokenizer, prompt, options) for prompt in prompts]
     for number, own in enumerate(ids, start=1):

@@ -173,8 +173,9 @@ def chat(
     """
     with errors_as_lines(prints_result=True):
         from lowrank_ext.cli import chat as command
+        from lowrank_ext.cli.sampling import AnswerOptions
 
-        command.run(command.Options(**context.params))
+        command.run(AnswerOptions(**context.params))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from lowrank_ext.cli.checks import check_at_least
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import require_file
 from lowrank_ext.cli.models import CausalLM, check_vocabulary
+from lowrank_ext.cli.variants import VariantOptions
 
 Message: TypeAlias = dict[str, str]
 
@@ -52,6 +53,33 @@ class Sampling:
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0) if pad is None else pad,
             **options,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(VariantOptions):
+    """The options of a command whose variants answer."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    system: str | None
+
+    def check(self) -> None:
+        """Raises UserError naming the option, what it must be, and what it was."""
+        self.sampling(0).check()
+        super().check()
+
+    def sampling(self, number: int) -> Sampling:
+        """How an answer is chosen; each has a seed of its own."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed + number,
         )
 
 

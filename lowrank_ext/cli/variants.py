@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from lowrank_ext.cli.adapters import (
 )
 from lowrank_ext.cli.chat_template import use_templates_in
 from lowrank_ext.cli.errors import UserError, near_matches
+from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.methods import base_dtype
 from lowrank_ext.cli.models import (
     CausalLM,
@@ -27,6 +29,23 @@ from lowrank_ext.cli.models import (
 from lowrank_ext.files import quoted
 
 BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantOptions:
+    """The options of a command that runs a base and its adapters."""
+
+    adapters: list[Path] | None
+    adapter: list[str] | None
+    model: str | None
+    quantize: str | None
+    device: str
+    dtype: str
+    threads: int | None
+
+    def check(self) -> None:
+        """Raises UserError naming the option, what it must be, and what it was."""
+        check_machine(self.dtype, self.threads)
 
 
 class Variants:
@@ -120,18 +139,12 @@ def named_adapters(
 
 
 def load_variants(
-    adapters: Mapping[str, AdapterSource],
-    *,
-    model: str | None,
-    with_base: bool,
-    quantize: str | None,
-    device: str,
-    dtype: str,
+    options: VariantOptions, adapters: Mapping[str, AdapterSource], with_base: bool
 ) -> Variants:
     """Loads the base onto the device, and the adapters. Raises UserError for what is not there."""
-    base = find_base(list(adapters.values()), model)
-    how = find_quantization(list(adapters.values()), quantize)
-    where = resolve_device(device)
-    loaded = load_model(base, resolve_dtype(dtype, where), where, how)
+    base = find_base(list(adapters.values()), options.model)
+    how = find_quantization(list(adapters.values()), options.quantize)
+    where = resolve_device(options.device)
+    loaded = load_model(base, resolve_dtype(options.dtype, where), where, how)
     use_templates_in(loaded.tokenizer, [each.directory for each in adapters.values()])
     return Variants(loaded, adapters, with_base)

@@ -23,7 +23,7 @@ from lowrank_ext.cli.chat_template import use_templates_in
 from lowrank_ext.cli.data import DataOptions, load_examples
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.training.trainer import RunCallback
-from lowrank_ext.cli.variants import load_variants
+from lowrank_ext.cli.variants import VariantOptions, load_variants
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -240,10 +240,11 @@ def test_a_chat_template_is_used_and_kept(run, tmp_path, chat_model, tiny_model)
     assert losses(tmp_path / "out") == losses(tmp_path / "own")
     template.unlink()
     adapter = tmp_path / "out" / "adapter"
-    variants = load_variants(
-        {"a": find_adapter(adapter)},
-        model=str(tiny_model), with_base=False, quantize=None, device="cpu", dtype="fp32",
+    options = VariantOptions(
+        adapters=None, adapter=None, model=str(tiny_model), quantize=None,
+        device="cpu", dtype="fp32", threads=None,
     )  # fmt: skip
+    variants = load_variants(options, {"a": find_adapter(adapter)}, with_base=False)
     assert variants.loaded.tokenizer.chat_template == TEMPLATE
     merged = tmp_path / "merged"
     assert invoke("merge", str(adapter), "--out", str(merged)).exit_code == 0
