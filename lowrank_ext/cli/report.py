@@ -1,7 +1,6 @@
 """The final table, report.json and loss.png."""
 
 import dataclasses
-import io
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.figures import new_figure, png
 from lowrank_ext.cli.files import MEBIBYTE, read_json, write_bytes, write_json
 from lowrank_ext.cli.settings import Settings
 from lowrank_ext.cli.typed import check_types
@@ -206,11 +206,7 @@ def smoothed(losses: list[float]) -> list[float]:
 
 def loss_plot(results: list[Result]) -> bytes:
     """PNG: smoothed training loss as thin lines, held-out loss as markers, a color per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # opens no window, whatever backend is configured
+    figure = new_figure(8, 5)
     axes = figure.add_subplot(
         xlabel="step",
         ylabel="loss (nats per token)",
@@ -224,9 +220,7 @@ def loss_plot(results: list[Result]) -> bytes:
     axes.set_ylim(*loss_range(results))
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def loss_range(results: list[Result]) -> tuple[float, float]:
@@ -275,19 +269,13 @@ def expert_load_plot(results: list[Result]) -> bytes:
     """PNG, a panel per method with experts: load of the busiest, second, … expert of a module,
     median over the modules and the range of the middle 80 %, before the first step and after the
     last."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [result for result in results if result.expert_load_at_start]
-    figure = Figure(figsize=(1 + 4.5 * len(shown), 4.5), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(1 + 4.5 * len(shown), 4.5)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, result in zip(panels, shown, strict=True):
         _plot_load(axes, result)
     panels[0].set_ylabel("tokens, as a multiple of an even share")
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _plot_load(axes: Any, result: Result) -> None:

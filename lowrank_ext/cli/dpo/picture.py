@@ -1,7 +1,6 @@
 """rewards.png of a DPO run."""
 
-import io
-
+from lowrank_ext.cli.figures import new_figure, png
 from lowrank_ext.cli.report import smoothed
 from lowrank_ext.cli.single_run import evaluations
 from lowrank_ext.cli.training.progress import Progress
@@ -10,11 +9,7 @@ from lowrank_ext.cli.training.progress import Progress
 def rewards_picture(progress: Progress) -> bytes:
     """PNG: the loss in training and on held-out pairs, their rewards, and how many are ranked as
     they should be."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # opens no window, whatever backend is configured
+    figure = new_figure(11, 4)
     loss, rewards, accuracy = figure.subplots(1, 3)
     measured = evaluations(progress)
     steps = [each.step for each in measured]
@@ -37,6 +32,4 @@ def rewards_picture(progress: Progress) -> bytes:
         axes.legend()
     for axes in (loss, rewards, accuracy):
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)

@@ -1,10 +1,9 @@
 """guard.png: loss and scores over the steps, and the guard's precision-recall curve."""
 
-import io
-
 import torch
 from torch import Tensor
 
+from lowrank_ext.cli.figures import new_figure, png
 from lowrank_ext.cli.report import smoothed
 from lowrank_ext.cli.single_run import evaluations
 from lowrank_ext.cli.training.run import TrainingRun
@@ -18,11 +17,7 @@ def guard_picture(unsafe: Tensor, scores: Tensor, run: TrainingRun) -> bytes:
         unsafe: bool [N], of the held-out texts.
         scores: [N], the guard's.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # opens no window, whatever backend is configured
+    figure = new_figure(12, 4)
     loss, quality, curve = figure.subplots(1, 3)
     measured, losses = evaluations(run.progress), run.progress.losses
     steps = [each.step for each in measured]
@@ -43,6 +38,4 @@ def guard_picture(unsafe: Tensor, scores: Tensor, run: TrainingRun) -> bytes:
     for axes, place in ((loss, "upper right"), (quality, "lower right"), (curve, "lower left")):
         axes.grid(alpha=0.3)
         axes.legend(loc=place)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)

@@ -22,12 +22,7 @@ class GuardTrainer(FinetuneTrainer):
         self.criterion = GuardLoss(self.run.corpus.train.labels).to(self.args.device)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **options: Any,
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> Tensor:
         loss, _ = judged(model, inputs, self.criterion)
         self.task_loss += loss.detach() / self.current_gradient_accumulation_steps

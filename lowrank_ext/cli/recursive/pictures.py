@@ -1,8 +1,8 @@
 """loss.png of an uptraining."""
 
-import io
 from typing import Any
 
+from lowrank_ext.cli.figures import new_figure, png
 from lowrank_ext.cli.report import smoothed
 from lowrank_ext.cli.training.progress import Progress
 
@@ -12,11 +12,7 @@ def loss_picture(
 ) -> bytes:
     """PNG: the training loss, which a distillation measures in its own unit, beside held-out cross
     entropy: of the last loop over the steps, of every loop before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # opens no window, whatever backend is configured
+    figure = new_figure(10, 4)
     training, held_out, loops = figure.subplots(1, 3)
     steps = range(1, len(progress.losses) + 1)
     training.plot(steps, progress.losses, color="C0", alpha=0.3, linewidth=1)
@@ -33,6 +29,4 @@ def loss_picture(
         axes.legend()
     for axes in (training, held_out, loops):
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)

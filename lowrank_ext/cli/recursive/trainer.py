@@ -19,12 +19,7 @@ class UptrainTrainer(FinetuneTrainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **options: Any,
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> Tensor:
         own = self.run.settings
         coefficients = lr.recursive.loop_coefficients(
