@@ -51,11 +51,14 @@ def small_run(**options: Any) -> list[str]:
         "lr": 0.002,
     }
     unread = unread_options(options.get("method"), options.get("compare"))
-    arguments = []
-    for name, value in {**defaults, **options}.items():
-        if value is not None and name not in unread:
-            arguments += ["--" + name.replace("_", "-"), str(value)]
-    return arguments
+    given = {**defaults, **options}
+    return flags_of({name: value for name, value in given.items() if name not in unread})
+
+
+def flags_of(options: dict[str, Any]) -> list[str]:
+    """Arguments of the command line; an option that is None is left out."""
+    given = [(name, str(value)) for name, value in options.items() if value is not None]
+    return [each for name, value in given for each in ("--" + name.replace("_", "-"), value)]
 
 
 def resume(out: Path, *flags: str) -> Any:
@@ -68,6 +71,17 @@ def report(out: Path) -> dict[str, Any]:
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in report(out)["methods"]}
+
+
+def losses(out: Path, method: str = "lora") -> list[float]:
+    found: list[float] = rows(out)[method]["losses"]
+    return found
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> Path:
+    """As JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def check_error(result: Any, *words: str) -> None:

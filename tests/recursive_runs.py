@@ -1,21 +1,16 @@
 """What the tests of `lowrank-ext recursive` share."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from finetune_runs import invoke
+from finetune_runs import flags_of, invoke
 
 STEPS = 4
 
 
 def command(*arguments: Any, **options: Any) -> Any:
     """Runs lowrank-ext recursive; keyword arguments are options, None leaves one out."""
-    words = [str(argument) for argument in arguments]
-    for name, value in options.items():
-        if value is not None:
-            words += ["--" + name.replace("_", "-"), str(value)]
-    return invoke("recursive", *words)
+    return invoke("recursive", *map(str, arguments), *flags_of(options))
 
 
 def convert(model: Path, out: Path, **options: Any) -> Any:
@@ -37,8 +32,3 @@ def uptrain(directory: Path, teacher: Path | None, text: Path, out: Path, **opti
         "lr": 0.002,
     }
     return command("uptrain", directory, **{**small, **options})
-
-
-def report(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "report.json").read_text())
-    return found

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import check_error, invoke, report, resume, rows, stop_at
+from finetune_runs import check_error, invoke, losses, report, resume, rows, stop_at
 from saved_adapters import TEMPLATE
 
 from lowrank_ext.cli import finetune, job, optimizers
@@ -26,11 +26,6 @@ from lowrank_ext.cli.training.trainer import RunCallback
 from lowrank_ext.cli.variants import VariantOptions, load_variants
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-
-
-def losses(out: Path, method: str = "lora") -> list[float]:
-    found: list[float] = rows(out)[method]["losses"]
-    return found
 
 
 @pytest.mark.parametrize(

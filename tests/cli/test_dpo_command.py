@@ -1,6 +1,5 @@
 """`lowrank-ext dpo`: rewards against plain torch, pairs against TRL's own, runs that continue."""
 
-import json
 import math
 import os
 import signal
@@ -18,7 +17,7 @@ import trl
 from byte_llama import save_byte_llama
 from char_tokenizer import char_tokenizer
 from datasets import Dataset
-from finetune_runs import check_error, invoke, stop_at
+from finetune_runs import check_error, flags_of, invoke, report, stop_at, write_records
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,16 +61,11 @@ def without_prompt(row: Row) -> Row:
     return {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
 
 
-def written(path: Path, found: list[Row]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return path
-
-
 @pytest.fixture
 def dpo(tiny_model: Path, tmp_path: Path) -> Any:
     """Runs dpo with small sizes; keyword arguments override options, None leaves one out."""
-    train = written(tmp_path / "pairs.jsonl", rows())
-    held_out = written(tmp_path / "held-out.jsonl", rows(4, start=60))
+    train = write_records(tmp_path / "pairs.jsonl", rows())
+    held_out = write_records(tmp_path / "held-out.jsonl", rows(4, start=60))
 
     def dpo(*flags: str, **options: Any) -> Any:
         defaults: dict[str, Any] = {
@@ -87,19 +81,13 @@ def dpo(tiny_model: Path, tmp_path: Path) -> Any:
             "lr": 0.01,
             "eval_every": 3,
         }
-        given = {**defaults, **options}.items()
-        pairs = [("--" + name.replace("_", "-"), str(v)) for name, v in given if v is not None]
-        return invoke("dpo", *flags, *(each for pair in pairs for each in pair))
+        return invoke("dpo", *flags, *flags_of({**defaults, **options}))
 
     return dpo
 
 
 def resume(out: Path, *flags: str) -> Any:
     return invoke("dpo", "--resume", "--out", str(out), *flags)
-
-
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "report.json").read_text())
 
 
 def numbers(out: Path) -> dict[str, Any]:
@@ -284,8 +272,8 @@ def test_pairs_are_those_of_trl(shape: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     train, held_out = ([shape(row) for row in rows(5, start)] for start in (0, 90))
     options = DataOptions(
-        text=(str(written(tmp_path / "a.jsonl", train)),),
-        eval=(str(written(tmp_path / "b.jsonl", held_out)),),
+        text=(str(write_records(tmp_path / "a.jsonl", train)),),
+        eval=(str(write_records(tmp_path / "b.jsonl", held_out)),),
         seq_len=64,
         train_on="completion",
         packing="off",
@@ -314,9 +302,9 @@ def test_what_is_cut_or_left_out_is_said(tmp_path: Path, tiny_model: Path) -> No
         {"prompt": "p" * 10, "chosen": "y" * 8 + "a", "rejected": "y" * 8 + "b"},
         {"prompt": "p" * 10, "chosen": "a" * 9, "rejected": "b"},
     ]
-    held_out = written(tmp_path / "held-out.jsonl", rows(2, start=5))
+    held_out = write_records(tmp_path / "held-out.jsonl", rows(2, start=5))
     options = DataOptions(
-        text=(str(written(tmp_path / "pairs.jsonl", found)),),
+        text=(str(write_records(tmp_path / "pairs.jsonl", found)),),
         eval=(str(held_out),),
         seq_len=16,
         train_on="completion",
@@ -337,7 +325,7 @@ def test_what_is_cut_or_left_out_is_said(tmp_path: Path, tiny_model: Path) -> No
     }
     other = load_pairs(options, AutoTokenizer.from_pretrained(tiny_model))
     assert other.digest() == pairs.digest()
-    written(held_out, rows(2, start=6))
+    write_records(held_out, rows(2, start=6))
     changed = load_pairs(options, AutoTokenizer.from_pretrained(tiny_model))
     assert changed.digest() != pairs.digest()
 
@@ -413,7 +401,7 @@ def test_a_run_is_extended(dpo: Any, tmp_path: Path) -> None:
     ],
 )
 def test_other_records_are_refused(row: Row, words: list[str], dpo: Any, tmp_path: Path) -> None:
-    check_error(dpo(text=written(tmp_path / "other.jsonl", [row] * 4)), *words)
+    check_error(dpo(text=write_records(tmp_path / "other.jsonl", [row] * 4)), *words)
 
 
 def test_plain_text_is_refused_and_so_are_pairs_in_finetune(
@@ -429,7 +417,9 @@ def test_plain_text_is_refused_and_so_are_pairs_in_finetune(
     )
     other = [{"role": "user", "content": "b"}]
     unlike = [{"chosen": [{"role": "user", "content": n}], "rejected": other} for n in "acd"]
-    check_error(dpo(text=written(tmp_path / "m.jsonl", unlike)), "begin with the same messages")
+    check_error(
+        dpo(text=write_records(tmp_path / "m.jsonl", unlike)), "begin with the same messages"
+    )
 
 
 @pytest.mark.parametrize(
@@ -457,7 +447,7 @@ def test_trl_is_asked_for(dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_changed_pairs_are_not_continued(dpo: Any, tmp_path: Path) -> None:
     assert dpo(steps=1).exit_code == 0
-    written(tmp_path / "pairs.jsonl", rows(41))
+    write_records(tmp_path / "pairs.jsonl", rows(41))
     check_error(resume(tmp_path / "out"), "the text or the tokenizer has changed")
 
 

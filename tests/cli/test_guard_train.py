@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import check_error, invoke, stop_at
+from finetune_runs import check_error, flags_of, invoke, report, stop_at, write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ext as lr
@@ -43,16 +43,11 @@ def rows(count: int, start: int = 0, categories: bool = False) -> list[Row]:
     return found
 
 
-def written(path: Path, found: list[Row]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return path
-
-
 @pytest.fixture
 def train(tiny_model: Path, tmp_path: Path) -> Any:
     """Trains a guard with small sizes; keyword arguments override options, None leaves one out."""
-    texts = written(tmp_path / "texts.jsonl", rows(40, categories=True))
-    held_out = written(tmp_path / "held-out.jsonl", rows(11, start=60, categories=True))
+    texts = write_records(tmp_path / "texts.jsonl", rows(40, categories=True))
+    held_out = write_records(tmp_path / "held-out.jsonl", rows(11, start=60, categories=True))
 
     def train(*flags: str, **options: Any) -> Any:
         defaults: dict[str, Any] = {
@@ -68,19 +63,13 @@ def train(tiny_model: Path, tmp_path: Path) -> Any:
             "lr": 0.01,
             "eval_every": 4,
         }
-        given = {**defaults, **options}.items()
-        pairs = [("--" + name.replace("_", "-"), str(v)) for name, v in given if v is not None]
-        return invoke("guard", "train", *flags, *(each for pair in pairs for each in pair))
+        return invoke("guard", "train", *flags, *flags_of({**defaults, **options}))
 
     return train
 
 
 def resume(out: Path, *flags: str) -> Any:
     return invoke("guard", "train", "--resume", "--out", str(out), *flags)
-
-
-def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "report.json").read_text())
 
 
 def numbers(out: Path) -> dict[str, Any]:
@@ -258,18 +247,22 @@ def test_prompt_and_response_are_a_conversation() -> None:
     ],
 )
 def test_wrong_records(row: Row, words: list[str], train: Any, tmp_path: Path) -> None:
-    check_error(train(text=written(tmp_path / "wrong.jsonl", [row])), "wrong.jsonl: line 1", *words)
+    check_error(
+        train(text=write_records(tmp_path / "wrong.jsonl", [row])), "wrong.jsonl: line 1", *words
+    )
 
 
 def test_unsafe_texts_without_a_category_are_refused_beside_others(
     train: Any, tmp_path: Path
 ) -> None:
     found = [*rows(4, categories=True), {"text": "t", "label": "unsafe"}]
-    check_error(train(text=written(tmp_path / "mixed.jsonl", found)), "line 5", "of no category")
+    check_error(
+        train(text=write_records(tmp_path / "mixed.jsonl", found)), "line 5", "of no category"
+    )
 
 
 def test_both_kinds_are_needed(train: Any, tmp_path: Path) -> None:
-    safe = written(tmp_path / "safe.jsonl", rows(20)[::2])
+    safe = write_records(tmp_path / "safe.jsonl", rows(20)[::2])
     check_error(train(text=safe), "the train part has no unsafe text of 10")
     check_error(train(eval=safe), "the held out part has no unsafe text of 10")
 
@@ -277,8 +270,8 @@ def test_both_kinds_are_needed(train: Any, tmp_path: Path) -> None:
 def test_what_is_cut_is_said(tmp_path: Path, tiny_model: Path) -> None:
     found = [*rows(4), {"text": "z" * 20, "label": "unsafe"}, {"text": "", "label": "safe"}]
     options = DataOptions(
-        text=(str(written(tmp_path / "a.jsonl", found)),),
-        eval=(str(written(tmp_path / "b.jsonl", rows(3))),),
+        text=(str(write_records(tmp_path / "a.jsonl", found)),),
+        eval=(str(write_records(tmp_path / "b.jsonl", rows(3))),),
         seq_len=16,
     )
     texts = load_labelled(options, AutoTokenizer.from_pretrained(tiny_model))
@@ -321,5 +314,5 @@ def test_changed_labels_are_not_continued(train: Any, tmp_path: Path) -> None:
     assert train(steps=1).exit_code == 0
     changed = rows(40, categories=True)
     changed[1]["categories"] = ["odd"]
-    written(tmp_path / "texts.jsonl", changed)
+    write_records(tmp_path / "texts.jsonl", changed)
     check_error(resume(tmp_path / "out"), "the text or the tokenizer has changed")

@@ -112,10 +112,6 @@ def two(folder: Path, half: Path, options: dict[str, Any]) -> dict[str, Any]:
     return {"codes": codes, "stdout": done.stdout, "stderr": done.stderr}
 
 
-def losses(out: Path, method: str) -> list[float]:
-    return rows(out)[method]["losses"]
-
-
 def check_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     """Two processes add up in another order than one."""
     assert len(got["losses"]) == len(expected["losses"])

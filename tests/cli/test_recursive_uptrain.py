@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import check_error
-from recursive_runs import STEPS, command, report, uptrain
+from finetune_runs import check_error, report
+from recursive_runs import STEPS, command, uptrain
 from transformers import AutoModelForCausalLM
 
 import lowrank_ext as lr

@@ -1,7 +1,6 @@
 """What the options of a training do: lengths, rates, evaluation, checkpoints, logs, dry runs."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import STEPS, check_error, report, resume, rows, stop_at
+from finetune_runs import STEPS, check_error, losses, report, resume, rows, stop_at
 
 from lowrank_ext.cli import comparison
 from lowrank_ext.cli.job import Job
@@ -20,11 +19,6 @@ from lowrank_ext.cli.training import run as training_run
 from lowrank_ext.cli.training.trainer import FinetuneTrainer, RunCallback
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-
-
-def losses(out: Path, method: str = "lora") -> list[float]:
-    found: list[float] = rows(out)[method]["losses"]
-    return found
 
 
 @pytest.fixture
