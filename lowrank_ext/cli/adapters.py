@@ -34,6 +34,7 @@ class Run:
     text: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
     field: str = "text"
+    format: str = "auto"
     train_on: str = "auto"
     packing: str = "auto"
     eval_split: float | None = None

@@ -5,10 +5,11 @@ import math
 from lowrank_ext.cli.errors import UserError, near_matches
 
 DTYPES = ("auto", "bf16", "fp32", "fp16")
+MOST = 2**31 - 1  # of what is counted
 MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many
 
 
-def check_at_least(option: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+def check_at_least(option: str, value: int, least: int, most: int = MOST) -> None:
     """Raises UserError unless ``least <= value <= most``."""
     if value < least:
         raise UserError(f"{option} must be at least {least}, got {value}")

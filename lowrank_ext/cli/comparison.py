@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ext.cli.display import Display, make_display
-from lowrank_ext.cli.files import MEBIBYTE, require_free_space
+from lowrank_ext.cli.files import MEBIBYTE, exists, require_free_space
 from lowrank_ext.cli.job import Job, rows_per_step
 from lowrank_ext.cli.log import LOG
 from lowrank_ext.cli.measure import PeakMemory, Timing, interleaved_timing, saved_bytes
@@ -18,6 +18,7 @@ from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.processes import on_main_process
 from lowrank_ext.cli.quantization import keep_from_ddp
 from lowrank_ext.cli.report import Result
+from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.cli.sharded import shard
 from lowrank_ext.cli.stopping import stop_if_requested
 from lowrank_ext.cli.training.checkpoints import checkpoints
@@ -154,6 +155,17 @@ def adapted_model(job: Job, entry: Entry, checkpoint: Path | None = None) -> Cau
     if job.settings.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
+
+
+def check_adapts(job: Job, entries: Iterable[Entry]) -> None:
+    """Builds the model of every entry where a new run is about to replace an earlier one in `out`:
+    what cannot be adapted is said while that is still whole. With --fsdp the base can be adapted
+    once alone, and it is not done."""
+    if job.resume or job.settings.fsdp or not exists(f"--out {job.out}", job.out / RUN_FILE):
+        return
+    for each in entries:
+        if each.trains:
+            require_free_space(job.out, bytes_to_write(job, adapted_model(job, each)))
 
 
 class TensorState:

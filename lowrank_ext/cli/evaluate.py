@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_ext.cli.adapters import AdapterSource
+from lowrank_ext.cli.adapters import AdapterSource, Run
 from lowrank_ext.cli.checks import check_at_least, check_choice
 from lowrank_ext.cli.data import (
     TRAIN_ON,
@@ -146,18 +146,24 @@ def data_options(
         length = options.seq_len or usual
         return DataOptions(text=(), eval=tuple(options.text or ()), seq_len=length, **shared)
     own = runs[0]
-    if any((run.text, run.eval) != (own.text, own.eval) for run in runs):
+    if len({_records_of(run) for run in runs}) > 1:
         raise UserError("the runs of the adapters have different data; give --text")
     return DataOptions(
         text=own.text,
         eval=own.eval,
         field=own.field,
+        format=own.format,
         seq_len=options.seq_len or own.seq_len or usual,
         train_on=own.train_on,
         packing=own.packing,
         eval_split=own.eval_split,
         max_rows=own.max_rows,
     )
+
+
+def _records_of(run: Run) -> tuple[Any, ...]:
+    """What decides which records a run trains on and which it holds out."""
+    return run.text, run.eval, run.eval_split, run.max_rows, run.field, run.format
 
 
 def _on_text(

@@ -185,6 +185,18 @@ def check_replaced(
             )
 
 
+def check_outside(out: Path, data: Iterable[str]) -> None:
+    """Raises UserError where `out` lies in a directory of data, whose files are all read: the run
+    would train on its own log, and not find its data again."""
+    real = Path(os.path.realpath(out))
+    for each in data:
+        if os.path.isdir(each) and Path(os.path.realpath(each)) in (real, *real.parents):
+            raise UserError(
+                f"--out {out}: must be outside of {each}, all files of which are data; give "
+                "another directory"
+            )
+
+
 def prepare_output(out: Path) -> None:
     """Creates the output directory and proves that a file can be written there."""
     with cannot_write(out):

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lowrank_ext.cli.comparison import run_frozen, run_method
+from lowrank_ext.cli.comparison import check_adapts, run_frozen, run_method
 from lowrank_ext.cli.dry_run import show
 from lowrank_ext.cli.files import (
     cannot_write,
+    check_outside,
     check_replaced,
     exists,
     prepare_output,
@@ -43,6 +44,7 @@ def run(settings: Settings, out: Path, resume: bool, console: Console, preview: 
             job = prepare(settings, out, resume, console, stop)
             if preview:
                 job.corpus.preview(preview, console)
+            check_adapts(job, map(entry, settings.methods))
         store_settings(job)
         results = [run_or_reuse(job, method) for method in settings.methods]
         on_main_process(lambda: finish(job, results))
@@ -52,6 +54,7 @@ def prepare_directory(settings: Settings, out: Path, resume: bool) -> None:
     """Makes `out`. Raises UserError where the run cannot write, or would replace what is not of a
     run."""
     if not resume:
+        check_outside(out, [*settings.text, *settings.eval])
         check_replaced(
             out,
             results_of(settings, out),

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lowrank_ext.cli.chat_template import use_template
+from lowrank_ext.cli.checks import MOST
 from lowrank_ext.cli.data import (
     Corpus,
     DataOptions,
@@ -232,7 +233,12 @@ def with_known_steps(settings: Settings, rows: int) -> Settings:
     """The settings with the steps of --epochs over so many rows, if they have them."""
     if settings.epochs is None:
         return settings
-    return settings.with_steps(math.ceil(settings.epochs * rows / rows_per_step(settings)))
+    steps = settings.epochs * rows / rows_per_step(settings)
+    if steps > MOST:
+        raise UserError(
+            f"--epochs must be at most {MOST} steps, got {settings.epochs:g}, {steps:g} of them"
+        )
+    return settings.with_steps(math.ceil(steps))
 
 
 def check_half(settings: Settings, dtype: torch.dtype, device: torch.device) -> None:

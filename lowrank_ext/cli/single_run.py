@@ -14,13 +14,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_ext.cli.comparison import display_for, start_run
+from lowrank_ext.cli.comparison import check_adapts, display_for, start_run
 from lowrank_ext.cli.data import DataOptions
 from lowrank_ext.cli.display import Display, make_console
 from lowrank_ext.cli.dry_run import show
 from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
-from lowrank_ext.cli.files import check_replaced, exists, prepare_output, write_bytes, write_json
+from lowrank_ext.cli.files import (
+    check_outside,
+    check_replaced,
+    exists,
+    prepare_output,
+    write_bytes,
+    write_json,
+)
 from lowrank_ext.cli.interrupts import StopRequest
 from lowrank_ext.cli.job import Job, describe, load_base, make_job
 from lowrank_ext.cli.log import hush_libraries, log_file
@@ -150,6 +157,7 @@ class SingleRun(ABC):
     ) -> None:
         """Trains, or goes on with it."""
         if not resume:
+            check_outside(out, [*settings.text, *settings.eval])
             inputs = [*settings.text, *settings.eval, *([settings.model] if settings.model else [])]
             has_run = exists(f"--out {out}", out / RUN_FILE)
             check_replaced(out, [out / self.saved_name(settings)], has_run, inputs)
@@ -159,6 +167,7 @@ class SingleRun(ABC):
                 job = self.prepare(settings, out, resume, console, stop)
                 if preview:
                     self.preview(job, preview)
+                check_adapts(job, [self.entry(job)])
             on_main_process(lambda: self._store_settings(job))
             with at_once(out, stop, self.name):
                 self._train(job)

@@ -75,6 +75,28 @@ def test_a_run_is_evaluated_on_its_own_held_out_part(tiny_model, text_file, tmp_
     assert losses["run"] == pytest.approx(row["held_out_after"], rel=1e-5)
 
 
+def test_runs_are_evaluated_on_the_records_that_both_held_out(tiny_model, tmp_path) -> None:
+    file = tmp_path / "records.jsonl"
+    rows = [{"text": f"text {n}" * 4, "prompt": f"p{n}", "completion": f" c{n}"} for n in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    shared: dict[str, Any] = {"model": tiny_model, "text": file, "steps": 1, "eval_batches": 999}
+    outs = [tmp_path / name for name in ("pairs", "texts", "more")]
+    own = [
+        {"format": "completion"},
+        {"format": "text"},
+        {"format": "completion", "eval_split": 0.4},
+    ]
+    for out, options in zip(outs, own, strict=True):
+        arguments = small_run(out=out, batch=1, **shared, **options)
+        assert invoke("finetune", *arguments).exit_code == 0
+    for out in outs:
+        (row,) = report(out)["methods"]
+        losses = by_name(found(evaluate(out, "--json")))
+        assert losses[out.name] == pytest.approx(row["held_out_after"], rel=1e-5)
+    for other in outs[1:]:
+        check_error(evaluate(outs[0], other), "the runs of the adapters have different data")
+
+
 def test_the_table_has_each_variant_and_its_distance_to_the_base(adapters, text_file) -> None:
     plain = evaluate(adapters / "a", "--text", text_file, "--limit", "3")
     assert plain.exit_code == 0, plain.output

@@ -53,6 +53,36 @@ def test_a_file_in_its_place_is_kept(job: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / name).read_text() == "mine"
 
 
+def test_out_is_outside_of_the_data(job: Any, tmp_path: Path, text_file: Path) -> None:
+    """Its log would be a document, and --resume would find other data."""
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(text_file, data / "text.txt")
+    (tmp_path / "link").symlink_to(data)
+    for out in (data / "out", data, tmp_path / "link" / "a" / "b"):
+        check_error(job[1](out, text=data), f"--out {out}: must be outside of {data}")
+    assert [path.name for path in data.iterdir()] == ["text.txt"]
+    assert job[1](tmp_path / "data-out", text=data).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "methods", [{"method": "lora"}, {"method": None, "compare": "frozen,lora"}]
+)
+def test_an_earlier_run_stays_when_the_new_one_cannot_begin(
+    run: Any, tmp_path: Path, methods: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    assert run(out=out, **methods).exit_code == 0
+
+    def files() -> dict[Path, bytes]:
+        found = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".log")
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
+    check_error(run(out=out, targets="nope", **methods), "target_modules must match a module")
+    assert files() == before
+
+
 def test_an_earlier_run_is_replaced(job: Any, tmp_path: Path) -> None:
     name, start = job
     assert start(tmp_path / "out").exit_code == 0

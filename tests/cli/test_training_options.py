@@ -59,6 +59,11 @@ def test_epochs_see_every_row_as_often(run, tmp_path, monkeypatch) -> None:
     assert f"{steps} steps" in result.stdout
 
 
+@pytest.mark.parametrize("epochs", ["1e12", "1e308"])
+def test_too_many_epochs_are_refused(run, epochs) -> None:
+    check_error(run(epochs=epochs), "--epochs must be at most 2147483647 steps")
+
+
 def test_accumulated_batches_are_one_larger_batch(run, tmp_path) -> None:
     for name, batch, accumulate in (("whole", 6, 1), ("parts", 2, 3)):
         options = {"out": tmp_path / name, "batch": batch, "accumulate": accumulate}

@@ -18,6 +18,7 @@ from lowrank_ext.cli.environment import environment
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import (
     MEBIBYTE,
+    check_outside,
     check_replaced,
     exists,
     prepare_output,
@@ -120,6 +121,7 @@ class Job:
 def run(settings: UptrainSettings, out: Path, resume: bool, console: Console) -> None:
     """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
     if not resume:
+        check_outside(out, settings.text)
         has_run = exists(f"--out {out}", out / _SETTINGS)
         inputs = [settings.directory, *settings.text]
         inputs += [settings.teacher] if settings.teacher else []
