@@ -18,6 +18,7 @@ from lowrank_ext.adapt import lowrank_modules
 from lowrank_ext.checkpoint.layout import whole
 from lowrank_ext.checks import matches_names
 from lowrank_ext.cli.chat_template import save_template
+from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import new_directory
 from lowrank_ext.cli.models import CausalLM, holds_quantized, resolve_adapter_dtype
@@ -80,7 +81,7 @@ class Entry(ABC):
     def begin_with(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
         """Loads the adapter in a directory into the base model, in place, as the start of a run.
         Raises UserError for one of another dtype."""
-        with as_user_error(f"--adapter {path}: cannot load it", Exception):
+        with warnings_as_lines(), as_user_error(f"--adapter {path}: cannot load it", Exception):
             model = self._load(model, settings, path)
         wanted = resolve_adapter_dtype(settings.adapter_dtype, base_dtype(model))
         for name, parameter in model.named_parameters():

@@ -16,6 +16,7 @@ from lowrank_ext.cli.adapters import (
     load_adapter,
 )
 from lowrank_ext.cli.chat_template import use_templates_in
+from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.methods import base_dtype
@@ -109,7 +110,8 @@ def _bank(base: CausalLM) -> lr.AdapterBank:
 def _loaded(bank: lr.AdapterBank, name: str, adapter: AdapterSource) -> bool:
     """Loads an adapter into the bank, if it is one that a bank takes."""
     try:
-        bank.load(name, adapter.directory)
+        with warnings_as_lines():
+            bank.load(name, adapter.directory)
     except (ValueError, OSError):  # what is damaged is said by load_adapter, which gets it next
         return False
     return True

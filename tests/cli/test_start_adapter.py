@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import check_error, invoke, report, resume, rows, small_run, stop_at
+from byte_llama import save_byte_llama
+from finetune_runs import CONTEXT, check_error, invoke, report, resume, rows, small_run, stop_at
 
 from lowrank_ext.cli import finetune
 
@@ -53,6 +54,20 @@ def test_a_run_begins_where_another_has_ended(
     assert after["held_out_before"] == pytest.approx(before["held_out_after"], rel=1e-5)
     assert after["trainable_at_start"] == before["trainable_at_start"]
     assert after["held_out_after"] < before["held_out_after"]
+
+
+def test_an_adapter_of_another_model_is_said_in_a_line(adapters, text_file, tmp_path) -> None:
+    """It has nothing for the last of three layers, which stays as in the base."""
+    save_byte_llama(tmp_path / "deep", context=CONTEXT, num_hidden_layers=3)
+    given = ("--model", str(tmp_path / "deep"), "--text", str(text_file))
+    tuned = begin(tmp_path / "deep", text_file, adapters / "a", tmp_path / "out")
+    measured = invoke("evaluate", str(adapters / "a"), *given)
+    for result in (tuned, measured):
+        assert result.exit_code == 0, result.output
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("warning: ")
+        assert "model.layers.2" in line
+        assert "Was it trained on another model?" in line
 
 
 def test_it_is_resumed_and_repeated_to_the_same_numbers(
