@@ -31,7 +31,7 @@ def split_examples(
     held_out: list[int] = []
     size = 0
     for index in sorted(range(len(keys)), key=hashes.__getitem__):
-        if size >= wanted and hashes[index] != hashes[held_out[-1]]:
+        if held_out and size >= wanted and hashes[index] != hashes[held_out[-1]]:
             break
         held_out.append(index)
         size += len(keys[index])

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BloomConfig, LlamaConfig
 
 from lowrank_ext.cli.data import DataOptions, collate, load_corpus, load_examples, pad_id_of
 from lowrank_ext.cli.data import progress as progress_module
+from lowrank_ext.cli.data.formats import TextExample
 from lowrank_ext.cli.data.progress import counted
 from lowrank_ext.cli.data.split import split_examples
 from lowrank_ext.cli.errors import UserError
@@ -79,6 +80,12 @@ def test_equal_examples_stay_together(tmp_path) -> None:
         load_examples(DataOptions((write(tmp_path / "b.jsonl", chats(1) * 10),)))
     with pytest.raises(UserError, match="1 examples are too few"):
         load_examples(DataOptions((write(tmp_path / "c.jsonl", chats(1)),)))
+
+
+def test_empty_texts_alone_cannot_be_split() -> None:
+    empty = [TextExample("", f"line {number}") for number in range(12)]
+    with pytest.raises(UserError, match="12 examples are too few to hold some out, or all are eq"):
+        split_examples(empty)
 
 
 def test_of_few_texts_the_tails_are_held_out(tmp_path) -> None:
