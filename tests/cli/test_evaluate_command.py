@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from finetune_runs import check_error, invoke, report, small_run
+from finetune_runs import check_error, invoke, report, small_run, write_records
 from saved_adapters import load_plain
 from transformers import AutoTokenizer
 
@@ -104,6 +104,28 @@ def test_the_table_has_each_variant_and_its_distance_to_the_base(adapters, text_
     (line,) = [each for each in plain.stdout.splitlines() if each.split()[:1] == ["a"]]
     change = f"{losses['a'] - losses['base']:+.4f}"
     assert line.split()[1:] == [f"{losses['a']:.4f}", f"{math.exp(losses['a']):,.3f}", change]
+
+
+def test_nothing_but_the_text_is_tokenized_and_named(adapters, tmp_path, monkeypatch) -> None:
+    from lowrank_ext.cli.data import corpus
+
+    seen: list[str] = []
+    render = corpus.render
+
+    def noted(example: Any, *arguments: Any) -> Any:
+        seen.append(example.where)
+        return render(example, *arguments)
+
+    monkeypatch.setattr(corpus, "render", noted)
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        write_records(file, [{"text": f"{file.name} {n}"} for n in range(3)])
+    result = evaluate(adapters / "a", "--text", files[0], "--text", files[1])
+    assert result.exit_code == 0, result.output
+    assert seen == [f"{file}: line {n}" for file in files for n in (1, 2, 3)]
+    lines = [line.strip() for line in result.stdout.splitlines() if " records of " in line]
+    assert "pydoc_data" not in result.stdout
+    assert [line.split(" of ")[0] for line in lines] == ["3 records"] * 2
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def load_held_out(
     examples = load_examples(options, console)
     packed, note = _packing(options, examples, model_config)
     rows, part = _rows(examples.held_out, options, tokenizer, packed, "held out", console)
-    report = DataReport([part], options.seq_len, examples.records, examples.left_out, note)
+    records = dict(examples.held_out_records)
+    report = DataReport([part], options.seq_len, records, examples.left_out, note)
     if not len(rows):
         raise UserError(
             "the text is too short: nothing is left to evaluate on; give more text or a smaller "

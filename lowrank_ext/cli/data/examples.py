@@ -25,15 +25,24 @@ class Examples:
     """Examples before any tokenizer.
 
     Attributes:
-        records: how many came from each source.
+        train_records, held_out_records: how many were read for each from every source; for
+            `held_out` those of `train` where it is a part of them.
         left_out: files that were not read.
     """
 
     train: list[Example]
     held_out: list[Example]
     description: str
-    records: dict[str, int]
+    train_records: Counter[str]
+    held_out_records: Counter[str]
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def records(self) -> dict[str, int]:
+        """How many were read from each source."""
+        if self.held_out_records is self.train_records:
+            return dict(self.train_records)
+        return dict(self.train_records + self.held_out_records)
 
 
 def load_examples(
@@ -52,6 +61,7 @@ def load_examples(
         return _default_examples(options, read, console)
     sources, left_out = find_sources("--text", options.text)
     counts: Counter[str] = Counter()
+    held_out_counts: Counter[str] = Counter()
     train = list(
         _examples(_of_part(sources, TRAIN), read, TRAIN, counts, console, options.max_rows)
     )
@@ -64,10 +74,12 @@ def load_examples(
         own, about = _evaluation_sources(options)
         left_out += about
     if own and not options.eval_split:
-        held_out = list(_examples(own, read, EVALUATION, counts, console, options.max_rows))
+        found = _examples(own, read, EVALUATION, held_out_counts, console, options.max_rows)
+        held_out = list(found)
     else:
         train, held_out = _split(train, options)
-    return Examples(train, held_out, description, dict(counts), left_out)
+        held_out_counts = counts
+    return Examples(train, held_out, description, counts, held_out_counts, left_out)
 
 
 def default_documents() -> list[tuple[str, str]]:
@@ -92,10 +104,11 @@ def _default_examples(
     counts = Counter({DEFAULT_SOURCE: len(documents)})
     description = _described(DEFAULT_SOURCE, documents)
     if not options.eval:
-        return Examples(*_split(documents, options), description, dict(counts))
+        return Examples(*_split(documents, options), description, counts, counts)
     sources, left_out = _evaluation_sources(options)
-    held_out = list(_examples(sources, read, EVALUATION, counts, console, options.max_rows))
-    return Examples(documents, held_out, description, dict(counts), left_out)
+    own: Counter[str] = Counter()
+    held_out = list(_examples(sources, read, EVALUATION, own, console, options.max_rows))
+    return Examples(documents, held_out, description, counts, own, left_out)
 
 
 def _split(
