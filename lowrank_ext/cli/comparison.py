@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def run_method(job: Job, entry: Entry, directory: Path) -> Result:
         saved_step = run.progress.step
         if finished and job.settings.early_stop is not None:
             saved_step = run.load_best()
+            report_best(run, saved_step, display)
         run.save(directory)
         stop_if_requested(job.stop, job.out, entry.name, run.progress.step, job.settings.steps)
         display.phase("measuring")
@@ -253,6 +255,14 @@ def record_start(job: Job, run: TrainingRun, display: Display) -> None:
     progress.expert_load_at_start = count_experts(run.model, job.held_out, run.training)
 
 
+def report_best(run: TrainingRun, saved_step: int, display: Display) -> None:
+    """Says which step --early-stop has saved, and whether it has ended the run."""
+    ended = f"ended early after step {run.progress.step}, " if run.progress.ended_early else ""
+    text = f"{ended}step {saved_step} has the best held-out loss and is saved"
+    display.phase(text)
+    LOG.info("%s: %s", run.entry.name, text)
+
+
 def measured(job: Job, run: TrainingRun, peak: PeakMemory, saved_step: int) -> Result:
     """Measures bytes and time after the last step, in training mode, on `job.batch`: the first
     process while the others wait. A sharded model has no frozen one to be compared with."""
@@ -295,7 +305,7 @@ def result_of(
         frozen_forward_backward_ms=timing and timing.frozen_milliseconds,
         forward_backward_ratio=timing and timing.ratio,
         optimizer_ms=1e3 * statistics.median(progress.optimizer_seconds),
-        tokens_per_second=job.tokens_per_step / statistics.median(progress.step_seconds),
+        tokens_per_second=statistics.median(map(truediv, progress.tokens, progress.step_seconds)),
         skipped_steps=progress.skipped_steps,
         rows_per_step=progress.rows_per_step,
         held_out=progress.held_out,
@@ -313,4 +323,4 @@ def display_for(job: Job, entry: Entry) -> Display:
     names, name = job.settings.methods, entry.name
     title = f"[{names.index(name) + 1}/{len(names)}] {name}" if len(names) > 1 else name
     steps = job.settings.steps if entry.trains else 0
-    return make_display(job.console, title, steps, job.tokens_per_step)
+    return make_display(job.console, title, steps)

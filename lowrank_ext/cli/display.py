@@ -1,6 +1,7 @@
 """Progress: a bar on a terminal, a plain line every few seconds anywhere else."""
 
 import io
+import statistics
 import sys
 import time
 from typing import Protocol
@@ -48,24 +49,16 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=NON_TERMINAL_WIDTH)
 
 
-def make_display(console: Console, title: str, steps: int, tokens_per_step: int) -> Display:
+def make_display(console: Console, title: str, steps: int) -> Display:
     """A bar on a terminal, else lines."""
-    if console.is_terminal:
-        return BarDisplay(console, title, steps, tokens_per_step)
-    return LineDisplay(console, title, steps, tokens_per_step)
-
-
-def tokens_per_second(progress: Progress, tokens_per_step: int) -> float:
-    """Tokens per second over the last ten steps."""
-    recent = progress.step_seconds[-_SPEED_WINDOW:]
-    return len(recent) * tokens_per_step / sum(recent) if recent else 0.0
+    kind = BarDisplay if console.is_terminal else LineDisplay
+    return kind(console, title, steps)
 
 
 class BarDisplay:
     """A rich progress bar with step, loss, tokens/s and time left."""
 
-    def __init__(self, console: Console, title: str, steps: int, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, console: Console, title: str, steps: int) -> None:
         self.bar = RichProgress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),
@@ -84,7 +77,7 @@ class BarDisplay:
         self.bar.stop()
 
     def update(self, progress: Progress) -> None:
-        speed = tokens_per_second(progress, self.tokens_per_step)
+        speed = progress.tokens_per_second(_SPEED_WINDOW)
         status = f"loss {progress.losses[-1]:.4f}  {speed:,.0f} tokens/s"
         self.bar.update(self.task, completed=progress.step, status=status)
 
@@ -96,11 +89,10 @@ class LineDisplay:
     """Plain lines: for the first and the last step, every few seconds in between, and for every
     phase."""
 
-    def __init__(self, console: Console, title: str, steps: int, tokens_per_step: int) -> None:
+    def __init__(self, console: Console, title: str, steps: int) -> None:
         self.console = console
         self.title = title
         self.steps = steps
-        self.tokens_per_step = tokens_per_step
         self.printed_at = float("-inf")
 
     def __enter__(self) -> "LineDisplay":
@@ -114,8 +106,10 @@ class LineDisplay:
         if now - self.printed_at < LINE_SECONDS and progress.step < self.steps:
             return
         self.printed_at = now
-        speed = tokens_per_second(progress, self.tokens_per_step)
-        left = (self.steps - progress.step) * self.tokens_per_step / speed
+        speed = progress.tokens_per_second(_SPEED_WINDOW)
+        left = (self.steps - progress.step) * statistics.mean(
+            progress.step_seconds[-_SPEED_WINDOW:]
+        )
         self._print(
             f"step {progress.step}/{self.steps}  loss {progress.losses[-1]:.4f}  "
             f"{speed:,.0f} tokens/s  {left:.0f} s left"

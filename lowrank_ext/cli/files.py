@@ -205,6 +205,27 @@ def prepare_output(out: Path) -> None:
             file.write(b"x")
 
 
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """A block in which no other run writes to `out`. The system unlocks what a process has locked
+    when it ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    with cannot_write(out):
+        directory = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another run is writing there") from None
+        yield
+    finally:
+        os.close(directory)
+
+
 def require_free_space(out: Path, num_bytes: int) -> None:
     """Raises UserError when the disk of `out` has fewer than `num_bytes` free."""
     free = shutil.disk_usage(out).free

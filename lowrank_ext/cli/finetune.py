@@ -16,7 +16,7 @@ from lowrank_ext.cli.files import (
     prepare_output,
 )
 from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import Job, prepare
+from lowrank_ext.cli.job import Job, prepare, rows_per_step
 from lowrank_ext.cli.log import LOG, hush_libraries, log_file
 from lowrank_ext.cli.measure import release_memory
 from lowrank_ext.cli.methods import Entry, base_dtype, entry
@@ -151,8 +151,9 @@ def finish(job: Job, results: list[Result]) -> None:
     linears = "" if settings.quantize is None else f", linears {settings.quantize}"
     title = (
         f"{model['name']}, {model['dtype']}{linears}, adapters {settings.adapter_dtype}, rank "
-        f"{settings.rank}, dropout {settings.dropout_text()}, batch {settings.batch} x "
-        f"{settings.seq_len}, {settings.steps} steps, {where}"
+        f"{settings.rank}, dropout {settings.dropout_text()}, "
+        f"{rows_per_step(settings)} rows of at most {settings.seq_len} tokens a step, "
+        f"{settings.steps} steps, {where}"
     )
     job.console.print()
     job.console.print(results_table(results, title))

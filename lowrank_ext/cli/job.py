@@ -102,11 +102,6 @@ class Job:
         """A batch of rows."""
         return collate(rows, pad_id_of(self.tokenizer))
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Of all processes; rows may be shorter than --seq-len."""
-        return rows_per_step(self.settings) * self.settings.seq_len
-
     def frozen_loss(self) -> Tensor:
         """Loss of the frozen model on `batch`."""
         return frozen_loss(self.base, self.batch)
@@ -298,10 +293,9 @@ def make_job(
 
 
 def held_out_batches(corpus: Any, settings: Any, collate: Any) -> list[Batch]:
-    """At most --eval-batches batches of --batch rows; a shorter one only where there is no
-    other."""
+    """At most --eval-batches batches of --batch rows, the last of which may be shorter."""
     rows, size = len(corpus.held_out), settings.batch
-    starts = range(0, rows - size + 1, size) or range(1)
+    starts = range(0, rows, size)
     return [
         collate([corpus.held_out[index] for index in range(start, min(start + size, rows))])
         for start in starts[: settings.eval_batches]
@@ -319,11 +313,19 @@ def describe(job: Job) -> None:
         f"rank {settings.rank}, scaling {settings.scaling():g}, dropout {settings.dropout_text()}, "
         f"{settings.targets}{_details(settings)}\n"
         f"{job.corpus.description}; {settings.steps} steps of {settings.batch}{accumulated}"
-        f"{processes} x {settings.seq_len} tokens",
+        f"{processes} rows of at most {settings.seq_len} tokens{_evaluated(job)}",
         markup=False,
         soft_wrap=True,
     )
     job.console.print(job.corpus.report.table())
+
+
+def _evaluated(job: Job) -> str:
+    """What evaluations leave out, if they do."""
+    rows, read = len(job.corpus.held_out), sum(len(each["input_ids"]) for each in job.held_out)
+    if read >= rows:
+        return ""
+    return f"; evaluated on {read:,} of {rows:,} held-out rows (--eval-batches)"
 
 
 def _quantized(job: Job) -> str:

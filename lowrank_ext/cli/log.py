@@ -3,11 +3,11 @@
 import logging
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lowrank_ext.cli.errors import Interrupted, UserError
-from lowrank_ext.cli.files import open_log
+from lowrank_ext.cli.files import alone_in, open_log
 from lowrank_ext.cli.processes import is_main_process, process_index
 
 LOG = logging.getLogger("lowrank_ext.finetune")
@@ -29,9 +29,12 @@ def hush_libraries() -> None:
 @contextmanager
 def log_file(path: Path, append: bool) -> Iterator[None]:
     """Sends the log of this run, and the warnings of libraries, to a file only. Of several
-    processes the first one logs, of the others a fault alone."""
-    is_main = is_main_process()
-    stream = open_log(path, append) if is_main else None
+    processes the first one logs, of the others a fault alone. Raises UserError while another run
+    logs there."""
+    alone = ExitStack()
+    if is_main_process():
+        alone.enter_context(alone_in(path.parent))
+    stream = open_log(path, append) if is_main_process() else None
     handler = logging.NullHandler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = (LOG, logging.getLogger("py.warnings"))
@@ -59,6 +62,7 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
             logger.propagate = True
         if stream is not None:
             stream.close()
+        alone.close()
 
 
 def _append_fault(path: Path) -> None:

@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 
 from lowrank_ext.cli.errors import UserError
-from lowrank_ext.cli.files import exists
+from lowrank_ext.cli.files import exists, read_json
 from lowrank_ext.cli.methods import entry
 from lowrank_ext.cli.resumed import check_same_settings, with_config
 from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
 from lowrank_ext.cli.settings import Settings, option_types
 from lowrank_ext.cli.start_adapter import with_adapter
 from lowrank_ext.cli.training.checkpoints import checkpoints
+from lowrank_ext.cli.training.progress import PROGRESS_NAME
 
 RESULT = "result.json"  # of a method that has been trained and measured
 
@@ -61,6 +62,12 @@ def stored_settings(kind: type[Kind], out: Path) -> Kind:
     return kind.from_dict(read_run_file(out / RUN_FILE, "--resume", option_types(kind)))
 
 
+def ended_early(directory: Path) -> bool:
+    """Whether --early-stop has ended the training whose checkpoints are in ``directory``."""
+    newest = checkpoints(directory)[-1:]
+    return any(read_json(path / PROGRESS_NAME).get("ended_early") is True for path in newest)
+
+
 def extended(
     stored: Kind, asked: Kind, given: Collection[str], out: Path, console: Console
 ) -> Kind:
@@ -78,6 +85,8 @@ def extended(
             fault = f"what {method} freezes or begins depends on the number of steps"
         elif found.trains and (directory / RESULT).exists() and not checkpoints(directory):
             fault = f"{directory} holds no checkpoint to continue from"
+        elif stored.early_stop is not None and ended_early(directory):
+            fault = f"--early-stop has ended {method}"
         if fault is not None:
             raise UserError(
                 f"--resume: --{unit} was {was:g}, got {now:g}, but {fault}; leave it out or start "

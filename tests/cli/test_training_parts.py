@@ -137,6 +137,7 @@ def some_progress(**changes: Any) -> dict[str, Any]:
     values = Progress(
         step=2,
         losses=[3.0, 2.0],
+        tokens=[8, 8],
         step_seconds=[0.1, 0.1],
         optimizer_seconds=[0.01, 0.01],
         held_out=[(0, 3.0), (2, 2.5)],

@@ -45,11 +45,6 @@ class DpoJob(Job):
     settings: DpoSettings
     corpus: Any  # Pairs
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Of both answers of all pairs."""
-        return 2 * super().tokens_per_step
-
     def collate(self, rows: list[Any]) -> Batch:
         """TRL's batch: input_ids, attention_mask and completion_mask, the chosen ones first."""
         from trl.trainer.dpo_trainer import DataCollatorForPreference

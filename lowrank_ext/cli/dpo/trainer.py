@@ -1,5 +1,6 @@
 """TRL's DPOTrainer on the loop of finetune."""
 
+from operator import mul
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class DpoTrainer(FinetuneTrainer, trl.DPOTrainer):  # type: ignore[misc]  # unty
     def measure(self) -> float:
         """The loss on the held-out pairs, with their rewards and log-probabilities."""
         run, model = self.run, self.run.model
-        losses = []
+        losses, pairs = [], []
         was_training = model.training
         model.eval()
         self._metrics["eval"].clear()
@@ -83,12 +84,13 @@ class DpoTrainer(FinetuneTrainer, trl.DPOTrainer):  # type: ignore[misc]  # unty
             with torch.no_grad():
                 for batch in run.held_out:
                     losses.append(self.loss_of_pairs(on_device_of(model, batch)).item())
+                    pairs.append(len(batch["input_ids"]) // 2)  # chosen and rejected
         finally:
             model.train(was_training)
         found = self._metrics["eval"]
-        scores = {own: _mean(found[name]) for name, own in SCORES.items()}
+        scores = {own: _mean(found[name], pairs) for name, own in SCORES.items()}
         found.clear()
-        return run.record(_mean(losses), scores)
+        return run.record(_mean(losses, pairs), scores)
 
 
 def trainer_with(reference: CausalLM) -> type[DpoTrainer]:
@@ -96,5 +98,6 @@ def trainer_with(reference: CausalLM) -> type[DpoTrainer]:
     return type("DpoTrainer", (DpoTrainer,), {"reference": reference})
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: list[float], pairs: list[int]) -> float:
+    """Of the means of batches, over their pairs."""
+    return sum(map(mul, values, pairs)) / sum(pairs)

@@ -218,8 +218,7 @@ def _describe(job: Job) -> None:
 def train(job: Job) -> None:
     """Trains from the start or from the last checkpoint, saves, measures, reports."""
     settings, stop = job.settings, job.stop
-    tokens_per_step = settings.batch * settings.seq_len
-    with make_display(job.console, _NAME, settings.steps, tokens_per_step) as display:
+    with make_display(job.console, _NAME, settings.steps) as display:
         with stop.leaving_at_any_point():
             trainer, before = start(job, display)
         trainer.train()

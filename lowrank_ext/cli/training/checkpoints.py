@@ -2,6 +2,7 @@
 renamed before an older one is removed."""
 
 import dataclasses
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -28,9 +29,15 @@ from lowrank_ext.files import quoted, read_torch_file
 if TYPE_CHECKING:
     from lowrank_ext.cli.training.trainer import FinetuneTrainer
 
+_UNFINISHED = ".checkpoint-*.saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TRAINER_STATE = "trainer_state.json"  # transformers' name
 _FREEZING = "freezing.pt"
+# What a resumed run may do otherwise; how many rows a step has is compared by itself.
+_MAY_CHANGE = {
+    *("steps", "epochs", "accumulate", "keep", "save_every", "early_stop", "log_to", "log_every"),
+    *("run_name", "device", "threads", "fsdp", "compile", "gradient_checkpointing"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,17 @@ class Identity:
 
     Attributes:
         text_digest: of the data.
-        optimizer: name of the optimizer.
+        settings: of the run, but those that a resumed run may change.
     """
 
     text_digest: str
-    optimizer: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, text_digest: str, settings: dict[str, Any]) -> "Identity":
+        """That of a run with these settings."""
+        kept = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
+        return cls(text_digest=text_digest, settings=json.loads(json.dumps(kept)))
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -68,7 +81,7 @@ def save_checkpoint(trainer: "FinetuneTrainer") -> Path:
     process calls it; the first one writes what all of them have."""
     run = trainer.run
     path = run.directory / f"checkpoint-{run.progress.step:06d}"
-    temporary = path.with_name(f".{path.name}.saving")
+    temporary = path.with_name(_UNFINISHED.replace("*", path.name.split("-")[1]))
     on_main_process(lambda: _make_empty(temporary))
     with cannot_write(path):
         run.save(temporary)
@@ -101,9 +114,9 @@ def _make_empty(path: Path) -> None:
 
 
 def _remove_older(directory: Path, newest: Path, kept: set[int]) -> None:
-    for path in checkpoints(directory):
-        if path != newest and _step_of(path) not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    older = [p for p in checkpoints(directory) if p != newest and _step_of(p) not in kept]
+    for path in (*older, *directory.glob(_UNFINISHED)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_steps(directory: Path, count: int) -> set[int]:
@@ -126,11 +139,12 @@ def read_progress(path: Path, identity: Identity) -> Progress:
     check_types(Identity, values, str(path / "identity.json"))
     if values["text_digest"] != identity.text_digest:
         raise UserError(f"the text or the tokenizer has changed since {path} was written")
-    if values["optimizer"] != identity.optimizer:
-        raise UserError(
-            f"--optimizer was {values['optimizer']} when {path} was written, got "
-            f"{identity.optimizer}"
-        )
+    for name in sorted(values["settings"].keys() | identity.settings.keys()):
+        was, now = (found.get(name) for found in (values["settings"], identity.settings))
+        if was != now:
+            raise UserError(
+                f"{quoted(name)} was {quoted(was)} when {path} was written, got {quoted(now)}"
+            )
     _check_complete(path)
     where = f"cannot continue from {path / PROGRESS_NAME}"
     return Progress.from_dict(read_json(path / PROGRESS_NAME), where)

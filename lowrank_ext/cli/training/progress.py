@@ -18,6 +18,7 @@ class Progress:
         losses: mean loss per trained token of each step, without a method's extra loss.
         held_out: (step, held-out loss) of each evaluation.
         scores: what else each evaluation has measured; empty where that is the loss alone.
+        tokens: that each step has read, over all processes, without padding of rows.
         step_seconds, optimizer_seconds: of each step, and of its update alone.
         skipped_steps: updates that fp16's overflow has skipped.
         rows_per_step: of all processes together.
@@ -28,6 +29,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     skipped_steps: int = 0
@@ -47,7 +49,7 @@ class Progress:
         check_types(cls, values, where)
         held_out = [(step, loss) for step, loss in values["held_out"]]
         progress = cls(**{**values, "held_out": held_out})
-        for name in ("losses", "step_seconds", "optimizer_seconds"):
+        for name in ("losses", "tokens", "step_seconds", "optimizer_seconds"):
             if len(getattr(progress, name)) != progress.step:
                 raise UserError(
                     f"{where}: {name} must have step={progress.step} entries, got "
@@ -67,6 +69,11 @@ class Progress:
         """(step, held-out loss) of the best evaluation after a step, the first of equal ones."""
         trained = [pair for pair in self.held_out if pair[0] > 0]
         return min(trained or self.held_out, key=lambda pair: pair[1])
+
+    def tokens_per_second(self, window: int) -> float:
+        """Over the last steps, `window` at most; 0 before the first."""
+        seconds = sum(self.step_seconds[-window:])
+        return sum(self.tokens[-window:]) / seconds if seconds else 0.0
 
     def evaluations_without_gain(self) -> int:
         """Evaluations since the best one."""

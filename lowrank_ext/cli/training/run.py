@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.interrupts import StopRequest, Terminated
+from lowrank_ext.cli.log import LOG
 from lowrank_ext.cli.methods import Entry
 from lowrank_ext.cli.models import CausalLM
 from lowrank_ext.cli.processes import num_processes
@@ -82,7 +83,7 @@ class TrainingRun:
         self.training = self.entry.training
         self.freezing = self.training.schedule(self.model, self.settings)
         self.progress.rows_per_step = self.plan.batch * self.plan.accumulate * num_processes()
-        self.identity = Identity(text_digest=self.corpus.digest(), optimizer=self.plan.optimizer)
+        self.identity = Identity.of(self.corpus.digest(), self.settings.to_dict())
         self._trained = self._trainable_names()
         self._trainer: Any = None
         self._checkpoint: Path | None = None
@@ -238,6 +239,7 @@ class TrainingRun:
     def record(self, loss: float, scores: dict[str, float] | None = None) -> float:
         """Adds an evaluation of the present step to the progress; its loss."""
         self.progress.held_out.append((self.progress.step, loss))
+        LOG.info("step %d held-out loss %.6f", self.progress.step, loss)
         if scores is not None:
             self.progress.scores.append(scores)
         return loss

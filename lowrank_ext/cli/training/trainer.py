@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class FinetuneTrainer(AdapterTrainer):
         super().__init__(callbacks=[RunCallback(self)], **self.trainer_options(steps))
         self.remove_callback(PrinterCallback)
         self.task_loss = torch.zeros((), device=self.args.device)
+        self.num_tokens = 0
         if self.args.world_size > 1:  # dropout differs between the processes
             set_seed((run.plan.seed + self.args.process_index) % 2**32)
 
@@ -74,6 +76,13 @@ class FinetuneTrainer(AdapterTrainer):
             self.first_step * rows,
             self.args.max_steps * rows,
         )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> Any:
+        """Batches as their stage transforms them, whose labels the Trainer counts here."""
+        batches = map(self._staged, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
 
     def _staged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch as its stage transforms it, every tensor in the same way."""
@@ -118,9 +127,7 @@ class FinetuneTrainer(AdapterTrainer):
         num_items_in_batch: Tensor | int | None = None,
         **options: Any,
     ) -> Any:
-        loss = super().compute_loss(
-            model, self._staged(inputs), num_items_in_batch=num_items_in_batch, **options
-        )
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **options)
         self.task_loss += loss.detach() / self._micro_batches_of(num_items_in_batch)
         return loss
 
@@ -128,6 +135,19 @@ class FinetuneTrainer(AdapterTrainer):
         """By how much the Trainer divides a loss: one that is a share of the step already, by 1."""
         shares = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return 1 if shares else self.current_gradient_accumulation_steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> Tensor:
+        self.num_tokens += num_tokens(inputs)
+        loss: Tensor = super().training_step(model, inputs, *arguments, **options)
+        return loss
+
+    def take_tokens(self) -> int:
+        """The tokens that the step has read so far, over all processes; begins a new sum."""
+        total = int(summed(torch.tensor(self.num_tokens)).item())
+        self.num_tokens = 0
+        return total
 
     def take_task_loss(self) -> float:
         """The task's loss of the step so far, a mean over processes; begins a new sum."""
@@ -233,6 +253,12 @@ class FinetuneTrainer(AdapterTrainer):
             torch.cuda.synchronize(self.args.device)
 
 
+def num_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a batch without the padding that its attention_mask tells."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
     """Keeps the run's progress, freezes what the method freezes, and decides what is due."""
 
@@ -277,6 +303,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
         self.trainer.synchronize()
         now, progress = time.perf_counter(), self.run.progress
         progress.losses.append(self.trainer.take_task_loss())
+        progress.tokens.append(self.trainer.take_tokens())
         progress.step_seconds.append(now - self.started)
         progress.optimizer_seconds.append(now - self.updating)
         progress.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
