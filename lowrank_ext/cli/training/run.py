@@ -239,7 +239,7 @@ class TrainingRun:
     def record(self, loss: float, scores: dict[str, float] | None = None) -> float:
         """Adds an evaluation of the present step to the progress; its loss."""
         self.progress.held_out.append((self.progress.step, loss))
-        LOG.info("step %d held-out loss %.6f", self.progress.step, loss)
+        LOG.info("held-out loss %.6f (step %d)", loss, self.progress.step)
         if scores is not None:
             self.progress.scores.append(scores)
         return loss
