@@ -11,7 +11,7 @@ from rich.console import Console
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import exists, read_json
 from lowrank_ext.cli.methods import entry
-from lowrank_ext.cli.resumed import check_same_settings, with_config
+from lowrank_ext.cli.resumed import check_same_settings, given_names, with_config
 from lowrank_ext.cli.run_file import RUN_FILE, read_run_file
 from lowrank_ext.cli.settings import Settings, option_types
 from lowrank_ext.cli.start_adapter import with_adapter
@@ -51,7 +51,7 @@ def chosen_settings(
             settings = dataclasses.replace(settings, fsdp=asked.fsdp)
         settings = extended(settings, asked, given, out, console)
     settings.check()
-    settings.check_all_read(given)
+    settings.check_all_read(given, set(given) - set(given_names(context)))
     return settings
 
 

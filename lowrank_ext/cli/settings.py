@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -37,7 +37,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "dropout": None,
     "targets": "all-linear",
     "adapter_dtype": "fp32",
-    "modules_to_save": None,
+    "modules_to_save": (),
     "rslora": False,
     "exclude": None,
     "layers": None,
@@ -194,10 +194,17 @@ class Settings:
             read |= ADAPTER_DEFAULTS.keys()
         return read
 
-    def check_all_read(self, given: Iterable[str]) -> None:
-        """Raises UserError for a given option that no method of the run reads."""
-        readers = _readers()
+    def check_all_read(self, given: Iterable[str], from_file: Collection[str] = ()) -> None:
+        """Raises UserError for a given option that no method of the run reads.
+
+        Args:
+            from_file: those of them that a file alone gives; it may have defaults of other methods,
+                as run.yaml of a comparison does.
+        """
+        readers, usual, values = _readers(), _unread(), self.by_option()
         for name in given:
+            if name in from_file and name in usual and values[name] == usual[name]:
+                continue
             if name in readers and name not in self.read_options():
                 flag = "--" + name.replace("_", "-")
                 raise UserError(

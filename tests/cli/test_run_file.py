@@ -259,3 +259,32 @@ def test_options_that_no_method_of_the_run_reads(arguments, words, tmp_path) -> 
 def test_a_comparison_needs_one_method_that_reads_an_option(settings_in) -> None:
     settings = settings_in("rank: 8\nexperts: 4", "--compare", "frozen,lora,goat")
     assert settings.options["experts"] == 4
+
+
+def test_the_file_of_a_comparison_serves_one_of_its_methods(run, tmp_path) -> None:
+    first, second = tmp_path / "out", tmp_path / "one"
+    assert run(compare="frozen,lamda,goat", steps=1, rank=None, dtype=None).exit_code == 0
+    text = (first / RUN_FILE).read_text()
+    assert "freeze_eta:" in text and "experts: 2" in text  # the one at its default, the other not
+
+    def again(text: str, *flags: str) -> Any:
+        (tmp_path / "my.yaml").write_text(text)
+        command = ("finetune", "--config", str(tmp_path / "my.yaml"), "--out", str(second))
+        return invoke(*command, *flags)
+
+    usual = "".join(
+        line
+        for line in text.splitlines(keepends=True)
+        if line.partition(":")[0] not in ("experts", "top_k", "window", "lr")
+    )
+    result = again(usual, "--method", "frozen")
+    assert result.exit_code == 0, result.output
+    assert (
+        not {"freeze_eta", "rank", "balance"}
+        & yaml.safe_load((second / RUN_FILE).read_text()).keys()
+    )
+    check_error(again(text, "--compare", "lora,lamda"), "--experts is of moe-lora, goat")
+    check_error(again(usual, "--method", "lora", "--balance", "0.01"), "--balance is of")
+    check_error(
+        again(usual + "freeze_beta1: 0.5\n", "--method", "lora"), "--freeze-beta1 is of aflora"
+    )
