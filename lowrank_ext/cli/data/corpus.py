@@ -8,9 +8,18 @@ from typing import Any
 from rich.console import Console
 
 from lowrank_ext.cli.data.chat import render
-from lowrank_ext.cli.data.encoding import Cuts, cut, encode, ends_of_parts, parts
+from lowrank_ext.cli.data.encoding import (
+    CUT_OFF,
+    NO_TOKEN,
+    NO_TURN,
+    Cuts,
+    cut,
+    encode,
+    ends_of_parts,
+    parts,
+)
 from lowrank_ext.cli.data.examples import Examples, load_examples
-from lowrank_ext.cli.data.formats import Example, TextExample
+from lowrank_ext.cli.data.formats import TEXT, Example, TextExample
 from lowrank_ext.cli.data.options import DataOptions
 from lowrank_ext.cli.data.packing import one_each, pack
 from lowrank_ext.cli.data.preview import preview
@@ -73,12 +82,8 @@ def load_corpus(
     )
     both = [train_report, held_out_report]
     report = DataReport(both, options.seq_len, examples.records, examples.left_out, note)
-    for rows, part in ((train, "to train"), (held_out, "to evaluate")):
-        if not len(rows):
-            raise UserError(
-                f"the text is too short: nothing is left {part} on; give more text or a smaller "
-                f"--seq-len{report.reasons()}"
-            )
+    for part, what in zip(both, ("to train", "to evaluate"), strict=True):
+        _check_rows(part, what, report)
     return Corpus(train, held_out, examples.description, report, tokenizer)
 
 
@@ -96,12 +101,24 @@ def load_held_out(
     rows, part = _rows(examples.held_out, options, tokenizer, packed, "held out", console)
     records = dict(examples.held_out_records)
     report = DataReport([part], options.seq_len, records, examples.left_out, note)
-    if not len(rows):
-        raise UserError(
-            "the text is too short: nothing is left to evaluate on; give more text or a smaller "
-            f"--seq-len{report.reasons()}"
-        )
+    _check_rows(part, "to evaluate", report)
     return rows, report
+
+
+def _check_rows(part: PartReport, what: str, report: DataReport) -> None:
+    """Raises UserError where the part has no row, with what would help."""
+    if part.rows:
+        return
+    start = f"nothing is left {what} on"
+    if CUT_OFF in part.dropped:
+        told = f"{start} within --seq-len {report.seq_len}; give a larger --seq-len"
+    elif NO_TURN in part.dropped:
+        told = f"{start}: the conversations have no turn of the assistant; see --train-on"
+    elif NO_TOKEN in part.dropped and TEXT not in part.formats:
+        told = f"{start}: what would be trained on is empty; see --train-on"
+    else:
+        told = f"the text is too short: {start}; give more text or a smaller --seq-len"
+    raise UserError(told + report.reasons())
 
 
 def _packing(

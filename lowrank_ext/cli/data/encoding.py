@@ -17,8 +17,9 @@ from lowrank_ext.cli.errors import UserError, as_user_error
 _EXAMPLES_AT_ONCE = 256
 _CHARACTERS_AT_ONCE = 2**20
 
-NO_TOKEN, REST_OF_ONE, CUT_OFF = (
+NO_TOKEN, NO_TURN, REST_OF_ONE, CUT_OFF = (
     "nothing to train on",
+    "no turn of the assistant",
     "rest of one token",
     "all trained tokens beyond --seq-len",
 )
@@ -133,7 +134,8 @@ class _PieceMaker:
         if isinstance(example, TextExample):
             self._add_text(self._left + encoded.ids, part)
         else:
-            self._add_whole(encoded.ids, encoded.trained)
+            no_token = NO_TURN if part.rendered.spans == [] else NO_TOKEN
+            self._add_whole(encoded.ids, encoded.trained, no_token)
 
     def pieces(self) -> Pieces:
         return Pieces(
@@ -155,14 +157,14 @@ class _PieceMaker:
             self.cuts.dropped[NO_TOKEN] += 1
         self._left = ids[end:]
 
-    def _add_whole(self, ids: list[int], trained: list[bool]) -> None:
+    def _add_whole(self, ids: list[int], trained: list[bool], no_token: str) -> None:
         if len(ids) > self.seq_len:
             self.cuts.truncated += 1
             self.cuts.truncated_tokens += len(ids) - self.seq_len
         if any(trained[1 : self.seq_len]):
             self._append(ids[: self.seq_len], trained[: self.seq_len])
         else:
-            self.cuts.dropped[CUT_OFF if any(trained[1:]) else NO_TOKEN] += 1
+            self.cuts.dropped[CUT_OFF if any(trained[1:]) else no_token] += 1
 
     def _append(self, ids: list[int], trained: list[bool]) -> None:
         self._tokens.extend(ids)

@@ -1,5 +1,6 @@
 """Options to rows: the held-out part, packing, the table before training, the preview."""
 
+import copy
 import gzip
 import io
 import json
@@ -15,7 +16,14 @@ pytest.importorskip("transformers")
 
 from transformers import AutoTokenizer, BloomConfig, LlamaConfig
 
-from lowrank_ext.cli.data import DataOptions, collate, load_corpus, load_examples, pad_id_of
+from lowrank_ext.cli.data import (
+    DataOptions,
+    collate,
+    load_corpus,
+    load_examples,
+    load_held_out,
+    pad_id_of,
+)
 from lowrank_ext.cli.data import progress as progress_module
 from lowrank_ext.cli.data.formats import TextExample
 from lowrank_ext.cli.data.progress import counted
@@ -269,10 +277,24 @@ def test_bad_options(texts, tokenizer, changes, message) -> None:
 def test_nothing_to_train_on(tmp_path, tokenizer) -> None:
     rows = [{"prompt": "p" * 30 + str(k), "completion": "c"} for k in range(12)]
     name = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(
-        UserError, match=r"nothing is left to train on.*--seq-len \(left out, train:"
+    usual = write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "c"}])
+    question = write(tmp_path / "c.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
+    marked = copy.deepcopy(tokenizer)  # without end-of-text token: a completion may be empty
+    marked.eos_token = None
+    empty = write(tmp_path / "d.jsonl", [{"prompt": "p", "completion": ""}])
+    within = "within --seq-len 8; give a larger --seq-len (left out, {}: {} all trained tokens"
+    turn = ": the conversations have no turn of the assistant; see --train-on (left out, train: 1 "
+    for text, held_out, own, words in (
+        (name, usual, tokenizer, "nothing is left to train on " + within.format("train", 12)),
+        (usual, name, tokenizer, "nothing is left to evaluate on " + within.format("held out", 12)),
+        (question, usual, tokenizer, "nothing is left to train on" + turn),
+        (empty, usual, marked, "train on: what would be trained on is empty; see --train-on"),
     ):
-        load_corpus(DataOptions((name,), seq_len=8), tokenizer)
+        with pytest.raises(UserError) as caught:
+            load_corpus(DataOptions((text,), eval=(held_out,), seq_len=8), own)
+        assert words in str(caught.value) and "short" not in str(caught.value)
+    with pytest.raises(UserError, match="to evaluate on within --seq-len 8; give a larger"):
+        load_held_out(DataOptions((), eval=(name,), seq_len=8), tokenizer)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     with pytest.raises(UserError, match="too short: it holds no example"):
