@@ -89,7 +89,9 @@ def test_starts_as_the_base(name: str) -> None:
     make, names = MODELS[name]
     before = logits(make().requires_grad_(False))  # T5's bits depend on that
     model = lr.adapt(make(), config(target_modules=names))
-    assert torch.equal(logits(model), before)
+    # A few columns of a head are a product of their own, which some CPUs sum in another order.
+    tolerance = 4 * torch.finfo(before.dtype).eps * before.abs().max().item()
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=tolerance)
     (rows,) = token_rows_of(model).values()
     assert rows.rows.requires_grad and not rows.weight.requires_grad
     assert torch.equal(rows.rows.to(rows.weight.dtype), rows.weight[list(TOKENS)])
