@@ -126,8 +126,13 @@ class WithRows(FixedVocabulary, Adapter):
 
     def _multiplied(self, x: Tensor, y: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[self.token_ids]
-        z = F.linear(x, self.rows.to(x.dtype), bias)
-        return y.index_copy(-1, self.token_ids, z.to(y.dtype))
+        z = F.linear(x, self.rows.to(x.dtype), bias).to(y.dtype)
+        # A few columns can round otherwise than inside of the whole product: rows that are still
+        # the base's keep its bits, and have the gradient of their own product.
+        base = self.weight.detach()[self.token_ids]
+        changed = (self.rows.detach().to(base.dtype) != base).any(-1)
+        kept = y[..., self.token_ids].detach() + (z - z.detach())
+        return y.index_copy(-1, self.token_ids, torch.where(changed, z, kept))
 
 
 class TokenRows(MergedState, WithRows):
