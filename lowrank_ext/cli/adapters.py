@@ -19,6 +19,7 @@ from lowrank_ext.files import quoted, read_json_object
 NOT_QUANTIZED = "none"
 _CONFIG = "adapter_config.json"
 _INSIDE_RUN = "adapter"
+INSIDE_GUARD_RUN = "guard"  # of `guard train`
 _MAX_BYTES = 64 * 2**20
 
 
@@ -97,10 +98,10 @@ def _what_it_holds(path: Path) -> str:
 
 
 def _run_of(directory: Path) -> Run | None:
-    """The run that wrote the adapter: OUT/adapter, or OUT/METHOD/adapter of a comparison. Raises
-    UserError where its run.yaml cannot be read."""
+    """The run that wrote the adapter: OUT/adapter, OUT/METHOD/adapter of a comparison, OUT/guard.
+    Raises UserError where its run.yaml cannot be read."""
     directory = directory.resolve()
-    if directory.name != _INSIDE_RUN:
+    if directory.name not in (_INSIDE_RUN, INSIDE_GUARD_RUN):
         return None
     for out, method in ((directory.parent, None), (directory.parents[1], directory.parent.name)):
         if exists(str(out), out / RUN_FILE):

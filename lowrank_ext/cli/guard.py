@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lowrank_ext.cli.adapters import INSIDE_GUARD_RUN, find_adapter, find_base
 from lowrank_ext.cli.checks import DTYPES, MOST_THREADS
 from lowrank_ext.cli.data.lines import Line, lines_of
 from lowrank_ext.cli.data.records import Record, open_binary, read_file
@@ -21,7 +22,13 @@ from lowrank_ext.cli.data.sources import JSON_LINES, TEXT, file_kind
 from lowrank_ext.cli.errors import Interrupted, UserError, as_user_error, near_matches
 from lowrank_ext.cli.files import require_directory
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
-from lowrank_ext.cli.models import LoadedModel, find_model, load_model, resolve_dtype
+from lowrank_ext.cli.models import (
+    LoadedModel,
+    ModelSource,
+    find_model,
+    load_model,
+    resolve_dtype,
+)
 from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME
 
@@ -63,11 +70,27 @@ class Options:
                 f"{near_matches(self.dtype, DTYPES)}"
             )
         require_directory(f"--adapter {self.adapter}", self.adapter)
-        if not any(self.adapter.glob(f"*{HEAD_NAME}*")):
+        if not _holds_guard(self.directory):
             raise UserError(
-                f"--adapter {self.adapter}: holds no {HEAD_NAME}, which GuardModel.save_pretrained "
-                "writes"
+                f"--adapter {self.adapter}: holds no {HEAD_NAME}, which `lowrank-ext guard train` "
+                "and GuardModel.save_pretrained write"
             )
+
+    @property
+    def directory(self) -> Path:
+        """The guard's: --adapter, or where a run of `guard train` has it."""
+        inside = self.adapter / INSIDE_GUARD_RUN
+        return inside if not _holds_guard(self.adapter) and _holds_guard(inside) else self.adapter
+
+    def base(self) -> ModelSource:
+        """--model, else what the guard's run or files name."""
+        if self.model is not None:
+            return find_model(self.model)
+        return find_base([find_adapter(self.directory)], None)
+
+
+def _holds_guard(directory: Path) -> bool:
+    return any(directory.glob(f"*{HEAD_NAME}*"))
 
 
 def run(options: Options) -> None:
@@ -120,8 +143,8 @@ def text_of(record: Record, field: str) -> str:
 
 
 def _score(options: Options, lines: list[Line]) -> list[TextScore]:
-    loaded = load_model(find_model(options.model), resolve_dtype(options.dtype))
-    model = load_guard(loaded, options.adapter)
+    loaded = load_model(options.base(), resolve_dtype(options.dtype))
+    model = load_guard(loaded, options.directory)
     with _progress(len(lines)) as advance, as_user_error("cannot score", ValueError):
         scores = screen(
             model,

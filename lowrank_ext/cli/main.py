@@ -33,6 +33,7 @@ from lowrank_ext.cli.options import (
     Threads,
     with_method_options,
 )
+from lowrank_ext.cli.outputs_app import Base
 from lowrank_ext.cli.outputs_app import app as outputs
 from lowrank_ext.cli.processes import check_alone, join, leave
 from lowrank_ext.cli.recursive.app import app as recursive
@@ -348,15 +349,13 @@ def guard(
         ),
     ],
     adapter: Annotated[
-        Path, typer.Option(help="Directory that GuardModel.save_pretrained has written.")
-    ],
-    model: Annotated[
-        str | None,
+        Path,
         typer.Option(
-            help="The base: a directory, .gguf file, or id of a cached model.",
-            show_default="SmolLM2-135M",
+            help="Directory of a guard, which guard train or GuardModel.save_pretrained has "
+            "written, or --out of guard train."
         ),
-    ] = None,
+    ],
+    model: Base = None,
     jsonl: Annotated[
         bool, typer.Option("--jsonl", help="Lines are JSON objects, as in a .jsonl file.")
     ] = False,

@@ -1,6 +1,7 @@
 """`lowrank-ext guard train`: what it learns, labels of records, runs that continue."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,29 @@ def test_a_file_called_train_is_scored(tiny_model: Path, tmp_path: Path, train: 
         *("--model", str(tiny_model)),
     )
     assert scored.exit_code == 0 and scored.stdout.startswith("1\t")
+
+
+def test_the_base_is_the_one_that_was_trained_over(
+    tiny_model: Path, tmp_path: Path, train: Any
+) -> None:
+    """The run names it, and without a run the guard's config."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    assert train(model=base, steps=2).exit_code == 0
+    guard = tmp_path / "out" / "guard"
+    alone = shutil.copytree(guard, tmp_path / "alone")
+
+    def score(adapter: Path, *flags: str) -> Any:
+        texts = str(tmp_path / "held-out.jsonl")
+        return invoke("guard", texts, "--adapter", str(adapter), "--dtype", "fp32", *flags)
+
+    expected = score(guard, "--model", str(tiny_model))
+    assert expected.exit_code == 0, expected.output
+    for adapter in (tmp_path / "out", guard, alone):
+        assert score(adapter).stdout == expected.stdout
+    base.rename(tmp_path / "moved")
+    for adapter in (tmp_path / "out", alone):
+        check_error(score(adapter), "its base model", "base' is not there; give it by --model")
+    assert score(alone, "--model", str(tmp_path / "moved")).stdout == expected.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from lowrank_ext.cli.adapters import INSIDE_GUARD_RUN
 from lowrank_ext.cli.comparison import make_run
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.errors import one_line
@@ -27,7 +28,6 @@ from lowrank_ext.files import printable
 from lowrank_ext.methods.lora_guard import GuardLoss, GuardModel
 from lowrank_ext.methods.lora_guard.screening import pad
 
-_SAVED = "guard"
 _ROWS = {
     "auprc": ("AUPRC", ".4f"),
     "accuracy": ("accuracy", ".1%"),
@@ -45,7 +45,7 @@ class GuardEntry(Entry):
         categories: their names.
     """
 
-    saved_name = _SAVED
+    saved_name = INSIDE_GUARD_RUN
 
     def __init__(self, categories: tuple[str, ...]) -> None:
         super().__init__("guard")
@@ -105,7 +105,7 @@ class GuardTraining(SingleRun):
     job, load = GuardJob, staticmethod(load_labelled)
 
     def saved_name(self, settings: GuardSettings) -> str:
-        return _SAVED
+        return INSIDE_GUARD_RUN
 
     def entry(self, job: GuardJob) -> Entry:
         return GuardEntry(job.corpus.categories)
