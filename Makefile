@@ -9,6 +9,12 @@ MUTANTS_ARGS ?=
 DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --steps 20 --out demo-output
 DEMO_QUESTION ?= What does the with statement of Python do?
 DEMO_ANSWER_ARGS ?= demo-output/lora --compare-base --max-new-tokens 60
+# Where nvcc is found: the architecture of the GPUs here, else Hopper's, which compile in a fraction of the time of all
+# six. LOWRANK_EXT_CUDA_ARCHS= has all of them, as a wheel has.
+ifeq ($(origin LOWRANK_EXT_CUDA_ARCHS),undefined)
+  GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | awk '$$1 >= 8 { print $$1 * 10 }' | sort -u)
+  export LOWRANK_EXT_CUDA_ARCHS := $(or $(GPU_ARCHS),90)
+endif
 CSRC      := $(wildcard $(foreach kind,cpp cu cuh h,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind) tests/simt/*/*.$(kind) tests/simt/*/*/*.$(kind)))
 
 BIN    := .venv/bin

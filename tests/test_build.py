@@ -194,11 +194,11 @@ def test_cuda_on_without_nvcc(tree: Path, tmp_path: Path) -> None:
     assert_one_line(build_ext(tree, env), "LOWRANK_EXT_CUDA=ON but nvcc was not found; .*")
 
 
-def configure(tree: Path, build: Path, env: Env) -> tuple[str, dict[str, object]]:
+def configure(tree: Path, build: Path, env: Env, *options: str) -> tuple[str, dict[str, object]]:
     """What CMake says and the _build_info.py that it writes; nothing is compiled."""
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
     torch_root = Path(torch.__file__).parent
-    defines = [f"-DTORCH_ROOT={torch_root}", f"-DTORCH_VERSION={torch.__version__}"]
+    defines = [f"-DTORCH_ROOT={torch_root}", f"-DTORCH_VERSION={torch.__version__}", *options]
     ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or "ninja"
     defines.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
     done = run([cmake, "-S", tree, "-B", build, "-G", "Ninja", *defines], tree, env)
@@ -232,9 +232,51 @@ def test_auto_with_nvcc_builds_the_default_architectures(tree: Path, tmp_path: P
     assert list(archs) == [a for a in ("80", "86", "89", "90", "100", "120") if a in known]
     ninja_file = (tmp_path / "b" / "build.ninja").read_text()
     for arch in archs:
-        assert f"code=[sm_{arch}]" in ninja_file
-    assert f"code=[compute_{archs[-1]}]" in ninja_file  # PTX for GPUs that come later
+        assert f"sm_{arch}]" in ninja_file
+    assert ptx_architectures(ninja_file) == {archs[0], archs[-1]}
     assert "build_info.cu" in ninja_file
+
+
+def ptx_architectures(ninja_file: str) -> set[str]:
+    """Those whose PTX is kept, for GPUs without machine code."""
+    return set(re.findall(r"code=\[(?:[a-z0-9_]+,)*compute_(\w+)[],]", ninja_file))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize(
+    ("archs", "ptx"),
+    [("90", {"90"}), ("90a", {"90"}), ("100f;80", {"80", "100"}), ("90a 80 120", {"80", "120"})],
+)
+def test_ptx_runs_on_other_gpus(tree: Path, tmp_path: Path, archs: str, ptx: set[str]) -> None:
+    _, info = configure(tree, tmp_path / "b", {}, f"-DLOWRANK_EXT_CUDA_ARCHS={archs}")
+    assert info["CUDA_ARCHS"] == tuple(re.split("[ ;]", archs))
+    assert ptx_architectures((tmp_path / "b" / "build.ninja").read_text()) == ptx
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "archs"),
+    [
+        (None, None, "90"),
+        ("9.0\n12.0\n9.0\n", None, "120 90"),
+        ("7.5\n", None, "90"),
+        ("9.0\n", "80;89", "80;89"),
+        ("9.0\n", "", ""),
+    ],
+)
+def test_make_compiles_for_the_gpus_at_hand(
+    tree: Path, tmp_path: Path, gpus: str | None, given: str | None, archs: str
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    tell = "exit 9" if gpus is None else f"printf '{gpus}'"
+    (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{tell}\n")
+    (programs / "nvidia-smi").chmod(0o755)
+    show = tree / "show.mk"
+    show.write_text('include Makefile\nshow:\n\t@echo "<$$LOWRANK_EXT_CUDA_ARCHS>"\n')
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    env: Env = {"PATH": path, "LOWRANK_EXT_CUDA_ARCHS": given}
+    done = run(["make", "--no-print-directory", "-f", show, "show"], tree, env)
+    assert done.stdout == f"<{archs}>\n", done.stderr
 
 
 def copied_package(tmp_path: Path) -> Path:
