@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import lowrank_ext as lr
-from lowrank_ext.cli.checks import check_choice
+from lowrank_ext.cli.checks import DTYPES, check_choice
 from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import exists, require_directory
@@ -153,6 +153,20 @@ def find_quantization(adapters: Sequence[AdapterSource], quantize: str | None) -
         named = ", ".join(f"{how or NOT_QUANTIZED} ({path})" for path, how in found.items())
         raise UserError(f"the runs must have one base, got {named}; give it by --quantize")
     return next(iter(found.values()), None)
+
+
+def find_dtype(adapters: Sequence[AdapterSource], dtype: str | None) -> str:
+    """The name of the base's dtype: --dtype, else that of the adapters' runs, auto without one.
+    Raises UserError where the runs differ."""
+    if dtype is not None:
+        return dtype
+    found = {each.path: each.run.dtype for each in adapters if each.run is not None}
+    for path, own in found.items():
+        check_choice(f"{path}: the dtype of its run", own, DTYPES)
+    if len(set(found.values())) > 1:
+        named = ", ".join(f"{own} ({path})" for path, own in found.items())
+        raise UserError(f"the runs must have one dtype, got {named}; give it by --dtype")
+    return next(iter(found.values()), "auto")
 
 
 def load_adapter(model: CausalLM, adapter: AdapterSource) -> CausalLM:

@@ -26,7 +26,8 @@ from lowrank_ext.cli.errors import Interrupted, UserError
 from lowrank_ext.cli.harness import check_tasks, run_tasks
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.methods import base_dtype
-from lowrank_ext.cli.models import check_context, check_vocabulary, dtype_name
+from lowrank_ext.cli.models import LoadedModel, check_context, check_vocabulary, dtype_name
+from lowrank_ext.cli.quantization import num_quantized
 from lowrank_ext.cli.training.evaluation import held_out_loss, num_targets
 from lowrank_ext.cli.variants import (
     BASE,
@@ -107,8 +108,9 @@ def _measured(
     adapters: dict[str, AdapterSource],
     console: Console | None,
 ) -> dict[str, Any]:
-    model = variants.loaded.model
-    found: dict[str, Any] = {"model": variants.loaded.name, "dtype": dtype_name(base_dtype(model))}
+    found = _base(variants.loaded)
+    if console is not None:
+        console.print(_base_line(found), markup=False, soft_wrap=True)
     if options.measures_text:
         found["text"] = _on_text(options, variants, adapters, console)
         if console is not None:
@@ -129,6 +131,23 @@ def _measured(
         if console is not None:
             console.print(_tasks_table(found["tasks"]))
     return found
+
+
+def _base(loaded: LoadedModel) -> dict[str, Any]:
+    """What the numbers are of, by the names in the report.json of a run."""
+    return {
+        "model": loaded.name,
+        "dtype": dtype_name(base_dtype(loaded.model)),
+        "quantize": loaded.quantize,
+        "quantized_parameters": num_quantized(loaded.model),
+    }
+
+
+def _base_line(base: dict[str, Any]) -> str:
+    linears = ""
+    if base["quantized_parameters"]:
+        linears = f", linears {base['quantize'] or 'quantized, as stored'}"
+    return f"base: {base['model']}, {base['dtype']}{linears}"
 
 
 def data_options(

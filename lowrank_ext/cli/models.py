@@ -35,11 +35,16 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in training mode, with its tokenizer."""
+    """A causal language model in training mode, with its tokenizer.
+
+    Attributes:
+        quantize: how its linears were quantized on loading, as --quantize names it.
+    """
 
     model: CausalLM
     tokenizer: Any
     name: str
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ def load_model(
             model = model.to(device)
         forget_quantization(model)  # dense weights of a .gguf file, which no Trainer would take
         make_trainable(model)
-    return LoadedModel(model.train(), tokenizer, source.name)
+    return LoadedModel(model.train(), tokenizer, source.name, quantize)
 
 
 def holds_quantized(model: CausalLM) -> bool:

@@ -42,13 +42,11 @@ Resume = Annotated[
         help="Continue the run in --out with its own settings; more steps extend it.",
     ),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="auto, bf16, fp32 or fp16; auto is bf16 where the hardware multiplies it, else fp32 "
-        "on the CPU and fp16 on a GPU."
-    ),
-]
+DTYPE_HELP = (
+    "auto, bf16, fp32 or fp16; auto is bf16 where the hardware multiplies it, else fp32 on the CPU "
+    "and fp16 on a GPU."
+)
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is the GPU where there is one.")
 ]

@@ -7,7 +7,7 @@ import typer
 
 from lowrank_ext.cli.display import make_console
 from lowrank_ext.cli.error_lines import errors_as_lines
-from lowrank_ext.cli.options import Device, Dtype, Field, Threads
+from lowrank_ext.cli.options import DTYPE_HELP, Device, Field, Threads
 
 app = typer.Typer()
 
@@ -44,6 +44,9 @@ System = Annotated[str | None, typer.Option(help="A system message.", show_defau
 Quantize = Annotated[
     str | None,
     typer.Option(help="The base in nf4, int8 or none.", show_default="as in the adapter's run"),
+]
+RunDtype = Annotated[
+    str | None, typer.Option(help=DTYPE_HELP, show_default="as in the adapter's run, or auto")
 ]
 Out = Annotated[Path, typer.Option(help="Directory of the result: new, empty, or an earlier one.")]
 
@@ -134,7 +137,7 @@ def generate(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object per text.")] = False,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: RunDtype = None,
     threads: Threads = None,
 ) -> None:
     """Generate text from a base and its adapters, streamed.
@@ -162,7 +165,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the first answer; the next has the next.")] = 0,
     system: System = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: RunDtype = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a base and its adapters, a message a line.
@@ -217,7 +220,7 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: RunDtype = None,
     threads: Threads = None,
 ) -> None:
     """Measure a base and its adapters: loss and perplexity on the same text, tasks of lm_eval."""

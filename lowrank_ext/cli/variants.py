@@ -12,6 +12,7 @@ from lowrank_ext.cli.adapters import (
     AdapterSource,
     find_adapter,
     find_base,
+    find_dtype,
     find_quantization,
     load_adapter,
 )
@@ -41,12 +42,12 @@ class VariantOptions:
     model: str | None
     quantize: str | None
     device: str
-    dtype: str
+    dtype: str | None
     threads: int | None
 
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
-        check_machine(self.dtype, self.threads)
+        check_machine("auto" if self.dtype is None else self.dtype, self.threads)
 
 
 class Variants:
@@ -144,9 +145,11 @@ def load_variants(
     options: VariantOptions, adapters: Mapping[str, AdapterSource], with_base: bool
 ) -> Variants:
     """Loads the base onto the device, and the adapters. Raises UserError for what is not there."""
-    base = find_base(list(adapters.values()), options.model)
-    how = find_quantization(list(adapters.values()), options.quantize)
+    sources = list(adapters.values())
+    base = find_base(sources, options.model)
+    how = find_quantization(sources, options.quantize)
     where = resolve_device(options.device)
-    loaded = load_model(base, resolve_dtype(options.dtype, where), where, how)
-    use_templates_in(loaded.tokenizer, [each.directory for each in adapters.values()])
+    dtype = resolve_dtype(find_dtype(sources, options.dtype), where)
+    loaded = load_model(base, dtype, where, how)
+    use_templates_in(loaded.tokenizer, [each.directory for each in sources])
     return Variants(loaded, adapters, with_base)

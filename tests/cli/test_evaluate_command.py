@@ -21,8 +21,9 @@ import lowrank_ext as lr
 TASKS = ["arc_easy", "hellaswag"]
 
 
-def evaluate(*arguments: Any) -> Any:
-    return invoke("evaluate", *map(str, arguments), "--dtype", "fp32")
+def evaluate(*arguments: Any, dtype: str | None = "fp32") -> Any:
+    more = () if dtype is None else ("--dtype", dtype)
+    return invoke("evaluate", *map(str, arguments), *more)
 
 
 def found(result: Any) -> dict[str, Any]:
@@ -73,6 +74,33 @@ def test_a_run_is_evaluated_on_its_own_held_out_part(tiny_model, text_file, tmp_
     losses = by_name(found(evaluate(out, "--json")))
     assert losses["base"] == pytest.approx(row["held_out_before"], rel=1e-5)
     assert losses["run"] == pytest.approx(row["held_out_after"], rel=1e-5)
+
+
+def test_the_base_has_the_runs_dtype_unless_another_is_given(
+    tiny_model, text_file, adapters, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.ops.lowrank_ext, "cpu_features", lambda: "")  # auto is fp32
+    outs = {dtype: tmp_path / dtype for dtype in ("bf16", "fp32")}
+    for dtype, out in outs.items():
+        arguments = small_run(model=tiny_model, text=text_file, out=out, steps=1, dtype=dtype)
+        assert invoke("finetune", *arguments).exit_code == 0
+
+    def measured(*paths: Path, dtype: str | None = None) -> tuple[str, float]:
+        got = found(evaluate(*paths, "--limit", "2", "--json", dtype=dtype))
+        assert (got["model"], got["quantize"]) == (str(tiny_model), None)
+        assert got["quantized_parameters"] == 0
+        return got["dtype"], by_name(got)["base"]
+
+    for dtype, out in outs.items():
+        assert measured(out) == measured(out, dtype=dtype)
+        assert measured(out)[0] == dtype
+    assert measured(outs["bf16"])[1] != measured(outs["fp32"])[1]
+    check_error(
+        evaluate(*outs.values(), dtype=None), "must have one dtype", "bf16 (", "give it by --dtype"
+    )
+    assert measured(*outs.values(), dtype="bf16")[0] == "bf16"
+    alone = evaluate(adapters / "a", "--text", text_file, "--limit", "2", dtype=None)
+    assert f"base: {tiny_model}, fp32\n" in alone.stdout
 
 
 def test_runs_are_evaluated_on_the_records_that_both_held_out(tiny_model, tmp_path) -> None:
