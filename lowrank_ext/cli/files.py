@@ -117,19 +117,24 @@ def replace_directory(source: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def open_log(path: Path, append: bool) -> TextIO:
-    """A text file for the log of a run: a new one, or one of this path alone to append to. Never
-    one that a link leads to, or that has another name too."""
+def open_log(path: Path, resumed: bool) -> TextIO:
+    """The log of a run, to append to: what an earlier run has logged stays. Never one that a link
+    leads to, or that has another name too: a new run puts a file in its place, a resumed one must
+    have one."""
     with cannot_write(path):
-        if not append and os.path.lexists(path):
+        if not resumed and os.path.lexists(path) and not _is_alone(path.lstat()):
             path.unlink()
-        how = os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK if append else os.O_EXCL
+        how = os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         file = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        if not _is_alone(os.fstat(file)):
             os.close(file)
             raise OSError(errno.EEXIST, "it must be a regular file without another link to it")
         return os.fdopen(file, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def _is_alone(found: os.stat_result) -> bool:
+    """Whether it is a file, of one name."""
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def sync_tree(directory: Path) -> None:

@@ -39,7 +39,7 @@ def run(settings: Settings, out: Path, resume: bool, console: Console, preview: 
     """
     connect(resolve_device(settings.device))
     on_main_process(lambda: prepare_directory(settings, out, resume))
-    with log_file(out / "finetune.log", append=resume), StopRequest() as stop:
+    with log_file(out / "finetune.log", resumed=resume), StopRequest() as stop:
         with at_once(out if resume else None, stop), stop.leaving_at_any_point():
             job = prepare(settings, out, resume, console, stop)
             if preview:

@@ -27,14 +27,14 @@ def hush_libraries() -> None:
 
 
 @contextmanager
-def log_file(path: Path, append: bool) -> Iterator[None]:
+def log_file(path: Path, resumed: bool) -> Iterator[None]:
     """Sends the log of this run, and the warnings of libraries, to a file only. Of several
     processes the first one logs, of the others a fault alone. Raises UserError while another run
     logs there."""
     alone = ExitStack()
     if is_main_process():
         alone.enter_context(alone_in(path.parent))
-    stream = open_log(path, append) if is_main_process() else None
+    stream = open_log(path, resumed) if is_main_process() else None
     handler = logging.NullHandler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = (LOG, logging.getLogger("py.warnings"))
@@ -45,6 +45,7 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
         logger.addHandler(handler)
     LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    LOG.info("the run continues" if resumed else "a new run")
     try:
         yield
     except (UserError, Interrupted):
@@ -66,5 +67,5 @@ def log_file(path: Path, append: bool) -> Iterator[None]:
 
 
 def _append_fault(path: Path) -> None:
-    with open_log(path, append=True) as file:
+    with open_log(path, resumed=True) as file:
         file.write(f"process {process_index()} ended by a fault\n{traceback.format_exc()}")

@@ -11,6 +11,7 @@ from lowrank_ext.cli.run_file import read_run_file
 
 # Of these the command line gives one: it wins over either in a file.
 _ALTERNATIVES = ({"method", "compare"}, {"steps", "epochs"})
+_LENGTHS = {"steps": "epochs", "epochs": "steps"}  # each with the one that may be given instead
 
 
 def check_same_settings(
@@ -19,8 +20,8 @@ def check_same_settings(
     stored: Mapping[str, Any],
     arguments: Iterable[str] = (),
 ) -> None:
-    """Raises UserError when an option given with --resume differs from the resumed run's; --steps
-    and --epochs may be larger, and --fsdp may be left out.
+    """Raises UserError when an option given with --resume differs from the resumed run's; the one
+    of --steps and --epochs that the run has may be larger, and --fsdp may be left out.
 
     Args:
         given: the names of the options on the command line.
@@ -32,13 +33,28 @@ def check_same_settings(
         if option in ("out", "resume", "fsdp"):
             continue
         was, now = stored[option], asked[option]
-        is_length = option in ("steps", "epochs") and was is not None and now is not None
-        extends = is_length and now > was
-        if was != now and not extends:
+        if option in _LENGTHS and now is not None:
+            _check_length(option, now, stored)
+        elif was != now:
             flag = option.upper() if option in arguments else "--" + option.replace("_", "-")
             raise UserError(
                 f"--resume: {flag} was {_shown(was)}, got {_shown(now)}; leave it out or start anew"
             )
+
+
+def _check_length(option: str, now: float, stored: Mapping[str, Any]) -> None:
+    """A run is extended in the unit that it has."""
+    was, other = stored[option], _LENGTHS[option]
+    if was is None:
+        raise UserError(
+            f"--resume: the run has --{other} {_shown(stored[other])}, got --{option} "
+            f"{_shown(now)}; give more --{other} to extend it"
+        )
+    if now < was:
+        raise UserError(
+            f"--resume: --{option} was {_shown(was)}, got {_shown(now)}; leave it out, or give "
+            "more to extend the run"
+        )
 
 
 def given_names(context: typer.Context) -> list[str]:
@@ -76,4 +92,6 @@ def with_config(
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -162,7 +162,7 @@ class SingleRun(ABC):
             has_run = exists(f"--out {out}", out / RUN_FILE)
             check_replaced(out, [out / self.saved_name(settings)], has_run, inputs)
         prepare_output(out)
-        with log_file(out / self.log, append=resume), StopRequest() as stop:
+        with log_file(out / self.log, resumed=resume), StopRequest() as stop:
             with at_once(out if resume else None, stop, self.name), stop.leaving_at_any_point():
                 job = self.prepare(settings, out, resume, console, stop)
                 if preview:

@@ -310,7 +310,8 @@ def test_more_epochs_extend_a_run(run, tmp_path, monkeypatch) -> None:
     assert run(epochs=1.5, **options).exit_code == 0
     out = tmp_path / "out"
     check_error(resume(out, "--epochs", "1"), "--epochs was 1.5, got 1")
-    check_error(resume(out, "--steps", "50"), "--steps was None, got 50")
+    words = "--resume: the run has --epochs 1.5, got --steps 50; give more --epochs to extend it"
+    check_error(resume(out, "--steps", "50"), words)
     result = resume(out, "--epochs", "3")
     assert result.exit_code == 0, result.output
     assert "3 epochs instead of 1.5" in result.stdout

@@ -35,22 +35,23 @@ KINDS = ["symlink", "dangling link", "hard link", "fifo"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("append", [False, True])
-def test_log_is_a_file_of_its_own(tmp_path: Path, kind: str, append: bool) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_log_is_a_file_of_its_own(tmp_path: Path, kind: str, resumed: bool) -> None:
     out, outside = tmp_path / "out", tmp_path / "outside"
     out.mkdir()
     trap(kind, out / "finetune.log", outside)
-    if append:
+    if resumed:
         with pytest.raises(UserError, match=r"cannot write .*finetune\.log"):
-            open_log(out / "finetune.log", append=True)
+            open_log(out / "finetune.log", resumed=True)
     else:
-        with open_log(out / "finetune.log", append=False) as log:
+        with open_log(out / "finetune.log", resumed=False) as log:
             log.write("a line with é and \udcff\n")
         assert (out / "finetune.log").read_bytes() == "a line with é and \\udcff\n".encode()
         assert (out / "finetune.log").stat().st_nlink == 1
-        with open_log(out / "finetune.log", append=True) as log:
-            log.write("more\n")
-        assert (out / "finetune.log").read_text().endswith("\nmore\n")
+        for again in (False, True):
+            with open_log(out / "finetune.log", resumed=again) as log:
+                log.write("more\n")
+        assert (out / "finetune.log").read_text().endswith("\nmore\nmore\n")
     assert outside.read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["out", "outside"]
 

@@ -288,11 +288,12 @@ def test_what_libraries_log_at_import_stays_off_the_terminal(
 def test_imports_are_heard_in_the_log_file_alone(tmp_path, capsys) -> None:
     """The loggers that the libraries use; they propagate to one that prints."""
     log = tmp_path / "run.log"
-    with log_file(log, append=False):
+    with log_file(log, resumed=False):
         for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):
             logging.getLogger(name).warning("of %s", name)
     logging.getLogger("torchao").warning("later")
-    lines = log.read_text().splitlines()
+    first, *lines = log.read_text().splitlines()
+    assert first.endswith(" a new run")
     assert [line.partition(" of ")[2] for line in lines] == [
         *("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
     ]

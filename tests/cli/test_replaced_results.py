@@ -78,9 +78,10 @@ def test_an_earlier_run_stays_when_the_new_one_cannot_begin(
         found = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".log")
         return {path: path.read_bytes() for path in found}
 
-    before = files()
+    before, log = files(), (out / "finetune.log").read_text()
     check_error(run(out=out, targets="nope", **methods), "target_modules must match a module")
     assert files() == before
+    assert "lora: finished" in log and (out / "finetune.log").read_text().startswith(log)
 
 
 def test_an_earlier_run_is_replaced(job: Any, tmp_path: Path) -> None:

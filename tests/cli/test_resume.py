@@ -99,6 +99,8 @@ def test_what_cannot_be_extended_is_left_as_it_is(run, tmp_path) -> None:
     out = tmp_path / "out"
     assert run(steps=2).exit_code == 0
     check_error(resume(out, "--steps", "1"), "--steps was 2, got 1")
+    words = "the run has --steps 2, got --epochs 3; give more --steps to extend it"
+    check_error(resume(out, "--epochs", "3"), words)
     shutil.rmtree(out / "checkpoint-000002")
     check_error(resume(out, "--steps", "3"), "--steps was 2, got 3", "holds no checkpoint")
     assert "\nsteps: 2\n" in (out / "run.yaml").read_text()

@@ -127,7 +127,7 @@ def run(settings: UptrainSettings, out: Path, resume: bool, console: Console) ->
         inputs += [settings.teacher] if settings.teacher else []
         check_replaced(out, [out / Uptrained.saved_name], has_run, inputs)
     prepare_output(out)
-    with log_file(out / "uptrain.log", append=resume), StopRequest() as stop:
+    with log_file(out / "uptrain.log", resumed=resume), StopRequest() as stop:
         with at_once(out if resume else None, stop, COMMAND), stop.leaving_at_any_point():
             job = prepare(settings, out, resume, console, stop)
         with at_once(out, stop, COMMAND):
