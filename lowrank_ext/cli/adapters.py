@@ -12,11 +12,10 @@ from lowrank_ext.cli.error_lines import warnings_as_lines
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import exists, require_directory
 from lowrank_ext.cli.models import CausalLM, ModelSource, find_model
-from lowrank_ext.cli.quantization import QUANTIZATIONS
+from lowrank_ext.cli.quantization import NOT_QUANTIZED, QUANTIZATIONS
 from lowrank_ext.cli.run_file import RUN_FILE, read_some_options
 from lowrank_ext.files import quoted, read_json_object
 
-NOT_QUANTIZED = "none"
 _CONFIG = "adapter_config.json"
 _INSIDE_RUN = "adapter"
 INSIDE_GUARD_RUN = "guard"  # of `guard train`

@@ -111,7 +111,10 @@ def finetune(
     ] = None,
     device: Device = "auto",
     quantize: Annotated[
-        str | None, typer.Option(help="Of the base: nf4 or int8.", show_default="none")
+        str | None,
+        typer.Option(
+            help="Of the base: nf4, int8 or none.", show_default="none, or as in --adapter's run"
+        ),
     ] = None,
     attention: Annotated[
         str,

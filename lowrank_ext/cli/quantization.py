@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowrank_ext.cli.settings import Settings
 
 QUANTIZATIONS = ("nf4", "int8")
+NOT_QUANTIZED = "none"
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 

@@ -41,7 +41,15 @@ def chosen_settings(
     """
     options, given = with_config(context, config, option_types(kind))
     if options.get("adapter") is not None and not resume:
+        asked_how = options["quantize"]
         options = with_adapter({**options, **kind.fixed}, given)
+        if (how := options["quantize"]) != asked_how:
+            console.print(
+                f"--quantize {how}, as in the run of --adapter; --quantize none takes the base "
+                "without",
+                markup=False,
+                soft_wrap=True,
+            )
     settings = kind.from_options(options)
     if resume:
         asked, settings = settings, stored_settings(kind, out)

@@ -22,7 +22,7 @@ from lowrank_ext.cli.optimizers import (
     takes_betas,
     takes_eps,
 )
-from lowrank_ext.cli.quantization import QUANTIZATIONS
+from lowrank_ext.cli.quantization import NOT_QUANTIZED, QUANTIZATIONS
 from lowrank_ext.files import quoted
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def check_names(settings: "Settings") -> None:
     for option, value, choices in (
         ("--dtype", settings.dtype, DTYPES),
         ("--adapter-dtype", settings.adapter_dtype, ADAPTER_DTYPES),
-        ("--quantize", settings.quantize, QUANTIZATIONS),
+        ("--quantize", settings.quantize, (NOT_QUANTIZED, *QUANTIZATIONS)),
         ("--attention", settings.attention, ATTENTIONS),
         ("--schedule", settings.schedule, SCHEDULES),
         *(("--log-to", name, tuple(LOGGERS)) for name in settings.log_to),

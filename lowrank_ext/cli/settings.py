@@ -11,7 +11,7 @@ from lowrank_ext import LoRAConfig, registry
 from lowrank_ext.cli.chat_template import check_template
 from lowrank_ext.cli.data import DataOptions, absolute
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
-from lowrank_ext.cli.quantization import check_quantization
+from lowrank_ext.cli.quantization import NOT_QUANTIZED, check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.cli.setting_checks import (
     check_combinations,
@@ -296,6 +296,7 @@ class Settings:
             "methods": methods,
             "compare": is_comparison,
             "model": values["model"] and absolute(values["model"]),
+            "quantize": None if values["quantize"] == NOT_QUANTIZED else values["quantize"],
             "chat_template": values["chat_template"] and absolute(values["chat_template"]),
             "text": _paths(values["text"]),
             "eval": _paths(values["eval"]),

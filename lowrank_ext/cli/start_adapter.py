@@ -23,9 +23,9 @@ _OF_TRAINING = ("dropout",)
 
 
 def with_adapter(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The options of a run with --adapter: those of the file, where it says something. Raises
-    UserError where there is no adapter, its training cannot begin in its middle, or an option says
-    something else.
+    """The options of a run with --adapter: those of the file, where it says something, and without
+    --quantize that of the run which wrote it. Raises UserError where there is no adapter, its
+    training cannot begin in its middle, or an option says something else.
 
     Args:
         options: by name.
@@ -56,6 +56,8 @@ def with_adapter(options: Mapping[str, Any], given: Collection[str]) -> dict[str
             )
     kept = {name for name in _OF_TRAINING if name in given}
     new = {name: value for name, value in of_file.items() if name not in kept}
+    if source.run is not None and "quantize" not in given:
+        new["quantize"] = source.run.quantize
     return {**options, **new, "method": chosen, "adapter": str(source.directory.resolve())}
 
 

@@ -264,6 +264,39 @@ def test_a_stopped_run_continues_to_the_same_numbers(
         assert continued[name] == whole[name]
 
 
+@by_kind
+def test_what_uses_an_adapter_has_the_base_of_its_run(
+    run, tmp_path, tiny_model, text_file, kind
+) -> None:
+    first = tmp_path / "first"
+    assert run(out=first, quantize=kind, steps=4, lr=0.01, eval_batches=999).exit_code == 0
+    (trained,) = report(first)["methods"]
+
+    measured = invoke("evaluate", str(first), "--limit", "2")
+    assert measured.exit_code == 0, measured.output
+    assert f"base: {tiny_model}, fp32, linears {kind}\n" in measured.stdout
+
+    def continued(**options: Any) -> tuple[str, dict[str, Any], float]:
+        given = {"adapter": first, "rank": None, "steps": 1, "eval_batches": 999, **options}
+        result = run(out=tmp_path / "out", **given)
+        assert result.exit_code == 0, result.output
+        found = report(tmp_path / "out")
+        return result.stdout, found["model"], found["methods"][0]["held_out_before"]
+
+    shown, model, before = continued()
+    assert f"--quantize {kind}, as in the run of --adapter" in shown
+    assert model["quantize"] == kind and model["quantized_parameters"] == LINEARS
+    assert before == pytest.approx(trained["held_out_after"], rel=1e-5)
+    assert f"\nquantize: {kind}\n" in (tmp_path / "out" / "run.yaml").read_text()
+    shown, model, before = continued(quantize="none")
+    assert "as in the run" not in shown
+    assert model["quantize"] is None and model["quantized_parameters"] == 0
+    assert before != pytest.approx(trained["held_out_after"], rel=1e-5)
+    again = ("--config", str(tmp_path / "out" / "run.yaml"), "--out", str(tmp_path / "again"))
+    assert invoke("finetune", *again).exit_code == 0
+    assert report(tmp_path / "again")["model"]["quantize"] is None
+
+
 def test_a_run_over_gguf(run, tmp_path, tiny_model) -> None:
     pytest.importorskip("gguf")
     save_as_gguf(tiny_model, tmp_path / "tiny.gguf")
