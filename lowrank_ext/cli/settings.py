@@ -29,6 +29,10 @@ from lowrank_ext.recipe import DROPOUT, Option, Recipe
 # the recipes in the registry.
 BASELINES = {"frozen": 0.0, "full": 5e-5, "peft-lora": 3e-3, "peft-lora-accelerated": 3e-3}
 _BARE = ("frozen", "full")  # without adapters
+_OF_TRAINING = {
+    *("lr", "warmup", "schedule", "min_lr", "weight_decay", "clip", "optimizer", "betas", "eps"),
+    "neftune",
+}
 DEFAULT_STEPS = 30
 # Of methods with adapters; frozen and full have none.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -202,10 +206,13 @@ class Settings:
                 as run.yaml of a comparison does.
         """
         readers, usual, values = _readers(), _unread(), self.by_option()
+        read = self.read_options()
+        if any(name != "frozen" for name in self.methods):
+            read |= _OF_TRAINING
         for name in given:
-            if name in from_file and name in usual and values[name] == usual[name]:
+            if name in from_file and (name in _OF_TRAINING or values[name] == usual.get(name)):
                 continue
-            if name in readers and name not in self.read_options():
+            if name in readers and name not in read:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
                     f"{flag} is of {readers[name]}; the run has {', '.join(self.methods)}"
@@ -266,7 +273,7 @@ class Settings:
         values = {_STORED_NAMES.get(name, name): getattr(self, name) for name in names}
         name, value = ("compare", self.methods) if self.compare else ("method", self.methods[0])
         values |= {**self.options, name: value}
-        unread = _readers().keys() - self.read_options()
+        unread = _unread().keys() - self.read_options()
         types = option_types(type(self))
         return {name: values[name] for name in types if name in values.keys() - unread}
 
@@ -368,6 +375,7 @@ def method_options() -> list[Option]:
 def _readers() -> dict[str, str]:
     """Which methods read an option, by its name, for those that not every method reads."""
     readers = dict.fromkeys(ADAPTER_DEFAULTS, "methods with adapters")
+    readers |= dict.fromkeys(_OF_TRAINING, "methods that train")
     for option in method_options():
         names = [r.name for r in registry.recipes() if option.name in {o.name for o in r.options}]
         if "lora" in names:

@@ -175,6 +175,8 @@ def test_layers(text: str | None, numbers: list[int] | None) -> None:
         ("--method set-and-sequence --basis left", "basis must be one of"),
         ("--method lamda --dora", "--dora is of peft-lora, peft-lora-accelerated, lora; the run"),
         ("--compare frozen,full --rslora", "--rslora is of methods with adapters; the run has"),
+        ("--method frozen --lr 1e-3", "--lr is of methods that train; the run has frozen"),
+        ("--method frozen --min-lr 1e-5", "--min-lr is of methods that train; the run has frozen"),
     ],
 )
 def test_refused_before_anything_is_loaded(
