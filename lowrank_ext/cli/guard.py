@@ -180,9 +180,12 @@ def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
         yield lambda finished: bar.advance(task, finished)
 
 
+def _verdict(score: TextScore, threshold: float) -> str:
+    return "unsafe" if score.unsafe >= threshold else "safe"
+
+
 def _as_text(line: Line, score: TextScore, threshold: float) -> str:
-    verdict = "unsafe" if score.unsafe >= threshold else "safe"
-    return f"{line.number}\t{score.unsafe:.4f}\t{verdict}"
+    return f"{line.number}\t{score.unsafe:.4f}\t{_verdict(score, threshold)}"
 
 
 def _as_json(line: Line, score: TextScore, threshold: float) -> str:
@@ -190,8 +193,8 @@ def _as_json(line: Line, score: TextScore, threshold: float) -> str:
         {
             "line": line.number,
             "score": score.unsafe,
-            "unsafe": score.unsafe >= threshold,
-            "categories": dict(score.categories),
+            "verdict": _verdict(score, threshold),
+            "category_scores": dict(score.categories),
             "tokens": score.num_tokens,
         }
     )

@@ -384,7 +384,8 @@ def guard(
     """Score texts with a guard: the probability that each is unsafe.
 
     Prints line number, score and verdict, separated by tabs, in the order of the input; empty lines
-    are left out. A line has at most 16 MiB. `lowrank-ext guard train` makes a guard.
+    are left out. With --json an object: line, score, verdict, category_scores (the probability of
+    each category) and tokens. A line has at most 16 MiB. `lowrank-ext guard train` makes a guard.
     """
     with errors_as_lines(prints_result=True):
         from lowrank_ext.cli import guard as command

@@ -119,11 +119,11 @@ def test_a_guard_learns_and_scores_files(
     lines = [json.loads(line) for line in scored.stdout.splitlines()]
     scores = torch.tensor([line["score"] for line in lines])
     unsafe = torch.tensor([row["label"] == "unsafe" for row in held_out])
-    assert set(lines[0]["categories"]) == {"even", "odd"}
+    assert set(lines[0]["category_scores"]) == {"even", "odd"}
 
     found, after = report(out), report(out)["held_out_after"]
     assert after["auprc"] == pytest.approx(lr.guard.average_precision(unsafe, scores), abs=1e-6)
-    expected = confusion(unsafe.tolist(), [line["unsafe"] for line in lines])
+    expected = confusion(unsafe.tolist(), [line["verdict"] == "unsafe" for line in lines])
     assert {name: after[name] for name in expected} == pytest.approx(expected)
     assert after["f1"] == 1.0 and found["held_out_before"]["f1"] < 1.0
     assert after["loss"] < found["held_out_before"]["loss"] / 2
@@ -160,6 +160,20 @@ def test_preview_and_dry_run(train: Any, tmp_path: Path) -> None:
     assert "text 2: 9 tokens, even: zap 1 now" in result.stdout
     assert "What would train" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_without_categories_there_is_one_of_any_kind(
+    train: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    plain = write_records(tmp_path / "plain.jsonl", rows(40))
+    result = train("--preview", "2", text=plain, eval=None, steps=1)
+    assert result.exit_code == 0, result.output
+    assert "text 2: 9 tokens, unsafe: zap " in result.stdout
+    texts = (str(tmp_path / "plain.jsonl"), "--adapter", str(tmp_path / "out"))
+    scored = invoke("guard", *texts, "--json", "--dtype", "fp32")
+    assert scored.exit_code == 0, scored.output
+    for line in map(json.loads, scored.stdout.splitlines()):
+        assert set(line["category_scores"]) == {"any"}
 
 
 def test_accumulated_batches_are_one(train: Any, tmp_path: Path) -> None:
@@ -279,7 +293,7 @@ def test_what_is_cut_is_said(tmp_path: Path, tiny_model: Path) -> None:
     [train, held_out] = texts.report.parts
     assert (train.texts, train.unsafe, train.truncated, train.truncated_tokens) == (5, 3, 1, 4)
     assert train.dropped == {"no token": 1} and held_out.texts == 3
-    assert texts.categories == ("unsafe",)
+    assert texts.categories == ("any",)
     assert texts.train.labels[:, 0].tolist() == [False, True, False, True, True]
 
 

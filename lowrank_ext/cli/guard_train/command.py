@@ -13,7 +13,7 @@ from lowrank_ext.cli.adapters import INSIDE_GUARD_RUN
 from lowrank_ext.cli.comparison import make_run
 from lowrank_ext.cli.display import Display
 from lowrank_ext.cli.errors import one_line
-from lowrank_ext.cli.guard_train.labels import load_labelled
+from lowrank_ext.cli.guard_train.labels import ANY, load_labelled
 from lowrank_ext.cli.guard_train.picture import guard_picture
 from lowrank_ext.cli.guard_train.settings import GuardSettings
 from lowrank_ext.cli.job import Job
@@ -124,7 +124,9 @@ class GuardTraining(SingleRun):
         for index in range(min(count, len(rows))):
             row = rows[index]
             labels = [
-                name for name, own in zip(names, row["categories"].tolist(), strict=True) if own
+                "unsafe" if name == ANY else name
+                for name, own in zip(names, row["categories"].tolist(), strict=True)
+                if own
             ]
             text = one_line(Exception(job.tokenizer.decode(row["input_ids"])))
             job.console.print(

@@ -23,7 +23,7 @@ from lowrank_ext.cli.errors import UserError, near_matches
 from lowrank_ext.cli.guard import text_of
 from lowrank_ext.files import quoted
 
-UNSAFE = "unsafe"  # the category of data without categories
+ANY = "any"  # the category of data without categories
 SCORE = 0.5  # a score from here on is unsafe, as `lowrank-ext guard` calls it
 _VERDICTS = {"unsafe": True, "safe": False}
 _KEYS = ("label", "unsafe", "score", "categories")
@@ -190,7 +190,7 @@ class TextsReport(PartsReport):
         return [f"texts have at most {self.seq_len:,} tokens"]
 
     def remarks_on(self, part: PartOfTexts) -> list[str]:
-        has_categories = list(part.categories) != [UNSAFE]
+        has_categories = list(part.categories) != [ANY]
         categories = [f"{part.part}: {counts(part.categories)}"] if has_categories else []
         return categories + super().remarks_on(part)
 
@@ -253,11 +253,11 @@ def load_labelled(
 
 
 def _names(examples: Sequence[LabelledExample]) -> tuple[str, ...]:
-    """The categories of all, sorted; `unsafe` alone where no record has any. Raises UserError for
+    """The categories of all, sorted; `any` alone where no record has any. Raises UserError for
     an unsafe text without one where others have them."""
     names = sorted({name for each in examples for name in each.categories or ()})
     if not names:
-        return (UNSAFE,)
+        return (ANY,)
     for each in examples:
         if each.unsafe and not each.categories:
             raise UserError(
@@ -285,7 +285,7 @@ def _rows(
         tokens.append(np.array(ids[:seq_len], dtype=np.int32))
         lost.append(max(0, len(ids) - seq_len))
         row = torch.zeros(len(categories), dtype=torch.bool)
-        for name in example.categories or ((UNSAFE,) if example.unsafe else ()):
+        for name in example.categories or ((ANY,) if example.unsafe else ()):
             row[column[name]] = True
         labels.append(row)
     if not tokens:

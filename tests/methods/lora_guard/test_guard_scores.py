@@ -349,8 +349,9 @@ def test_stdin_and_json(run: Callable[..., Any], expected: list[TextScore]) -> N
     for number, (record, score) in enumerate(zip(records, expected, strict=True), start=1):
         assert record["line"] == number and record["tokens"] == score.num_tokens
         assert record["score"] == pytest.approx(score.unsafe, abs=1e-5)
-        assert record["unsafe"] is (record["score"] >= 0.5)
-        assert record["categories"] == pytest.approx(dict(score.categories), abs=1e-5)
+        assert record["verdict"] == ("unsafe" if record["score"] >= 0.5 else "safe")
+        assert record["category_scores"] == pytest.approx(dict(score.categories), abs=1e-5)
+        assert set(record) == {"line", "score", "verdict", "category_scores", "tokens"}
 
 
 def test_json_lines(run: Callable[..., Any], expected: list[TextScore], tmp_path: Path) -> None:
