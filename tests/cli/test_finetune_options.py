@@ -62,7 +62,7 @@ def test_paths_are_stored_absolute(
     ("arguments", "words"),
     [
         ("--device gpu", ["--device must be auto, cpu, cuda or cuda:N", "'gpu'"]),
-        ("--quantize nf5", ["--quantize must be one of none, nf4, int8", "'nf5'", "did you mean nf4"]),
+        ("--quantize nf5", ["--quantize must be one of none, nf4, int8", "did you mean nf4"]),
         ("--quantize nf4 --method full", ["--quantize", "full"]),
         ("--epochs 0", ["--epochs must be a positive number", "0"]),
         ("--epochs nan", ["--epochs"]),

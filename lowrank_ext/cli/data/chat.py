@@ -122,7 +122,7 @@ class _Template:
         before an answer."""
         messages = self.example.messages
         before = self._before(whole, start)
-        through = whole if end == len(messages) else self.render(messages[:end])
+        through = whole if end == len(messages) else self._ended(whole, self.render(messages[:end]))
         if not (whole.startswith(before) and whole.startswith(through)):
             raise UserError(
                 f"{self.example.where}: the chat template renders the first {end} messages "
@@ -135,14 +135,24 @@ class _Template:
     def _before(self, whole: str, start: int) -> str:
         """The text up to messages[start], with what the template writes before an answer."""
         if start:
-            earlier = self.example.messages[:start]
-            before = self.render(earlier, add_generation_prompt=True)
-            return before if whole.startswith(before) else self.render(earlier)
+            plain = self.render(self.example.messages[:start])
+            before = self.render(self.example.messages[:start], add_generation_prompt=True)
+            if before != plain and whole.startswith(before):
+                return before
+            ended = self._ended(whole, plain)
+            header = before[len(plain) :] if before.startswith(plain) else ""
+            return ended + header if whole.startswith(ended + header) else ended
         # Templates refuse to render no message at all.
         question = [{"role": "user", "content": ""}]
         plain = self.render(question)
         header = self.render(question, add_generation_prompt=True)[len(plain) :]
         return whole[: whole.index(header) + len(header)] if header in whole else ""
+
+    def _ended(self, whole: str, text: str) -> str:
+        """The text with the end token that follows it in that of all: some templates write one
+        between turns alone, where it ends the turn before it."""
+        token = self.tokenizer.eos_token or ""
+        return text + token if whole.startswith(text + token) else text
 
     def _marks_answers(self) -> bool:
         template = self.tokenizer.get_chat_template(None, self.example.tools)

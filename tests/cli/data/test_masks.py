@@ -119,6 +119,28 @@ def test_answers_of_chats(tokenizer, template, end) -> None:
     assert encoded({"messages": TURNS[:2]}, tokenizer)[1] == ""  # nobody answers
 
 
+@pytest.mark.parametrize("header", ["", "<|assistant|>"])
+@pytest.mark.parametrize("prompt", ["", "<|assistant|>"])
+def test_an_end_token_between_turns_ends_the_turn_before(tokenizer, header, prompt) -> None:
+    """With and without a header before answers, and one in the generation prompt."""
+    tokenizer.chat_template = (
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}HEADER{% endif %}{{ m.content }}"
+            "{% if not loop.last %}<eos>{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}PROMPT{% endif %}"
+        )
+        .replace("HEADER", header)
+        .replace("PROMPT", prompt)
+    )
+    text, trained, _ = encoded({"messages": TURNS}, tokenizer)
+    assert text == f"short<eos>one?<eos>{header}1<eos>two?<eos>{header}2"
+    own = "" if prompt else header  # a header that the template does not write by itself
+    assert trained == f"{own}1<eos>{own}2"
+    assert encoded({"messages": TURNS}, tokenizer, "completion")[1] == f"{own}2"
+    pair = {"prompt": TURNS[:2], "completion": TURNS[2:]}
+    assert encoded(pair, tokenizer)[1] == f"{own}1<eos>two?<eos>{header}2"
+
+
 def test_a_completion_of_messages_is_all_that_follows_the_prompt(tokenizer) -> None:
     tokenizer.chat_template = CHAT
     row = {"prompt": TURNS[:2], "completion": TURNS[2:]}
