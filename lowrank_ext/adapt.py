@@ -73,9 +73,10 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
 
     Raises:
         TypeError: model or config has the wrong type, or the model is itself a module to adapt.
-        ValueError: a name matches nothing, a module cannot be adapted with these options, a token
-            of trainable_token_indices has no row of its own, a weight
-            that an init would change is tied to another module, a weight that an init or
+        ValueError: a name matches nothing, a module cannot be adapted with these options,
+            bitsandbytes computes wrong values of a 4-bit weight (on a CPU, in_features a multiple
+            of 16 and no whole blocks), a token of trainable_token_indices has no row of its own, a
+            weight that an init would change is tied to another module, a weight that an init or
             modules_to_save needs is offloaded, a weight of modules_to_save is tied to one that is
             not saved, or the model carries adapters already. All of this is checked before the
             first change.
@@ -109,8 +110,8 @@ def adapt(model: Model, config: AdapterConfig, *, initialize: bool = True) -> Mo
         check_ties(model, outermost_modules(model, config.modules_to_save), "adapt")
         for text in list(adapt_warnings(model, config, targets, missing)):
             warnings.warn(f"adapt: {text}", stacklevel=2)
+    keep_unpacked(model, "adapt")
     model.requires_grad_(False)
-    keep_unpacked(model)
     new = _replacements(method, config, targets, initialize)
     replace_modules(model, new | token_modules(model, tokens, config))
     method.module_class.connect(model)

@@ -72,7 +72,8 @@ class AdapterBank:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: model carries adapters of ``lowrank_ext.adapt``, of PEFT or of another bank.
+        ValueError: model carries adapters of ``lowrank_ext.adapt``, of PEFT or of another bank, or
+            holds a 4-bit weight that ``adapt`` refuses.
 
     Examples:
         >>> bank = lr.AdapterBank(model)
@@ -87,7 +88,7 @@ class AdapterBank:
         if not isinstance(model, nn.Module):
             raise TypeError(f"AdapterBank: model must be a torch.nn.Module, got {model!r:.60}")
         check_no_adapters(model, "AdapterBank: model")
-        keep_unpacked(model)
+        keep_unpacked(model, "AdapterBank")
         self.model = model
         self.adapter_dtype = normalized_adapter_dtype(adapter_dtype, "AdapterBank")
         self._number = next(ROWS_NUMBERS)

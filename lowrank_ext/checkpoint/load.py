@@ -44,6 +44,7 @@ from lowrank_ext.files.tensor_file import is_finite
 from lowrank_ext.nn.base_layer import LINEAR, dense_weight, family_of, features_of, offload_device
 from lowrank_ext.nn.experts import StackedLinear
 from lowrank_ext.nn.low_rank_linear import LowRankLinear
+from lowrank_ext.nn.quantized import check_4bit_rows
 from lowrank_ext.registry import Method, method_for
 from lowrank_ext.sharding import is_sharded
 from lowrank_ext.target_parameters import find_parameters, parameter_names
@@ -147,6 +148,7 @@ def _load(model: nn.Module, files: AdapterFiles) -> None:
     say_replaced(files, changed)
     if own is None:
         check_may_change(model, files.caller)
+        check_4bit_rows(model, files.caller)  # PEFT, the way out below, would be as wrong
         try:
             adapt(model, config, initialize=False)
         except (TypeError, ValueError) as error:

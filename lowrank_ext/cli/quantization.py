@@ -134,10 +134,9 @@ def _with_index(device: torch.device) -> str:
 
 def make_trainable(model: nn.Module) -> None:
     """Has the quantized linears of a model, ours or the model's own, keep no dense weight for
-    backward and compute gradients in every mode. Raises UserError for one whose values the library
+    backward and compute gradients in every mode. Raises ValueError for one whose values the library
     gets wrong."""
-    _check_4bit_rows(model)
-    keep_unpacked(model)
+    keep_unpacked(model, "the base")
     for module in model.modules():
         if type(module) is nn.Linear and _has_row_scales(module):
             module.__class__ = Int8Linear
@@ -149,19 +148,6 @@ def keep_from_ddp(model: nn.Module) -> None:
     parameters: Any = model.named_parameters()
     names = [name for name, each in parameters if is_traceable_wrapper_subclass(each)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-
-
-def _check_4bit_rows(model: nn.Module) -> None:
-    """bitsandbytes (0.50) gives each 64 elements a scale, over the ends of rows; its kernel for
-    CPUs takes them for blocks of a row, and is silently wrong where rows are no multiples."""
-    for path, module in model.named_modules():
-        weight: Any = module._parameters.get("weight")
-        state = getattr(weight, "quant_state", None)
-        if state is not None and weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
-            raise UserError(
-                f"{path}: in_features must be a multiple of {state.blocksize} for 4 bits by "
-                f"bitsandbytes on a CPU, got {state.shape[-1]}; give --quantize int8 or a GPU"
-            )
 
 
 def _has_row_scales(module: nn.Module) -> bool:

@@ -134,7 +134,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     Raises:
         ImportError: PEFT is not installed, or older than 0.18.
         TypeError: model is no nn.Module.
-        ValueError: model carries no LoRA layer of PEFT.
+        ValueError: model carries no LoRA layer of PEFT, or a 4-bit weight of which bitsandbytes
+            computes wrong values, see ``adapt``; nothing has changed then.
 
     Examples:
         >>> model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_dropout=0.05))
@@ -146,7 +147,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     left_alone = {path: why for path, layer in layers.items() if (why := _not_covered(layer))}
     covered = {path: layer for path, layer in layers.items() if path not in left_alone}
     partly = {path: why for path, layer in covered.items() if (why := _partly_covered(layer))}
-    keep_unpacked(model)
+    keep_unpacked(model, "accelerate")
     for path, layer in layers.items():
         if path in left_alone:
             _give_back(layer)

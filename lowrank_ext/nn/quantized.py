@@ -55,10 +55,16 @@ def _of_4bit(weight: Any) -> Tensor | None:
     return dense
 
 
-def keep_unpacked(model: nn.Module) -> None:
+def keep_unpacked(model: nn.Module, owner: str) -> None:
     """Keep bitsandbytes from rearranging 4-bit weights for its kernel for CPUs, as a forward in
     evaluation mode does, and undo it where it has been done: the kernel computes no gradients, and
-    says nothing where one is asked for."""
+    says nothing where one is asked for.
+
+    Raises:
+        ValueError: bitsandbytes computes wrong values of a weight, see ``check_4bit_rows``; nothing
+            has changed then.
+    """
+    check_4bit_rows(model, owner)
     for module in model.modules():
         if is_4bit(module) and hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -66,6 +72,29 @@ def keep_unpacked(model: nn.Module) -> None:
             if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 with torch.no_grad():
                     weight.data, weight.quant_state = _unpacked(weight)
+
+
+def check_4bit_rows(model: nn.Module, owner: str) -> None:
+    """Raise ValueError, which begins with ``owner``, for a 4-bit weight on a CPU of which
+    bitsandbytes computes wrong values.
+
+    It gives each block of 64 elements a scale, over the ends of rows. Its kernel for AVX-512, which
+    reads 16 columns at a time, takes them for blocks of a row, and is silently wrong where rows are
+    no whole blocks (0.50); rows of other widths go another, right way.
+    """
+    for path, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None) if is_4bit(module) else None
+        if state is None or weight.device.type != "cpu":
+            continue
+        width = state.shape[-1]
+        if width % state.blocksize and width % 16 == 0:
+            name = "embedding_dim" if isinstance(module, nn.Embedding) else "in_features"
+            raise ValueError(
+                f"{owner}: {path or type(module).__name__}: {name} must be a multiple of "
+                f"{state.blocksize}, or none of 16, for 4 bits by bitsandbytes on a CPU, got "
+                f"{width}; use 8 bits or a GPU"
+            )
 
 
 def _unpacked(weight: Any) -> tuple[Tensor, Any]:

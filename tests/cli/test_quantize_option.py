@@ -433,6 +433,6 @@ def loaded_only(path: Path, kind: str) -> Any:
 def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu(tmp_path) -> None:
     """Its kernel for AVX-512 does; int8 takes any."""
     save_byte_llama(tmp_path, context=32, intermediate_size=96)
-    with pytest.raises(UserError, match=r"down_proj: in_features must .* of 64 .* got 96"):
+    with pytest.raises(UserError, match=r"down_proj: in_features must .* of 64, .* got 96; use 8"):
         loaded(tmp_path, "nf4")
     assert num_quantized(loaded(tmp_path, "int8")) == LINEARS - 2 * 3 * 32 * 64

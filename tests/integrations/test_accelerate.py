@@ -976,7 +976,7 @@ def test_quantized_bases(kind: str, dtype: torch.dtype) -> None:
         model, peft.LoraConfig(r=3, target_modules=["0"], lora_dropout=0.0)
     ).eval()
     randomize(theirs)
-    keep_unpacked(theirs)  # as accelerate does
+    keep_unpacked(theirs, "test")  # as accelerate does
     layer = theirs.base_model.model[0]
     assert type(layer).__name__ == kind
     ours = copy.deepcopy(theirs)

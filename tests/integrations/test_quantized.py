@@ -1,6 +1,7 @@
 """4-bit and 8-bit bases: adapters train, save, load, switch off and merge into dense weights."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
+import bitsandbytes as bnb
 import peft
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
@@ -110,7 +112,7 @@ def trained(model: Any) -> Any:
 
 def unpacked(model: Any) -> Any:
     """A base that computes as one with adapters: by the kernel that has gradients."""
-    keep_unpacked(model)
+    keep_unpacked(model, "test")
     return model
 
 
@@ -297,6 +299,93 @@ def test_dora_is_pefts(
     after = logits(again)
     dense = lr.unload(again, merge=True)
     torch.testing.assert_close(logits(dense), after, rtol=0, atol=0.06)
+
+
+# ------------------------------------------------------- rows that are no whole blocks of 4 bits
+
+
+def in_4bit(*widths: int, kind: str = "nf4", double: bool = True) -> nn.Sequential:
+    """Linears from each width to the next one, in blocks of 64."""
+    torch.manual_seed(5)
+    layers = []
+    for k, n in itertools.pairwise(widths):
+        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(
+            torch.randn(n, k), quant_type=kind, compress_statistics=double, requires_grad=False
+        )
+        layers.append(layer.to("cpu"))
+    return nn.Sequential(*layers)
+
+
+def by_hand(layer: Any) -> Tensor:
+    """The weight by the definition: of two codes a byte, the first in its upper half."""
+    state, packed = layer.weight.quant_state, layer.weight.data.flatten()
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: state.shape.numel()].long()
+    blocks = scales.repeat_interleave(state.blocksize)[: codes.numel()]
+    return (state.code[codes] * blocks).reshape(state.shape)
+
+
+ADAPTERS: dict[str, Callable[[Any], Any]] = {
+    "adapt": lambda model: lr.adapt(model, lr.LoRAConfig(r=4, target_modules=["0"])),
+    "AdapterBank": lambda model: lr.AdapterBank(model),
+    "LaMDA": lambda model: peft.get_peft_model(
+        model, lr.peft_config(lr.LaMDAConfig(r=4, init="lora", target_modules=["0"]))
+    ),
+    "peft_config": lambda model: peft.get_peft_model(
+        model, lr.peft_config(lr.LoRAConfig(r=4, target_modules=["1"]))
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ADAPTERS)
+def test_rows_of_which_bitsandbytes_computes_wrong_values_are_refused(way: str) -> None:
+    """Also where the adapter goes onto another module: the model's output is wrong."""
+    model = in_4bit(64, 96, 64)
+    model[0].weight.requires_grad_(False)
+    before = list(map(type, model.modules()))
+    with pytest.raises(ValueError, match=rf"{way}.*: in_features .* 64, or none of 16, .* got 96"):
+        ADAPTERS[way](model)
+    assert list(map(type, model.modules())) == before and not hasattr(model, "lowrank_config")
+    assert all(
+        layer.support_avx512bf16_for_cpu == bnb.functional.has_avx512bf16() for layer in model
+    )
+
+
+def test_accelerate_and_load_refuse_them_too(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(in_4bit(64, 96, 64), peft.LoraConfig(r=4, target_modules=["0"]))
+    layers = list(map(type, theirs.modules()))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^accelerate: base_model\.model\.1: in_features .* got 96"
+    ):
+        lr.accelerate(theirs)
+    assert list(map(type, theirs.modules())) == layers
+    model = in_4bit(64, 96, 64)
+    with pytest.raises(ValueError, match=r"^load_adapter: 1: in_features .* got 96"):
+        lr.load_adapter(model, tmp_path)
+    assert {type(layer) for layer in model} == {bnb.nn.Linear4bit}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_all_other_rows_have_the_values_of_their_codes(kind: str, double: bool) -> None:
+    """Widths that are not refused are right, in both modes."""
+    refused = set()
+    for width in (2, 8, 16, 48, 64, 72, 80, 100, 120, 128, 160, 192, 200, 344):
+        model = in_4bit(width, 40, kind=kind, double=double)
+        x = torch.randn(3, width)
+        expected = x @ by_hand(model[0]).T
+        try:
+            lr.adapt(model, lr.LoRAConfig(r=1, target_modules=["0"]))
+        except ValueError:
+            refused.add(width)
+            continue
+        for training in (True, False):
+            torch.testing.assert_close(model.train(training)(x), expected, rtol=1e-4, atol=1e-4)
+    assert refused == {16, 48, 80, 160}
 
 
 # ----------------------------------------------------------------------------- read dense from GGUF

@@ -117,6 +117,6 @@ def _accelerated(
         options["parameter_name"] = parameter_name
         return accelerated_class_for(lora.ParamWrapper)(target, adapter_name, **options)
     if type(base) is not nn.Linear:
-        keep_unpacked(base)
+        keep_unpacked(base, "peft_config")
         return None
     return accelerated_class_for(lora.Linear)(target, adapter_name, **options)

@@ -28,7 +28,7 @@ from lowrank_ext.integrations.peft_tuner.config import LowRankPeftConfig
 from lowrank_ext.integrations.peft_tuner.layer import LowRankTunerLayer, layer_class_for
 from lowrank_ext.left_out import left_out
 from lowrank_ext.merging import check_mergeable, dense_dtype, forget_quantization
-from lowrank_ext.nn.quantized import is_quantized, keep_unpacked
+from lowrank_ext.nn.quantized import check_4bit_rows, is_quantized, keep_unpacked
 from lowrank_ext.registry import Method
 from lowrank_ext.targets import check_adaptable
 
@@ -55,8 +55,9 @@ class LowRankTuner(BaseTuner):
     ) -> None:
         config: LowRankPeftConfig = self.peft_config[adapter_name]
         self._check_name(adapter_name)
+        check_4bit_rows(model, type(self).__name__)
         self._prepare(model, config)
-        keep_unpacked(model)
+        keep_unpacked(model, type(self).__name__)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._replace_everywhere(model)
         self.method.module_class.connect(model)
