@@ -36,9 +36,27 @@ Named = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="NAME=DIR, an adapter by name; may be repeated."),
 ]
-Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
-TopP = Annotated[float, typer.Option(help="The smallest set of tokens with this probability.")]
-TopK = Annotated[int, typer.Option(help="The most likely tokens to choose from; 0: all.")]
+_AS_THE_MODEL = "the model's, if it samples, or"
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0: always the most likely token. What a model samples with by default is said by its "
+        "generation_config.json.",
+        show_default=f"{_AS_THE_MODEL} 0",
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="The smallest set of tokens with this probability.", show_default=f"{_AS_THE_MODEL} 1"
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="The most likely tokens to choose from; 0: all.", show_default=f"{_AS_THE_MODEL} 0"
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Per text, at most.")]
 System = Annotated[str | None, typer.Option(help="A system message.", show_default=False)]
 Quantize = Annotated[
@@ -127,9 +145,9 @@ def generate(
         bool, typer.Option("--compare-base", help="The base's text too, before the adapters'.")
     ] = False,
     max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
     system: System = None,
     raw: Annotated[
@@ -159,9 +177,9 @@ def chat(
     model: Base = None,
     quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Annotated[int, typer.Option(help="Of the first answer; the next has the next.")] = 0,
     system: System = None,
     device: Device = "auto",

@@ -20,22 +20,28 @@ Message: TypeAlias = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen, and how many at most."""
+    """How the next token is chosen, and how many at most.
+
+    Attributes:
+        temperature, top_p, top_k: None: as the model's generation config says where it samples;
+            else the most likely token, and of a given temperature all tokens.
+    """
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
     seed: int
 
     def check(self) -> None:
         """Raises UserError naming the option, what it must be, and what it was."""
         check_at_least("--max-new-tokens", self.max_new_tokens, 1)
-        check_at_least("--top-k", self.top_k, 0)
+        if self.top_k is not None:
+            check_at_least("--top-k", self.top_k, 0)
         check_at_least("--seed", self.seed, 0, most=2**40)
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
 
     def config(self, model: CausalLM, tokenizer: Any) -> Any:
@@ -44,16 +50,29 @@ class Sampling:
         from transformers import GenerationConfig
 
         ends = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
-        options: dict[str, Any] = {"do_sample": self.temperature > 0}
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         pad = tokenizer.pad_token_id
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0) if pad is None else pad,
-            **options,
+            **self._choice(bool(model.generation_config.do_sample)),
         )
+
+    def _choice(self, model_samples: bool) -> dict[str, Any]:
+        """transformers' options of the choice; those left out are the model's. Raises UserError for
+        options of sampling where the most likely token is taken."""
+        samples = model_samples if self.temperature is None else self.temperature > 0
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        given = {name: value for name, value in given.items() if value is not None}
+        if samples:
+            own = {} if model_samples else {"top_p": 1.0, "top_k": 0}
+            return {"do_sample": True, **own, **given}
+        if self.top_p is not None or self.top_k is not None:
+            raise UserError(
+                "--top-p and --top-k are of sampling, and the most likely token is taken here; "
+                "give --temperature above 0"
+            )
+        return {"do_sample": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +80,9 @@ class AnswerOptions(VariantOptions):
     """The options of a command whose variants answer."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
     seed: int
     system: str | None
 

@@ -127,6 +127,40 @@ def test_sampling_depends_on_the_seed_and_narrow_choices_are_greedy(tiny_model) 
     assert tokens(*hot, "--top-p", "0.00001") == greedy
 
 
+def test_generate_and_chat_sample_where_the_model_says_so(tiny_model, tmp_path) -> None:
+    base, tokenizer = load_plain(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    base.generation_config.update(do_sample=True, temperature=1.5, top_p=0.9, top_k=30)
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def text(name: str, *flags: str) -> str:
+        sizes = ("--model", str(tmp_path), "--dtype", "fp32", "--max-new-tokens", str(NEW))
+        result = invoke(name, *sizes, *flags, input="first\n")
+        assert result.exit_code == 0, result.output
+        return result.stdout.removesuffix("\n")
+
+    def sampled(**options: Any) -> str:
+        ids = tokenizer("first", return_tensors="pt").input_ids
+        torch.manual_seed(0)
+        found = load_plain(tmp_path).generate(ids, max_new_tokens=NEW, **options)
+        return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+    greedy = tokenizer.decode(expected(tiny_model, None, "first"), skip_special_tokens=True)
+    assert len({sampled(), sampled(temperature=4.0), greedy}) == 3
+    for name in ("generate", "chat"):
+        assert text(name) == sampled()
+        assert text(name, "--temperature", "4") == sampled(temperature=4.0)
+        assert text(name, "--top-k", "2") == sampled(top_k=2)
+        assert text(name, "--temperature", "0") == greedy
+
+
+def test_chat_takes_the_most_likely_token_as_generate_does(tiny_model) -> None:
+    sizes = ("--model", str(tiny_model), "--dtype", "fp32", "--max-new-tokens", str(NEW))
+    texts = [invoke(name, *sizes, input="first\n").stdout for name in ("generate", "chat")]
+    greedy = AutoTokenizer.from_pretrained(tiny_model).decode(expected(tiny_model, None, "first"))
+    assert texts == [greedy + "\n"] * 2
+
+
 def test_a_text_ends_at_the_end_token(tiny_model, tmp_path) -> None:
     base = load_plain(tiny_model)
     second = expected(tiny_model, None, "first")[1]
@@ -160,6 +194,8 @@ def test_ctrl_c_ends_a_text_and_says_so(tiny_model, monkeypatch) -> None:
         (["--temperature", "nan"], "--temperature must be at least 0, got nan"),
         (["--top-p", "0"], "--top-p must be above 0 and at most 1, got 0"),
         (["--top-k", "-1"], "--top-k must be at least 0"),
+        (["--top-k", "5"], "--top-p and --top-k are of sampling"),
+        (["--temperature", "0", "--top-p", "0.5"], "give --temperature above 0"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--max-new-tokens", str(CONTEXT)], f"the model's context has {CONTEXT}"),
         (["--seed", "-1"], "--seed must be at least 0"),
