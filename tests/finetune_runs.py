@@ -33,7 +33,8 @@ def unread_options(method: str | None, compare: str | None) -> set[str]:
     read = {option.name for name in names & recipes.keys() for option in recipes[name].options}
     has_adapters = bool(names - {"frozen", "full"})
     own = {option.name for option in method_options()}
-    return own - read | (set() if has_adapters else set(ADAPTER_DEFAULTS))
+    unread = own - read | (set() if has_adapters else set(ADAPTER_DEFAULTS))
+    return unread | ({"lr"} if names == {"frozen"} else set())
 
 
 def small_run(**options: Any) -> list[str]:

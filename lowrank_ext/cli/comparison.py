@@ -23,7 +23,7 @@ from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.cli.sharded import shard
 from lowrank_ext.cli.stopping import stop_if_requested
 from lowrank_ext.cli.training.checkpoints import checkpoints
-from lowrank_ext.cli.training.evaluation import count_experts, held_out_loss
+from lowrank_ext.cli.training.evaluation import check_start, count_experts, held_out_loss
 from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.cli.training.run import TrainingRun
 from lowrank_ext.files import printable
@@ -39,6 +39,7 @@ def run_frozen(job: Job, entry: Entry) -> Result:
     with display_for(job, entry) as display, job.stop.leaving_at_any_point():
         display.phase("evaluating")
         loss = held_out_loss(job.base, job.held_out)
+        check_start(entry.name, loss, job.base)
         display.phase("measuring")
         result = on_main_process(lambda: measure_frozen(job, entry, loss))
         display.phase(f"held-out loss {loss:.4f}")

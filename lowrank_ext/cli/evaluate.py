@@ -26,7 +26,13 @@ from lowrank_ext.cli.errors import Interrupted, UserError
 from lowrank_ext.cli.harness import check_tasks, run_tasks
 from lowrank_ext.cli.interrupts import EXIT_INTERRUPTED
 from lowrank_ext.cli.methods import base_dtype
-from lowrank_ext.cli.models import LoadedModel, check_context, check_vocabulary, dtype_name
+from lowrank_ext.cli.models import (
+    LoadedModel,
+    check_context,
+    check_vocabulary,
+    dtype_name,
+    why_not_finite,
+)
 from lowrank_ext.cli.quantization import num_quantized
 from lowrank_ext.cli.training.evaluation import held_out_loss, num_targets
 from lowrank_ext.cli.variants import (
@@ -196,7 +202,7 @@ def _on_text(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     data = data_options(options, adapters, context)
     check_context(model, data.seq_len)
-    rows, report = load_held_out(data, tokenizer, model.config)
+    rows, report = load_held_out(data, tokenizer, model)
     check_vocabulary(model, rows.largest_id)
     if console is not None:
         console.print(report.table())
@@ -212,15 +218,17 @@ def _on_text(
     results = []
     for name in variants.names:
         loss = held_out_loss(variants.using(name), batches)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{name}: the loss is not finite; {why_not_finite(model, 'try --dtype fp32')}"
+            )
         results.append({"name": name, "loss": loss, "perplexity": _perplexity(loss)})
     sources = list(data.eval or data.text) or ["pydoc_data.topics"]
     return {"sources": sources, "rows": most, "targets": targets, "results": results}
 
 
 def _perplexity(loss: float) -> float | None:
-    """exp(loss); None where that is no finite number."""
-    if not math.isfinite(loss):
-        raise UserError("a loss is not finite; try --dtype fp32")
+    """exp(loss); None where that overflows."""
     return math.exp(loss) if loss < 700 else None
 
 

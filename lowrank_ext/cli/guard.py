@@ -28,6 +28,7 @@ from lowrank_ext.cli.models import (
     find_model,
     load_model,
     resolve_dtype,
+    why_not_finite,
 )
 from lowrank_ext.methods.lora_guard import GuardModel, TextScore, conversation, screen
 from lowrank_ext.methods.lora_guard.files import HEAD_NAME
@@ -156,7 +157,10 @@ def _score(options: Options, lines: list[Line]) -> list[TextScore]:
         )
     for line, score in zip(lines, scores, strict=True):
         if not 0 <= score.unsafe <= 1:  # NaN
-            raise UserError(f"line {line.number}: the score is not finite; try --dtype fp32")
+            raise UserError(
+                f"line {line.number}: the score is not finite; "
+                + why_not_finite(loaded.model, "try --dtype fp32")
+            )
     return scores
 
 

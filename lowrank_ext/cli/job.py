@@ -17,7 +17,6 @@ from lowrank_ext.cli.checks import MOST
 from lowrank_ext.cli.data import (
     Corpus,
     DataOptions,
-    check_documents_stay_apart,
     collate,
     load_corpus,
     pad_id_of,
@@ -152,17 +151,15 @@ def prepare(
     if resume:
         settings = with_rows_of_run(settings, out)
     loaded, device = load_base(settings, console)
-    corpus = load_corpus(DataOptions.of(settings), loaded.tokenizer, loaded.model.config, console)
+    corpus = load_corpus(DataOptions.of(settings), loaded.tokenizer, loaded.model, console)
     check_vocabulary(loaded.model, corpus.largest_id)
     check_equal("the rows of --text", corpus.digest())
-    if corpus.is_packed:
-        check_documents_stay_apart(loaded.model)
     job = make_job(Job, settings, out, resume, console, stop, loaded, corpus, device)
     if settings.compile:
         job.base.compile()
+    describe(job)
     if not settings.fsdp:
         job.frozen_saved_bytes = saved_bytes(job.base, job.frozen_loss)
-    describe(job)
     return job
 
 

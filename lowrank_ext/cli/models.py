@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowrank_ext import _build_info
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
@@ -22,6 +23,7 @@ from lowrank_ext.cli.files import exists, require_directory, require_file
 from lowrank_ext.cli.log import hush_libraries
 from lowrank_ext.cli.processes import device_of_process
 from lowrank_ext.cli.quantization import load_quantized, make_trainable
+from lowrank_ext.files import printable
 from lowrank_ext.merging import forget_quantization
 from lowrank_ext.nn.quantized import is_quantized
 
@@ -245,6 +247,19 @@ def load_model(
 def holds_quantized(model: CausalLM) -> bool:
     """Whether bitsandbytes or torchao has quantized a part of the model."""
     return any(is_quantized(module) for module in model.modules())
+
+
+def why_not_finite(model: CausalLM, otherwise: str) -> str:
+    """Where a number of the model is not finite: which weight is not, or else what may help.
+
+    Args:
+        otherwise: what may help where all weights are finite.
+    """
+    for name, weight in model.named_parameters():
+        plain = weight.is_floating_point() and not is_traceable_wrapper_subclass(weight)
+        if plain and not weight.isfinite().all():
+            return f"{printable(name)} holds values that are not finite"
+    return otherwise
 
 
 def is_recursive(directory: Path) -> bool:

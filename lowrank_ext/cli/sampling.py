@@ -12,7 +12,7 @@ import torch
 from lowrank_ext.cli.checks import check_at_least
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.files import require_file
-from lowrank_ext.cli.models import CausalLM, check_vocabulary
+from lowrank_ext.cli.models import CausalLM, check_vocabulary, why_not_finite
 from lowrank_ext.cli.variants import VariantOptions
 
 Message: TypeAlias = dict[str, str]
@@ -192,6 +192,7 @@ def answer(
                 attention_mask=torch.ones_like(prompt),
                 generation_config=config,
                 streamer=streamer,
+                logits_processor=[_finite_logits(model)],
             )
     except KeyboardInterrupt:
         stopped = True
@@ -200,6 +201,20 @@ def answer(
     ended = bool(tokens) and tokens[-1] in _ids(config.eos_token_id)
     reason = "stopped" if stopped else "end" if ended else "length"
     return Answer(tokenizer.decode(tokens, skip_special_tokens=True), tokens, reason)
+
+
+def _finite_logits(model: CausalLM) -> Any:
+    """Raises UserError for logits without a largest one: argmax would take any token."""
+    from transformers import LogitsProcessor
+
+    class FiniteLogits(LogitsProcessor):  # type: ignore[misc]  # untyped base
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not scores.max().isfinite():
+                cause = why_not_finite(model, "try --dtype fp32")
+                raise UserError(f"cannot generate: the logits are not finite; {cause}")
+            return scores
+
+    return FiniteLogits()
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

@@ -23,7 +23,6 @@ from lowrank_ext.cli.data.options import PACKING, DataOptions
 from lowrank_ext.cli.data.report import DataReport
 from lowrank_ext.cli.data.rows import Rows, collate, pad_id_of
 from lowrank_ext.cli.data.sources import absolute, check_source
-from lowrank_ext.cli.data.support import check_documents_stay_apart
 
 __all__ = [
     "FORMATS",
@@ -36,7 +35,6 @@ __all__ = [
     "PreferenceExample",
     "Rows",
     "absolute",
-    "check_documents_stay_apart",
     "check_source",
     "collate",
     "load_corpus",

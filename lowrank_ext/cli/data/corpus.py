@@ -63,19 +63,19 @@ class Corpus:
 def load_corpus(
     options: DataOptions,
     tokenizer: Any,
-    model_config: Any = None,
+    model: Any = None,
     console: Console | None = None,
 ) -> Corpus:
     """Reads, splits, tokenizes, cuts and packs. Raises UserError for options, files and records
     that are not what they must be, and when nothing is left to train or to evaluate on.
 
     Args:
-        model_config: of the model that will be trained, which must keep packed documents apart.
+        model: the one that will be trained; rows are packed where it keeps documents apart.
         console: shows the progress.
     """
     options.check()
     examples = load_examples(options, console)
-    packed, note = _packing(options, examples, model_config)
+    packed, note = _packing(options, examples, model)
     train, train_report = _rows(examples.train, options, tokenizer, packed, "train", console)
     held_out, held_out_report = _rows(
         examples.held_out, options, tokenizer, packed, "held out", console
@@ -90,14 +90,14 @@ def load_corpus(
 def load_held_out(
     options: DataOptions,
     tokenizer: Any,
-    model_config: Any = None,
+    model: Any = None,
     console: Console | None = None,
 ) -> tuple[Rows, DataReport]:
     """The rows to evaluate on alone, and what is to be said about them; otherwise as
     `load_corpus`, whose held-out rows they are."""
     options.check()
     examples = load_examples(options, console)
-    packed, note = _packing(options, examples, model_config)
+    packed, note = _packing(options, examples, model)
     rows, part = _rows(examples.held_out, options, tokenizer, packed, "held out", console)
     records = dict(examples.held_out_records)
     report = DataReport([part], options.seq_len, records, examples.left_out, note)
@@ -121,16 +121,14 @@ def _check_rows(part: PartReport, what: str, report: DataReport) -> None:
     raise UserError(told + report.reasons())
 
 
-def _packing(
-    options: DataOptions, examples: Examples, model_config: Any
-) -> tuple[bool, str | None]:
+def _packing(options: DataOptions, examples: Examples, model: Any) -> tuple[bool, str | None]:
     """Whether rows hold several documents, and what is to be said about it."""
     if options.packing == "off":
         return False, None
     both = (*examples.train, *examples.held_out)
     if options.packing == "auto" and not all(isinstance(each, TextExample) for each in both):
         return False, None
-    reason = None if model_config is None else why_not_packed(model_config)
+    reason = None if model is None else why_not_packed(model)
     if reason is None:
         return True, None
     if options.packing == "on":

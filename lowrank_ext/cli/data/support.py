@@ -5,17 +5,27 @@ from typing import Any
 
 import torch
 
-from lowrank_ext.cli.errors import UserError
-
 _STATES = ("mamba", "linear_attention", "recurrent", "conv", "ssm")
 
 
-def why_not_packed(config: Any) -> str | None:
-    """Why the model of this config cannot keep documents of one row apart by `position_ids`, or
-    None: its forward takes none, or some of its layers carry a state through the row."""
+def why_not_packed(model: Any) -> str | None:
+    """Why the model cannot keep documents of one row apart by `position_ids`, or None: its forward
+    takes none, some of its layers carry a state through the row, or a run shows that it does
+    not."""
+    reason = _why_not_by_config(model.config)
+    if reason is None and not keeps_documents_apart(model):
+        reason = f"{_name(model.config)} does not keep the documents of a row apart"
+    return reason
+
+
+def _name(config: Any) -> str:
+    return str(getattr(config, "model_type", "the model"))
+
+
+def _why_not_by_config(config: Any) -> str | None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    name = getattr(config, "model_type", "the model")
+    name = _name(config)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         return f"{name} is no model that transformers knows"
@@ -29,10 +39,10 @@ def why_not_packed(config: Any) -> str | None:
 
 
 @torch.no_grad()
-def check_documents_stay_apart(model: Any) -> None:
-    """Raises UserError when what a loaded model says of the second document of a row depends on the
-    first, or is not what it says of that document alone: its attention is not transformers' own.
-    Costs two forwards of 16 tokens and less, without draws from the random generator."""
+def keeps_documents_apart(model: Any) -> bool:
+    """False when what a loaded model says of the second document of a row depends on the first, or
+    is not what it says of that document alone: its attention is not transformers' own. Costs two
+    forwards of 16 tokens and less, without draws from the random generator."""
     embedding = model.get_input_embeddings().weight
     device = embedding.device
     tokens = torch.arange(1, 17, device=device).remainder(embedding.shape[0]).view(2, 8)
@@ -50,5 +60,4 @@ def check_documents_stay_apart(model: Any) -> None:
     # Rows of one batch may differ in their last bits, and batches of other shapes in more.
     depends = float((first - second).abs().max()) > 1e-2 * largest
     differs = float((first - alone[0].float()).abs().max()) > 5e-2 * largest
-    if depends or differs:
-        raise UserError("this model does not keep the documents of a row apart; use --packing off")
+    return not (depends or differs)

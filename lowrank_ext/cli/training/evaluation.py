@@ -1,12 +1,14 @@
 """Losses: of a batch, of the held-out batches, and the load of experts on them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lowrank_ext.cli.models import CausalLM
+from lowrank_ext.cli.errors import UserError
+from lowrank_ext.cli.models import CausalLM, why_not_finite
 from lowrank_ext.cli.processes import num_processes, process_index, summed
 from lowrank_ext.recipe import Training
 
@@ -51,6 +53,15 @@ def held_out_loss(model: CausalLM, batches: Sequence[Batch]) -> float:
         weighted.append((batch, weight))
     loss, total = summed(_weighted_loss(model, weighted)).tolist()
     return loss / total
+
+
+def check_start(method: str, loss: float, model: CausalLM) -> None:
+    """Raises UserError for a held-out loss that is not finite before anything has been trained."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{method}: the held-out loss is not finite before the first step; "
+            + why_not_finite(model, "try --dtype fp32")
+        )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from lowrank_ext.cli.training.checkpoints import (
     read_progress,
     restore_freezing,
 )
-from lowrank_ext.cli.training.evaluation import Batch, held_out_loss
+from lowrank_ext.cli.training.evaluation import Batch, check_start, held_out_loss
 from lowrank_ext.cli.training.plan import Plan
 from lowrank_ext.cli.training.progress import Progress
 from lowrank_ext.recipe import Stage
@@ -237,7 +237,10 @@ class TrainingRun:
         return self.record(held_out_loss(self.model, self.held_out))
 
     def record(self, loss: float, scores: dict[str, float] | None = None) -> float:
-        """Adds an evaluation of the present step to the progress; its loss."""
+        """Adds an evaluation of the present step to the progress; its loss. Raises UserError for
+        one that is not finite before the first step."""
+        if self.progress.step == 0:
+            check_start(self.entry.name, loss, self.model)
         self.progress.held_out.append((self.progress.step, loss))
         LOG.info("held-out loss %.6f (step %d)", loss, self.progress.step)
         if scores is not None:

@@ -15,6 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import set_seed
 
 from lowrank_ext.cli.errors import UserError, as_user_error
+from lowrank_ext.cli.models import why_not_finite
 from lowrank_ext.cli.processes import summed
 from lowrank_ext.cli.training.checkpoints import save_checkpoint
 from lowrank_ext.cli.training.optimizer import MasterAdamW, forget_frozen
@@ -167,9 +168,10 @@ class FinetuneTrainer(AdapterTrainer):
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            help_text = "try a smaller --lr or --alpha"
             raise UserError(
                 f"{self.run.entry.name}: the {what} is not finite at step "
-                f"{self.run.progress.step + 1}; try a smaller --lr"
+                f"{self.run.progress.step + 1}; {why_not_finite(self.run.model, help_text)}"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:

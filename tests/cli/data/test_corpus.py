@@ -14,7 +14,13 @@ from rich.console import Console
 
 pytest.importorskip("transformers")
 
-from transformers import AutoTokenizer, BloomConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    LlamaConfig,
+    OPTConfig,
+)
 
 from lowrank_ext.cli.data import (
     DataOptions,
@@ -167,31 +173,55 @@ def test_files_of_a_directory_named_as_splits(tmp_path, files, trained, evaluate
 # -------------------------------------------------------------------------------------- packing
 
 
-def config() -> Any:
-    return LlamaConfig()
+def model_of(kind: type[Any], **sizes: int) -> Any:
+    return AutoModelForCausalLM.from_config(kind(vocab_size=300, hidden_size=16, **sizes))
+
+
+def llama() -> Any:
+    return model_of(LlamaConfig, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 
 
 def test_texts_are_packed_and_chats_are_not(tmp_path, texts, tokenizer) -> None:
     chat = write(tmp_path / "chats.jsonl", chats(12))
-    assert load_corpus(DataOptions((texts,), seq_len=64), tokenizer, config()).is_packed
+    assert load_corpus(DataOptions((texts,), seq_len=64), tokenizer, llama()).is_packed
     for names in ((chat,), (chat, texts)):
-        assert not load_corpus(DataOptions(names, seq_len=128), tokenizer, config()).is_packed
-    on = load_corpus(DataOptions((chat,), seq_len=128, packing="on"), tokenizer, config())
-    off = load_corpus(DataOptions((chat,), seq_len=128, packing="off"), tokenizer, config())
+        assert not load_corpus(DataOptions(names, seq_len=128), tokenizer, llama()).is_packed
+    on = load_corpus(DataOptions((chat,), seq_len=128, packing="on"), tokenizer, llama())
+    off = load_corpus(DataOptions((chat,), seq_len=128, packing="off"), tokenizer, llama())
     assert on.is_packed and not off.is_packed and len(on.train) < len(off.train)
     assert on.train.num_tokens == off.train.num_tokens == int(off.train.lengths.sum())
     assert max(on.train.lengths) <= 128
 
 
-def test_models_that_cannot_pack(texts, tokenizer) -> None:
-    bloom = BloomConfig()
-    found = load_corpus(DataOptions((texts,), seq_len=64), tokenizer, bloom)
+def bloom() -> Any:
+    return model_of(BloomConfig, n_layer=1, n_head=2)
+
+
+def opt() -> Any:
+    """Its forward takes position_ids, and its masks come from elsewhere."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
+    model = model_of(OPTConfig, word_embed_proj_dim=16, **sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(bloom, "bloom takes no position_ids"), (opt, "opt does not keep the documents of a row")],
+)
+def test_models_that_cannot_pack(texts, tokenizer, make, reason) -> None:
+    model = make()
+    found = load_corpus(DataOptions((texts,), seq_len=64), tokenizer, model)
     assert not found.is_packed
-    assert "not packed: bloom takes no position_ids" in (found.report.note or "")
-    with pytest.raises(UserError, match="--packing on: bloom takes no position_ids; use off or"):
-        load_corpus(DataOptions((texts,), seq_len=64, packing="on"), tokenizer, bloom)
-    off = load_corpus(DataOptions((texts,), seq_len=64, packing="off"), tokenizer, bloom)
+    assert f"not packed: {reason}" in (found.report.note or "")
+    with pytest.raises(UserError, match=f"--packing on: {reason}.*; use off or"):
+        load_corpus(DataOptions((texts,), seq_len=64, packing="on"), tokenizer, model)
+    off = load_corpus(DataOptions((texts,), seq_len=64, packing="off"), tokenizer, model)
     assert off.report.note is None and off.digest() == found.digest()
+    rows, report = load_held_out(DataOptions((texts,), seq_len=64), tokenizer, model)
+    assert report.note == found.report.note and len(rows) == len(found.held_out)
 
 
 # ---------------------------------------------------------------------------- numbers and checks
@@ -302,7 +332,7 @@ def test_nothing_to_train_on(tmp_path, tokenizer) -> None:
 
 
 def test_the_default_text_needs_no_file(tokenizer) -> None:
-    found = load_corpus(DataOptions((), seq_len=64), tokenizer, config())
+    found = load_corpus(DataOptions((), seq_len=64), tokenizer, llama())
     assert found.description.startswith("pydoc_data.topics: ") and found.is_packed
     assert found.train.num_trained > 100_000
     assert found.largest_id <= tokenizer.eos_token_id
