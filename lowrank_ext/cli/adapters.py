@@ -122,6 +122,14 @@ def find_base(adapters: Sequence[AdapterSource], model: str | None) -> ModelSour
     return bases[adapters[0].path]
 
 
+def base_options(adapter: AdapterSource) -> dict[str, str | None]:
+    """--model and --revision of the adapter's base. Raises UserError where it is not here."""
+    _own_base(adapter)
+    if adapter.run is not None:
+        return {"model": adapter.run.model, "revision": adapter.run.revision}
+    return {"model": adapter.config["base_model_name_or_path"], "revision": None}
+
+
 def _own_base(adapter: AdapterSource) -> ModelSource:
     name = adapter.config.get("base_model_name_or_path")
     if adapter.run is not None:

@@ -175,7 +175,7 @@ def finetune(
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="A saved adapter to begin with, whose options hold; one method.",
+            help="A saved adapter to begin with, whose options and base hold; one method.",
             show_default="a new one",
         ),
     ] = None,

@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_ext import registry
 from lowrank_ext.adapter_files import open_adapter_files
 from lowrank_ext.checkpoint.peft_config import method_in, parsed_config
-from lowrank_ext.cli.adapters import find_adapter
+from lowrank_ext.cli.adapters import base_options, find_adapter
 from lowrank_ext.cli.errors import UserError, as_user_error
 from lowrank_ext.cli.settings import PEFT_METHODS, comma_separated
 from lowrank_ext.config import AdapterConfig
@@ -24,8 +24,9 @@ _OF_TRAINING = ("dropout",)
 
 def with_adapter(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The options of a run with --adapter: those of the file, where it says something, and without
-    --quantize that of the run which wrote it. Raises UserError where there is no adapter, its
-    training cannot begin in its middle, or an option says something else.
+    --model and --quantize those of the base that it was trained over. Raises UserError where there
+    is no adapter or base, its training cannot begin in its middle, or an option says something
+    else.
 
     Args:
         options: by name.
@@ -56,6 +57,9 @@ def with_adapter(options: Mapping[str, Any], given: Collection[str]) -> dict[str
             )
     kept = {name for name in _OF_TRAINING if name in given}
     new = {name: value for name, value in of_file.items() if name not in kept}
+    if "model" not in given:
+        base = base_options(source)
+        new |= {name: value for name, value in base.items() if name not in given}
     if source.run is not None and "quantize" not in given:
         new["quantize"] = source.run.quantize
     return {**options, **new, "method": chosen, "adapter": str(source.directory.resolve())}

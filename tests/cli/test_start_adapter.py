@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from byte_llama import save_byte_llama
 from finetune_runs import CONTEXT, check_error, invoke, report, resume, rows, small_run, stop_at
 
-from lowrank_ext.cli import finetune
+from lowrank_ext.cli import finetune, models
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -54,6 +54,22 @@ def test_a_run_begins_where_another_has_ended(
     assert after["held_out_before"] == pytest.approx(before["held_out_after"], rel=1e-5)
     assert after["trainable_at_start"] == before["trainable_at_start"]
     assert after["held_out_after"] < before["held_out_after"]
+
+
+def test_the_base_is_the_one_that_the_adapter_names(
+    run, adapters, tiny_model, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(models, "_default_model_directory", lambda: pytest.fail("another base"))
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    assert run(out=tmp_path / "first", model=base, steps=2).exit_code == 0
+    for adapter, model in ((tmp_path / "first", base), (adapters / "a", tiny_model)):
+        result = run(out=tmp_path / "out", adapter=adapter, model=None, rank=None, steps=2)
+        assert result.exit_code == 0, result.output
+        assert report(tmp_path / "out")["model"]["name"] == str(model)
+    base.rename(tmp_path / "moved")
+    result = run(out=tmp_path / "new", adapter=tmp_path / "first", model=None, rank=None)
+    check_error(result, "its base model", "base' is not there; give it by --model")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_of_another_model_is_said_in_a_line(adapters, text_file, tmp_path) -> None:
