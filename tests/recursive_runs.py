@@ -13,7 +13,7 @@ def command(*arguments: Any, **options: Any) -> Any:
     return invoke("recursive", *map(str, arguments), *flags_of(options))
 
 
-def convert(model: Path, out: Path, **options: Any) -> Any:
+def convert(model: Path | None, out: Path, **options: Any) -> Any:
     return command(
         "convert", **{"model": model, "out": out, "loops": 2, "rank": 4, "dtype": "fp32", **options}
     )

@@ -14,7 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from finetune_runs import check_error, report
-from recursive_runs import STEPS, command, uptrain
+from recursive_runs import STEPS, command, convert, uptrain
 from transformers import AutoModelForCausalLM
 
 import lowrank_ext as lr
@@ -231,6 +231,68 @@ def test_one_line_for_what_is_wrong(
 ) -> None:
     check_error(run(**options), *words)
     assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def losses_with(directory: Path, text: Path, out: Path, **options: Any) -> list[float]:
+    result = uptrain(directory, options.pop("teacher", None), text, out, steps=1, **options)
+    assert result.exit_code == 0, result.output
+    found: list[float] = report(out)["losses"]
+    return found
+
+
+def test_the_teacher_is_the_model_that_was_converted(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Named by a relative path; after an uptraining too."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert convert(Path("base"), tmp_path / "recursive").exit_code == 0
+    monkeypatch.chdir("/")
+    found = losses_with(tmp_path / "recursive", text_file, tmp_path / "first")
+    wanted = losses_with(tmp_path / "recursive", text_file, tmp_path / "same", teacher=tiny_model)
+    assert found == wanted
+    assert report(tmp_path / "first")["settings"]["teacher"] == str(base)
+    losses_with(tmp_path / "first" / "model", text_file, tmp_path / "second", seed=1)
+    assert report(tmp_path / "second")["settings"]["teacher"] == str(base)
+    assert resume(tmp_path / "second", teacher=base).exit_code == 0
+
+
+def test_the_default_model_is_the_teacher_where_it_was_converted(
+    recursive_model: Path, tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from lowrank_ext.cli import models
+
+    monkeypatch.setattr(models, "_default_model_directory", lambda: tiny_model)
+    assert convert(None, tmp_path / "recursive").exit_code == 0
+    found = losses_with(tmp_path / "recursive", text_file, tmp_path / "default")
+    assert found == losses_with(recursive_model, text_file, tmp_path / "named")
+
+
+def test_a_teacher_that_is_not_known(
+    recursive_model: Path, tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Said before anything is loaded; none is needed for cross entropy."""
+    gone, unknown, damaged = (tmp_path / name for name in ("gone", "unknown", "damaged"))
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    assert convert(base, gone).exit_code == 0
+    shutil.rmtree(base)
+    for directory in (unknown, damaged):
+        shutil.copytree(recursive_model, directory)
+    (unknown / "source.json").unlink()
+    (damaged / "source.json").write_text('{"model": 7}')
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_recursive", None)
+        for directory, words in (
+            (gone, f"was converted from {base}, which is gone; say by --teacher"),
+            (unknown, "does not say which model it was converted from; give --teacher"),
+            (damaged, "source.json: model must be a name or null, got 7"),
+        ):
+            check_error(uptrain(directory, None, text_file, out), str(directory), words)
+            assert not out.exists()
+    losses_with(unknown, text_file, out, loss="ce")
+    assert not (out / "model" / "source.json").exists()
+    losses_with(unknown, text_file, out, teacher=tiny_model)
 
 
 def test_a_teacher_that_is_recursive(run: Any, recursive_model: Path) -> None:

@@ -87,7 +87,7 @@ def uptrain(
         str | None,
         typer.Option(
             help="Model to learn from: a directory, .gguf file, or id of a cached model.",
-            show_default="SmolLM2-135M",
+            show_default="the model that convert has read",
         ),
     ] = None,
     text: Data = None,

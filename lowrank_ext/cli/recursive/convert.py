@@ -25,7 +25,7 @@ from lowrank_ext.cli.files import (
 )
 from lowrank_ext.cli.machine import check_machine
 from lowrank_ext.cli.models import dtype_name, find_model, is_recursive, load_model, resolve_dtype
-from lowrank_ext.cli.recursive.models import num_bytes, numel
+from lowrank_ext.cli.recursive.models import SOURCE, num_bytes, numel, write_source
 from lowrank_ext.cli.report import human_count
 from lowrank_ext.cli.targets import parse_targets
 from lowrank_ext.methods.recursive.config import LORA_STARTS, TIED_STARTS
@@ -81,8 +81,8 @@ class Options:
             )
 
 
-# What transformers writes of a model and its tokenizer.
-_WRITTEN = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+# What transformers writes of a model and its tokenizer, and our record of the source.
+_WRITTEN = {SOURCE, "config.json", "generation_config.json", "model.safetensors.index.json"}
 _WRITTEN |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _WRITTEN |= {"added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
 _WRITTEN |= {"chat_template.jinja", "chat_template.json"}
@@ -121,17 +121,19 @@ def run(options: Options, console: Console) -> None:
         as_user_error(f"cannot convert {source.name}", ValueError, TypeError),
     ):
         lr.recursive.convert(model, config, on_layer=on_layer)
-    _write(model, loaded.tokenizer, options.out)
+    _write(model, loaded.tokenizer, options)
     _describe(console, model, before)
     console.print(f"wrote {options.out}", markup=False, soft_wrap=True)
 
 
-def _write(model: Any, tokenizer: Any, out: Path) -> None:
+def _write(model: Any, tokenizer: Any, options: Options) -> None:
+    out = options.out
     with cannot_write(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     require_free_space(out.parent, num_bytes(model) + 16 * MEBIBYTE)
     with new_directory(out) as temporary:
         save(model, tokenizer, temporary)
+        write_source(temporary, options.model)
 
 
 def save(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -1,5 +1,7 @@
-"""A converted model's directory with its tokenizer; exit rules as users type them."""
+"""A converted model's directory with its tokenizer, and of which model it was made; exit rules as
+users type them."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +10,18 @@ from torch import nn
 
 import lowrank_ext as lr
 from lowrank_ext.cli.errors import UserError, as_user_error, near_matches
-from lowrank_ext.cli.files import require_directory
+from lowrank_ext.cli.files import exists, require_directory, write_json
 from lowrank_ext.cli.models import (
     LoadedModel,
     no_own_code,
     prepare_transformers,
     resolve_dtype,
 )
+from lowrank_ext.files import quoted, read_json_object
 from lowrank_ext.methods.recursive.exits import MEASURES
 
+SOURCE = "source.json"
+_MAX_SOURCE_BYTES = 2**16
 AGREEMENT, FIXED, NEVER = "agreement", "fixed", "none"
 RULE_HELP = (
     "When tokens leave early: MEASURE:THRESHOLD[,THRESHOLD…] (one for each loop but the last; "
@@ -44,6 +49,28 @@ def _tokenizer(directory: Path) -> Any:
     # The config names a model type that AutoTokenizer does not know.
     with as_user_error(f"cannot load the tokenizer of {directory}", Exception), no_own_code():
         return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+
+
+def write_source(directory: Path, model: str | None) -> None:
+    """Records of which model, as --model names it, a directory's was made."""
+    path = os.path.abspath(model) if model is not None and os.path.exists(model) else model
+    write_json(directory / SOURCE, {"lowrank_ext": lr.__version__, "model": path})
+
+
+def has_source(directory: Path) -> bool:
+    """Whether the directory says of which model its own was made."""
+    return exists(str(directory), directory / SOURCE)
+
+
+def read_source(directory: Path) -> str | None:
+    """The model that `write_source` has recorded, None for the default one. Raises UserError for
+    a damaged record."""
+    path = directory / SOURCE
+    with as_user_error("cannot read", OSError, ValueError):
+        found = read_json_object(path, "--teacher", _MAX_SOURCE_BYTES).get("model", 0)
+    if not isinstance(found, str | None):
+        raise UserError(f"{path}: model must be a name or null, got {quoted(found)}")
+    return found
 
 
 def parse_rule(text: str, num_loops: int | None = None) -> lr.recursive.ExitRule:

@@ -1,6 +1,7 @@
 """`lowrank-ext recursive uptrain`: trains a converted model, with or without a teacher."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,11 +38,20 @@ from lowrank_ext.cli.models import (
     check_vocabulary,
     dtype_name,
     find_model,
+    is_recursive,
     load_model,
     resolve_dtype,
 )
 from lowrank_ext.cli.recursive.convert import save
-from lowrank_ext.cli.recursive.models import load_recursive, num_bytes, num_loops, numel
+from lowrank_ext.cli.recursive.models import (
+    has_source,
+    load_recursive,
+    num_bytes,
+    num_loops,
+    numel,
+    read_source,
+    write_source,
+)
 from lowrank_ext.cli.recursive.pictures import loss_picture
 from lowrank_ext.cli.recursive.settings import UptrainSettings
 from lowrank_ext.cli.report import human_count
@@ -63,15 +73,26 @@ _BYTES_PER_PARAMETER = 2 * 4 * 4 + 4
 
 
 class Uptrained(Entry):
-    """A recursive model, every parameter of which trains."""
+    """A recursive model, every parameter of which trains.
+
+    Args:
+        directory: where it was loaded from, whose record of the source its own directories get.
+    """
 
     saved_name = "model"
+
+    def __init__(self, name: str, directory: Path) -> None:
+        super().__init__(name)
+        self._has_source = has_source(directory)
+        self._source = read_source(directory) if self._has_source else None
 
     def _build(self, model: CausalLM, settings: Settings) -> CausalLM:
         return model.train().requires_grad_(True)
 
     def _save(self, model: CausalLM, tokenizer: Any, directory: Path) -> None:
         save(model, tokenizer, directory)
+        if self._has_source:
+            write_source(directory, self._source)
 
     def _load(self, model: CausalLM, settings: Settings, path: Path) -> CausalLM:
         return self._build(lr.recursive.load(path), settings)
@@ -121,6 +142,7 @@ class Job:
 def run(settings: UptrainSettings, out: Path, resume: bool, console: Console) -> None:
     """The whole command. Raises UserError for bad input and Interrupted after a clean stop."""
     if not resume:
+        settings = with_teacher(settings)
         check_outside(out, settings.text)
         has_run = exists(f"--out {out}", out / _SETTINGS)
         inputs = [settings.directory, *settings.text]
@@ -149,6 +171,27 @@ def extended(stored: UptrainSettings, steps: int, console: Console) -> UptrainSe
         soft_wrap=True,
     )
     return dataclasses.replace(stored, steps=steps)
+
+
+def with_teacher(settings: UptrainSettings) -> UptrainSettings:
+    """The settings with a teacher: without --teacher the model that the recursive one was converted
+    from. Raises UserError where nothing says which that was, or it is gone."""
+    directory = Path(settings.directory)
+    # What is wrong with a directory that holds no recursive model, `load_recursive` says.
+    if settings.loss == "ce" or settings.teacher is not None or not is_recursive(directory):
+        return settings
+    if not has_source(directory):
+        raise UserError(
+            f"{directory} does not say which model it was converted from; give --teacher, or train "
+            "without one by --loss ce"
+        )
+    source = read_source(directory)
+    if source is not None and os.path.isabs(source) and not exists("--teacher", Path(source)):
+        raise UserError(
+            f"{directory} was converted from {source}, which is gone; say by --teacher where that "
+            "model is"
+        )
+    return dataclasses.replace(settings, teacher=source)
 
 
 def prepare(
@@ -236,7 +279,7 @@ def train(job: Job) -> None:
 def start(job: Job, display: Display) -> tuple[TrainingRun, dict[str, Any]]:
     """A training from the last checkpoint or a new one; and what was measured before its first
     step."""
-    settings, entry = job.settings, Uptrained(_NAME)
+    settings, entry = job.settings, Uptrained(_NAME, Path(job.settings.directory))
     found = checkpoints(job.out) if job.resume else []
     display.phase("continuing" if found else "evaluating")
     torch.manual_seed(settings.seed)
