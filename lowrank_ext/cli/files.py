@@ -168,14 +168,19 @@ def check_replaced(
     out: Path, results: Iterable[Path], has_run: bool, inputs: Iterable[str]
 ) -> None:
     """Raises UserError where a new run into `out` would replace, as its results, directories that
-    no run has made, or that hold its own inputs.
+    no run has made, or that hold its own inputs, or would write beside the files of an input.
 
     Args:
-        results: the directories that the run will write.
+        results: the directories that the run will write, its checkpoints beside them.
         has_run: whether an earlier run has left its settings in `out`.
         inputs: paths that the run reads; others are no files, as ids of models.
     """
     read = [Path(os.path.realpath(each)) for each in inputs if os.path.exists(each)]
+    results = list(results)
+    written = {Path(os.path.realpath(each)) for each in (out, *(path.parent for path in results))}
+    for path in read:
+        if path in written:
+            raise UserError(f"--out {out}: it holds the input {path}; give another directory")
     for result in results:
         if not os.path.lexists(result):
             continue

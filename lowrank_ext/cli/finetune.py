@@ -83,8 +83,8 @@ def results_of(settings: Settings, out: Path) -> list[Path]:
 
 
 def _inputs(settings: Settings) -> list[str]:
-    model = [settings.model] if settings.model else []
-    return [*settings.text, *settings.eval, *model]
+    adapter = [settings.adapter] if settings.adapter else []
+    return [*settings.text, *settings.eval, find_model(settings.model).location, *adapter]
 
 
 def store_settings(job: Job) -> None:

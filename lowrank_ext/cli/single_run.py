@@ -158,7 +158,7 @@ class SingleRun(ABC):
         """Trains, or goes on with it."""
         if not resume:
             check_outside(out, [*settings.text, *settings.eval])
-            inputs = [*settings.text, *settings.eval, *([settings.model] if settings.model else [])]
+            inputs = [*settings.text, *settings.eval, find_model(settings.model).location]
             has_run = exists(f"--out {out}", out / RUN_FILE)
             check_replaced(out, [out / self.saved_name(settings)], has_run, inputs)
         prepare_output(out)

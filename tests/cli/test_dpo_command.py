@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -456,3 +457,12 @@ def test_what_no_run_has_written_stays(dpo: Any, tmp_path: Path) -> None:
     (tmp_path / "out" / "adapter" / "mine").write_text("mine")
     check_error(dpo(), "no run has written it")
     assert (tmp_path / "out" / "adapter" / "mine").read_text() == "mine"
+
+
+def test_nothing_is_written_among_the_weights_of_the_model(
+    dpo: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    before = set(base.iterdir())
+    check_error(dpo(model=base, out=base), f"--out {base}: it holds the input {base}")
+    assert set(base.iterdir()) == before

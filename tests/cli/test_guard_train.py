@@ -354,3 +354,12 @@ def test_changed_labels_are_not_continued(train: Any, tmp_path: Path) -> None:
     changed[1]["categories"] = ["odd"]
     write_records(tmp_path / "texts.jsonl", changed)
     check_error(resume(tmp_path / "out"), "the text or the tokenizer has changed")
+
+
+def test_nothing_is_written_among_the_weights_of_the_model(
+    train: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    before = set(base.iterdir())
+    check_error(train(model=base, out=base), f"--out {base}: it holds the input {base}")
+    assert set(base.iterdir()) == before

@@ -112,3 +112,48 @@ def test_a_run_does_not_replace_its_input(
     ):
         check_error(start(out, **inputs), f"--out {out}: the run would replace its own input")
         assert sorted(path.name for path in result.iterdir()) == before
+
+
+def contents(directory: Path) -> set[Path]:
+    return set(directory.rglob("*"))
+
+
+def test_a_run_writes_nothing_beside_the_weights_that_it_reads(
+    request: Any, job: Any, tiny_model: Path, recursive_model: Path, tmp_path: Path
+) -> None:
+    """Named directly or through a link. A directory below theirs, or above, holds the run alone."""
+    name, start = job
+    model = tmp_path / "models" / "base"
+    is_uptrain = request.node.callspec.params["job"] == "uptrain"
+    shutil.copytree(recursive_model if is_uptrain else tiny_model, model)
+    (tmp_path / "link").symlink_to(model)
+    before = contents(model)
+    for out in (model, tmp_path / "link"):
+        words = f"--out {out}: it holds the input {model}; give another directory"
+        check_error(start(out, model=model), words)
+    assert contents(model) == before
+    for out in (model / "runs" / "a", model.parent):
+        result = start(out, model=model)
+        assert result.exit_code == 0, result.output
+        assert (out / name).is_dir()
+
+
+def test_nor_beside_a_teacher_an_adapter_or_one_of_several_results(
+    run: Any, recursive_model: Path, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_model, tmp_path / "runs" / "lora")
+    words = f"it holds the input {teacher}; give another directory"
+    before = contents(teacher)
+    check_error(uptrain(recursive_model, teacher, text_file, teacher), words)
+    several = {"method": None, "compare": "frozen,lora"}
+    check_error(run(out=tmp_path / "runs", model=teacher, **several), words)
+    assert contents(tmp_path / "runs") == {teacher, *before}
+    first = tmp_path / "first"
+    assert run(out=first).exit_code == 0
+    before = contents(first / "adapter")
+    for out, words in (
+        (first / "adapter", f"it holds the input {first / 'adapter'}"),
+        (first, f"the run would replace its own input {first / 'adapter'}"),
+    ):
+        check_error(run(out=out, adapter=first, rank=None), words)
+    assert contents(first / "adapter") == before

@@ -146,7 +146,8 @@ def run(settings: UptrainSettings, out: Path, resume: bool, console: Console) ->
         check_outside(out, settings.text)
         has_run = exists(f"--out {out}", out / _SETTINGS)
         inputs = [settings.directory, *settings.text]
-        inputs += [settings.teacher] if settings.teacher else []
+        if settings.loss != "ce":
+            inputs.append(find_model(settings.teacher).location)
         check_replaced(out, [out / Uptrained.saved_name], has_run, inputs)
     prepare_output(out)
     with log_file(out / "uptrain.log", resumed=resume), StopRequest() as stop:
