@@ -20,7 +20,13 @@ pytest.importorskip("typer")
 from rich.console import Console
 
 from lowrank_ext.cli import measure, models
-from lowrank_ext.cli.data.blocks import TokenBlocks, load_documents, split_documents, token_blocks
+from lowrank_ext.cli.data.blocks import (
+    TokenBlocks,
+    load_blocks,
+    load_documents,
+    split_documents,
+    token_blocks,
+)
 from lowrank_ext.cli.display import BarDisplay, LineDisplay
 from lowrank_ext.cli.errors import UserError
 from lowrank_ext.cli.files import new_directory, replace_directory, write_bytes
@@ -52,9 +58,34 @@ class ByteTokenizer:
 
 
 def test_blocks_join_documents_and_drop_the_rest() -> None:
-    blocks = token_blocks(["abc", "de"], ByteTokenizer(), 3)
-    assert blocks.tolist() == [[97, 98, 99], [256, 100, 101]]
-    assert token_blocks(["a"], ByteTokenizer(), 3).shape == (0, 3)
+    blocks, rest = token_blocks(["abc", "de"], ByteTokenizer(), 3)
+    assert blocks.tolist() == [[97, 98, 99], [256, 100, 101]] and rest == 1
+    blocks, rest = token_blocks(["a"], ByteTokenizer(), 3)
+    assert blocks.shape == (0, 3) and rest == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "seq_len", "words"),
+    [
+        (1, 7, "1 document, 6 tokens left out at the ends of both parts for want of a whole row"),
+        (1, 3, "1 document, 1 token left out at the ends of both parts for want of a whole row"),
+        (
+            2,
+            16,
+            "2 documents, 20 tokens left out at the ends of both parts for want of a whole row",
+        ),
+        (2, 2, "2 documents"),
+    ],
+)
+def test_tokens_that_fill_no_block_are_counted(
+    files: int, seq_len: int, words: str, tmp_path: Path
+) -> None:
+    """The parts have 181 and 21 tokens of each file."""
+    names = tuple(str(tmp_path / f"{n}.txt") for n in range(files))
+    for name in names:
+        Path(name).write_text("0123456789" * 20)
+    found = load_blocks(names, "text", ByteTokenizer(), seq_len)
+    assert found.description == f"{', '.join(names)}: {words}"
 
 
 def test_split_holds_whole_documents_out_whatever_their_order() -> None:

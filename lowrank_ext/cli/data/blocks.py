@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ext.cli.data.examples import DEFAULT_SOURCE, default_documents, read_records
+from lowrank_ext.cli.data.examples import (
+    DEFAULT_SOURCE,
+    default_documents,
+    number_of,
+    read_records,
+)
 from lowrank_ext.cli.data.formats import TEXT, TextExample, to_example
 from lowrank_ext.cli.data.split import MIN_DOCUMENTS_TO_SPLIT, split_examples
 from lowrank_ext.cli.errors import UserError
@@ -21,7 +26,11 @@ def text_batch(tokens: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Token blocks [num_blocks, seq_len], int64."""
+    """Token blocks [num_blocks, seq_len], int64.
+
+    Attributes:
+        description: source, number of documents, and how many tokens fill no block.
+    """
 
     train: Tensor
     held_out: Tensor
@@ -69,27 +78,32 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     return [example.text for example in train], [example.text for example in held_out]
 
 
-def token_blocks(documents: list[str], tokenizer: Any, seq_len: int) -> Tensor:
-    """All documents, joined by the end-of-text token, in rows [num_blocks, seq_len]; a remainder is
-    dropped."""
+def token_blocks(documents: list[str], tokenizer: Any, seq_len: int) -> tuple[Tensor, int]:
+    """All documents, joined by the end-of-text token, in rows [num_blocks, seq_len], and how many
+    tokens at the end fill no row and are dropped."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for text in documents:
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-    num_blocks = len(tokens) // seq_len
-    return torch.tensor(tokens[: num_blocks * seq_len], dtype=torch.int64).view(num_blocks, seq_len)
+    num_blocks, rest = divmod(len(tokens), seq_len)
+    whole = torch.tensor(tokens[: num_blocks * seq_len], dtype=torch.int64)
+    return whole.view(num_blocks, seq_len), rest
 
 
 def load_blocks(names: tuple[str, ...], field: str, tokenizer: Any, seq_len: int) -> TokenBlocks:
     """Reads, splits, tokenizes. Raises UserError when either part is shorter than one block."""
     documents = load_documents(names, field)
     train_text, held_out_text = split_documents(documents)
-    train = token_blocks(train_text, tokenizer, seq_len)
-    held_out = token_blocks(held_out_text, tokenizer, seq_len)
+    train, train_rest = token_blocks(train_text, tokenizer, seq_len)
+    held_out, held_out_rest = token_blocks(held_out_text, tokenizer, seq_len)
     if min(train.shape[0], held_out.shape[0]) == 0:
         raise UserError(
             f"the text is too short: training and held-out part need {seq_len} tokens each, one "
             "sequence; give more text or a smaller --seq-len"
         )
     source = ", ".join(names) if names else DEFAULT_SOURCE
-    return TokenBlocks(train, held_out, f"{source}: {len(documents)} documents")
+    description = f"{source}: {number_of(len(documents), 'document')}"
+    if rest := train_rest + held_out_rest:
+        tokens = number_of(rest, "token")
+        description += f", {tokens} left out at the ends of both parts for want of a whole row"
+    return TokenBlocks(train, held_out, description)

@@ -152,4 +152,9 @@ def _examples(
 
 def _described(names: str, examples: Sequence[Example]) -> str:
     are_texts = all(isinstance(example, TextExample) for example in examples)
-    return f"{names}: {len(examples):,} {'documents' if are_texts else 'examples'}"
+    return f"{names}: {number_of(len(examples), 'document' if are_texts else 'example')}"
+
+
+def number_of(count: int, noun: str) -> str:
+    """`1 document`, `1,200 documents`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
