@@ -254,8 +254,8 @@ def check_ranks(config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None
         limit = max(*(features_of(module) or ()), _ANY_RANK)
         if config.rank_for(path) > limit:
             raise ValueError(
-                f"adapt: {path}: r must be at most {limit}, the larger of its features and "
-                f"{_ANY_RANK}, got {config.rank_for(path)}"
+                f"adapt: {path}: r must be at most max(in_features, out_features, {_ANY_RANK}) = "
+                f"{limit}, got {config.rank_for(path)}"
             )
 
 

@@ -52,9 +52,12 @@ class Entry(ABC):
     def build(self, model: CausalLM, settings: Settings) -> CausalLM:
         """Adapts the base model in place for training. Raises UserError for targets that do not
         exist."""
-        # RuntimeError: memory that is not there, which is how torch says it
-        with as_user_error(f"cannot set up {self.name}", ValueError, TypeError, RuntimeError):
-            return self._build(model, settings)
+        try:
+            # RuntimeError: memory that is not there, which is how torch says it
+            with as_user_error(f"cannot set up {self.name}", ValueError, TypeError, RuntimeError):
+                return self._build(model, settings)
+        except UserError as error:  # r is the library's name of --rank
+            raise UserError(str(error).replace(": r must be ", ": --rank must be ")) from error
 
     def save(self, model: CausalLM, tokenizer: Any, directory: Path) -> Path | None:
         """Writes the result to `directory`/`saved_name`. Every process calls it, the first one

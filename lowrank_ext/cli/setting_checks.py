@@ -23,6 +23,7 @@ from lowrank_ext.cli.optimizers import (
     takes_eps,
 )
 from lowrank_ext.cli.quantization import NOT_QUANTIZED, QUANTIZATIONS
+from lowrank_ext.cli.targets import parse_layers, parse_targets
 from lowrank_ext.files import quoted
 
 if TYPE_CHECKING:
@@ -123,6 +124,18 @@ def check_combinations(settings: "Settings") -> None:
         )
     if settings.neftune is not None and settings.compile:
         raise UserError("--neftune adds noise by a hook, which --compile leaves out; give one")
+
+
+def check_layers(settings: "Settings") -> None:
+    """Raises UserError for --layers that are no numbers, or without names in --targets: PEFT's
+    rules."""
+    if parse_layers(settings.layers) is None or not settings.adapter_recipes():
+        return
+    if isinstance(parse_targets(settings.targets), str):
+        raise UserError(
+            "--layers needs names in --targets, as in --targets q_proj,v_proj, got --targets "
+            f"{settings.targets}"
+        )
 
 
 def check_rates(settings: "Settings") -> None:

@@ -15,6 +15,7 @@ from lowrank_ext.cli.quantization import NOT_QUANTIZED, check_quantization
 from lowrank_ext.cli.run_file import RUN_FILE
 from lowrank_ext.cli.setting_checks import (
     check_combinations,
+    check_layers,
     check_length,
     check_names,
     check_numbers,
@@ -164,6 +165,7 @@ class Settings:
             raise UserError(
                 "--targets must be all-linear, names separated by commas, or a regular expression"
             )
+        check_layers(self)
         self._check_options()
         check_quantization(self)
         DataOptions.of(self).check()

@@ -149,7 +149,11 @@ def test_layers(text: str | None, numbers: list[int] | None) -> None:
         ("--layers 0-", "--layers must be numbers and ranges separated by commas"),
         ("--layers 5-3", "--layers must be numbers and ranges"),
         ("--layers ,", "--layers must be numbers and ranges"),
-        ("--layers 0", "layers_to_transform must be None where target_modules is a string"),
+        (
+            "--layers 0,1",
+            "--layers needs names in --targets, as in --targets q_proj,v_proj, got --targets all-",
+        ),
+        ("--method peft-lora --layers 0 --targets .*q_proj", "got --targets .*q_proj"),
         ("--exclude q(", "--exclude 'q(' is not a regular expression"),
         ("--init pisa", "LoRAConfig: init must be one of"),
         ("--init pissa --lora-bias", "lora_bias must be False with init='pissa'"),
@@ -184,6 +188,23 @@ def test_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(finetune, "run", lambda *settings, **more: pytest.fail("it would run"))
     check_error(invoke("finetune", *arguments.split(), "--out", str(tmp_path / "out")), words)
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "limit"),
+    [
+        ("lora", 5000, "max(in_features, out_features, 512) = 512"),
+        ("goat", 66, "min(in_features, out_features)=64"),
+        ("set-and-sequence", 66, "min(in_features, out_features)=64"),
+    ],
+)
+def test_an_error_of_the_rank_names_its_option(
+    run: Any, method: str, rank: int, limit: str
+) -> None:
+    result = run(method=method, rank=rank)
+    check_error(
+        result, f"cannot set up {method}: ", f"--rank must be at most {limit}", f"got {rank}"
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "peft-lora"])

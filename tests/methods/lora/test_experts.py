@@ -553,7 +553,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "rank": (
         lambda: expert_model("MixtralForCausalLM"),
         {"target_parameters": [DOWN], "r": 513},
-        "r must be at most 512",
+        r"r must be at most max\(in_features, out_features, 512\) = 512, got 513",
     ),
 }
 
