@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ext.cli.data.examples import (
-    DEFAULT_SOURCE,
-    default_documents,
-    number_of,
-    read_records,
-)
+from lowrank_ext.cli.data.examples import DEFAULT_SOURCE, default_documents, read_records
 from lowrank_ext.cli.data.formats import TEXT, TextExample, to_example
+from lowrank_ext.cli.data.report import number_of
 from lowrank_ext.cli.data.split import MIN_DOCUMENTS_TO_SPLIT, split_examples
 from lowrank_ext.cli.errors import UserError
 
@@ -102,8 +98,8 @@ def load_blocks(names: tuple[str, ...], field: str, tokenizer: Any, seq_len: int
             "sequence; give more text or a smaller --seq-len"
         )
     source = ", ".join(names) if names else DEFAULT_SOURCE
-    description = f"{source}: {number_of(len(documents), 'document')}"
+    description = f"{source}: {number_of(len(documents), 'documents')}"
     if rest := train_rest + held_out_rest:
-        tokens = number_of(rest, "token")
+        tokens = number_of(rest, "tokens")
         description += f", {tokens} left out at the ends of both parts for want of a whole row"
     return TokenBlocks(train, held_out, description)

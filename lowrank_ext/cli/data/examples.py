@@ -13,6 +13,7 @@ from lowrank_ext.cli.data.formats import Example, TextExample, to_example
 from lowrank_ext.cli.data.options import DataOptions
 from lowrank_ext.cli.data.progress import counted
 from lowrank_ext.cli.data.records import Record, read_source
+from lowrank_ext.cli.data.report import number_of
 from lowrank_ext.cli.data.sources import EVALUATION, TRAIN, Source, find_sources
 from lowrank_ext.cli.data.split import HELD_OUT_FRACTION, split_examples
 from lowrank_ext.cli.errors import UserError
@@ -152,9 +153,4 @@ def _examples(
 
 def _described(names: str, examples: Sequence[Example]) -> str:
     are_texts = all(isinstance(example, TextExample) for example in examples)
-    return f"{names}: {number_of(len(examples), 'document' if are_texts else 'example')}"
-
-
-def number_of(count: int, noun: str) -> str:
-    """`1 document`, `1,200 documents`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{names}: {number_of(len(examples), 'documents' if are_texts else 'examples')}"

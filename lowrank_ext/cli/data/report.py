@@ -70,8 +70,8 @@ class PartsReport(ABC):
         remarks = []
         if part.truncated:
             remarks.append(
-                f"{part.part}: {part.truncated:,} {self.kind} cut to {self.seq_len:,} tokens, "
-                f"{part.truncated_tokens:,} tokens lost"
+                f"{part.part}: {number_of(part.truncated, self.kind)} cut to "
+                f"{self.seq_len:,} tokens, {number_of(part.truncated_tokens, 'tokens')} lost"
             )
         if part.dropped:
             remarks.append(f"{part.part}: left out: {counts(part.dropped)}")
@@ -81,6 +81,15 @@ class PartsReport(ABC):
 def counts(found: dict[str, int]) -> str:
     """As words: `3 chat, 1 text`."""
     return ", ".join(f"{count:,} {name}" for name, count in found.items())
+
+
+def number_of(count: int, kind: str) -> str:
+    """As words: `1 example`, `2 examples`.
+
+    Args:
+        kind: what is counted, in the plural.
+    """
+    return f"{count:,} {kind.removesuffix('s') if count == 1 else kind}"
 
 
 def _cell(value: int | float | dict[str, int]) -> str:
@@ -158,7 +167,8 @@ class DataReport(PartsReport):
             "as many"
         ]
         if 1 < len(self.records) <= _MOST_SOURCES:
-            lines += [f"{count:,} records of {name}" for name, count in self.records.items()]
+            found = self.records.items()
+            lines += [f"{number_of(count, 'records')} of {name}" for name, count in found]
         return lines
 
     def remarks(self) -> list[str]:
