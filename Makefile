@@ -6,7 +6,7 @@ JOBS      ?= 2
 TEST_ARGS ?=
 GPU_CHECK_ARGS ?=
 MUTANTS_ARGS ?=
-DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --steps 15 --out demo-output
+DEMO_ARGS ?= --compare frozen,peft-lora,lora,lamda --steps 12 --out demo-output
 DEMO_QUESTION ?= What does the with statement of Python do?
 DEMO_ANSWER_ARGS ?= demo-output/lora --compare-base --max-new-tokens 60
 # Where nvcc is found: the architecture of the GPUs here, else Hopper's, which compile in a fraction of the time of all
