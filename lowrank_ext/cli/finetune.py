@@ -16,7 +16,7 @@ from lowrank_ext.cli.files import (
     prepare_output,
 )
 from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import Job, prepare, rows_per_step
+from lowrank_ext.cli.job import Job, inputs_of, prepare, rows_per_step
 from lowrank_ext.cli.log import LOG, hush_libraries, log_file
 from lowrank_ext.cli.measure import release_memory
 from lowrank_ext.cli.methods import Entry, base_dtype, entry
@@ -59,7 +59,7 @@ def prepare_directory(settings: Settings, out: Path, resume: bool) -> None:
             out,
             results_of(settings, out),
             exists(f"--out {out}", out / RUN_FILE),
-            _inputs(settings),
+            inputs_of(settings),
         )
     prepare_output(out)
 
@@ -80,11 +80,6 @@ def results_of(settings: Settings, out: Path) -> list[Path]:
     """The directories that a run writes, and replaces."""
     names = {method: entry(method).saved_name for method in settings.methods}
     return [settings.method_directory(out, method) / name for method, name in names.items() if name]
-
-
-def _inputs(settings: Settings) -> list[str]:
-    adapter = [settings.adapter] if settings.adapter else []
-    return [*settings.text, *settings.eval, find_model(settings.model).location, *adapter]
 
 
 def store_settings(job: Job) -> None:

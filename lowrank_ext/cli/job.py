@@ -139,6 +139,12 @@ class Job:
         return copy.deepcopy(self.base, shared)
 
 
+def inputs_of(settings: Settings) -> list[str]:
+    """What a run reads, which its --out must not be: data, base and the adapter it begins with."""
+    adapter = [settings.adapter] if settings.adapter else []
+    return [*settings.text, *settings.eval, find_model(settings.model).location, *adapter]
+
+
 def rows_per_step(settings: Settings) -> int:
     """Rows of an optimizer step, over all processes."""
     return settings.batch * settings.accumulate * num_processes()

@@ -29,7 +29,7 @@ from lowrank_ext.cli.files import (
     write_json,
 )
 from lowrank_ext.cli.interrupts import StopRequest
-from lowrank_ext.cli.job import Job, describe, load_base, make_job
+from lowrank_ext.cli.job import Job, describe, inputs_of, load_base, make_job
 from lowrank_ext.cli.log import hush_libraries, log_file
 from lowrank_ext.cli.methods import Entry, base_dtype, count, trainable_parameters
 from lowrank_ext.cli.models import CausalLM, check_vocabulary, dtype_name, find_model
@@ -158,9 +158,8 @@ class SingleRun(ABC):
         """Trains, or goes on with it."""
         if not resume:
             check_outside(out, [*settings.text, *settings.eval])
-            inputs = [*settings.text, *settings.eval, find_model(settings.model).location]
             has_run = exists(f"--out {out}", out / RUN_FILE)
-            check_replaced(out, [out / self.saved_name(settings)], has_run, inputs)
+            check_replaced(out, [out / self.saved_name(settings)], has_run, inputs_of(settings))
         prepare_output(out)
         with log_file(out / self.log, resumed=resume), StopRequest() as stop:
             with at_once(out if resume else None, stop, self.name), stop.leaving_at_any_point():

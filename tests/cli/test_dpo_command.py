@@ -466,3 +466,11 @@ def test_nothing_is_written_among_the_weights_of_the_model(
     before = set(base.iterdir())
     check_error(dpo(model=base, out=base), f"--out {base}: it holds the input {base}")
     assert set(base.iterdir()) == before
+
+
+def test_the_adapter_that_a_run_begins_with_is_not_replaced(dpo: Any, tmp_path: Path) -> None:
+    assert dpo(steps=1).exit_code == 0
+    out = tmp_path / "out"
+    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    check_error(dpo(steps=1, adapter=out, rank=None), "the run would replace its own input")
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
