@@ -121,10 +121,23 @@ void visit_rows(Rows dst, Rows src, const Body& body) {
   });
 }
 
+// Both matrices dense: a factor's rows of r elements are too short to be worth a call each.
+template <bool kAdd>
+void for_elements(Rows dst, Rows src, double scale, int64_t num_elements) {
+  visit_rows<kAdd>(dst, src, [&](auto* dst_data, const auto* src_data, const auto& one_row) {
+    torch::stable::parallel_for(0, num_elements, kElementGrain, [&](int64_t begin, int64_t end) {
+      one_row(dst_data + begin, src_data + begin, scale, nullptr, end - begin);
+    });
+  });
+}
+
 template <bool kAdd>
 void for_rows(Rows dst, Rows src, double scale, int64_t num_rows, int64_t num_cols,
               const uint64_t* bits) {
   if (num_cols == 0) return;
+  if (bits == nullptr && num_cols < kElementGrain && dst.stride == num_cols &&
+      src.stride == num_cols)
+    return for_elements<kAdd>(dst, src, scale, num_rows * num_cols);
   const int64_t words_per_row = bits == nullptr ? 0 : mask_words_per_row(num_cols);
   const int64_t grain = std::max<int64_t>(1, kElementGrain / num_cols);
   visit_rows<kAdd>(dst, src, [&](auto* dst_data, const auto* src_data, const auto& one_row) {

@@ -9,6 +9,7 @@ namespace {
 
 void lowrank_add_cpu(const BranchArgs& args, const Tensor& base_out, const Tensor& x,
                      const Tensor& y, const Tensor& h) {
+  const ScratchScope scope;
   convert(rows_of(y), rows_of(base_out), 1.0, y.size(0), y.size(1));
   branch_forward(args, x, y, h);
 }
@@ -16,6 +17,7 @@ void lowrank_add_cpu(const BranchArgs& args, const Tensor& base_out, const Tenso
 void lowrank_add_backward_cpu(const BranchArgs& args, const BranchNeeds& needs, const Tensor& dout,
                               const std::optional<Tensor>& x, const std::optional<Tensor>& h,
                               const BranchGradients& gradients) {
+  const ScratchScope scope;
   branch_backward(args, needs, dout, x, h, /*add_to_dx=*/false, gradients);
 }
 

@@ -20,6 +20,7 @@ void base_forward(const Tensor& y, const Tensor& x, const Tensor& weight,
 
 void lowrank_linear_cpu(const BranchArgs& args, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Tensor& y, const Tensor& h) {
+  const ScratchScope scope;
   base_forward(y, x, weight, bias);
   branch_forward(args, x, y, h);
 }
@@ -28,6 +29,7 @@ void lowrank_linear_backward_cpu(const BranchArgs& args, const BranchNeeds& need
                                  const Tensor& dout, const std::optional<Tensor>& x,
                                  const Tensor& weight, const std::optional<Tensor>& h,
                                  const BranchGradients& gradients) {
+  const ScratchScope scope;
   if (needs.dx) multiply(gradients.dx, dout, weight);
   branch_backward(args, needs, dout, x, h, /*add_to_dx=*/true, gradients);
 }

@@ -6,11 +6,22 @@
 #include "../matrix.h"
 #include "checks.h"
 #include "convert.h"
+#include "scratch.h"
 
 namespace lowrank_ext::cpu {
 
+// A temporary of an op, dense and uninitialized; in a ScratchScope it ends with that.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
+  int64_t num_bytes = dtype == ScalarType::Long ? 8 : size_of(dtype);
+  for (const int64_t size : sizes) num_bytes *= size;
+  void* bytes = scratch_bytes(num_bytes);
+  if (bytes == nullptr) return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
+  const std::vector<int64_t> strides = dense_strides(sizes);
+  AtenTensorHandle fresh = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      bytes, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, aoti_dtype(dtype),
+      aoti_torch_device_type_cpu(), 0, &fresh));
+  return Tensor(fresh);
 }
 
 inline Rows rows_of(const Tensor& matrix) {

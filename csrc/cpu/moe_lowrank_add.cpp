@@ -9,6 +9,7 @@ namespace {
 
 void moe_lowrank_add_cpu(const ExpertArgs& args, const Tensor& base_out, const Tensor& x,
                          const ExpertOutputs& out) {
+  const ScratchScope scope;
   const RoutingTensors& routing = out.routing;
   if (x.size(0) > 0) {
     const ExpertOperands ops = prepare_experts(args, x.scalar_type());
@@ -81,6 +82,7 @@ void backward(const ExpertBackward& call, const ExpertGradients& out) {
 void moe_lowrank_add_backward_cpu(const ExpertArgs& args, const ExpertNeeds& needs,
                                   const Tensor& dout, const std::optional<Tensor>& dbalance_loss,
                                   const ExpertSaved& saved, const ExpertGradients& gradients) {
+  const ScratchScope scope;
   const RoutingTensors& routing = saved.routing;
   check_topk_ids("moe_lowrank_add_backward", routing.topk_ids, args.num_experts());
   const SlotOrder order = SlotOrder::allocate(routing.topk_ids.numel(), args.num_experts());

@@ -20,6 +20,7 @@ void for_tokens(const Tensor& statistics, const Body& body) {
 
 void moe_route_cpu(const Tensor& router_logits, const std::optional<Tensor>& token_mask,
                    const RouteOutputs& out) {
+  const ScratchScope scope;
   const int64_t num_experts = router_logits.size(1), top_k = out.topk_ids.size(1);
   const ScalarType statistics = out.topk_weights.scalar_type();
   const Tensor logits = converted(dense(router_logits), statistics);
@@ -41,6 +42,7 @@ void moe_route_backward_cpu(const std::optional<Tensor>& dtopk_weights,
                             const std::optional<Tensor>& dbalance_loss, const Tensor& router_logits,
                             const Tensor& topk_ids, const Tensor& expert_counts,
                             const std::optional<Tensor>& token_mask, const Tensor& drouter_logits) {
+  const ScratchScope scope;
   const int64_t num_experts = router_logits.size(1), top_k = topk_ids.size(1);
   check_topk_ids("moe_route_backward", topk_ids, num_experts);
   const ScalarType statistics = statistics_dtype(router_logits.scalar_type());

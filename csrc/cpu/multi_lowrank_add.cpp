@@ -218,6 +218,7 @@ bool leaves_part_of_h(const Segments& segments, int64_t rank) {
 
 void multi_lowrank_add_cpu(const MultiBranchArgs& args, const Tensor& base_out, const Tensor& x,
                            const Tensor& y, const Tensor& h) {
+  const ScratchScope scope;
   const Segments segments = segments_of("multi_lowrank_add", args);
   if (x.size(0) == 0) return;
   const bool one_adapter = segments.is_one_adapter();
@@ -308,6 +309,7 @@ void multi_lowrank_add_backward_cpu(const MultiBranchArgs& args, const MultiBran
                                     const Tensor& dout, const std::optional<Tensor>& x,
                                     const std::optional<Tensor>& h,
                                     const MultiBranchGradients& gradients) {
+  const ScratchScope scope;
   const Segments segments = segments_of("multi_lowrank_add_backward", args);
   const bool one_adapter = segments.is_one_adapter();
   if (needs.dlora_a) zero(gradients.dlora_a);

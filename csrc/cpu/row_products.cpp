@@ -184,15 +184,14 @@ Tensor pack_rows(const Tensor& matrix, int64_t group) {
   const int64_t pairs = packed_rows<BFloat16>(group);
   // An fp32 entry has the size of a pair.
   Tensor packed = empty({num_groups * pairs, num_cols}, ScalarType::Float);
-  const auto* in = dense_data<const BFloat16>(matrix);
-  auto* out = dense_data<BFloat16Pair>(packed);
+  const auto* in = dense_data<const uint16_t>(matrix);
+  auto* out = dense_data<uint32_t>(packed);
   torch::stable::parallel_for(0, num_groups * pairs, 16, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p / pairs * group + p % pairs * 2;
       const bool alone = p % pairs * 2 + 1 == group;
-      for (int64_t c = 0; c < num_cols; ++c)
-        out[p * num_cols + c] = {in[row * num_cols + c],
-                                 alone ? BFloat16(0.0f) : in[(row + 1) * num_cols + c]};
+      pack_row_pair(out + p * num_cols, in + row * num_cols,
+                    alone ? nullptr : in + (row + 1) * num_cols, num_cols);
     }
   });
   return packed;

@@ -8,6 +8,7 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,6 +34,16 @@ using packed_of = std::conditional_t<std::is_same_v<storage_t, BFloat16>, BFloat
 template <typename storage_t>
 constexpr int64_t packed_rows(int64_t num_rows) {
   return std::is_same_v<storage_t, BFloat16> ? (num_rows + 1) / 2 : num_rows;
+}
+
+// pairs[c] = first[c] in the low half, second[c], or zero where it is null, in the high half.
+inline void pack_row_pair(uint32_t* pairs, const uint16_t* first, const uint16_t* second,
+                          int64_t num_cols) {
+  if (second == nullptr) {
+    std::copy(first, first + num_cols, pairs);
+  } else {
+    for (int64_t c = 0; c < num_cols; ++c) pairs[c] = first[c] | uint32_t{second[c]} << 16;
+  }
 }
 
 // The `group` rows of each of the groups of matrix [groups · group, num_cols] as packed rows:

@@ -10,6 +10,7 @@
 
 #include "bf16_blocks.h"
 #include "row_products.h"
+#include "small_matrix.h"
 
 namespace lowrank_ext::cpu {
 
@@ -43,23 +44,27 @@ struct Bf16Matrix {
   uint16_t* row(int64_t index) const { return data + index * stride; }
 };
 
-// Rows of drop(x), a group at a time. The scratch belongs to one thread.
+// Rows of drop(x), a group at a time, in scratch that its thread keeps from call to call.
 class MaskedRows {
  public:
   MaskedRows(const Bf16Matrix& x, int64_t num_cols, const Dropout& dropout)
       : x_(x), num_cols_(num_cols), dropout_(dropout) {
     if (!dropout.active()) return;
-    scratch_.resize(kGroupRows * num_cols);
-    bits_.resize(mask_words_per_row(num_cols));
+    static thread_local std::vector<uint16_t> scratch;
+    static thread_local std::vector<uint64_t> bits;
+    scratch.resize(std::max<size_t>(scratch.size(), kGroupRows * num_cols));
+    bits.resize(std::max<size_t>(bits.size(), mask_words_per_row(num_cols)));
+    scratch_ = scratch.data();
+    bits_ = bits.data();
   }
 
   void load(int64_t first, int64_t count, const uint16_t** rows) {
     for (int64_t m = 0; m < count; ++m) {
       rows[m] = x_.row(first + m);
       if (!dropout_.active()) continue;
-      uint16_t* masked = scratch_.data() + m * num_cols_;
-      draw_row_bits(dropout_, 0, first + m, 0, num_cols_, bits_.data());
-      copy_row_kept(masked, rows[m], sizeof(uint16_t), bits_.data(), num_cols_);
+      uint16_t* masked = scratch_ + m * num_cols_;
+      draw_row_bits(dropout_, 0, first + m, 0, num_cols_, bits_);
+      copy_row_kept(masked, rows[m], sizeof(uint16_t), bits_, num_cols_);
       rows[m] = masked;
     }
   }
@@ -68,8 +73,8 @@ class MaskedRows {
   Bf16Matrix x_;
   int64_t num_cols_;
   const Dropout& dropout_;
-  std::vector<uint16_t> scratch_;
-  std::vector<uint64_t> bits_;
+  uint16_t* scratch_ = nullptr;
+  uint64_t* bits_ = nullptr;
 };
 
 // out[p · num_cols + i] = pair p of ranks of row i of b, i < width.
@@ -190,7 +195,7 @@ void shrink(const Tensor& h, const Tensor& x, const Tensor& lora_a, double scale
   if (!dropout.active() && vendor_is_faster(h))
     return multiply(h, x, transposed(lora_a), 0.0, scale);
   const Bf16Matrix rows(x), out(h);
-  const Tensor dense = lora_a.stride(1) == 1 ? lora_a : torch::stable::contiguous(lora_a);
+  const Tensor dense = lora_a.stride(1) == 1 ? lora_a : transposed_copy(transposed(lora_a));
   const Bf16Matrix a(dense);
   const int64_t num_cols = lora_a.size(1), rank = lora_a.size(0);
   torch::stable::parallel_for(0, x.size(0), kRowGrain, [&](int64_t begin, int64_t end) {

@@ -90,18 +90,26 @@ inline void sum_products_over_cols(const Tensor& out, const Tensor& left, const 
   });
 }
 
-// A dense copy of matrixᵀ, read a cache line at a time; for [r, N] sums, which are small.
+template <typename element_t>
+void copy_transposed(const Tensor& to, const Tensor& matrix) {
+  const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1), stride = matrix.stride(0);
+  const auto* in = static_cast<const element_t*>(rows_data(matrix));
+  auto* out = dense_data<element_t>(to);
+  constexpr int64_t kLine = 64 / sizeof(element_t);
+  for (int64_t first = 0; first < num_cols; first += kLine)
+    for (int64_t n = first; n < std::min(first + kLine, num_cols); ++n)
+      for (int64_t j = 0; j < num_rows; ++j) *out++ = in[j * stride + n];
+}
+
+// A dense copy of matrixᵀ for [r, N], which is small: a cache line of each row at a time, so that
+// writes are in order.
 inline Tensor transposed_copy(const Tensor& matrix) {
-  const int64_t num_rows = matrix.size(0), num_cols = matrix.size(1);
-  Tensor result = empty({num_cols, num_rows}, matrix.scalar_type());
-  visit_accumulator(result, [&](auto* out) {
-    const auto* in = dense_data<const std::remove_pointer_t<decltype(out)>>(matrix);
-    constexpr int64_t kLine = 16;
-    for (int64_t first = 0; first < num_cols; first += kLine)
-      for (int64_t j = 0; j < num_rows; ++j)
-        for (int64_t n = first; n < std::min(first + kLine, num_cols); ++n)
-          out[n * num_rows + j] = in[j * num_cols + n];
-  });
+  Tensor result = empty({matrix.size(1), matrix.size(0)}, matrix.scalar_type());
+  const int64_t size = size_of(matrix.scalar_type());
+  const auto copy = size == 8   ? copy_transposed<uint64_t>
+                    : size == 4 ? copy_transposed<uint32_t>
+                                : copy_transposed<uint16_t>;
+  copy(result, matrix);
   return result;
 }
 

@@ -115,7 +115,9 @@ def _make_formula(
             return (None, *backward(ctx, *gradients))
 
     Formula.__name__ = f"{op_name}_formula"
-    return Formula.apply
+    # Past Function.apply, whose checks for torch.func the caller has made.
+    apply: Callable[..., Any] = super(torch.autograd.Function, Formula).apply
+    return apply
 
 
 def _register_kernels(

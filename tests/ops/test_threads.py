@@ -7,6 +7,7 @@ vendor's product may sum in another order where it has more threads.
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from lowrank_ext import ops
 
 NUM_ROWS, NUM_IN, NUM_OUT = 520, 460, 450
 COUNTS = (2, 3, 7)
+TRAINED = ("x", "lora_a", "lora_b")
 OPTIONS = {"dropout_p": 0.5, "seed": seed_tensor(6)}
 
 two_dtypes = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["float32", "bfloat16"])
@@ -100,7 +102,7 @@ def test_adapters(dtypes: DtypePair, num_adapters: int) -> None:
     assert_same_on_any_number_of_threads(
         lambda tensors: ops.multi_lowrank_add(**tensors, **OPTIONS),
         tensors,
-        ("x", "lora_a", "lora_b"),
+        TRAINED,
     )
 
 
@@ -131,3 +133,27 @@ def test_scratch_is_each_threads_own() -> None:
     for _ in range(8):
         for count in COUNTS:
             assert_same_bits(run(count), alone, f"y on {count} threads")
+
+
+@two_dtypes
+@pytest.mark.parametrize("rank", [9, 700], ids=["in the kept scratch", "beyond it"])
+def test_calls_at_once_have_scratch_of_their_own(dtypes: DtypePair, rank: int) -> None:
+    """Of several Python threads, forward and backward; ops leave the interpreter while they run."""
+    tensors = make_tensors(
+        "lowrank_linear", (NUM_ROWS,), NUM_IN, NUM_OUT, rank, dtypes, integers=True
+    )
+    torch.set_num_threads(1)
+
+    def run(scaling: float) -> list[Tensor]:
+        leaves = {name: tensors[name].detach().requires_grad_() for name in TRAINED}
+        y = call(ops, "lowrank_linear", tensors | leaves, scaling=scaling, **OPTIONS)
+        return [y.detach(), *torch.autograd.grad(y, leaves.values(), torch.ones_like(y))]
+
+    scalings = (1.0, 2.0, 4.0)
+    alone = [run(scaling) for scaling in scalings]
+    for _ in range(4):
+        with ThreadPoolExecutor(len(scalings)) as pool:
+            together = list(pool.map(run, scalings))
+        for values, expected in zip(together, alone, strict=True):
+            for value, one in zip(values, expected, strict=True):
+                assert_same_bits(value, one, "a call beside others")
