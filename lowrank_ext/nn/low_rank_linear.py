@@ -277,7 +277,7 @@ class LowRankLinear(MergedState, ResidualBase):
 
     def branch_factors(self, training: bool) -> tuple[Tensor, Tensor]:
         """The down and the up projection of the branch, [r, K] and [N, r], in the given mode."""
-        return self.lora_a, self.lora_b
+        return self.tensor("lora_a"), self.tensor("lora_b")
 
     def branch_bias(self) -> Tensor | None:
         """What the branch adds to every row beside its product, [N]; None for most methods, and
@@ -412,9 +412,9 @@ class LowRankLinear(MergedState, ResidualBase):
     ) -> Tensor:
         """The base's output plus the branch lora_b core lora_a; dropout in training mode."""
         options: dict[str, Any] = {
-            "core": self.core,
-            "rank_scale": self.rank_scale,
-            "out_scale": self.out_scale,
+            "core": self.tensor("core"),
+            "rank_scale": self.tensor("rank_scale"),
+            "out_scale": self.tensor("out_scale"),
             "scaling": scaling,
             "dropout_p": self.dropout if self.training else 0.0,
         }

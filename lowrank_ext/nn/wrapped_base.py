@@ -38,6 +38,12 @@ class WrappedBase(Adapter):
     bias: nn.Parameter | None
     base_layer: nn.Module | None
 
+    def tensor(self, name: str) -> Any:
+        """The attribute ``name``, a Parameter or None. nn.Module's own look-up takes a microsecond,
+        of which each call would need nine."""
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
+
     def _make_base(
         self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
@@ -128,7 +134,7 @@ class WrappedBase(Adapter):
         """Weight [N, K] and bias of a base that the op can compute with the branch; else None."""
         base = self.base_layer
         if base is None:
-            weight, bias = self.weight, self.bias
+            weight, bias = self.tensor("weight"), self.tensor("bias")
         elif self._borrows and is_plain(base):
             weight, bias = base._parameters["weight"], base._parameters["bias"]
         else:

@@ -77,7 +77,7 @@ def register_autograd(
             return backward_op(*args)
 
     def op_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        used = any(gradient is not None for gradient in gradients)
+        used = gradients[0] is not None or any(gradient is not None for gradient in gradients)
         results = backward(ctx, compute_backward, *gradients) if used else ()
         return (*results, *(None,) * (len(needs_input_grad(ctx)) - len(results)))
 

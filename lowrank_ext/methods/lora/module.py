@@ -101,7 +101,8 @@ class LoRALinear(LowRankLinear):
             )
 
     def unmerged_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.magnitude is None:
+        magnitude = self.tensor("magnitude")
+        if magnitude is None:
             return super().unmerged_output(x, *args, **kwargs)
         weight, bias = (None, None) if args or kwargs else self.fusible_base()
         base_out = self.base_output(x, *args, **kwargs) if weight is None else None
@@ -112,7 +113,7 @@ class LoRALinear(LowRankLinear):
             self.base_bias if weight is None else bias,
             self.lora_a,
             self.lora_b,
-            column_factor(self.magnitude, whole, self.lora_a, self.lora_b, self.scaling),
+            column_factor(magnitude, whole, self.lora_a, self.lora_b, self.scaling),
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
             base_out=base_out,
@@ -140,10 +141,10 @@ class LoRALinear(LowRankLinear):
         return self.base_weight()
 
     def branch_bias(self) -> Tensor | None:
-        if self.lora_bias is None:
+        bias: Tensor | None = self.tensor("lora_bias")
+        if bias is None:
             return None
-        wide = torch.promote_types(self.lora_bias.dtype, torch.float32)
-        return self.scaling * self.lora_bias.to(wide)
+        return self.scaling * bias.to(torch.promote_types(bias.dtype, torch.float32))
 
     @torch.no_grad()
     def reset_as_peft(self) -> None:
